@@ -1,0 +1,1 @@
+"""From a checkpoint, float or packed, to ONNX."""

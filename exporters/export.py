@@ -1,0 +1,120 @@
+"""The export stage: choose a graph, write the artifact folder, prove it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from transformers import PreTrainedConfig
+
+from edgepress.exporters import fused, parity, portable
+from edgepress.exporters.weights import Weights
+from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
+from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.options import ExportOptions
+from edgepress.pipeline.runtime import end_tokens
+from edgepress.pipeline.table import require
+from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
+
+log = logging.getLogger("edgepress")
+
+
+def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write ``model.onnx`` and all that runs it into ``out``; returns the facts for the manifest.
+
+    Raises ProofError when the file does not compute what the checkpoint computes, OptionError when the exporter
+    asked for cannot express the model.
+    """
+    require("onnxruntime")
+    config = read_config(source.path, options.trust_remote_code)
+    weights = Weights(source.path)
+    model = load_model(source.path, options.trust_remote_code)
+    exporter, reason = choose(options.exporter, config, weights)
+    if exporter == "fused":
+        graph = fused.build(config, weights, options.accuracy_level)
+    else:
+        graph = portable.build(model, weights, options.accuracy_level)
+    ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+    carry_files(source.path, out)
+    write_json(out / "config.json", read_json(source.path / "config.json"))
+    _plain_tokenizer_class(out)
+    write_json(out / "genai_config.json", genai_config(config, source.path, shared=exporter == "fused"))
+
+    length = min(context_length(source.path) - parity.GREEDY_TOKENS, parity.TOKENS)
+    windows = text_windows(options.text, source.path, budget=parity.TOKENS + length, length=length)
+    level = options.accuracy_level if any(n.op_type == "MatMulNBits" for n in graph.graph) else 0
+    proofs = parity.prove(model, out, graph, windows, level)
+    facts = {
+        "exporter": exporter,
+        "accuracy_level": level,
+        "parity": [asdict(proof) for proof in proofs],
+        "bytes": [folder_bytes(source.path), folder_bytes(out)],
+    }
+    return facts | ({"not_fused_because": reason} if reason else {})
+
+
+def choose(wanted: str, config: PreTrainedConfig, weights: Weights) -> tuple[str, str | None]:
+    """The exporter to use, and why it is not the fused one. Raises OptionError when fused was asked for and cannot be had."""
+    if wanted == "portable":
+        return "portable", None
+    reason = fused.obstacle(config, weights)
+    if reason is None:
+        return "fused", None
+    if wanted == "fused":
+        raise OptionError(f"the fused graph cannot express this model ({reason}); use --exporter portable")
+    log.info("export: standard attention operators instead of the fused graph (%s)", reason)
+    return "portable", reason
+
+
+def _plain_tokenizer_class(out: Path) -> None:
+    """Name the tokenizer class that every transformers knows; version 5 writes one that version 4 refuses to load."""
+    file = out / "tokenizer_config.json"
+    if file.is_file():
+        content = read_json(file)
+        if content.get("tokenizer_class") == "TokenizersBackend":
+            write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def genai_config(config: PreTrainedConfig, folder: Path, *, shared: bool) -> dict[str, Any]:
+    """What onnxruntime-genai needs to run the folder; its key names are GenAI's."""
+    # GenAI knows model types by name and treats these alike; the fused graph is the same for all of them.
+    kind = config.model_type if config.model_type in ("llama", "mistral", "qwen2") else "decoder"
+    ends = sorted(end_tokens(folder))
+    context = int(getattr(config, "max_position_embeddings", 0) or context_length(folder))
+    bos = config.bos_token_id if config.bos_token_id is not None else (load_tokenizer(folder).encode("a").ids or [0])[0]
+    pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else (ends or [0])[0]
+    return {
+        "model": {
+            "type": kind,
+            "vocab_size": config.vocab_size,
+            "context_length": context,
+            "bos_token_id": bos,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
+            "pad_token_id": pad,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": fused.head_size(config),
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "num_beams": 1, "past_present_share_buffer": shared},
+    }

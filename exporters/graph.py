@@ -1,0 +1,98 @@
+"""A small builder over onnx_ir: nodes by name, weights, and the inputs and outputs that every artifact has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepress.exporters.matmul_nbits import DOMAIN, operator
+from edgepress.pipeline.packed import PackedLinear
+
+OPSET = 21
+# GenAI reads models up to this; 10 came with opset 21.
+IR_VERSION = 10
+LAST = np.iinfo(np.int64).max
+
+
+class Builder:
+    """Collects nodes and initializers; ``op`` returns the node's first output."""
+
+    def __init__(self) -> None:
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A graph input."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value a graph output under ``name``."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer; a second one of the same name is the first."""
+        if name not in self.initializers:
+            tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+            self.initializers[name] = ir.Value(
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+            )
+        return self.initializers[name]
+
+    def integers(self, *values: int) -> ir.Value:
+        """A one-dimensional int64 constant."""
+        return self.constant("int64." + ".".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: Sequence[str] | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node. outputs: names of all its outputs, "" for one left out; default: one, named after the node."""
+        values = [ir.Value(name=output or "") for output in (outputs or [name])]
+        node = ir.node(kind, inputs, attributes, domain=domain, outputs=values, name=name)
+        self.nodes.append(node)
+        return values[0]
+
+    def linear(self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, accuracy_level: int) -> ir.Value:
+        """``x @ weight.T`` for a weight (out, in), packed or float32."""
+        if isinstance(weight, np.ndarray):
+            return self.op("MatMul", [x, self.constant(f"{name}.weight", weight.T)], name)
+        kind, constants, attributes = operator(weight, accuracy_level)
+        inputs = [x, *(self.constant(f"{name}.{part}", array) for part, array in constants.items())]
+        return self.op(kind, inputs, name, domain=DOMAIN, **attributes)
+
+    def model(self, metadata: dict[str, str]) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, DOMAIN: 1},
+            name="edgepress",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepress", metadata_props=metadata)
+
+
+def last_positions(builder: Builder, hidden: ir.Value) -> ir.Value:
+    """The positions whose logits are wanted: the last ``logits_to_keep`` of hidden (batch, tokens, hidden), 0 for all.
+
+    ``logits_to_keep`` is an overridable initializer with default 1: a consumer that does not know it never sees it,
+    generates with one row of logits a step, and evaluation reads all rows from the same file.
+    """
+    keep = builder.constant("logits_to_keep", np.array([1], dtype=np.int64))
+    builder.inputs.append(keep)
+    start = builder.op("Neg", [keep], "head.start")  # -0 is 0: from the first position on
+    return builder.op("Slice", [hidden, start, builder.integers(LAST), builder.integers(1)], "head.positions")

@@ -1,0 +1,135 @@
+"""Proof that the ONNX file computes what the torch model computes, over real text and through the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+
+from edgepress.exporters.matmul_nbits import DOMAIN
+from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.perplexity import Quality
+from edgepress.pipeline.runtime import Decoder
+
+# Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
+TOLERANCE = 1e-3
+TOKENS = 512
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Outcome at one accuracy level: differences are shares of the standard deviation of torch's logits."""
+
+    accuracy_level: int
+    tokens: int
+    difference_whole: float
+    difference_chunks: float
+    difference_steps: float
+    top1_agreement: float
+    kl_mean: float
+    greedy_match_tokens: int
+
+    @property
+    def difference(self) -> float:
+        """The largest of the three."""
+        return max(self.difference_whole, self.difference_chunks, self.difference_steps)
+
+
+def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray], level: int) -> list[Parity]:
+    """Compare at float activations, and at ``level`` if that is another; ``graph`` is what ``folder/model.onnx`` was saved from.
+
+    Windows together hold at least TOKENS ids where the text is long enough. Each is read whole, in chunks, and token by token.
+    Raises ProofError when a logit at float activations departs by more than TOLERANCE, or greedy tokens differ.
+    """
+    found = [measure(model, _float_activations(folder, graph), windows, 0)]
+    exact = found[0]
+    if exact.difference > TOLERANCE or exact.greedy_match_tokens < GREEDY_TOKENS:
+        raise ProofError(
+            f"the ONNX model departs from the checkpoint: logits differ by {exact.difference:.2g} of their spread "
+            f"(allowed {TOLERANCE:g}), {exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree; nothing was written"
+        )
+    if level:
+        found.append(measure(model, Decoder(folder), windows, level))
+    return found
+
+
+def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray], level: int) -> Parity:
+    """Logits of both over the windows, and greedy tokens after the first half of the first window."""
+    quality, whole, chunks, steps, spread = Quality(), 0.0, 0.0, 0.0, []
+    for ids in windows:
+        with torch.inference_mode():
+            wanted = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        spread.append(wanted.std())
+        decoder.reset()
+        found = decoder.feed(ids, keep=0)
+        quality.add(ids, found, wanted)
+        whole = max(whole, float(np.abs(found - wanted).max()))
+        cuts = [len(ids) // 3, len(ids) // 3 + 1]  # a first part, one token, the rest: with and without a past, short and long
+        chunks = max(chunks, float(np.abs(_pieces(decoder, np.split(ids, cuts)) - wanted).max()))
+        few = ids[:64]
+        steps = max(steps, float(np.abs(_pieces(decoder, np.split(few, len(few))) - wanted[: len(few)]).max()))
+    scale = float(np.mean(spread))
+    figures = quality.figures()
+    return Parity(
+        level,
+        sum(map(len, windows)),
+        whole / scale,
+        chunks / scale,
+        steps / scale,
+        figures["top1_agreement"],
+        figures["kl_mean"],
+        _greedy_match(model, decoder, windows[0][: len(windows[0]) // 2]),
+    )
+
+
+def _pieces(decoder: Decoder, pieces: list[np.ndarray]) -> np.ndarray:
+    decoder.reset()
+    return np.concatenate([decoder.feed(piece, keep=0) for piece in pieces if len(piece)])
+
+
+def _greedy_match(model: PreTrainedModel, decoder: Decoder, prompt: np.ndarray) -> int:
+    """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most."""
+    decoder.reset()
+    found = list(decoder.greedy(prompt, GREEDY_TOKENS))
+    settings: dict[str, Any] = {"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False}
+    ids = torch.from_numpy(prompt)[None]
+    wanted = greedy_tokens(model, ids, settings["max_new_tokens"])
+    return next((i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b), GREEDY_TOKENS)
+
+
+def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, count: int) -> list[int]:
+    """Plain greedy continuation with the cache: no minimum, penalty or stop token of a generation config interferes."""
+    tokens: list[int] = []
+    past = None
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+    return tokens
+
+
+def _float_activations(folder: Path, graph: ir.Model) -> Decoder:
+    """The artifact with accuracy level 0: another graph over the same weights, gone when loaded."""
+    levels = [
+        node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN
+    ]
+    if not any(level.as_int() for level in levels):
+        return Decoder(folder)
+    variant = ir.load(folder / "model.onnx")
+    for node in variant.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    file = folder / "parity.onnx"
+    try:
+        ir.save(variant, file)  # weights stay references to model.onnx.data
+        return Decoder(folder, model=file.name)
+    finally:
+        file.unlink(missing_ok=True)

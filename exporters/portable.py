@@ -1,0 +1,155 @@
+"""The portable graph: any decoder that transformers has, traced in float, its matrices then swapped for the packed ones.
+
+A quantized module cannot be traced. So the float model is, with the dequantized weights in it, and every
+MatMul that reads a packed weight becomes the operator that carries its codes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from transformers import DynamicCache, PreTrainedModel
+
+from edgepress.exporters.graph import LAST
+from edgepress.exporters.matmul_nbits import DOMAIN, operator
+from edgepress.exporters.weights import Weights
+from edgepress.pipeline.errors import ModelError
+
+
+class _Flat(torch.nn.Module):
+    """The model with its cache as a flat list of tensors, and positions counted from the attention mask."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        # Left padding counts no position.
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        settings = {"attention_mask": attention_mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        output = self.model(input_ids=input_ids, **settings)
+        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return output.logits, *present
+
+
+def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.Model:
+    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place."""
+    layers = model.config.num_hidden_layers
+    with torch.inference_mode():
+        cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    past = [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    names = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    presents = [f"present.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    batch, tokens, total = (torch.export.Dim(n) for n in ("batch_size", "sequence_length", "total_sequence_length"))
+    earlier = torch.export.Dim("past_sequence_length", min=0)
+    # Sample sizes all differ, and from 1, so that the tracer takes none of them for a constant or for another.
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Flat(model),
+            (ids, mask, past),
+            dynamo=True,
+            verbose=False,
+            optimize=False,  # it would fold small weights into constants without a name; done below, after the swap
+            input_names=["input_ids", "attention_mask", *names],
+            output_names=["logits", *presents],
+            dynamic_shapes={
+                "input_ids": {0: batch, 1: tokens},
+                "attention_mask": {0: batch, 1: total},
+                "past": [{0: batch, 2: earlier}] * len(past),
+            },
+        )
+    assert program is not None
+    graph = program.model.graph
+    _keep_last_positions(graph)
+    _swap(graph, weights, accuracy_level)
+    onnxscript.optimizer.optimize_ir(program.model)
+    # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
+    ClearMetadataAndDocStringPass()(program.model)
+    program.model.metadata_props.update({"edgepress.exporter": "portable", "edgepress.shared_cache": "0"})
+    return program.model
+
+
+def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
+    """Replace every MatMul whose weight is packed."""
+    wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
+    for node in list(graph):
+        if node.op_type != "MatMul" or (source := _weight_name(node.inputs[1])) is None:
+            continue
+        module = source.removeprefix("model.").removesuffix(".weight")
+        if module not in wanted:
+            continue
+        packed = weights.packed(module)
+        assert packed is not None
+        kind, constants, attributes = operator(packed, accuracy_level)
+        inputs = [node.inputs[0]]
+        for part, array in constants.items():
+            value = ir.Value(name=f"{module}.{part}", const_value=ir.Tensor(np.ascontiguousarray(array), name=f"{module}.{part}"))
+            graph.register_initializer(value)
+            inputs.append(value)
+        fresh = ir.node(kind, inputs, attributes, domain=DOMAIN, name=module)
+        fresh.outputs[0].name, fresh.outputs[0].type = node.outputs[0].name, node.outputs[0].type
+        fresh.outputs[0].shape = node.outputs[0].shape
+        graph.insert_after(node, fresh)
+        ir.convenience.replace_all_uses_with(node.outputs[0], fresh.outputs[0])
+        graph.remove(node, safe=True)
+        wanted.discard(module)
+    if wanted:
+        raise ModelError(f"the traced graph has no MatMul for {min(wanted)}; this architecture cannot be exported with packed weights yet")
+    graph.opset_imports[DOMAIN] = 1
+    _drop_unused(graph)
+
+
+def _weight_name(value: ir.Value | None) -> str | None:
+    """The initializer behind a MatMul's second input, directly or through one Transpose."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose":
+        value = node.inputs[0]
+    return value.name if value is not None and value.is_initializer() else None
+
+
+def _keep_last_positions(graph: ir.Graph) -> None:
+    """Cut the hidden states before the head to the last ``logits_to_keep`` positions (see graph.last_positions)."""
+    logits = graph.outputs[0]
+    head = logits.producer()
+    while head is not None and head.op_type not in ("MatMul", "Gemm"):  # scaling or capping of the logits may follow
+        head = next((v.producer() for v in head.inputs if v is not None and v.producer() is not None), None)
+    if head is None or head.op_type != "MatMul" or _weight_name(head.inputs[1]) is None:
+        raise ModelError("the traced graph does not end in a head that edgepress knows; this architecture cannot be exported yet")
+    keep = ir.Value(name="logits_to_keep", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    keep.const_value = ir.Tensor(np.array([1], dtype=np.int64), name="logits_to_keep")
+    graph.register_initializer(keep)
+    graph.inputs.append(keep)
+    bounds = []
+    for name, number in (("head.end", LAST), ("head.axis", 1)):
+        value = ir.Value(name=name, const_value=ir.Tensor(np.array([number], dtype=np.int64), name=name))
+        graph.register_initializer(value)
+        bounds.append(value)
+    start = ir.node("Neg", [keep], name="head.start")
+    cut = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds], name="head.positions")
+    cut.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(head, [start, cut])
+    head.replace_input_with(0, cut.outputs[0])
+    head.outputs[0].shape = None
+    vocabulary = logits.shape[-1] if logits.shape is not None else None
+    logits.shape = ir.Shape(["batch_size", 1, vocabulary])
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Drop the Transposes and float weights that nothing reads any more."""
+    for node in reversed(list(graph)):
+        if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in graph.inputs:
+            del graph.initializers[name]

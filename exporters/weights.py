@@ -1,0 +1,41 @@
+"""The weights of a checkpoint folder by name, read when asked for: float tensors and packed matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from edgepress.pipeline import packed
+from edgepress.pipeline.checkpoint import shards
+from edgepress.pipeline.packed import PackedFile, PackedLinear
+
+
+class Weights:
+    """Name -> array, of a folder with safetensors and perhaps packed.safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, Any] = {}
+        for shard in shards(folder):
+            file = safe_open(shard, "pt")
+            self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        self._packed = PackedFile(folder) if (folder / packed.FILE).is_file() else None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where or (self._packed is not None and name.removesuffix(".weight") in self._packed)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all weights, packed ones as ``....weight``."""
+        return set(self._where) | {f"{name}.weight" for name in self._packed or ()}
+
+    def array(self, name: str) -> np.ndarray:
+        """A float tensor as float32; bfloat16 and float16 widen exactly."""
+        array: np.ndarray = self._where[name].get_tensor(name).float().numpy()
+        return array
+
+    def packed(self, module: str) -> PackedLinear | None:
+        """The packed matrix of a linear module, None where it is float."""
+        return self._packed[module] if self._packed is not None and module in self._packed else None

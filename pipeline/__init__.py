@@ -1,0 +1,1 @@
+"""The stages, the runner and the command line."""

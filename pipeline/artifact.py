@@ -1,0 +1,204 @@
+"""An artifact is a directory and its manifest: what it holds, how it came to be, and proof that it is whole.
+
+Every stage is ``f(source: Artifact, out: Path, options) -> Artifact``. A directory is written beside its final name
+and renamed when complete, so what carries the final name is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgepress.pipeline.errors import InputError, OutputError
+
+MANIFEST = "manifest.json"
+# Format of the manifest itself; a reader refuses a newer one.
+MANIFEST_VERSION = 1
+
+Format = Literal["hf", "packed", "onnx", "report"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that was run: ``facts`` is what it found (influences, bytes, parity); ``seconds`` wall clock."""
+
+    stage: str
+    options: dict[str, Any]
+    facts: dict[str, Any]
+    seconds: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory that is usable alone.
+
+    format: "hf" (Hugging Face checkpoint), "packed" (the same with packed.safetensors for its matrices),
+    "onnx" (model.onnx and what runs it), "report" (figures of one).
+    steps: the stages behind it, first to last. fingerprint: what went in; "" for a directory we did not write.
+    """
+
+    path: Path
+    format: Format
+    steps: tuple[Step, ...] = ()
+    fingerprint: str = ""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of its config."""
+        return str(read_json(self.path / "config.json").get("model_type", ""))
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read a directory: one of ours by its manifest, otherwise a plain Hugging Face checkpoint.
+
+        Raises InputError when it is neither.
+        """
+        if not path.is_dir():
+            raise InputError(f"no such folder: {path}; give a folder with config.json, a hub id, or 'reference'")
+        if (path / MANIFEST).is_file():
+            return cls._from_manifest(path)
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{path} has no config.json, so it is no Hugging Face checkpoint; give the folder that holds config.json"
+            )
+        return cls(path, "hf")
+
+    @classmethod
+    def _from_manifest(cls, path: Path) -> Artifact:
+        content = read_json(path / MANIFEST)
+        if content.get("manifest_version", 0) > MANIFEST_VERSION:
+            raise InputError(f"{path} was written by a newer edgepress ({content.get('edgepress')}); upgrade to read it")
+        try:
+            steps = tuple(Step(**step) for step in content["steps"])
+            return cls(path, content["format"], steps, content["fingerprint"], content["files"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path / MANIFEST} is damaged ({error}); delete the folder and build it again") from error
+
+    def damaged(self) -> list[str]:
+        """Names of files that are missing or whose sha256 is not the manifest's."""
+        return [
+            name
+            for name, known in self.files.items()
+            if not (self.path / name).is_file() or sha256(self.path / name) != known["sha256"]
+        ]
+
+    def identity(self) -> str:
+        """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file."""
+        if self.files:
+            content = {name: known["sha256"] for name, known in self.files.items()}
+        else:
+            content = {p.name: sha256(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError names the file when it is absent or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} should hold a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with two spaces of indent and a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder except its manifest, sorted."""
+    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, the manifest left out."""
+    return sum(p.stat().st_size for p in files_below(folder))
+
+
+def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:
+    """Describe a finished folder; last act before the rename."""
+    files = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_below(folder)
+    }
+    content = {
+        "manifest_version": MANIFEST_VERSION,
+        "edgepress": steps[-1].versions.get("edgepress"),
+        "format": format,
+        "fingerprint": fingerprint,
+        "steps": [asdict(step) for step in steps],
+        "files": files,
+    }
+    write_json(folder / MANIFEST, content)
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A fresh folder beside ``out`` to write into; renamed to ``out`` on success, removed on any failure.
+
+    A former ``out`` is replaced only when it is one of ours (it has a manifest) or empty.
+    Raises OutputError when ``out`` is occupied by something else or cannot be written.
+    """
+    check_free(out)
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)  # left by a killed run
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from error
+    try:
+        yield partial
+        former = out.parent / f".{out.name}.former"
+        remove(former)
+        if out.exists():
+            out.rename(former)
+        partial.rename(out)
+        remove(former)
+    finally:
+        remove(partial)
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputError when ``out`` holds something that edgepress did not write."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another output folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} is not empty and not written by edgepress; choose another output folder")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raise OutputError when the disk that will hold ``out`` has fewer than ``needed`` bytes free."""
+    parent = next(p for p in [out, *out.absolute().parents] if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"not enough disk space at {parent}: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            "free some or choose another output folder"
+        )
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write to {parent}: no permission; choose another output folder")
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,233 @@
+"""The options of every stage, once: from here come the flags, the recipe keys, their checks and their help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.table import look_up, suggestion
+
+Options = TypeVar("Options")
+
+METHODS = {
+    "none": "keep the weights as they are",
+    "rtn": "round to nearest, no calibration",
+    "gptq": "GPTQ through gptqmodel, calibrated",
+    "nf4": "bitsandbytes NormalFloat 4 (small, but slow on CPU)",
+    "fp4": "bitsandbytes float 4 (small, but slow on CPU)",
+    "int8": "bitsandbytes LLM.int8 weights (outlier handling is lost)",
+}
+EXPORTERS = {
+    "auto": "fused where the architecture allows, else portable",
+    "fused": "GroupQueryAttention, packed QKV, fused gate and up",
+    "portable": "standard ONNX operators",
+}
+TARGETS = {"cpu": "onnxruntime on the CPU"}
+
+
+def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
+    """A dataclass field that is also a flag and a recipe key."""
+    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+def _calibration() -> Any:
+    return option(CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field (default: the shipped calibration.txt)")
+
+
+def _calibration_tokens() -> Any:
+    return option(32768, "calibration tokens at most", at_least=16)
+
+
+def _calibration_skip() -> Any:
+    return option(0, "tokens of the calibration text to leave out at its beginning", at_least=0)
+
+
+def _text() -> Any:
+    return option(EVALUATION_TEXT, "text that quality is measured on (default: the shipped evaluation.txt)")
+
+
+def _text_tokens() -> Any:
+    return option(16000, "tokens of that text to use at most", at_least=16)
+
+
+def _threads() -> Any:
+    return option(0, "threads; 0 leaves the choice to onnxruntime", at_least=0)
+
+
+def _trust() -> Any:
+    return option(False, "run the Python code that the checkpoint brings; read it first")
+
+
+def _target() -> Any:
+    return option("cpu", "what the artifact is for", TARGETS)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Remove the decoder blocks of least Block Influence."""
+
+    remove_layers: int | None = option(None, "decoder blocks to remove", at_least=0)
+    remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
+    calibration: Path = _calibration()
+    calibration_tokens: int = _calibration_tokens()
+    calibration_skip: int = _calibration_skip()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        if self.remove_layers is not None and self.remove_fraction is not None:
+            raise OptionError("give --remove-layers or --remove-fraction, not both")
+        if self.remove_layers is None and self.remove_fraction is None:
+            raise OptionError("say how much to remove: --remove-layers N or --remove-fraction F")
+        if self.remove_fraction is not None and not 0 < self.remove_fraction < 1:
+            raise OptionError(f"--remove-fraction must lie between 0 and 1, not {self.remove_fraction}")
+
+    def amount(self, layers: int) -> int:
+        """Blocks to remove from a model of ``layers``; OptionError when none would be left."""
+        count = self.remove_layers
+        if count is None:
+            assert self.remove_fraction is not None
+            count = max(1, int(layers * self.remove_fraction))
+        if count >= layers:
+            raise OptionError(f"cannot remove {count} of {layers} layers; --remove-layers must be at most {layers - 1}")
+        return count
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Quantize the matrices of the decoder blocks."""
+
+    method: str = option("gptq", "how weights are quantized", METHODS)
+    bits: int = option(4, "bits of a weight (rtn and gptq)", (2, 3, 4, 8))
+    group_size: int = option(128, "weights that share one scale (rtn and gptq)", (16, 32, 64, 128, 256))
+    symmetric: bool = option(False, "no zero points (rtn and gptq); asymmetric is more exact at equal speed")
+    calibration: Path = _calibration()
+    calibration_tokens: int = _calibration_tokens()
+    calibration_skip: int = _calibration_skip()
+    trust_remote_code: bool = _trust()
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the ONNX artifact and prove that it computes what the checkpoint computes."""
+
+    target: str = _target()
+    exporter: str = option("auto", "which graph to write", EXPORTERS)
+    accuracy_level: int = option(4, "activations of quantized matrices: 4 is int8 (fast), 0 is float32", (0, 4))
+    text: Path = _text()
+    trust_remote_code: bool = _trust()
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure the artifact as it ships: size, memory, speed and quality."""
+
+    target: str = _target()
+    text: Path = _text()
+    text_tokens: int = _text_tokens()
+    reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
+    stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
+    prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas")
+    new_tokens: int = option(64, "tokens to decode in a speed measurement", at_least=2)
+    repeats: int = option(5, "fresh processes for speed and memory, one sample of each figure from each", at_least=1)
+    threads: int = _threads()
+    trust_remote_code: bool = _trust()
+
+
+def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
+    """Field name -> (its type without Optional, whether it is a tuple)."""
+    hints = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        arguments = typing.get_args(hint)
+        if typing.get_origin(hint) is tuple:
+            hints[name] = (arguments[0], True)
+        elif typing.get_origin(hint) is types.UnionType:
+            hints[name] = (next(a for a in arguments if a is not type(None)), False)
+        else:
+            hints[name] = (hint, False)
+    return hints
+
+
+def flag(name: str) -> str:
+    """``--group-size`` for ``group_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
+    seen: set[str] = set()
+    for cls in classes:
+        hints = _hints(cls)
+        group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
+        for item in dataclasses.fields(cls):
+            if item.name in seen:
+                continue
+            seen.add(item.name)
+            kind, many = hints[item.name]
+            text = item.metadata["help"]
+            choices = item.metadata["choices"]
+            if isinstance(choices, Mapping):
+                text += ": " + "; ".join(f"{key} ({value})" for key, value in choices.items())
+            elif choices:
+                text += ": " + ", ".join(map(str, choices))
+            if item.default not in (None, ()) and kind is not Path:
+                shown = ",".join(map(str, item.default)) if many else item.default
+                text += f" (default: {shown})"
+            settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+            if kind is bool:
+                settings["action"] = argparse.BooleanOptionalAction
+            else:
+                settings["metavar"] = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind] + (",..." if many else "")
+            group.add_argument(flag(item.name), dest=item.name, **settings)
+
+
+def make(cls: type[Options], values: Mapping[str, Any], where: str = "option") -> Options:
+    """An options object from flags or recipe keys, every value converted and checked.
+
+    Raises OptionError that names the flag, the value and what is allowed.
+    """
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = _hints(cls)
+    checked = {}
+    for raw_name, value in values.items():
+        name = str(raw_name).replace("-", "_")
+        if name not in fields:
+            raise OptionError(f"unknown {where} '{raw_name}'{suggestion(name, fields)}; there are: {', '.join(fields)}")
+        kind, many = hints[name]
+        if many:
+            items = value if isinstance(value, list | tuple) else str(value).split(",")
+            checked[name] = tuple(_value(name, kind, item, fields[name].metadata) for item in items)
+        else:
+            checked[name] = _value(name, kind, value, fields[name].metadata)
+    return cls(**checked)
+
+
+def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
+    if value is None:
+        return None
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"{flag(name)} is true or false, not {value!r}")
+        return value
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            raise ValueError
+        converted = kind(value)
+    except (ValueError, TypeError) as error:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text")
+        raise OptionError(f"{flag(name)} takes {wanted}, not {value!r}") from error
+    choices, at_least = metadata["choices"], metadata["at_least"]
+    if isinstance(choices, Mapping):
+        look_up(choices, converted, name.replace("_", " "))
+    elif choices and converted not in choices:
+        raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {value}")
+    if at_least is not None and converted < at_least:
+        raise OptionError(f"{flag(name)} must be at least {at_least}, not {value}")
+    return converted

@@ -1,0 +1,179 @@
+"""PackedLinear: one quantized matrix, in the layout that the ONNX operators read. Quantizers return it, exporters read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edgepress.pipeline.errors import ModelError
+
+FILE = "packed.safetensors"
+
+# Dettmers et al. 2023 (QLoRA), appendix E, and bitsandbytes' FP4, in the order of their codes.
+# The tests compare both with bitsandbytes' own tables.
+CODEBOOKS = {
+    "nf4": np.array(
+        [
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ],
+        dtype=np.float32,
+    ),
+    "fp4": np.array(
+        [
+            0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
+            0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
+        ],
+        dtype=np.float32,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A matrix of shape (out, in) as integer codes.
+
+    Without codebook, groups lie along ``in`` and the last is padded with the code that means zero:
+        codes   uint8 (out, groups, group_size * bits / 8), lower k in the lower bits (``B`` of MatMulNBits)
+        scales  float32 (out, groups)
+        zeros   uint8 (out, groups), one zero point each; None means 2 ** (bits - 1)
+        weight = (code - zero) * scale
+    3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
+
+    With codebook ("nf4", "fp4"), groups run over the flattened matrix (``B`` of MatMulBnb4):
+        codes   uint8 (ceil(out * in / 2),), even index in the high nibble
+        scales  float32 (ceil(out * in / group_size),), the absmax of each group
+        weight = codebook[code] * scale
+
+    bias stays with the float weights of the checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
+    codebook: Literal["nf4", "fp4"] | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return -(-self.shape[1] // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and packed zero points, as the operator stores them."""
+        zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
+        return self.codes.nbytes + self.scales.nbytes + zeros
+
+    @classmethod
+    def from_codes(
+        cls, name: str, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, group_size: int
+    ) -> PackedLinear:
+        """Pack integer codes (out, in); scales and zeros are (out, groups)."""
+        rows, columns = codes.shape
+        groups = -(-columns // group_size)
+        padded = np.empty((rows, groups * group_size), dtype=np.uint8)
+        padded[:, :columns] = codes
+        # A padded weight must mean zero, or an operator that reads it adds noise.
+        last_zero = np.full(rows, 1 << (bits - 1), dtype=np.uint8) if zeros is None else zeros[:, -1]
+        padded[:, columns:] = last_zero[:, None]
+        packed = pack_bits(padded.reshape(rows, groups, group_size), bits)
+        return cls(name, (rows, columns), bits, group_size, packed, np.ascontiguousarray(scales, dtype=np.float32), zeros)
+
+    def unpacked(self) -> np.ndarray:
+        """The integer codes, uint8 (out, in)."""
+        if self.codebook:
+            nibbles = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
+            return nibbles[: self.shape[0] * self.shape[1]].reshape(self.shape)
+        codes = unpack_bits(self.codes, self.bits, self.group_size)
+        return codes.reshape(self.shape[0], -1)[:, : self.shape[1]]
+
+    def dequantized(self) -> np.ndarray:
+        """The weights that the codes stand for, float32 (out, in)."""
+        codes = self.unpacked()
+        if self.codebook:
+            flat = CODEBOOKS[self.codebook][codes].reshape(-1)
+            return (flat * np.repeat(self.scales, self.group_size)[: flat.size]).reshape(self.shape)
+        zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self._spread(self.zeros.astype(np.float32))
+        return (codes.astype(np.float32) - zeros) * self._spread(self.scales)
+
+    def _spread(self, per_group: np.ndarray) -> np.ndarray:
+        return np.repeat(per_group, self.group_size, axis=1)[:, : self.shape[1]]
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack the last axis, lower index in the lower bits; a short last byte is filled with zeros. 3 bits stay one a byte."""
+    if bits in (3, 8):
+        return np.ascontiguousarray(codes, dtype=np.uint8)
+    per_byte = 8 // bits
+    short = -codes.shape[-1] % per_byte
+    if short:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], short), dtype=np.uint8)], axis=-1)
+    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(parts.shape[:-1], dtype=np.uint8)
+    for index in range(per_byte):
+        packed |= parts[..., index] << np.uint8(bits * index)
+    return packed
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Inverse of pack_bits: the first ``count`` codes of the last axis."""
+    if bits in (3, 8):
+        return packed[..., :count]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def save(linears: dict[str, PackedLinear], folder: Path) -> None:
+    """Write ``packed.safetensors``; the fields that are no arrays go into its metadata."""
+    from safetensors.numpy import save_file
+
+    arrays, described = {}, {}
+    for name, linear in linears.items():
+        arrays[f"{name}.codes"], arrays[f"{name}.scales"] = linear.codes, linear.scales
+        if linear.zeros is not None:
+            arrays[f"{name}.zeros"] = np.ascontiguousarray(linear.zeros)
+        described[name] = {
+            "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook
+        }  # fmt: skip
+    save_file(arrays, folder / FILE, metadata={"linears": json.dumps(described)})
+
+
+class PackedFile:
+    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = folder / FILE
+        try:
+            self._file: Any = safe_open(self.path, "np")
+            self._described = json.loads(self._file.metadata()["linears"])
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
+        self._keys = set(self._file.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._described
+
+    def __getitem__(self, name: str) -> PackedLinear:
+        row = self._described[name]
+        zeros = self._file.get_tensor(f"{name}.zeros") if f"{name}.zeros" in self._keys else None
+        codes, scales = self._file.get_tensor(f"{name}.codes"), self._file.get_tensor(f"{name}.scales")
+        return PackedLinear(
+            name, (row["shape"][0], row["shape"][1]), row["bits"], row["group_size"], codes, scales, zeros, row["codebook"]
+        )

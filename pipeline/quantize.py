@@ -1,0 +1,107 @@
+"""Quantize the matrices of the decoder blocks; what the quantizer chose is stored as PackedLinear and ships unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepress.pipeline import packed
+from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
+from edgepress.pipeline.checkpoint import block_linears, carry_files, load_model, read_tensors, shards
+from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.packed import PackedFile, PackedLinear
+from edgepress.pipeline.shards import rewrite
+from edgepress.pipeline.table import load, look_up
+from edgepress.pipeline.tokens import text_windows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a quantizer is given: the checkpoint folder, the matrices to quantize, and calibration windows.
+
+    linears: full name -> (out, in). windows: called only by quantizers that calibrate.
+    """
+
+    folder: Path
+    linears: dict[str, tuple[int, int]]
+    windows: Callable[[], list[np.ndarray]]
+    options: QuantizeOptions
+
+    def weights(self) -> Any:
+        """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time."""
+        for name, tensor in read_tensors(self.folder):
+            if name.removesuffix(".weight") in self.linears:
+                yield name.removesuffix(".weight"), tensor.float()
+
+
+# A quantizer: Job -> every named matrix as PackedLinear. To add one: docs/adding-a-quantizer.md.
+QUANTIZERS = {
+    "rtn": "edgepress.pipeline.quantizers.rtn:quantize",
+    "gptq": "edgepress.pipeline.quantizers.gptq:quantize",
+    "nf4": "edgepress.pipeline.quantizers.bnb:quantize_4bit",
+    "fp4": "edgepress.pipeline.quantizers.bnb:quantize_4bit",
+    "int8": "edgepress.pipeline.quantizers.bnb:quantize_int8",
+}
+
+
+def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str, Any]:
+    """Write the checkpoint with its block matrices packed into ``out``; returns the facts for the manifest."""
+    carry_files(source.path, out)
+    write_json(out / "config.json", read_json(source.path / "config.json"))
+    if options.method == "none":
+        rewrite(shards(source.path), out, lambda name: name)
+        packed.save({}, out)
+        return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
+
+    quantizer = load(look_up(QUANTIZERS, options.method, "method"))
+    shapes = {n: (m.out_features, m.in_features) for n, m in block_linears(load_model(source.path, options.trust_remote_code)).items()}
+    used: list[np.ndarray] = []
+
+    def windows() -> list[np.ndarray]:
+        used[:] = text_windows(
+            options.calibration, source.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
+        )
+        return used
+
+    linears = quantizer(Job(source.path, shapes, windows, options))
+    missing = sorted(set(shapes) - set(linears))
+    if missing:
+        raise ProofError(f"the quantizer left out {missing[0]} and {len(missing) - 1} more; nothing was written")
+    packed.save(linears, out)
+    rewrite(shards(source.path), out, lambda name: None if name.removesuffix(".weight") in linears else name)
+    _prove(linears, out)
+    return {
+        "linears": len(linears),
+        "calibration_tokens": sum(len(row) for row in used),
+        "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / sum(r * c for r, c in shapes.values()), 3),
+        "padded": {n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size},
+        "relative_error": _errors(source.path, linears),
+        "bytes": [folder_bytes(source.path), folder_bytes(out)],
+    }
+
+
+def _prove(linears: dict[str, PackedLinear], out: Path) -> None:
+    """Read back what was written; raise ProofError unless every array is the quantizer's."""
+    file = PackedFile(out)
+    for name, linear in linears.items():
+        again = file[name]
+        same = np.array_equal(again.codes, linear.codes) and np.array_equal(again.scales, linear.scales)
+        if not same or (again.zeros is None) != (linear.zeros is None) or (
+            linear.zeros is not None and not np.array_equal(again.zeros, linear.zeros)
+        ):  # fmt: skip
+            raise ProofError(f"{name} reads back differently from what was written; is the disk sound?")
+
+
+def _errors(folder: Path, linears: dict[str, PackedLinear]) -> dict[str, float]:
+    """Relative error of each matrix: ||dequantized - weight|| / ||weight|| (Frobenius)."""
+    found = {}
+    for name, tensor in read_tensors(folder):
+        if (linear := linears.get(name.removesuffix(".weight"))) is not None:
+            weight = tensor.float().numpy()
+            found[linear.name] = round(float(np.linalg.norm(linear.dequantized() - weight) / np.linalg.norm(weight)), 5)
+    return found

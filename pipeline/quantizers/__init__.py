@@ -1,0 +1,1 @@
+"""One quantizer a file; each returns PackedLinear."""

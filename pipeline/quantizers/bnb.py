@@ -1,0 +1,44 @@
+"""bitsandbytes formats (Dettmers et al. 2022, 2023), quantized by bitsandbytes itself, taken over byte for byte.
+
+The functional interface is used on the weights alone. A bitsandbytes module would repack its absmax in the first
+forward on some CPUs and give corrupt values afterwards; no module is made here, so there is no forward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edgepress.pipeline.packed import PackedLinear
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.quantize import Job
+
+BLOCK = 64  # bitsandbytes' own default, and a block size that MatMulBnb4 carries
+
+
+def quantize_4bit(job: Job) -> dict[str, PackedLinear]:
+    """NF4 or FP4 by ``options.method``; absmax in float32, one for every 64 weights of the flattened matrix."""
+    from bitsandbytes import functional
+
+    found = {}
+    for name, weight in progress(job.weights(), job.options.method, "matrix"):
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=job.options.method)
+        codes, scales = packed.flatten().numpy(), state.absmax.float().numpy()
+        found[name] = PackedLinear(name, (weight.shape[0], weight.shape[1]), 4, BLOCK, codes, scales, codebook=job.options.method)
+    return found
+
+
+def quantize_int8(job: Job) -> dict[str, PackedLinear]:
+    """LLM.int8 weights: one absmax a row, code = q + 128, scale = absmax / 127 repeated for every block of the operator."""
+    from bitsandbytes import functional
+
+    found = {}
+    for name, weight in progress(job.weights(), "int8", "matrix"):
+        # bitsandbytes takes float16 here; a weight beyond its range would become Inf
+        q, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
+        group = job.options.group_size
+        groups = -(-codes.shape[1] // group)
+        scales = np.repeat((absmax.float().numpy() / np.float32(127))[:, None], groups, axis=1)
+        found[name] = PackedLinear.from_codes(name, codes, scales, None, 8, group)
+    return found

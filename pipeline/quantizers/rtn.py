@@ -1,0 +1,45 @@
+"""Round to nearest: the baseline that every calibrated method must beat. No calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgepress.pipeline.packed import PackedLinear
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.quantize import Job
+
+
+def quantize(job: Job) -> dict[str, PackedLinear]:
+    """Every matrix of the job, rounded in groups along the input."""
+    options = job.options
+    return {
+        name: round_to_nearest(name, weight.numpy(), options.bits, options.group_size, options.symmetric)
+        for name, weight in progress(job.weights(), "round to nearest", "matrix")
+    }
+
+
+def round_to_nearest(name: str, weight: np.ndarray, bits: int, group_size: int, symmetric: bool) -> PackedLinear:
+    """Round a float32 matrix (out, in); the last group may be short.
+
+    symmetric: scale = absmax / (2^(bits-1) - 1/2), zero point 2^(bits-1), so that both ends of the range lie half
+    a step inside the codes. Otherwise scale = (max - min) / (2^bits - 1) over a range that includes 0, which stays exact.
+    """
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    padded = np.zeros((rows, groups * group_size), dtype=np.float32)
+    padded[:, :columns] = weight
+    blocks = padded.reshape(rows, groups, group_size)
+    top = (1 << bits) - 1
+    if symmetric:
+        scales = np.abs(blocks).max(-1) / (top / 2)
+        zeros = None
+        offset = np.float32(1 << (bits - 1))
+    else:
+        low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+        scales = (high - low) / top
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)  # a group of zeros: any scale will do
+    if not symmetric:
+        zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
+        offset = zeros[..., None].astype(np.float32)
+    codes = np.clip(np.rint(blocks / scales[..., None]) + offset, 0, top).astype(np.uint8)
+    return PackedLinear.from_codes(name, codes.reshape(rows, -1)[:, :columns], scales, zeros, bits, group_size)

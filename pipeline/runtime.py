@@ -1,0 +1,114 @@
+"""Run an artifact with plain onnxruntime: the light base is enough, no torch and no transformers.
+
+A Decoder keeps the key-value cache between calls. Where the graph allows it (``edgepress.shared_cache``), past and
+present are one buffer, so that a step writes one position instead of copying the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepress.pipeline.artifact import read_json
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.table import load
+
+MODEL = "model.onnx"
+
+
+class Decoder:
+    """One session and one sequence (batch of one).
+
+    ``feed`` appends tokens and gives logits; ``reset`` forgets the sequence. Raises InputError when the folder
+    holds no model that onnxruntime can load.
+    """
+
+    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL) -> None:
+        load("onnxruntime:__name__")
+        import onnxruntime
+
+        if not (folder / model).is_file():
+            raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(folder / model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}") from error
+        self._onnxruntime = onnxruntime
+        self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
+        self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
+        self._capacity = 0
+        self.reset()
+
+    def reset(self, capacity: int | None = None) -> None:
+        """Forget the sequence. capacity: tokens to make room for in a shared cache (default: the context)."""
+        self.length = 0
+        if self.shared:
+            capacity = capacity or self._capacity or self.context
+            if capacity != self._capacity:
+                self._cache = {name: self._empty(shape, capacity) for name, shape in self._shapes.items()}
+                self._capacity = capacity
+        else:
+            self._cache = {name: self._empty(shape, 0) for name, shape in self._shapes.items()}
+
+    def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
+        """Append ids int64 (tokens,); returns float32 logits (kept, vocabulary) of the last ``keep`` positions, 0 for all.
+
+        Raises OptionError when the sequence outgrows the context.
+        """
+        total = self.length + len(ids)
+        if self.shared and total > self._capacity:
+            raise OptionError(f"{total} tokens do not fit into the context of {self._capacity}; use a shorter prompt or fewer new tokens")
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64)[None])
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        if keep != 1:
+            # bind_cpu_input knows only the required inputs, not an overridable initializer
+            count = self._onnxruntime.OrtValue.ortvalue_from_numpy(np.array([keep], dtype=np.int64))
+            binding.bind_ortvalue_input("logits_to_keep", count)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name, value in self._cache.items():
+            present = name.replace("past_key_values", "present")
+            if self.shared:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, "cpu")
+        self.session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if not self.shared:
+            self._cache = dict(zip(self._cache, outputs[1:], strict=True))
+        self.length = total
+        logits: np.ndarray = outputs[0].numpy()[0]
+        return logits
+
+    def greedy(self, ids: np.ndarray, new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Feed a prompt and yield the most likely next id, again and again; ends before an id in ``stop``."""
+        logits = self.feed(ids)
+        for count in range(new_tokens):
+            token = int(logits[-1].argmax())
+            if token in stop:
+                return
+            yield token
+            if count + 1 < new_tokens:
+                logits = self.feed(np.array([token]))
+
+    def _empty(self, shape: list[Any], length: int) -> Any:
+        array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Ids that end a generation, from generation_config.json or config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (found := read_json(folder / name).get("eos_token_id")) is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

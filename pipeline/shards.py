@@ -1,0 +1,72 @@
+"""Rewrite safetensors files by copying bytes: tensors dropped or renamed, never loaded, at disk speed and in little memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgepress.pipeline.artifact import write_json
+from edgepress.pipeline.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+_PIECE = 16 << 20
+
+
+def header(shard: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its data begins. Raises ModelError when damaged or cut short."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        try:
+            if 8 + length > size:
+                raise ValueError("header beyond the end")
+            content: dict[str, Any] = json.loads(file.read(length))
+            data = max((row["data_offsets"][1] for name, row in content.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{shard} is no safetensors file ({error}); fetch it again") from error
+    if 8 + length + data != size:
+        raise ModelError(f"{shard} is cut short: {size} bytes, its header promises {8 + length + data}; fetch it again")
+    return content, 8 + length
+
+
+def rewrite(sources: list[Path], out: Path, rename: Callable[[str], str | None]) -> int:
+    """Copy every tensor that ``rename`` gives a name to into ``out``, one new shard a source; returns the bytes of tensors kept.
+
+    Writes an index when there is more than one shard. Raises ModelError when a source is damaged.
+    """
+    plans = []
+    for source in sources:
+        content, begin = header(source)
+        metadata = content.pop("__metadata__", {"format": "pt"})
+        rows = [(new, content[old]) for old in content if (new := rename(old)) is not None]
+        if rows:
+            plans.append((source, begin, metadata, sorted(rows, key=lambda row: row[1]["data_offsets"][0])))
+    total, where = 0, {}
+    for number, (source, begin, metadata, rows) in enumerate(plans, 1):
+        name = "model.safetensors" if len(plans) == 1 else f"model-{number:05}-of-{len(plans):05}.safetensors"
+        offset = 0
+        new_header: dict[str, Any] = {"__metadata__": metadata}
+        for new, row in rows:
+            length = row["data_offsets"][1] - row["data_offsets"][0]
+            new_header[new] = {"dtype": row["dtype"], "shape": row["shape"], "data_offsets": [offset, offset + length]}
+            where[new] = name
+            offset += length
+        encoded = json.dumps(new_header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
+        with source.open("rb") as read, (out / name).open("wb") as write:
+            write.write(struct.pack("<Q", len(encoded)) + encoded)
+            for _, row in rows:
+                read.seek(begin + row["data_offsets"][0])
+                left = row["data_offsets"][1] - row["data_offsets"][0]
+                while left:
+                    piece = read.read(min(left, _PIECE))
+                    write.write(piece)
+                    left -= len(piece)
+        total += offset
+    if len(plans) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    return total

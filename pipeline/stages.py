@@ -1,0 +1,137 @@
+"""The stage table, and the one place where a stage is run: skip what is done, write beside, time, describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepress.pipeline.artifact import (
+    Artifact,
+    Format,
+    Step,
+    check_disk,
+    check_free,
+    folder_bytes,
+    sha256,
+    write_manifest,
+    written_beside,
+)
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.source import check_checkpoint
+from edgepress.pipeline.table import load, versions
+
+log = logging.getLogger("edgepress")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb: its options, the function behind it, the formats it reads and writes, and what it depends on.
+
+    disk: bytes needed for its output, as a multiple of the source folder's.
+    """
+
+    options: type
+    run: str
+    takes: tuple[Format, ...]
+    gives: Format
+    packages: tuple[str, ...]
+    disk: float
+
+
+_BUILD = ("torch", "transformers", "numpy")
+STAGES: dict[str, Stage] = {
+    "prune": Stage(PruneOptions, "edgepress.pipeline.prune:prune", ("hf",), "hf", _BUILD, 1.0),
+    "quantize": Stage(
+        QuantizeOptions,
+        "edgepress.pipeline.quantize:quantize",
+        ("hf",),
+        "packed",
+        (*_BUILD, "gptqmodel", "bitsandbytes"),
+        1.5,
+    ),
+    # float32 of a 16-bit checkpoint, plus the portable exporter's intermediate file
+    "export": Stage(
+        ExportOptions,
+        "edgepress.exporters.export:export",
+        ("hf", "packed"),
+        "onnx",
+        (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
+        4.0,
+    ),
+    "bench": Stage(BenchOptions, "edgepress.pipeline.bench:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
+}
+
+
+def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
+    """Run one stage, or return what it gave before if source, options and version are the same.
+
+    Raises InputError for a source of the wrong format, OutputError when ``out`` cannot be written.
+    """
+    stage = STAGES[name]
+    if source.format not in stage.takes:
+        raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
+    if source.format != "onnx":
+        check_checkpoint(source.path, options.trust_remote_code)
+    recorded = record(options)
+    found = fingerprint(name, recorded, source)
+    check_free(out)
+    if (done := finished(out, found)) is not None:
+        log.info("%s: already done, kept %s", name, out)
+        return done
+    if out.resolve() == source.path.resolve():
+        raise OptionError(f"{name} would overwrite its own source {source.path}; choose another output folder")
+    check_disk(out, int(folder_bytes(source.path) * stage.disk))
+    function = load(stage.run)
+    log.info("%s: %s -> %s", name, source.path, out)
+    begun = time.monotonic()
+    with written_beside(out) as folder:
+        facts = function(source, folder, options)
+        seconds = round(time.monotonic() - begun, 2)
+        step = Step(name, recorded, facts, seconds, versions(*stage.packages))
+        write_manifest(folder, stage.gives, (*source.steps, step), found)
+    log.info("%s: done in %.1f s", name, seconds)
+    return Artifact.load(out)
+
+
+def finished(out: Path, wanted: str) -> Artifact | None:
+    """The artifact in ``out`` if it has this fingerprint and every file is whole."""
+    try:
+        artifact = Artifact.load(out)
+    except InputError:
+        return None
+    return artifact if artifact.fingerprint == wanted and not artifact.damaged() else None
+
+
+def record(options: Any) -> dict[str, Any]:
+    """Options as plain data for manifest and fingerprint; a path becomes its name and the hash of its content."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            if value.is_dir():
+                return {"folder": value.name, "identity": Artifact.load(value).identity()}
+            return {"file": value.name, "sha256": sha256(value) if value.is_file() else None}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return {item.name: plain(getattr(options, item.name)) for item in dataclasses.fields(options)}
+
+
+def fingerprint(name: str, recorded: dict[str, Any], source: Artifact) -> str:
+    """Hash of everything that decides what a stage writes."""
+    ingredients = [name, recorded, source.identity(), versions()]
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _hint(format: Format) -> str:
+    return {
+        "hf": "export it first",
+        "packed": "it is quantized already: export it",
+        "onnx": "give the checkpoint that it was made from",
+        "report": "give the artifact that it is about",
+    }[format]

@@ -1,0 +1,99 @@
+"""From a text to windows of token ids: the same ids for calibration, for the original and for the artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from edgepress.pipeline.artifact import read_json
+from edgepress.pipeline.errors import ModelError, TextError
+
+# Longer windows would need minutes a window on a laptop; the models that reach this are told apart by far less.
+LONGEST_WINDOW = 2048
+
+
+def read_text(path: Path) -> str:
+    """Text of a .txt file, or of the 'text' fields of a .jsonl file joined by blank lines. Raises TextError."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TextError(f"cannot read the text {path}: {error.strerror}; give a UTF-8 .txt or .jsonl file") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
+    if path.suffix == ".jsonl":
+        try:
+            content = "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
+    return content
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json; make one with: python -c \"from transformers import AutoTokenizer as T; "
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return Tokenizer.from_file(str(file))
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The special ids that the tokenizer puts before a text: BOS for most models, nothing for some."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    marked = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(marked) - len(plain) + 1):
+        if marked[start : start + len(plain)] == plain:
+            return list(marked[:start])
+    return []
+
+
+def context_length(folder: Path) -> int:
+    """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
+    config = read_json(folder / "config.json")
+    known = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
+    return min([LONGEST_WINDOW, *known])
+
+
+def text_windows(
+    path: Path, folder: Path, *, budget: int, skip: int = 0, length: int | None = None, shortest: int = 2
+) -> list[np.ndarray]:
+    """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
+
+    Every window is an int64 array of at most ``length`` ids (default: the context) that begins with the
+    tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
+    No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
+    the text itself. Raises TextError when not one full window is there.
+    """
+    tokenizer = load_tokenizer(folder)
+    length = length or context_length(folder)
+    # Enough characters for the budget is found by doubling: a long novel need not be tokenized to its end.
+    text = read_text(path)
+    characters = 8 * (skip + budget)
+    ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+    while len(ids) <= skip + budget and characters < len(text):
+        characters *= 2
+        ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+    ids = ids[skip : skip + budget]
+    start = beginning(tokenizer)
+    body = length - len(start)
+    if len(ids) < min(body, budget):
+        after = f" after the {skip} skipped" if skip else ""
+        raise TextError(f"{path} is too short: {len(ids)} tokens{after}, one window takes {body}; give a longer text")
+    rows = [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in range(0, len(ids), body)]
+    return [row for row in rows if len(row) >= max(shortest, 2)]
+
+
+def batches(windows: list[np.ndarray], size: int = 8) -> list[np.ndarray]:
+    """Windows of equal length stacked to (at most ``size``, length), in order, without padding."""
+    stacked: list[list[np.ndarray]] = []
+    for row in windows:
+        if stacked and len(stacked[-1]) < size and len(stacked[-1][0]) == len(row):
+            stacked[-1].append(row)
+        else:
+            stacked.append([row])
+    return [np.stack(rows) for rows in stacked]
