@@ -1,0 +1,237 @@
+"""The command line: the only module that prints, and the only one that turns errors into exit codes.
+
+Exit codes: 0 done, 2 something the user can mend (one line says what and how), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgepress.pipeline import recipe, stages
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.errors import EdgepressError, InputError
+from edgepress.pipeline.options import add_flags, make
+from edgepress.pipeline.source import resolve
+from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.table import double_runtime, version
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(prog="edgepress", description="Press a language model into a small, fast ONNX folder, and measure what was lost.")
+    top.add_argument("--version", action="version", version=f"edgepress {version('edgepress')}")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
+
+    build = verbs.add_parser("build", help="all stages, from checkpoint to report", description=(
+        "Run all stages of a recipe into OUT/01-prune, OUT/02-quantize, ... Started again after an interruption, or with some "
+        "options changed, it keeps what is done and unchanged. Flags override the recipe."))  # fmt: skip
+    build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=_SOURCE)
+    build.add_argument("out", metavar="OUT", nargs="?", type=Path, help="output folder (default: out/NAME)")
+    build.add_argument("--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)")
+    add_flags(build, *(stage.options for stage in STAGES.values()))
+
+    for name, stage in STAGES.items():
+        verb = verbs.add_parser(name, help=_first_line(stage.options), description=stage.options.__doc__)
+        if name == "bench":
+            verb.add_argument("source", metavar="DIR", help="artifact folder")
+            verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
+        else:
+            verb.add_argument("source", metavar="SRC", help=_SOURCE if "hf" in stage.takes else "artifact folder")
+            verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
+        add_flags(verb, stage.options)
+
+    run = verbs.add_parser("run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed.")
+    run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    run.add_argument("prompt")
+    run.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="tokens to generate at most (default: 64)")
+    run.add_argument("--temperature", metavar="F", type=float, default=0.0, help="0 takes the most likely token (default); about 0.8 varies")
+    run.add_argument("--seed", metavar="N", type=int, default=0, help="of the random choice (default: 0)")
+    run.add_argument("--threads", metavar="N", type=int, default=0, help="0 leaves the choice to onnxruntime (default)")
+
+    show = verbs.add_parser("show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest.")
+    show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    return top
+
+
+_SOURCE = "folder with config.json and safetensors, a hub id, or 'reference' (the embedded model)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    _log_to_terminal()
+    if hasattr(signal, "SIGTERM"):  # a polite kill cleans up as Ctrl-C does
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if warning := double_runtime():
+        _say(f"warning: {warning}")
+    flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe")}
+    command = COMMANDS.get(options.verb, _stage)
+    if options.debug:
+        return command(options, flags)
+    try:
+        return command(options, flags)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing half-written is left, and the same command goes on after the last finished stage")
+        return 130
+    except EdgepressError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = "out of memory; close other programs or press a smaller model"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        reason = f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}; {_DISK[error.errno]}"
+    _say(f"error: {reason}")
+    return 2
+
+
+_DISK = {
+    errno.ENOSPC: "free some disk space or choose another output folder",
+    errno.EDQUOT: "free some disk space or choose another output folder",
+    errno.EFBIG: "choose an output folder that takes larger files",
+    errno.EACCES: "choose another output folder",
+    errno.EPERM: "choose another output folder",
+    errno.EROFS: "choose another output folder",
+}
+
+
+def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    chosen = options.recipe or ("reference" if options.source == "reference" else "default")
+    steps = recipe.plan(recipe.read(chosen), flags)
+    source = resolve(options.source)
+    out = options.out or Path("out") / Path(options.source).name
+    done = recipe.build(source, out, steps)
+    _print_report(done[-1])
+    artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
+    print(f"\nartifact: {artifact.path}\ntry:      edgepress run {artifact.path} \"Once upon a time\"")
+    return 0
+
+
+def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    stage = STAGES[options.verb]
+    values = make(stage.options, flags)
+    if options.verb == "bench":
+        folder = _artifact_folder(options.source)
+        out = options.out or folder.parent / f"{folder.resolve().name}-bench"
+        artifact = stages.run("bench", Artifact.load(folder), out, values)
+    else:
+        artifact = stages.run(options.verb, Artifact.load(resolve(options.source)), options.out, values)
+    if artifact.format == "report":
+        _print_report(artifact)
+    else:
+        print(artifact.path)
+    return 0
+
+
+def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.generate import stream
+
+    folder = _artifact_folder(options.source)
+    begun, count = time.monotonic(), 0
+    for piece in stream(
+        folder, options.prompt, options.max_new_tokens, temperature=options.temperature, seed=options.seed, threads=options.threads
+    ):
+        if not count:
+            print(options.prompt, end="")
+            begun = time.monotonic()
+        print(piece, end="", flush=True)
+        count += 1
+    print()
+    if count > 1:
+        _say(f"{(count - 1) / (time.monotonic() - begun):.1f} tokens/s")
+    return 0
+
+
+def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    folder = Path(options.source)
+    if folder.is_dir() and not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
+        folder = _artifact_folder(options.source)
+    artifact = Artifact.load(folder)
+    if not artifact.steps:
+        print(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress")
+        return 0
+    print(f"{folder}: {artifact.format}, {len(artifact.files)} files")
+    for number, step in enumerate(artifact.steps, 1):
+        print(f"\n{number}. {step.stage}  ({step.seconds:.1f} s; {', '.join(f'{k} {v}' for k, v in step.versions.items())})")
+        for title, content in (("options", step.options), ("facts", step.facts)):
+            print(f"   {title}:")
+            for key, value in content.items():
+                text = json.dumps(value)
+                print(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}")
+    print("\nfiles:")
+    for name, known in artifact.files.items():
+        print(f"   {known['bytes']:>12,}  {known['sha256'][:16]}  {name}")
+    damaged = artifact.damaged()
+    if damaged:
+        raise InputError(f"{damaged[0]} is not what the manifest says; build the folder again")
+    return 0
+
+
+COMMANDS = {"build": _build, "run": _run, "show": _show}
+
+
+def _artifact_folder(source: str) -> Path:
+    """The folder with model.onnx: given itself, or the OUT of a build that holds it. Raises InputError."""
+    folder = Path(source).expanduser()
+    if (folder / "model.onnx").is_file():
+        return folder
+    found = sorted(folder.glob("*/model.onnx"))
+    if not found:
+        raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
+    return found[-1].parent
+
+
+def _print_report(artifact: Artifact) -> None:
+    from edgepress.pipeline.report import made_by, terminal
+
+    if artifact.format != "report":
+        return
+    content = read_json(artifact.path / "report.json")
+    print("\n".join(["", *made_by(content), "", terminal(content)]))
+    print(f"\nreport:   {artifact.path / 'report.md'}")
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("edgepress")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # Libraries that report at import, or at each graph, what a user can do nothing about.
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx", "onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").splitlines()[0].rstrip(".").lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Text from an artifact, token by token, with onnxruntime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from edgepress.pipeline.errors import OptionError, TextError
+from edgepress.pipeline.runtime import Decoder, end_tokens
+from edgepress.pipeline.tokens import load_tokenizer
+
+
+def stream(
+    folder: Path, prompt: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, threads: int = 0
+) -> Iterator[str]:
+    """Pieces of the continuation, one a token, as soon as they are whole characters.
+
+    temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature).
+    Raises TextError for an empty prompt, OptionError when prompt and new tokens exceed the context.
+    """
+    tokenizer = load_tokenizer(folder)
+    ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
+    if not len(ids):
+        raise TextError("the prompt is empty; give some text to continue")
+    decoder = Decoder(folder, threads=threads)
+    if len(ids) + max_new_tokens > decoder.context:
+        raise OptionError(
+            f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {decoder.context}; "
+            "shorten the prompt or give fewer --max-new-tokens"
+        )
+    decoder.reset(len(ids) + max_new_tokens)
+    random = np.random.default_rng(seed)
+    stop = end_tokens(folder)
+    new: list[int] = []
+    told = ""
+    logits = decoder.feed(ids)[-1]
+    while len(new) < max_new_tokens:
+        token = _choose(logits, temperature, random)
+        if token in stop:
+            return
+        new.append(token)
+        # With the prompt's last token before it, so that a leading space is kept.
+        whole = tokenizer.decode([int(ids[-1]), *new])[len(tokenizer.decode([int(ids[-1])])) :]
+        if not whole.endswith("\ufffd"):  # a character may take several tokens
+            yield whole[len(told) :]
+            told = whole
+        if len(new) < max_new_tokens:
+            logits = decoder.feed(np.array([token]))[-1]
+
+
+def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    if not temperature:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    return int(random.choice(len(weights), p=weights / weights.sum()))

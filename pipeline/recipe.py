@@ -1,0 +1,89 @@
+"""Recipes: which stages, in which order, with which options; checked whole before a weight is read, then built in numbered folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgepress.models import RECIPES
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.options import make
+from edgepress.pipeline.source import check_checkpoint
+from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.table import look_up, suggestion
+
+log = logging.getLogger("edgepress")
+Plan = list[tuple[str, Any]]
+
+
+def read(name: str) -> dict[str, dict[str, Any]]:
+    """A recipe as stage -> options, from a YAML file or by the name of a shipped one. Raises OptionError."""
+    shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    file = Path(name).expanduser()
+    if not file.is_file():
+        if name not in shipped:
+            known = ", ".join(shipped)
+            raise OptionError(f"no recipe '{name}'{suggestion(name, shipped)}; give a YAML file or one of: {known}")
+        file = shipped[name]
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"{file} is not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
+        raise OptionError(f"{file} should map each stage to its options, as in 'quantize: {{method: gptq}}'")
+    return {str(stage): _beside(file, options or {}) for stage, options in content.items()}
+
+
+def _beside(file: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """A recipe travels with its texts: their paths are relative to it."""
+    paths = {"calibration", "text"}
+    return {key: str(file.parent / value) if key in paths and isinstance(value, str) else value for key, value in options.items()}
+
+
+def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> Plan:
+    """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it).
+
+    Raises OptionError for an unknown stage or option, a bad value, stages whose formats do not follow each other,
+    or a flag that no stage of the recipe takes.
+    """
+    chosen: Plan = []
+    unused = set(flags)
+    format = "hf"
+    for name, given in recipe.items():
+        stage = look_up(STAGES, name, "stage")
+        if format not in stage.takes:
+            raise OptionError(f"{name} cannot follow in this recipe: it takes {' or '.join(stage.takes)}, and what comes before gives {format}")
+        format = stage.gives
+        names = {item.name for item in dataclasses.fields(stage.options)}
+        own = {key: value for key, value in flags.items() if key in names}
+        unused -= set(own)
+        # the two ways to say how much to remove exclude each other: a flag replaces both
+        given = {k: v for k, v in given.items() if not (k.startswith("remove_") and any(o.startswith("remove_") for o in own))}
+        chosen.append((name, make(stage.options, {**given, **own}, f"option of {name}")))
+    if unused:
+        raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
+    return chosen
+
+
+def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
+    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
+    original = artifact = Artifact.load(source)
+    check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)))
+    folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
+    missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
+    check_disk(out, int(folder_bytes(source) * sum(missing)))
+    done: list[Artifact] = []
+    for (name, options), folder in zip(steps, folders, strict=True):
+        if name == "bench":
+            between = tuple(a.path for a in done if a.format in ("hf", "packed"))
+            options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
+        artifact = stages.run(name, artifact, folder, options)
+        done.append(artifact)
+    return done

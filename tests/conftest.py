@@ -1,0 +1,140 @@
+"""Fixtures: the embedded model, tiny random models built on the spot, the command line, and the shared models where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from edgepress.models import EVALUATION_TEXT, REFERENCE
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def text() -> Path:
+    """Prose that no model was trained on."""
+    return EVALUATION_TEXT
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The embedded, trained model."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    return _shared("data/tinystories-val/tinystories_val.txt")
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> Callable[[str], Path]:
+    return lambda name: _shared(f"models/{name}")
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there: the shared models and texts are no part of the repository")
+    return path
+
+
+def save_random(config: PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A random model of a config with the reference tokenizer; weights large enough that blocks differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.08)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(REFERENCE).save_pretrained(folder)
+    return folder
+
+
+TINY = {
+    "vocab_size": 5120,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers with untied head; 96 is no multiple of the group sizes 64 and 128."""
+    return save_random(LlamaConfig(**TINY, tie_word_embeddings=False), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Path]:
+    return save_random
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def edgepress() -> Callable[..., Result]:
+    """Run the command line in a process of its own."""
+
+    def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Result:
+        command = [sys.executable, "-m", "edgepress.pipeline.cli", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}), timeout=300)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process: fast, for what goes wrong before the work begins."""
+    from edgepress.pipeline.cli import main
+
+    def run(*arguments: object) -> Result:
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a model folder with some config keys changed."""
+
+    def copy(source: Path, name: str = "model", **changes: object) -> Path:
+        target = tmp_path / name
+        target.mkdir()
+        for file in source.iterdir():
+            if file.is_file():
+                (target / file.name).write_bytes(file.read_bytes())
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**config, **changes}))
+        return target
+
+    return copy
