@@ -1,0 +1,104 @@
+"""The report: figures that agree with an independent computation, and names that others can rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
+from edgepress.pipeline.perplexity import Quality
+from edgepress.pipeline.tokens import text_windows
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A float export: no loss by quantization, so every figure has an exact counterpart in torch."""
+    folder = tmp_path_factory.mktemp("bench")
+    packed = stages.run("quantize", Artifact.load(tiny), folder / "packed", QuantizeOptions(method="none"))
+    return stages.run("export", packed, folder / "onnx", ExportOptions(text=text))
+
+
+@pytest.fixture(scope="module")
+def report(exported: Artifact, tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = BenchOptions(text=text, text_tokens=1000, reference=tiny, prompt_lengths=(8, 300), new_tokens=5, repeats=2)
+    return stages.run("bench", exported, tmp_path_factory.mktemp("report") / "bench", options).path
+
+
+def test_perplexity_of_a_float_export_is_transformers_own(report: Path, tiny: Path, text: Path) -> None:
+    """Computed here from the loss that transformers itself returns, window by window."""
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    nats, count = 0.0, 0
+    for row in text_windows(text, tiny, budget=1000):
+        ids = torch.from_numpy(row)[None]
+        with torch.inference_mode():
+            nats += float(model(ids, labels=ids).loss) * (len(row) - 1)
+        count += len(row) - 1
+    assert count == 1000  # every token of the text is scored once: BOS is none of them
+    found = read_json(report / "report.json")["figures"]
+    assert found["quality.perplexity"]["median"] == pytest.approx(np.exp(nats / count), rel=1e-4)
+    assert found["quality.kl_mean"]["median"] == pytest.approx(0, abs=1e-6)
+    assert found["quality.top1_agreement"]["median"] == 1
+
+
+def test_figures_have_units_raw_samples_and_reasons(report: Path) -> None:
+    """Flat names, never null; what could not be measured is absent, with its reason."""
+    content = read_json(report / "report.json")
+    figures = content["figures"]
+    for name in (
+        "size.total_bytes", "load.warm_s", "memory.peak_rss_bytes", "speed.ttft_ms.8", "speed.prefill_tokens_per_s.8",
+        "speed.decode_tokens_per_s", "speed.inter_token_ms", "quality.perplexity", "quality.bits_per_byte",
+    ):  # fmt: skip
+        figure = figures[name]
+        assert figure["unit"] and figure["values"] and figure["median"] == float(np.median(figure["values"]))
+    assert len(figures["load.warm_s"]["values"]) == 2 and len(figures["speed.inter_token_ms"]["values"]) == 10
+    assert "speed.ttft_ms.300" not in figures and "256" in content["missing"]["speed.prefill_tokens_per_s.300"]
+    assert "null" not in json.dumps(content["figures"])
+    assert (report / "report.md").read_text().count("|") > 20
+
+
+def test_kl_of_a_distribution_with_itself_is_zero_and_grows_with_noise() -> None:
+    random = np.random.default_rng(0)
+    ids, logits = random.integers(0, 50, 30), random.normal(size=(30, 50)).astype(np.float32)
+    values = []
+    for noise in (0, 0.1, 1):
+        quality = Quality()
+        quality.add(ids, logits + noise * random.normal(size=logits.shape).astype(np.float32), logits)
+        values.append(quality.figures()["kl_mean"])
+    assert values[0] == 0 and 0 < values[1] < values[2]
+
+
+def test_memory_is_the_measured_process_alone() -> None:
+    """A child of a big process must not report its parent's peak (ru_maxrss would: it survives exec)."""
+    code = (
+        "import subprocess, sys; ballast = bytearray(b'x' * (300 << 20));"
+        "print(subprocess.run([sys.executable, '-c', 'from edgepress.pipeline.worker import memory; print(memory()[\"peak_rss_bytes\"])'],"
+        " capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 << 20 < int(done.stdout) < 200 << 20
+
+
+def test_the_measuring_process_loads_neither_torch_nor_transformers() -> None:
+    """Its peak memory is reported as the artifact's: nothing else may be in it."""
+    code = "import sys, edgepress.pipeline.worker; print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bench_without_an_original_says_what_is_missing(exported: Artifact, text: Path, call: Callable, tmp_path: Path) -> None:
+    result = call(
+        "bench", exported.path, "--text", text, "--text-tokens", 300, "--out", tmp_path / "b",
+        "--repeats", 1, "--prompt-lengths", 8, "--new-tokens", 3,
+    )  # fmt: skip
+    assert result.code == 0 and "perplexity" in result.out
+    assert "--reference" in read_json(tmp_path / "b" / "report.json")["missing"]["quality.kl_mean"]

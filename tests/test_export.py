@@ -1,0 +1,228 @@
+"""The artifact computes what the checkpoint computes, holds the quantizer's bits, and runs in its consumers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from edgepress.exporters import parity
+from edgepress.exporters.matmul_nbits import operator, stacked
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.errors import OptionError, ProofError
+from edgepress.pipeline.options import ExportOptions, QuantizeOptions
+from edgepress.pipeline.packed import PackedFile
+from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.tokens import load_tokenizer, text_windows
+
+from .conftest import TINY
+
+Made = tuple[Artifact, Artifact]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[..., Made]:
+    """(quantized, exported) of a checkpoint folder."""
+
+    @cache
+    def run(source: Path, method: str, exporter: str = "auto") -> Made:
+        folder = tmp_path_factory.mktemp("made")
+        packed = stages.run("quantize", Artifact.load(source), folder / "packed", QuantizeOptions(method=method, group_size=32))
+        exported = stages.run("export", packed, folder / "onnx", ExportOptions(exporter=exporter, text=text))
+        return packed, exported
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fused(make: Callable[..., Made], tiny: Path) -> Made:
+    return make(tiny, "rtn")
+
+
+CASES = [(m, "fused") for m in ("none", "rtn", "nf4", "fp4", "int8")] + [("none", "portable"), ("rtn", "portable")]
+SLOW = [pytest.param(m, "portable", marks=pytest.mark.families) for m in ("nf4", "fp4", "int8")]
+
+
+@pytest.mark.parametrize(("method", "exporter"), [*CASES, *SLOW])
+def test_parity_with_the_dequantized_checkpoint(method: str, exporter: str, make: Callable[..., Made], tiny: Path) -> None:
+    """Whole, in chunks, token by token; and every proof is in the manifest."""
+    _, exported = make(tiny, method, exporter)
+    facts = exported.steps[-1].facts
+    assert facts["exporter"] == exporter
+    exact = facts["parity"][0]
+    assert exact["accuracy_level"] == 0 and exact["tokens"] >= parity.TOKENS
+    assert max(exact["difference_whole"], exact["difference_chunks"], exact["difference_steps"]) < parity.TOLERANCE
+    assert exact["greedy_match_tokens"] == parity.GREEDY_TOKENS and exact["top1_agreement"] == 1
+
+
+def test_the_quantizers_integers_ship_bit_for_bit(fused: Made) -> None:
+    """Codes, scales and zero points in model.onnx.data are those of packed.safetensors, rows of q, k, v in order."""
+    packed, exported = fused
+    file, graph = PackedFile(packed.path), ir.load(exported.path / "model.onnx").graph
+    names = list(file)
+    for index in range(4):
+        layer = f"model.layers.{index}"
+        for name, parts in (
+            (f"{layer}.self_attn.qkv_proj", [f"{layer}.self_attn.{x}_proj" for x in "qkv"]),
+            (f"{layer}.mlp.gate_up_proj", [f"{layer}.mlp.{x}_proj" for x in ("gate", "up")]),
+            (f"{layer}.self_attn.o_proj", [f"{layer}.self_attn.o_proj"]),
+            (f"{layer}.mlp.down_proj", [f"{layer}.mlp.down_proj"]),
+        ):
+            whole = stacked(name, [file[part] for part in parts])
+            assert whole is not None
+            for kind, wanted in operator(whole, 4)[1].items():
+                value = graph.initializers[f"{name}.{kind}"].const_value
+                assert value is not None and np.array_equal(value.numpy(), wanted)
+            names = [n for n in names if n not in parts]
+    assert not names
+
+
+def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
+    """The proof must fail for an artifact that differs in one scale: a proof that passes everything proves nothing."""
+    packed, exported = fused
+    for file in exported.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    graph = ir.load(tmp_path / "model.onnx")
+    value = graph.graph.initializers["model.layers.1.mlp.down_proj.scales"]
+    assert value.const_value is not None
+    scales = value.const_value.numpy().copy()
+    scales[3, 0] *= 1.5
+    value.const_value = ir.Tensor(scales, name=value.name)
+    ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
+    windows = text_windows(text, packed.path, budget=512, length=200)
+    with pytest.raises(ProofError, match="departs"):
+        parity.prove(load_model(packed.path), tmp_path, graph, windows, 4)
+
+
+def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:
+    """logits_to_keep: 1 by default, 0 is all; a consumer that does not know it never sees it."""
+    decoder = Decoder(fused[1].path)
+    ids = text_windows(text, fused[1].path, budget=40, length=40)[0]
+    every = decoder.feed(ids, keep=0)
+    decoder.reset()
+    last = decoder.feed(ids)
+    assert every.shape == (len(ids), 5120) and last.shape == (1, 5120)
+    assert np.allclose(every[-1], last[0], atol=1e-5)
+    assert "logits_to_keep" not in [value.name for value in decoder.session.get_inputs()]
+
+
+@pytest.mark.parametrize("capacity", [40, 256])
+def test_the_cache_forgets_on_reset(fused: Made, text: Path, capacity: int) -> None:
+    """A sequence must not see the one before it, whatever the size of the shared buffer."""
+    decoder = Decoder(fused[1].path)
+    assert decoder.shared
+    ids = text_windows(text, fused[1].path, budget=80, length=40)
+    decoder.reset(capacity)
+    first = decoder.feed(ids[0], keep=0)
+    decoder.reset(capacity)
+    decoder.feed(ids[1])
+    decoder.reset(capacity)
+    assert np.array_equal(decoder.feed(ids[0], keep=0), first)
+    with pytest.raises(OptionError, match="context"):
+        decoder.feed(np.zeros(capacity, dtype=np.int64))
+
+
+def test_artifact_holds_what_consumers_need(fused: Made) -> None:
+    names = {file.name for file in fused[1].path.iterdir()}
+    wanted = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"}
+    assert wanted | {"tokenizer_config.json", "manifest.json"} <= names
+    assert not {name for name in names if name.startswith("parity") or name.endswith(".safetensors")}
+    graph = ir.load(fused[1].path / "model.onnx").graph
+    assert [v.name for v in graph.inputs][:4] == ["input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"]
+    assert [v.name for v in graph.outputs][:3] == ["logits", "present.0.key", "present.0.value"]
+
+
+def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fused: Made, tiny: Path, text: Path) -> None:
+    """transformers 5 writes the class TokenizersBackend, which version 4 refuses to load."""
+    assert read_json(tiny / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    assert read_json(fused[1].path / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    prose = text.read_text()[:3000]
+    ids = AutoTokenizer.from_pretrained(tiny)(prose)["input_ids"]
+    assert AutoTokenizer.from_pretrained(fused[1].path)(prose)["input_ids"] == ids
+    assert load_tokenizer(fused[1].path).encode(prose).ids == ids
+
+
+def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:
+    """onnxruntime-genai reads the folder as it is."""
+    import onnxruntime_genai as og
+
+    folder = fused[1].path
+    ids = text_windows(text, folder, budget=30, length=30)[0]
+    decoder = Decoder(folder)
+    wanted = list(decoder.greedy(ids, 20))
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 20, min_length=len(ids) + 20, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(ids.astype(np.int32))
+    found = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**TINY, sliding_window=7, tie_word_embeddings=False),
+        Qwen2Config(**TINY, tie_word_embeddings=True),
+        Qwen2Config(**TINY, use_sliding_window=True, sliding_window=9, max_window_layers=2, tie_word_embeddings=True),
+        LlamaConfig(**TINY, attention_bias=True, mlp_bias=True, head_dim=32),
+        LlamaConfig(
+            **TINY,
+            rope_parameters={
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+    ids=["mistral-window", "qwen2", "qwen2-window", "llama-biases", "llama3-rope"],
+)  # fmt: skip
+def test_llama_relatives_get_the_fused_graph(
+    config: PreTrainedConfig, random_model: Callable[..., Path], make: Callable[..., Made], tmp_path: Path
+) -> None:
+    """Windows, biases, tied heads and scaled rotary embeddings; the stage fails unless parity holds."""
+    _, exported = make(random_model(config, tmp_path / "model"), "rtn")
+    assert exported.steps[-1].facts["exporter"] == "fused"
+
+
+def test_a_head_size_that_the_fused_operator_refuses_falls_back_and_says_so(
+    random_model: Callable[..., Path], make: Callable[..., Made], tmp_path: Path
+) -> None:
+    """GroupQueryAttention takes multiples of 16 only; asked for by name, the fused graph is refused."""
+    folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 2}, head_dim=8), tmp_path / "model")
+    _, exported = make(folder, "rtn")
+    assert exported.steps[-1].facts["exporter"] == "portable"
+    assert "head size 8" in exported.steps[-1].facts["not_fused_because"]
+    with pytest.raises(OptionError, match="head size 8"):
+        make(folder, "rtn", "fused")
+
+
+def test_portable_graph_reads_a_left_padded_batch(make: Callable[..., Made], tiny: Path, text: Path) -> None:
+    """Two prompts of unequal length in one batch give the logits that each gives alone."""
+    import onnxruntime
+
+    packed, exported = make(tiny, "none", "portable")
+    session = onnxruntime.InferenceSession(exported.path / "model.onnx", providers=["CPUExecutionProvider"])
+    long = text_windows(text, packed.path, budget=24, length=24)[0]
+    short = long[:11]
+    ids = np.zeros((2, 24), dtype=np.int64)
+    ids[0], ids[1, 13:] = long, short
+    mask = np.ones((2, 24), dtype=np.int64)
+    mask[1, :13] = 0
+    past = {v.name: np.zeros((2, 2, 0, 16), np.float32) for v in session.get_inputs() if v.name.startswith("past")}
+    found = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **past})[0][:, -1]
+    model = load_model(packed.path)
+    with torch.inference_mode():
+        for row, prompt in zip(found, (long, short), strict=True):
+            wanted = model(torch.from_numpy(prompt)[None]).logits[0, -1].numpy()
+            assert np.abs(row - wanted).max() < 1e-3 * wanted.std()
