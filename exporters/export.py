@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import PreTrainedConfig
-
 from edgepress.exporters import fused, parity, portable
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
@@ -19,6 +17,7 @@ from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.runtime import end_tokens
 from edgepress.pipeline.table import require
 from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
+from transformers import PreTrainedConfig
 
 log = logging.getLogger("edgepress")
 

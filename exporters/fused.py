@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from transformers import PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
 from edgepress.exporters.graph import Builder, last_positions
 from edgepress.exporters.matmul_nbits import DOMAIN, stacked
 from edgepress.exporters.weights import Weights
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -58,7 +57,9 @@ def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int) -> ir
     ids = b.input("input_ids", INT64, ["batch_size", "sequence_length"])
     mask = b.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
     past = [
-        tuple(b.input(f"past_key_values.{i}.{part}", FLOAT, _cache_shape(config, "past_sequence_length")) for part in ("key", "value"))
+        tuple(
+            b.input(f"past_key_values.{i}.{part}", FLOAT, _cache_shape(config, "past_sequence_length")) for part in ("key", "value")
+        )
         for i in range(config.num_hidden_layers)
     ]
     shared = _shared_inputs(b, config, mask)
@@ -155,13 +156,18 @@ def _linear(b: Builder, weights: Weights, modules: list[str], name: str, x: ir.V
     elif all(p is not None for p in packed) and (whole := stacked(name, packed)) is not None:  # type: ignore[arg-type]
         y = b.linear(x, whole, name, accuracy_level)
     else:
-        parts = [b.linear(x, weights.array(f"{m}.weight") if p is None else p, m, accuracy_level) for m, p in zip(modules, packed, strict=True)]
+        parts = [
+            b.linear(x, weights.array(f"{m}.weight") if p is None else p, m, accuracy_level)
+            for m, p in zip(modules, packed, strict=True)
+        ]
         y = b.op("Concat", parts, name, axis=-1)
     biased = [f"{module}.bias" in weights for module in modules]
     if not any(biased):
         return y
     widths = [_rows(weights, module) for module in modules]
-    bias = [weights.array(f"{m}.bias") if has else np.zeros(n, np.float32) for m, has, n in zip(modules, biased, widths, strict=True)]
+    bias = [
+        weights.array(f"{m}.bias") if has else np.zeros(n, np.float32) for m, has, n in zip(modules, biased, widths, strict=True)
+    ]
     return b.op("Add", [y, b.constant(f"{name}.bias", np.concatenate(bias))], f"{name}.biased")
 
 

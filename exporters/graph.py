@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from edgepress.exporters.matmul_nbits import DOMAIN, operator
 from edgepress.pipeline.packed import PackedLinear
 
@@ -41,9 +40,7 @@ class Builder:
         """An initializer; a second one of the same name is the first."""
         if name not in self.initializers:
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-            self.initializers[name] = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
-            )
+            self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         return self.initializers[name]
 
     def integers(self, *values: int) -> ir.Value:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.packed import PackedLinear, pack_bits
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from transformers import PreTrainedModel
-
 from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
+from transformers import PreTrainedModel
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
 TOLERANCE = 1e-3
@@ -118,9 +117,7 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, count: int) -> list
 
 def _float_activations(folder: Path, graph: ir.Model) -> Decoder:
     """The artifact with accuracy level 0: another graph over the same weights, gone when loaded."""
-    levels = [
-        node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN
-    ]
+    levels = [node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
     if not any(level.as_int() for level in levels):
         return Decoder(folder)
     variant = ir.load(folder / "model.onnx")

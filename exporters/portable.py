@@ -13,13 +13,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from transformers import DynamicCache, PreTrainedModel
-
 from edgepress.exporters.graph import LAST
 from edgepress.exporters.matmul_nbits import DOMAIN, operator
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.errors import ModelError
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from transformers import DynamicCache, PreTrainedModel
 
 
 class _Flat(torch.nn.Module):
@@ -103,7 +102,9 @@ def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
         graph.remove(node, safe=True)
         wanted.discard(module)
     if wanted:
-        raise ModelError(f"the traced graph has no MatMul for {min(wanted)}; this architecture cannot be exported with packed weights yet")
+        raise ModelError(
+            f"the traced graph has no MatMul for {min(wanted)}; this architecture cannot be exported with packed weights yet"
+        )
     graph.opset_imports[DOMAIN] = 1
     _drop_unused(graph)
 

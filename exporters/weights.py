@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-
 from edgepress.pipeline import packed
 from edgepress.pipeline.checkpoint import shards
 from edgepress.pipeline.packed import PackedFile, PackedLinear
+from safetensors import safe_open
 
 
 class Weights:

@@ -136,9 +136,7 @@ def folder_bytes(folder: Path) -> int:
 
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:
     """Describe a finished folder; last act before the rename."""
-    files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_below(folder)
-    }
+    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_below(folder)}
     content = {
         "manifest_version": MANIFEST_VERSION,
         "edgepress": steps[-1].versions.get("edgepress"),

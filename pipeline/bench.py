@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline import report
 from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
@@ -43,21 +42,20 @@ class Measurement:
 
 def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
     """Write report.json and report.md about an artifact into ``out``; returns its medians for the manifest."""
-    content = {
+    missing: dict[str, str] = {}
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "artifact": source.path.resolve().name,
         "steps": [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in source.steps],
         "environment": environment(options),
-        "missing": {},
+        "missing": missing,
     }
-    figures = size(source) | speed(source, options, content["missing"])
-    rows = quality(source, options, content["missing"])
+    figures = size(source) | speed(source, options, missing)
+    rows = quality(source, options, missing)
     shipped = rows[-1]["figures"]
     figures |= {f"quality.{name}": Measurement(*value) for name, value in shipped.items()}
     content["figures"] = {name: figure.plain() for name, figure in figures.items()}
-    content["stages"] = [
-        {"name": r["name"], "bytes": r["bytes"]} | {k: v[1][0] for k, v in r["figures"].items()} for r in rows
-    ]
+    content["stages"] = [{"name": r["name"], "bytes": r["bytes"]} | {k: v[1][0] for k, v in r["figures"].items()} for r in rows]
     write_json(out / "report.json", content)
     (out / "report.md").write_text(report.markdown(content), encoding="utf-8")
     return {name: figure["median"] for name, figure in content["figures"].items()}
@@ -85,7 +83,9 @@ def speed(source: Artifact, options: BenchOptions, missing: dict[str, str]) -> d
     if not lengths:
         raise OptionError(f"no prompt length fits the context of {room} tokens; give shorter --prompt-lengths")
     if min(lengths) + new_tokens + 8 > room:
-        raise OptionError(f"{min(lengths)} prompt and {new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens")
+        raise OptionError(
+            f"{min(lengths)} prompt and {new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
+        )
     # Fixed ids from the text, never sampled from the model under test.
     ids = np.concatenate(text_windows(options.text, source.path, budget=max(lengths), length=room))[: max(lengths)]
     job = {"ids": ids.tolist(), "prompt_lengths": lengths, "new_tokens": new_tokens, "threads": options.threads}
@@ -184,7 +184,14 @@ def _score(model: Logits, original: Logits | None, windows: list[np.ndarray], la
 
 
 def _row(name: str, folder: Path, scores: dict[str, Any], text_bytes: int) -> dict[str, Any]:
-    units = {"perplexity": "1", "bits_per_byte": "bit/byte", "kl_mean": "nat", "kl_p99": "nat", "top1_agreement": "1", "tokens": "token"}
+    units = {
+        "perplexity": "1",
+        "bits_per_byte": "bit/byte",
+        "kl_mean": "nat",
+        "kl_p99": "nat",
+        "top1_agreement": "1",
+        "tokens": "token",
+    }
     figures = scores["quality"].figures(text_bytes)
     return {
         "name": name,

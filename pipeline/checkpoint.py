@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from edgepress.pipeline import packed
+from edgepress.pipeline.errors import ModelError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from edgepress.pipeline import packed
-from edgepress.pipeline.errors import ModelError
-
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
-# Left behind: what describes the former weights, and what would run code.
-NOT_CARRIED = {"manifest.json", "config.json", "training.json", "README.md", "loss.png"}
+CARRIED_SUFFIXES = {".json", ".model", ".jinja", ".py"}
+CARRIED_NAMES = {"merges.txt", "vocab.txt", "LICENSE"}
+# Left behind: what describes the former weights.
+NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json"}
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -28,7 +29,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read ({_first_line(error)}); is transformers recent enough?") from error
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); is transformers recent enough?"
+        ) from error
 
 
 def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -81,9 +84,9 @@ def shards(folder: Path) -> list[Path]:
 def carry_files(source: Path, out: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights and config: tokenizer, chat template, generation config, licence."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED and not file.name.startswith("."):
-            if file.suffix in {".json", ".model", ".jinja", ".py"} or file.name in {"merges.txt", "vocab.txt", "LICENSE"}:
-                shutil.copy2(file, out / file.name)
+        wanted = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES
+        if file.is_file() and wanted and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED:
+            shutil.copy2(file, out / file.name)
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:

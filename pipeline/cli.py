@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "options changed, it keeps what is done and unchanged. Flags override the recipe."))  # fmt: skip
     build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=_SOURCE)
     build.add_argument("out", metavar="OUT", nargs="?", type=Path, help="output folder (default: out/NAME)")
-    build.add_argument("--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)")
+    build.add_argument(
+        "--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)"
+    )
     add_flags(build, *(stage.options for stage in STAGES.values()))
 
     for name, stage in STAGES.items():
@@ -59,15 +61,21 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
         add_flags(verb, stage.options)
 
-    run = verbs.add_parser("run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed.")
+    run = verbs.add_parser(
+        "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed."
+    )
     run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
     run.add_argument("prompt")
     run.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="tokens to generate at most (default: 64)")
-    run.add_argument("--temperature", metavar="F", type=float, default=0.0, help="0 takes the most likely token (default); about 0.8 varies")
+    run.add_argument(
+        "--temperature", metavar="F", type=float, default=0.0, help="0 takes the most likely token (default); about 0.8 varies"
+    )
     run.add_argument("--seed", metavar="N", type=int, default=0, help="of the random choice (default: 0)")
     run.add_argument("--threads", metavar="N", type=int, default=0, help="0 leaves the choice to onnxruntime (default)")
 
-    show = verbs.add_parser("show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest.")
+    show = verbs.add_parser(
+        "show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest."
+    )
     show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
     return top
 
@@ -125,13 +133,13 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
     artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
-    print(f"\nartifact: {artifact.path}\ntry:      edgepress run {artifact.path} \"Once upon a time\"")
+    print(f'\nartifact: {artifact.path}\ntry:      edgepress run {artifact.path} "Once upon a time"')
     return 0
 
 
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     stage = STAGES[options.verb]
-    values = make(stage.options, flags)
+    values: Any = make(stage.options, flags)
     if options.verb == "bench":
         folder = _artifact_folder(options.source)
         out = options.out or folder.parent / f"{folder.resolve().name}-bench"

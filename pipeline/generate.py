@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.runtime import Decoder, end_tokens
 from edgepress.pipeline.tokens import load_tokenizer

@@ -178,7 +178,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             elif choices:
                 text += ": " + ", ".join(map(str, choices))
             if item.default not in (None, ()) and kind is not Path:
-                shown = ",".join(map(str, item.default)) if many else item.default
+                shown = ",".join(str(part) for part in typing.cast("tuple[Any, ...]", item.default)) if many else item.default
                 text += f" (default: {shown})"
             settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
             if kind is bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
 from edgepress.pipeline.errors import ModelError
 
 FILE = "packed.safetensors"
@@ -94,9 +93,11 @@ class PackedLinear:
         """The integer codes, uint8 (out, in)."""
         if self.codebook:
             nibbles = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
-            return nibbles[: self.shape[0] * self.shape[1]].reshape(self.shape)
+            flat: np.ndarray = nibbles[: self.shape[0] * self.shape[1]]
+            return flat.reshape(self.shape)
         codes = unpack_bits(self.codes, self.bits, self.group_size)
-        return codes.reshape(self.shape[0], -1)[:, : self.shape[1]]
+        rows: np.ndarray = codes.reshape(self.shape[0], -1)
+        return rows[:, : self.shape[1]]
 
     def dequantized(self) -> np.ndarray:
         """The weights that the codes stand for, float32 (out, in)."""

@@ -14,9 +14,7 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats, float32 (batch * (tokens - 1),), of every id after the first of its window."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
 
 
 @dataclass

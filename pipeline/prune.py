@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-
 from edgepress.models.families import pruned_config, renamed
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, decoder_blocks, load_model, shards
@@ -20,6 +18,7 @@ from edgepress.pipeline.perplexity import next_token_losses
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.shards import rewrite
 from edgepress.pipeline.tokens import batches, text_windows
+from transformers import PreTrainedModel
 
 
 def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
@@ -30,9 +29,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     """
     count_key = _count_key(source.path)
     amount = options.amount(read_json(source.path / "config.json")[count_key])
-    windows = text_windows(
-        options.calibration, source.path, budget=options.calibration_tokens, skip=options.calibration_skip
-    )
+    windows = text_windows(options.calibration, source.path, budget=options.calibration_tokens, skip=options.calibration_skip)
     model = load_model(source.path, options.trust_remote_code)
     influences, before = block_influence(model, windows)
     removed = sorted(np.argsort(influences, kind="stable")[:amount].tolist())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline import packed
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import block_linears, carry_files, load_model, read_tensors, shards
@@ -59,7 +58,9 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
         return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
 
     quantizer = load(look_up(QUANTIZERS, options.method, "method"))
-    shapes = {n: (m.out_features, m.in_features) for n, m in block_linears(load_model(source.path, options.trust_remote_code)).items()}
+    shapes = {
+        n: (m.out_features, m.in_features) for n, m in block_linears(load_model(source.path, options.trust_remote_code)).items()
+    }
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -79,7 +80,9 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
         "linears": len(linears),
         "calibration_tokens": sum(len(row) for row in used),
         "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / sum(r * c for r, c in shapes.values()), 3),
-        "padded": {n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size},
+        "padded": {
+            n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size
+        },
         "relative_error": _errors(source.path, linears),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
@@ -90,10 +93,8 @@ def _prove(linears: dict[str, PackedLinear], out: Path) -> None:
     file = PackedFile(out)
     for name, linear in linears.items():
         again = file[name]
-        same = np.array_equal(again.codes, linear.codes) and np.array_equal(again.scales, linear.scales)
-        if not same or (again.zeros is None) != (linear.zeros is None) or (
-            linear.zeros is not None and not np.array_equal(again.zeros, linear.zeros)
-        ):  # fmt: skip
+        pairs = [(again.codes, linear.codes), (again.scales, linear.scales), (again.zeros, linear.zeros)]
+        if not all(a is b is None or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs):
             raise ProofError(f"{name} reads back differently from what was written; is the disk sound?")
 
 

@@ -1,4 +1,4 @@
-"""Recipes: which stages, in which order, with which options; checked whole before a weight is read, then built in numbered folders."""
+"""Recipes: which stages, in which order, with which options; checked whole before a weight is read, then built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from edgepress.models import RECIPES
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes
@@ -59,7 +58,9 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
     for name, given in recipe.items():
         stage = look_up(STAGES, name, "stage")
         if format not in stage.takes:
-            raise OptionError(f"{name} cannot follow in this recipe: it takes {' or '.join(stage.takes)}, and what comes before gives {format}")
+            raise OptionError(
+                f"{name} cannot follow in this recipe: it takes {' or '.join(stage.takes)}, and what comes before gives {format}"
+            )
         format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}
         own = {key: value for key, value in flags.items() if key in names}

@@ -27,7 +27,15 @@ def shown(value: float, unit: str) -> str:
     if unit == "byte":
         return f"{value / 1e6:.2f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    units = {"second": " s", "millisecond": " ms", "token/second": " tokens/s", "nat": " nat", "bit": " bit", "bit/byte": "", "1": ""}
+    units = {
+        "second": " s",
+        "millisecond": " ms",
+        "token/second": " tokens/s",
+        "nat": " nat",
+        "bit": " bit",
+        "bit/byte": "",
+        "1": "",
+    }
     return text + units.get(unit, f" {unit}")
 
 
@@ -104,7 +112,10 @@ def table(rows: list[list[str]]) -> str:
 
 def terminal(content: dict[str, Any]) -> str:
     """Both tables as text."""
-    figures = [["", "median", "range"], *([*row] for row in figure_rows(content) if not row[0].startswith("KL divergence from the original, 99"))]
+    figures = [
+        ["", "median", "range"],
+        *([*row] for row in figure_rows(content) if not row[0].startswith("KL divergence from the original, 99")),
+    ]
     return f"{table([STAGE_HEADER, *stage_rows(content)])}\n\n{table(figures)}"
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline.artifact import read_json
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.table import load
@@ -65,7 +64,9 @@ class Decoder:
         """
         total = self.length + len(ids)
         if self.shared and total > self._capacity:
-            raise OptionError(f"{total} tokens do not fit into the context of {self._capacity}; use a shorter prompt or fewer new tokens")
+            raise OptionError(
+                f"{total} tokens do not fit into the context of {self._capacity}; use a shorter prompt or fewer new tokens"
+            )
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))

@@ -19,7 +19,7 @@ def resolve(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or os.sep != "/" and os.sep in source
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
     if path.exists() or looks_local:
         raise InputError(f"no such folder: {source}; give a folder with config.json, a hub id (name/model), or 'reference'")
     return _download(source)
@@ -55,7 +55,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool) -> None:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise ModelError(
             f"{folder} holds pickled weights, which can run code when read; convert them once, if you trust them: "
-            f"python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
             f"M.from_pretrained('{folder}').save_pretrained('NEW'); T.from_pretrained('{folder}').save_pretrained('NEW')\""
         )
     raise ModelError(f"{folder} has no weights (*.safetensors); give the complete checkpoint")

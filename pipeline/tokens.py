@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from edgepress.pipeline.artifact import read_json
 from edgepress.pipeline.errors import ModelError, TextError
+from tokenizers import Tokenizer
 
 # Longer windows would need minutes a window on a laptop; the models that reach this are told apart by far less.
 LONGEST_WINDOW = 2048
@@ -36,7 +35,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ModelError(
-            f"{folder} has no tokenizer.json; make one with: python -c \"from transformers import AutoTokenizer as T; "
+            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     return Tokenizer.from_file(str(file))
@@ -55,7 +54,7 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 def context_length(folder: Path) -> int:
     """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
     config = read_json(folder / "config.json")
-    known = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
+    known = [int(config[key]) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
     return min([LONGEST_WINDOW, *known])
 
 

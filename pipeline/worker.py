@@ -1,6 +1,6 @@
 """One speed and memory measurement, in a process that does nothing else: numpy, onnxruntime and the shipped files.
 
-    python -m edgepress.pipeline.worker ARTIFACT OPTIONS.json      (what bench starts; prints one JSON object)
+python -m edgepress.pipeline.worker ARTIFACT OPTIONS.json      (what bench starts; prints one JSON object)
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline.runtime import Decoder
 
 WARM_UP_TOKENS = 8

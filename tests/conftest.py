@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
-
 from edgepress.models import EVALUATION_TEXT, REFERENCE
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -90,6 +89,8 @@ def random_model() -> Callable[..., Path]:
 
 @dataclass(frozen=True)
 class Result:
+    """What a command left: exit code, stdout, stderr."""
+
     code: int
     out: str
     err: str

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.tokens import text_windows
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")

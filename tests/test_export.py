@@ -10,8 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
-
 from edgepress.exporters import parity
 from edgepress.exporters.matmul_nbits import operator, stacked
 from edgepress.pipeline import stages
@@ -22,6 +20,7 @@ from edgepress.pipeline.options import ExportOptions, QuantizeOptions
 from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.runtime import Decoder
 from edgepress.pipeline.tokens import load_tokenizer, text_windows
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from .conftest import TINY
 
@@ -141,7 +140,7 @@ def test_artifact_holds_what_consumers_need(fused: Made) -> None:
 
 
 def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fused: Made, tiny: Path, text: Path) -> None:
-    """transformers 5 writes the class TokenizersBackend, which version 4 refuses to load."""
+    """Transformers 5 writes the class TokenizersBackend, which version 4 refuses to load."""
     assert read_json(tiny / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
     assert read_json(fused[1].path / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     prose = text.read_text()[:3000]

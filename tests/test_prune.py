@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
-
 from edgepress.models.families import pruned_config, renamed
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import decoder_blocks, load_model
@@ -18,6 +16,7 @@ from edgepress.pipeline.errors import ModelError, OptionError, ProofError
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.prune import block_influence, prune
 from edgepress.pipeline.tokens import text_windows
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 
 def naive_influence(folder: Path, windows: list[np.ndarray]) -> list[float]:
@@ -35,9 +34,7 @@ def naive_influence(folder: Path, windows: list[np.ndarray]) -> list[float]:
                 y = y[0] if isinstance(y, tuple) else y
                 seen[index] += list(zip(x[0].double().numpy(), y[0].double().numpy(), strict=True))
                 x = y
-    return [
-        1 - float(np.mean([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs])) for pairs in seen
-    ]
+    return [1 - float(np.mean([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs])) for pairs in seen]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,9 +62,7 @@ def test_last_block_is_measured_before_the_final_norm(reference: Path, text: Pat
 
 
 @pytest.mark.parametrize("removed", [1, 2, 3])
-def test_pruned_checkpoint_loads_plainly_and_generates_with_its_cache(
-    removed: int, tiny: Path, text: Path, tmp_path: Path
-) -> None:
+def test_pruned_checkpoint_loads_plainly_and_generates_with_its_cache(removed: int, tiny: Path, text: Path, tmp_path: Path) -> None:
     """Plain transformers: logits as with the blocks skipped, cached generation as uncached."""
     out = tmp_path / "pruned"
     out.mkdir()
@@ -112,7 +107,7 @@ def test_weights_keep_dtype_and_bytes(tmp_path: Path, tiny: Path, text: Path, ra
 
 
 def test_per_layer_lists_are_cut_with_the_blocks(tmp_path: Path, text: Path, random_model: Callable[..., Path]) -> None:
-    """transformers refuses a layer_types of the wrong length, and one cut at the wrong place gives wrong windows."""
+    """Transformers refuses a layer_types of the wrong length, and one cut at the wrong place gives wrong windows."""
     config = Gemma2Config(
         vocab_size=5120, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,

@@ -57,9 +57,7 @@ def train_tokenizer(books: list[Path], folder: Path, vocabulary: int) -> PreTrai
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
         )
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT
-        )
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT)
         fast.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -73,7 +71,8 @@ def encode(book: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> np.n
         partial = cached.with_suffix(".partial.npy")
         np.save(partial, np.asarray(ids, dtype=np.uint16))
         partial.rename(cached)
-    return np.load(cached)
+    tokens: np.ndarray = np.load(cached)
+    return tokens
 
 
 def windows(tokens: np.ndarray, bos: int, length: int = CONTEXT) -> np.ndarray:
@@ -141,7 +140,7 @@ def new_model(vocabulary: int, layers: int, bos: int) -> LlamaForCausalLM:
         eos_token_id=bos,
     )
     model = LlamaForCausalLM(config)
-    # Each block adds two terms to the residual stream: scaled down so that depth does not grow it at the start (GPT-2, section 2.3).
+    # Each block adds two terms to the residual stream: scaled down or depth would grow it (GPT-2, section 2.3).
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.div_(math.sqrt(2 * layers))
@@ -149,9 +148,7 @@ def new_model(vocabulary: int, layers: int, bos: int) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("text", type=Path, help="folder of UTF-8 .txt files, one book each")
     parser.add_argument("out", type=Path, help="working folder; the finished model is OUT/checkpoint")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens in all")
@@ -180,7 +177,9 @@ def train(options: argparse.Namespace, device: str) -> None:
     tokenizer = train_tokenizer(training, options.out / "tokenizer", options.vocabulary)
     bos = tokenizer.bos_token_id
     tokens = np.concatenate([encode(book, tokenizer, options.out / "tokens") for book in training])
-    held_out = {name: windows(encode(options.text / f"{name}.txt", tokenizer, options.out / "tokens"), bos) for name in options.held_out}
+    held_out = {
+        name: windows(encode(options.text / f"{name}.txt", tokenizer, options.out / "tokens"), bos) for name in options.held_out
+    }
     quick = np.concatenate([rows[:8] for rows in held_out.values()])
 
     torch.manual_seed(options.seed)

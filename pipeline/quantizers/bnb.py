@@ -6,9 +6,10 @@ forward on some CPUs and give corrupt values afterwards; no module is made here,
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
-
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize import Job
@@ -20,11 +21,12 @@ def quantize_4bit(job: Job) -> dict[str, PackedLinear]:
     """NF4 or FP4 by ``options.method``; absmax in float32, one for every 64 weights of the flattened matrix."""
     from bitsandbytes import functional
 
+    kind: Literal["nf4", "fp4"] = "nf4" if job.options.method == "nf4" else "fp4"
     found = {}
-    for name, weight in progress(job.weights(), job.options.method, "matrix"):
-        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=job.options.method)
+    for name, weight in progress(job.weights(), kind, "matrix"):
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
         codes, scales = packed.flatten().numpy(), state.absmax.float().numpy()
-        found[name] = PackedLinear(name, (weight.shape[0], weight.shape[1]), 4, BLOCK, codes, scales, codebook=job.options.method)
+        found[name] = PackedLinear(name, (weight.shape[0], weight.shape[1]), 4, BLOCK, codes, scales, codebook=kind)
     return found
 
 

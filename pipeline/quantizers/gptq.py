@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from edgepress.pipeline.artifact import read_json, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.packed import PackedLinear
@@ -103,9 +102,7 @@ def convert(
         raise ProofError(f"{name}: checkpoint format '{format}' is not known")
     scales = tensors["scales"].astype(np.float32).T
     symmetric = bool((zeros == 1 << (bits - 1)).all())  # the operator's own zero point: none need be stored
-    return PackedLinear.from_codes(
-        name, codes, scales, None if symmetric else np.ascontiguousarray(zeros), bits, group_size
-    )
+    return PackedLinear.from_codes(name, codes, scales, None if symmetric else np.ascontiguousarray(zeros), bits, group_size)
 
 
 def unpack_int32(packed: np.ndarray, bits: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize import Job
