@@ -16,10 +16,12 @@ import torch
 from edgepress.exporters.graph import Builder, last_positions
 from edgepress.exporters.matmul_nbits import DOMAIN, stacked
 from edgepress.exporters.weights import Weights
+from edgepress.pipeline.packed import PackedLinear
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
+EMBEDDING = "model.embed_tokens"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 _BLOCK = {
     "input_layernorm.weight", "post_attention_layernorm.weight",
@@ -64,8 +66,7 @@ def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int) -> ir
     ]
     shared = _shared_inputs(b, config, mask)
 
-    embedding = b.constant("model.embed_tokens.weight", weights.array("model.embed_tokens.weight"))
-    residual = b.op("Gather", [embedding, ids], "model.embed_tokens")
+    residual = b.embedding(ids, _matrix(weights, EMBEDDING), EMBEDDING)
     # The first norm stands alone; each later one adds what the sublayer before it wrote to the residual stream.
     normed = b.op(
         "SimplifiedLayerNormalization",
@@ -81,7 +82,7 @@ def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int) -> ir
         following = f"model.layers.{index + 1}.input_layernorm" if index + 1 < config.num_hidden_layers else "model.norm"
         normed, residual = _add_and_norm(b, config, weights, residual, written, following)
 
-    logits = _head(b, config, weights, last_positions(b, normed), embedding)
+    logits = _head(b, config, weights, last_positions(b, normed), accuracy_level)
     # Declared as one position: GenAI allocates what the shape says, and a symbolic one would have it allocate the prompt's length.
     b.output(logits, "logits", FLOAT, ["batch_size", 1, config.vocab_size])
     for index, node in enumerate(n for n in b.nodes if n.op_type == "GroupQueryAttention"):
@@ -195,15 +196,23 @@ def _norm_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
     return b.constant(f"{name}.weight", weights.array(f"{name}.weight"))
 
 
-def _head(b: Builder, config: PreTrainedConfig, weights: Weights, x: ir.Value, embedding: ir.Value) -> ir.Value:
-    """Logits. Gemm reads the matrix as (vocabulary, hidden), as the embedding does: a tied one is stored once."""
-    tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-    matrix = embedding if tied else b.constant("lm_head.weight", weights.array("lm_head.weight"))
+def _head(b: Builder, config: PreTrainedConfig, weights: Weights, x: ir.Value, accuracy_level: int) -> ir.Value:
+    """Logits; a matrix tied to the embedding is stored once."""
+    name = EMBEDDING if config.tie_word_embeddings or "lm_head.weight" not in weights else "lm_head"
+    matrix = _matrix(weights, name)
+    if not isinstance(matrix, np.ndarray):
+        return b.linear(x, matrix, "lm_head", accuracy_level, weight_name=name)
+    # Gemm reads the matrix as (vocabulary, hidden), as Gather does
     flat = b.op("Reshape", [x, b.integers(-1, config.hidden_size)], "lm_head.rows")
-    scores = b.op("Gemm", [flat, matrix], "lm_head", transB=1)
+    scores = b.op("Gemm", [flat, b.constant(f"{name}.weight", matrix)], "lm_head", transB=1)
     shape = b.op("Shape", [x], "lm_head.leading", start=0, end=2)
     shape = b.op("Concat", [shape, b.integers(config.vocab_size)], "lm_head.shape", axis=0)
     return b.op("Reshape", [scores, shape], "logits")
+
+
+def _matrix(weights: Weights, module: str) -> PackedLinear | np.ndarray:
+    packed = weights.packed(module)
+    return weights.array(f"{module}.weight") if packed is None else packed
 
 
 def _cache_shape(config: PreTrainedConfig, length: str) -> list[Any]:

@@ -62,13 +62,39 @@ class Builder:
         self.nodes.append(node)
         return values[0]
 
-    def linear(self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, accuracy_level: int) -> ir.Value:
-        """``x @ weight.T`` for a weight (out, in), packed or float32."""
+    def linear(
+        self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, accuracy_level: int, weight_name: str | None = None
+    ) -> ir.Value:
+        """``x @ weight.T`` for a weight (out, in), packed or float32; weight_name: its initializers' (default: the node's)."""
+        weight_name = weight_name or name
         if isinstance(weight, np.ndarray):
-            return self.op("MatMul", [x, self.constant(f"{name}.weight", weight.T)], name)
+            return self.op("MatMul", [x, self.constant(f"{weight_name}.weight", weight.T)], name)
         kind, constants, attributes = operator(weight, accuracy_level)
-        inputs = [x, *(self.constant(f"{name}.{part}", array) for part, array in constants.items())]
+        inputs = [x, *(self.constant(f"{weight_name}.{part}", array) for part, array in constants.items())]
         return self.op(kind, inputs, name, domain=DOMAIN, **attributes)
+
+    def embedding(self, ids: ir.Value, weight: PackedLinear | np.ndarray, name: str) -> ir.Value:
+        """Rows of a matrix (vocabulary, hidden), packed or float32, by ids.
+
+        The codes of a packed one are the initializer that ``linear`` of the same name reads, seen in another shape: a
+        matrix that serves as embedding and head is stored once.
+        """
+        if isinstance(weight, np.ndarray):
+            return self.op("Gather", [self.constant(f"{name}.weight", weight), ids], name)
+        _, constants, _ = operator(weight, 0)
+        codes = self.constant(f"{name}.B", constants["B"])
+        flat = self.op("Reshape", [codes, self.integers(weight.shape[0], -1)], f"{name}.rows")
+        others = [self.constant(f"{name}.{part}", constants[part]) for part in ("scales", "zero_points") if part in constants]
+        return self.op(
+            "GatherBlockQuantized",
+            [flat, ids, *others],
+            name,
+            domain=DOMAIN,
+            bits=weight.bits,
+            block_size=weight.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def model(self, metadata: dict[str, str]) -> ir.Model:
         """The finished model."""

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from edgepress.exporters.graph import LAST
-from edgepress.exporters.matmul_nbits import DOMAIN, operator
+from edgepress.exporters.graph import LAST, Builder
+from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.errors import ModelError
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -78,33 +78,35 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
 
 
 def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
-    """Replace every MatMul whose weight is packed."""
+    """Let every MatMul and Gather over a packed weight read its codes instead."""
     wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
+    # The tracer keeps one name of a tied matrix, and it may be the head's.
+    embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
+    builder, done = Builder(), set[str]()
     for node in list(graph):
-        if node.op_type != "MatMul" or (source := _weight_name(node.inputs[1])) is None:
+        if node.op_type not in ("MatMul", "Gather"):
             continue
-        module = source.removeprefix("model.").removesuffix(".weight")
-        if module not in wanted:
+        source = _weight_name(node.inputs[1 if node.op_type == "MatMul" else 0])
+        module = (source or "").removeprefix("model.").removesuffix(".weight")
+        if module not in wanted and embedding and source and module.endswith(("lm_head", "embed_out")):
+            module = embedding
+        if source is None or (packed := weights.packed(module)) is None:
             continue
-        packed = weights.packed(module)
-        assert packed is not None
-        kind, constants, attributes = operator(packed, accuracy_level)
-        inputs = [node.inputs[0]]
-        for part, array in constants.items():
-            value = ir.Value(name=f"{module}.{part}", const_value=ir.Tensor(np.ascontiguousarray(array), name=f"{module}.{part}"))
-            graph.register_initializer(value)
-            inputs.append(value)
-        fresh = ir.node(kind, inputs, attributes, domain=DOMAIN, name=module)
-        fresh.outputs[0].name, fresh.outputs[0].type = node.outputs[0].name, node.outputs[0].type
-        fresh.outputs[0].shape = node.outputs[0].shape
-        graph.insert_after(node, fresh)
-        ir.convenience.replace_all_uses_with(node.outputs[0], fresh.outputs[0])
+        done.add(module)
+        builder.nodes = []
+        if node.op_type == "MatMul":
+            fresh = builder.linear(node.inputs[0], packed, f"{module}.matmul", accuracy_level, module)
+        else:
+            fresh = builder.embedding(node.inputs[1], packed, module)
+        fresh.type, fresh.shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, builder.nodes)
+        ir.convenience.replace_all_uses_with(node.outputs[0], fresh, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        wanted.discard(module)
-    if wanted:
-        raise ModelError(
-            f"the traced graph has no MatMul for {min(wanted)}; this architecture cannot be exported with packed weights yet"
-        )
+    if wanted - done:
+        raise ModelError(f"the traced graph has no place for {min(wanted - done)}; this architecture cannot be exported packed yet")
+    for value in builder.initializers.values():
+        graph.register_initializer(value)
+    graph.outputs[0].name = "logits"
     graph.opset_imports[DOMAIN] = 1
     _drop_unused(graph)
 

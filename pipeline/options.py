@@ -107,6 +107,9 @@ class QuantizeOptions:
     method: str = option("gptq", "how weights are quantized", METHODS)
     bits: int = option(4, "bits of a weight (rtn and gptq)", (2, 3, 4, 8))
     group_size: int = option(128, "weights that share one scale (rtn and gptq)", (16, 32, 64, 128, 256))
+    head_bits: int = option(
+        8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
+    )
     symmetric: bool = option(False, "no zero points (rtn and gptq); asymmetric is more exact at equal speed")
     calibration: Path = _calibration()
     calibration_tokens: int = _calibration_tokens()

@@ -91,13 +91,12 @@ class PackedLinear:
 
     def unpacked(self) -> np.ndarray:
         """The integer codes, uint8 (out, in)."""
+        rows, columns = self.shape
         if self.codebook:
-            nibbles = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
-            flat: np.ndarray = nibbles[: self.shape[0] * self.shape[1]]
-            return flat.reshape(self.shape)
+            codes = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
+            return np.array(codes[: rows * columns]).reshape(rows, columns)
         codes = unpack_bits(self.codes, self.bits, self.group_size)
-        rows: np.ndarray = codes.reshape(self.shape[0], -1)
-        return rows[:, : self.shape[1]]
+        return np.array(codes.reshape(rows, -1)[:, :columns])
 
     def dequantized(self) -> np.ndarray:
         """The weights that the codes stand for, float32 (out, in)."""

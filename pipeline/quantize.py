@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,14 @@ from edgepress.pipeline.checkpoint import block_linears, carry_files, load_model
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear
+from edgepress.pipeline.quantizers import Job
+from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.shards import rewrite
 from edgepress.pipeline.table import load, look_up
 from edgepress.pipeline.tokens import text_windows
+from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a quantizer is given: the checkpoint folder, the matrices to quantize, and calibration windows.
-
-    linears: full name -> (out, in). windows: called only by quantizers that calibrate.
-    """
-
-    folder: Path
-    linears: dict[str, tuple[int, int]]
-    windows: Callable[[], list[np.ndarray]]
-    options: QuantizeOptions
-
-    def weights(self) -> Any:
-        """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time."""
-        for name, tensor in read_tensors(self.folder):
-            if name.removesuffix(".weight") in self.linears:
-                yield name.removesuffix(".weight"), tensor.float()
+log = logging.getLogger("edgepress")
 
 
 # A quantizer: Job -> every named matrix as PackedLinear. To add one: docs/adding-a-quantizer.md.
@@ -58,9 +43,8 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
         return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
 
     quantizer = load(look_up(QUANTIZERS, options.method, "method"))
-    shapes = {
-        n: (m.out_features, m.in_features) for n, m in block_linears(load_model(source.path, options.trust_remote_code)).items()
-    }
+    model = load_model(source.path, options.trust_remote_code)
+    shapes = {n: (m.out_features, m.in_features) for n, m in block_linears(model).items()}
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -70,22 +54,45 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
         return used
 
     linears = quantizer(Job(source.path, shapes, windows, options))
+    head = _head(source.path, model, options)
+    linears |= head
     missing = sorted(set(shapes) - set(linears))
     if missing:
         raise ProofError(f"the quantizer left out {missing[0]} and {len(missing) - 1} more; nothing was written")
     packed.save(linears, out)
     rewrite(shards(source.path), out, lambda name: None if name.removesuffix(".weight") in linears else name)
     _prove(linears, out)
+    weights = sum(x.shape[0] * x.shape[1] for x in linears.values())
     return {
         "linears": len(linears),
+        "head": {name: x.bits for name, x in head.items()} or "float",
         "calibration_tokens": sum(len(row) for row in used),
-        "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / sum(r * c for r, c in shapes.values()), 3),
+        "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / weights, 3),
         "padded": {
             n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size
         },
         "relative_error": _errors(source.path, linears),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
+
+
+def _head(folder: Path, model: PreTrainedModel, options: QuantizeOptions) -> dict[str, PackedLinear]:
+    """The output head rounded to ``head_bits``, under the name of the embedding where both are one matrix; {} to leave it float.
+
+    A group size must divide the hidden size here, for the embedding is gathered from the same blocks.
+    """
+    if options.head_bits == 16:
+        return {}
+    tied = model.config.tie_word_embeddings
+    matrix = model.get_input_embeddings() if tied else model.get_output_embeddings()
+    name = next(n for n, module in model.named_modules() if module is matrix)
+    hidden = matrix.weight.shape[1]
+    group = next((g for g in (128, 64, 32, 16) if g <= options.group_size and hidden % g == 0), None)
+    weight = next((t.float().numpy() for n, t in read_tensors(folder) if n == f"{name}.weight"), None)
+    if group is None or weight is None:
+        log.info("quantize: the head stays float (its width %d takes no group size)", hidden)
+        return {}
+    return {name: round_to_nearest(name, weight, options.head_bits, group, symmetric=options.head_bits == 8)}
 
 
 def _prove(linears: dict[str, PackedLinear], out: Path) -> None:

@@ -94,7 +94,9 @@ def made_by(content: dict[str, Any]) -> list[str]:
             if kind in ("rtn", "gptq"):
                 symmetry = "symmetric" if options["symmetric"] else "asymmetric"
                 kind += f", {options['bits']} bits, groups of {options['group_size']}, {symmetry}"
-            lines.append(f"quantize: {kind}")
+            bits = facts.get("head", "float")
+            head = "" if kind == "none" else "; head float" if bits == "float" else f"; head {next(iter(bits.values()))} bits"
+            lines.append(f"quantize: {kind}{head}")
         elif step["stage"] == "export":
             because = f" ({facts['not_fused_because']})" if "not_fused_because" in facts else ""
             lines.append(f"export: {facts['exporter']} graph{because}, accuracy level {facts['accuracy_level']}")

@@ -81,7 +81,9 @@ def test_the_quantizers_integers_ship_bit_for_bit(fused: Made) -> None:
                 value = graph.initializers[f"{name}.{kind}"].const_value
                 assert value is not None and np.array_equal(value.numpy(), wanted)
             names = [n for n in names if n not in parts]
-    assert not names
+    head = operator(file["lm_head"], 4)[1]
+    assert all(np.array_equal(graph.initializers[f"lm_head.{kind}"].const_value.numpy(), head[kind]) for kind in head)
+    assert names == ["lm_head"]
 
 
 def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_head_size_that_the_fused_operator_refuses_falls_back_and_says_so(
     random_model: Callable[..., Path], make: Callable[..., Made], tmp_path: Path
 ) -> None:
     """GroupQueryAttention takes multiples of 16 only; asked for by name, the fused graph is refused."""
-    folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 2}, head_dim=8), tmp_path / "model")
+    folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 2}, head_dim=8, tie_word_embeddings=True), tmp_path / "model")
     _, exported = make(folder, "rtn")
     assert exported.steps[-1].facts["exporter"] == "portable"
     assert "head size 8" in exported.steps[-1].facts["not_fused_because"]

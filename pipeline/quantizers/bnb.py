@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize import Job
+from edgepress.pipeline.quantizers import Job
 
 BLOCK = 64  # bitsandbytes' own default, and a block size that MatMulBnb4 carries
 

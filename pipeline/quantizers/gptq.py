@@ -20,7 +20,7 @@ import numpy as np
 from edgepress.pipeline.artifact import read_json, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.packed import PackedLinear
-from edgepress.pipeline.quantize import Job
+from edgepress.pipeline.quantizers import Job
 from edgepress.pipeline.table import require
 
 

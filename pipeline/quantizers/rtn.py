@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize import Job
+from edgepress.pipeline.quantizers import Job
 
 
 def quantize(job: Job) -> dict[str, PackedLinear]:
