@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint import block_linears, load_model
-from edgepress.pipeline.perplexity import next_token_losses
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.prune import block_influence, skipped
+from edgepress.pipeline.prune import block_influence, next_token_losses, skipped
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.tokens import batches, load_tokenizer, text_windows
 from transformers import AutoTokenizer, PreTrainedModel

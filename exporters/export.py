@@ -80,15 +80,13 @@ def _plain_tokenizer_class(out: Path) -> None:
 
 def genai_config(config: PreTrainedConfig, folder: Path, *, shared: bool) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the folder; its key names are GenAI's."""
-    # GenAI knows model types by name and treats these alike; the fused graph is the same for all of them.
-    kind = config.model_type if config.model_type in ("llama", "mistral", "qwen2") else "decoder"
     ends = sorted(end_tokens(folder))
     context = int(getattr(config, "max_position_embeddings", 0) or context_length(folder))
     bos = config.bos_token_id if config.bos_token_id is not None else (load_tokenizer(folder).encode("a").ids or [0])[0]
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else (ends or [0])[0]
     return {
         "model": {
-            "type": kind,
+            "type": config.model_type,
             "vocab_size": config.vocab_size,
             "context_length": context,
             "bos_token_id": bos,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -96,9 +95,7 @@ def _greedy_match(model: PreTrainedModel, decoder: Decoder, prompt: np.ndarray) 
     """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most."""
     decoder.reset()
     found = list(decoder.greedy(prompt, GREEDY_TOKENS))
-    settings: dict[str, Any] = {"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False}
-    ids = torch.from_numpy(prompt)[None]
-    wanted = greedy_tokens(model, ids, settings["max_new_tokens"])
+    wanted = greedy_tokens(model, torch.from_numpy(prompt)[None], GREEDY_TOKENS)
     return next((i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b), GREEDY_TOKENS)
 
 

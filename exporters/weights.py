@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from edgepress.pipeline import packed
 from edgepress.pipeline.checkpoint import shards
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.packed import PackedFile, PackedLinear
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 class Weights:
@@ -18,7 +19,10 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, Any] = {}
         for shard in shards(folder):
-            file = safe_open(shard, "pt")
+            try:
+                file = safe_open(shard, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
             self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         self._packed = PackedFile(folder) if (folder / packed.FILE).is_file() else None
 

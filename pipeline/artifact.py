@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,8 @@ class Artifact:
         content = read_json(path / MANIFEST)
         if content.get("manifest_version", 0) > MANIFEST_VERSION:
             raise InputError(f"{path} was written by a newer edgepress ({content.get('edgepress')}); upgrade to read it")
+        if not {"fingerprint", "steps", "files"} <= content.keys():
+            raise InputError(f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote")
         try:
             steps = tuple(Step(**step) for step in content["steps"])
             return cls(path, content["format"], steps, content["fingerprint"], content["files"])
@@ -105,11 +107,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}") from error
+        raise InputError(f"no such file: {path}; give the complete folder") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+        raise InputError(f"{path} is not valid JSON ({error}); correct it or fetch it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object")
+        raise InputError(f"{path} must hold a JSON object; correct it or fetch it again")
     return content
 
 
@@ -157,6 +159,7 @@ def written_beside(out: Path) -> Iterator[Path]:
     """
     check_free(out)
     partial = out.parent / f".{out.name}.partial"
+    created = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)  # left by a killed run
@@ -171,29 +174,42 @@ def written_beside(out: Path) -> Iterator[Path]:
             out.rename(former)
         partial.rename(out)
         remove(former)
-    finally:
+    except BaseException:
         remove(partial)
+        for parent in created:
+            with suppress(OSError):  # other stages may have written there
+                parent.rmdir()
+        raise
 
 
 def check_free(out: Path) -> None:
-    """Raise OutputError when ``out`` holds something that edgepress did not write."""
+    """Raise OutputError when ``out`` holds something that edgepress did not write, for it is replaced as a whole."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; choose another output folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is not empty and not written by edgepress; choose another output folder")
+    if out.is_dir() and out.resolve() == Path.cwd():
+        raise OutputError(f"{out} is the current folder, which cannot be replaced; choose another output folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        known = Artifact.load(out).files
+    except InputError:
+        known = {}
+    foreign = next((str(p.relative_to(out)) for p in files_below(out) if str(p.relative_to(out)) not in known), None)
+    if not known or foreign:
+        raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
 
 
 def check_disk(out: Path, needed: int) -> None:
     """Raise OutputError when the disk that will hold ``out`` has fewer than ``needed`` bytes free."""
     parent = next(p for p in [out, *out.absolute().parents] if p.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write to {parent}: no permission; choose another output folder")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
             f"not enough disk space at {parent}: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
             "free some or choose another output folder"
         )
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write to {parent}: no permission; choose another output folder")
 
 
 def remove(folder: Path) -> None:

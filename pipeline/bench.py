@@ -20,9 +20,11 @@ from edgepress.pipeline import report
 from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.runtime import Decoder
-from edgepress.pipeline.table import version
+from edgepress.pipeline.source import check_checkpoint
+from edgepress.pipeline.table import load, version
 from edgepress.pipeline.tokens import beginning, context_length, load_tokenizer, text_windows
 
 SCHEMA = 1
@@ -42,6 +44,7 @@ class Measurement:
 
 def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
     """Write report.json and report.md about an artifact into ``out``; returns its medians for the manifest."""
+    _check_references(options)
     missing: dict[str, str] = {}
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -59,6 +62,15 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
     write_json(out / "report.json", content)
     (out / "report.md").write_text(report.markdown(content), encoding="utf-8")
     return {name: figure["median"] for name, figure in content["figures"].items()}
+
+
+def _check_references(options: BenchOptions) -> None:
+    """Before anything is measured: every checkpoint named is there and can be read."""
+    if options.stages and options.reference is None:
+        raise OptionError("--stages are measured against the original; give it with --reference")
+    for folder in (options.reference, *options.stages):
+        if folder is not None:
+            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
 
 
 def size(source: Artifact) -> dict[str, Measurement]:
@@ -136,8 +148,7 @@ def quality(source: Artifact, options: BenchOptions, missing: dict[str, str]) ->
         missing["quality.kl_mean"] = missing["quality.top1_agreement"] = "no original was given (--reference)"
         return [_row("onnx", source.path, _score(_decoder_logits(source.path), None, windows), text_bytes)]
 
-    from edgepress.pipeline.checkpoint import load_model  # the artifact alone needs no torch model
-
+    load_model = load("edgepress.pipeline.checkpoint:load_model")  # the artifact alone needs no torch
     _same_tokens(options.reference, source.path, windows)
     original = _torch_logits(load_model(options.reference, options.trust_remote_code))
     rows = [_row("original", options.reference, _score(original, original, windows, "original"), text_bytes)]
@@ -174,8 +185,6 @@ def _decoder_logits(folder: Path) -> Logits:
 
 
 def _score(model: Logits, original: Logits | None, windows: list[np.ndarray], label: str = "onnx") -> dict[str, Any]:
-    from edgepress.pipeline.perplexity import Quality
-
     quality = Quality()
     for ids in progress(windows, f"quality of {label}", "window"):
         scores = model(ids)

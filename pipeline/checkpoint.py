@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from edgepress.pipeline import packed
@@ -28,9 +27,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """The config of a checkpoint. Raises ModelError for one that this transformers does not know."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
-            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); is transformers recent enough?"
+            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
@@ -51,7 +50,7 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
                 None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
             )
         except (ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder} cannot be loaded ({_first_line(error)})") from error
+            raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); fetch both again") from error
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} for one; give the complete checkpoint")
     return model.eval()
@@ -121,5 +120,10 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> Any:
+def _reason(error: Exception) -> str:
+    # transformers refers to a report that goes to its log
+    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

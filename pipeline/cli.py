@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 something the user can mend (one line says what and how), 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.errors import EdgepressError, InputError
-from edgepress.pipeline.options import add_flags, make
+from edgepress.pipeline.options import RunOptions, add_flags, make
 from edgepress.pipeline.source import resolve
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import double_runtime, version
@@ -66,12 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
     run.add_argument("prompt")
-    run.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="tokens to generate at most (default: 64)")
-    run.add_argument(
-        "--temperature", metavar="F", type=float, default=0.0, help="0 takes the most likely token (default); about 0.8 varies"
-    )
-    run.add_argument("--seed", metavar="N", type=int, default=0, help="of the random choice (default: 0)")
-    run.add_argument("--threads", metavar="N", type=int, default=0, help="0 leaves the choice to onnxruntime (default)")
+    add_flags(run, RunOptions)
 
     show = verbs.add_parser(
         "show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest."
@@ -88,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     _log_to_terminal()
     if hasattr(signal, "SIGTERM"):  # a polite kill cleans up as Ctrl-C does
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _stop)
     if warning := double_runtime():
         _say(f"warning: {warning}")
-    flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe")}
+    flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe", "prompt")}
     command = COMMANDS.get(options.verb, _stage)
     if options.debug:
         return command(options, flags)
@@ -107,27 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        reason = f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}; {_DISK[error.errno]}"
+    except OSError as error:  # the disk, or a path: nothing that a traceback would explain
+        where = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror or error}{where}; free some disk space or choose another folder"
     _say(f"error: {reason}")
     return 2
 
 
-_DISK = {
-    errno.ENOSPC: "free some disk space or choose another output folder",
-    errno.EDQUOT: "free some disk space or choose another output folder",
-    errno.EFBIG: "choose an output folder that takes larger files",
-    errno.EACCES: "choose another output folder",
-    errno.EPERM: "choose another output folder",
-    errno.EROFS: "choose another output folder",
-}
+def _resolved(flags: dict[str, Any]) -> dict[str, Any]:
+    """--reference may be anything that SRC may be."""
+    return {**flags, "reference": resolve(flags["reference"])} if "reference" in flags else flags
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     chosen = options.recipe or ("reference" if options.source == "reference" else "default")
-    steps = recipe.plan(recipe.read(chosen), flags)
+    steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
     out = options.out or Path("out") / Path(options.source).name
     done = recipe.build(source, out, steps)
@@ -139,7 +131,7 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     stage = STAGES[options.verb]
-    values: Any = make(stage.options, flags)
+    values: Any = make(stage.options, _resolved(flags))
     if options.verb == "bench":
         folder = _artifact_folder(options.source)
         out = options.out or folder.parent / f"{folder.resolve().name}-bench"
@@ -156,19 +148,17 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from edgepress.pipeline.generate import stream
 
+    settings = make(RunOptions, flags)
     folder = _artifact_folder(options.source)
     begun, count = time.monotonic(), 0
-    for piece in stream(
-        folder, options.prompt, options.max_new_tokens, temperature=options.temperature, seed=options.seed, threads=options.threads
-    ):
+    for piece in stream(folder, options.prompt, settings):
         if not count:
-            print(options.prompt, end="")
             begun = time.monotonic()
         print(piece, end="", flush=True)
         count += 1
     print()
-    if count > 1:
-        _say(f"{(count - 1) / (time.monotonic() - begun):.1f} tokens/s")
+    if count > 2:  # the first piece is the prompt, the second waited for it to be read
+        _say(f"{(count - 2) / (time.monotonic() - begun):.1f} tokens/s")
     return 0
 
 

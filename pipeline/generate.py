@@ -7,36 +7,41 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
+from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime import Decoder, end_tokens
 from edgepress.pipeline.tokens import load_tokenizer
 
 
-def stream(
-    folder: Path, prompt: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, threads: int = 0
-) -> Iterator[str]:
-    """Pieces of the continuation, one a token, as soon as they are whole characters.
+def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
+    """The prompt, then pieces of its continuation, one a token, as soon as they are whole characters.
 
     temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature).
-    Raises TextError for an empty prompt, OptionError when prompt and new tokens exceed the context.
+    Raises TextError for a prompt without text, OptionError when prompt and new tokens exceed the context.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise TextError("the prompt is not UTF-8 text; check the terminal's encoding") from error
     tokenizer = load_tokenizer(folder)
     ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
-    if not len(ids):
+    if not prompt or not len(ids):
         raise TextError("the prompt is empty; give some text to continue")
-    decoder = Decoder(folder, threads=threads)
-    if len(ids) + max_new_tokens > decoder.context:
+    decoder = Decoder(folder, threads=options.threads)
+    room = len(ids) + options.max_new_tokens
+    if room > decoder.context:
         raise OptionError(
-            f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {decoder.context}; "
+            f"{len(ids)} prompt and {options.max_new_tokens} new tokens exceed the context of {decoder.context}; "
             "shorten the prompt or give fewer --max-new-tokens"
         )
-    decoder.reset(len(ids) + max_new_tokens)
-    random = np.random.default_rng(seed)
+    decoder.reset(room)
+    random = np.random.default_rng(options.seed)
     stop = end_tokens(folder)
     new: list[int] = []
     told = ""
+    yield prompt
     logits = decoder.feed(ids)[-1]
-    while len(new) < max_new_tokens:
-        token = _choose(logits, temperature, random)
+    while len(new) < options.max_new_tokens:
+        token = _choose(logits, options.temperature, random)
         if token in stop:
             return
         new.append(token)
@@ -45,7 +50,7 @@ def stream(
         if not whole.endswith("\ufffd"):  # a character may take several tokens
             yield whole[len(told) :]
             told = whole
-        if len(new) < max_new_tokens:
+        if len(new) < options.max_new_tokens:
             logits = decoder.feed(np.array([token]))[-1]
 
 

@@ -35,7 +35,7 @@ TARGETS = {"cpu": "onnxruntime on the CPU"}
 
 def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
     """A dataclass field that is also a flag and a recipe key."""
-    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least, "optional": default is None})
 
 
 def _calibration() -> Any:
@@ -137,11 +137,21 @@ class BenchOptions:
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
-    prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas")
+    prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas", at_least=1)
     new_tokens: int = option(64, "tokens to decode in a speed measurement", at_least=2)
     repeats: int = option(5, "fresh processes for speed and memory, one sample of each figure from each", at_least=1)
     threads: int = _threads()
     trust_remote_code: bool = _trust()
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Continue a prompt, tokens streamed."""
+
+    max_new_tokens: int = option(64, "tokens to generate at most", at_least=1)
+    temperature: float = option(0.0, "0 takes the most likely token; about 0.8 varies", at_least=0)
+    seed: int = option(0, "of the random choice", at_least=0)
+    threads: int = _threads()
 
 
 def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
@@ -214,15 +224,19 @@ def make(cls: type[Options], values: Mapping[str, Any], where: str = "option") -
 
 def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
     if value is None:
-        return None
+        if metadata["optional"]:
+            return None
+        raise OptionError(f"{flag(name)} needs a value; leave the line out to have the default")
     if kind is bool:
         if not isinstance(value, bool):
             raise OptionError(f"{flag(name)} is true or false, not {value!r}")
         return value
     try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
             raise ValueError
         converted = kind(value)
+        if converted != converted:  # NaN
+            raise ValueError
     except (ValueError, TypeError) as error:
         wanted = {int: "a whole number", float: "a number"}.get(kind, "a text")
         raise OptionError(f"{flag(name)} takes {wanted}, not {value!r}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.errors import ModelError, OutputError
 
 FILE = "packed.safetensors"
 
@@ -103,9 +103,9 @@ class PackedLinear:
         codes = self.unpacked()
         if self.codebook:
             flat = CODEBOOKS[self.codebook][codes].reshape(-1)
-            return (flat * np.repeat(self.scales, self.group_size)[: flat.size]).reshape(self.shape)
+            return np.asarray(flat * np.repeat(self.scales, self.group_size)[: flat.size]).reshape(self.shape)
         zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self._spread(self.zeros.astype(np.float32))
-        return (codes.astype(np.float32) - zeros) * self._spread(self.scales)
+        return np.asarray((codes.astype(np.float32) - zeros) * self._spread(self.scales))
 
     def _spread(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group_size, axis=1)[:, : self.shape[1]]
@@ -137,6 +137,7 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def save(linears: dict[str, PackedLinear], folder: Path) -> None:
     """Write ``packed.safetensors``; the fields that are no arrays go into its metadata."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays, described = {}, {}
@@ -147,7 +148,12 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
         described[name] = {
             "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook
         }  # fmt: skip
-    save_file(arrays, folder / FILE, metadata={"linears": json.dumps(described)})
+    try:
+        save_file(arrays, folder / FILE, metadata={"linears": json.dumps(described)})
+    except SafetensorError as error:
+        raise OutputError(
+            f"cannot write {folder / FILE} ({error}); free some disk space or choose another output folder"
+        ) from error
 
 
 class PackedFile:

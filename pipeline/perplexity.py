@@ -1,20 +1,13 @@
-"""Quality of a model on given token ids: losses, and how far its distribution is from the original's."""
+"""Quality of a model on given token ids: losses, and how far its distribution is from the original's. Needs numpy alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
-Logits = Callable[[np.ndarray], np.ndarray]
-
-
-def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood in nats, float32 (batch * (tokens - 1),), of every id after the first of its window."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+_ROWS = 64  # positions at a time: float64 copies of whole windows of a large vocabulary would need gigabytes
 
 
 @dataclass
@@ -30,23 +23,31 @@ class Quality:
     agreements: list[np.ndarray] = field(default_factory=list)
 
     def add(self, ids: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
-        """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original."""
-        scores = torch.from_numpy(logits[:-1]).float().log_softmax(-1)
-        self.losses.append((-scores.gather(1, torch.from_numpy(ids[1:, None])))[:, 0].numpy())
-        if original is not None:
-            truth = torch.from_numpy(original[:-1]).float().log_softmax(-1)
-            self.divergences.append((truth.exp() * (truth - scores)).sum(-1).numpy())
-            self.agreements.append((truth.argmax(-1) == scores.argmax(-1)).numpy())
+        """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original, summed in float64."""
+        for first in range(0, len(ids) - 1, _ROWS):
+            rows = slice(first, min(first + _ROWS, len(ids) - 1))
+            scores, following = log_softmax(logits[rows]), ids[1:][rows]
+            self.losses.append(-scores[np.arange(len(following)), following])
+            if original is not None:
+                truth = log_softmax(original[rows])
+                self.divergences.append((np.exp(truth) * (truth - scores)).sum(-1))
+                self.agreements.append(truth.argmax(-1) == scores.argmax(-1))
 
     def figures(self, text_bytes: int | None = None) -> dict[str, Any]:
         """Perplexity and the rest as plain numbers; ``text_bytes``: UTF-8 bytes of the scored text, for bits per byte."""
-        losses = np.concatenate(self.losses).astype(np.float64)
+        losses = np.concatenate(self.losses)
         found: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "tokens": int(losses.size)}
         if text_bytes:
             found["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
         if self.divergences:
-            divergences = np.concatenate(self.divergences).astype(np.float64)
+            divergences = np.concatenate(self.divergences)
             found["kl_mean"] = float(divergences.mean())
             found["kl_p99"] = float(np.percentile(divergences, 99))
             found["top1_agreement"] = float(np.concatenate(self.agreements).mean())
         return found
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities, float64, over the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -14,7 +14,6 @@ from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write
 from edgepress.pipeline.checkpoint import carry_files, decoder_blocks, load_model, shards
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.perplexity import next_token_losses
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.shards import rewrite
 from edgepress.pipeline.tokens import batches, text_windows
@@ -97,6 +96,11 @@ def block_influence(model: PreTrainedModel, windows: list[np.ndarray]) -> tuple[
         for handle in handles:
             handle.remove()
     return (sums / tokens).tolist(), float(np.exp(nats / scored))
+
+
+def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats, float32 (batch * (tokens - 1),), of every id after the first of its window."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
 
 
 def perplexity_of(model: PreTrainedModel, windows: list[np.ndarray]) -> float:

@@ -34,16 +34,19 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file} is not valid YAML ({str(error).splitlines()[0]})") from error
+        raise OptionError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); correct it") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
-        raise OptionError(f"{file} should map each stage to its options, as in 'quantize: {{method: gptq}}'")
+        raise OptionError(f"{file} must map each stage to its options, as in 'quantize: {{method: gptq}}'")
+    if not content:
+        raise OptionError(f"{file} names no stage; give at least one of: {', '.join(STAGES)}")
     return {str(stage): _beside(file, options or {}) for stage, options in content.items()}
 
 
 def _beside(file: Path, options: dict[str, Any]) -> dict[str, Any]:
     """A recipe travels with its texts: their paths are relative to it."""
     paths = {"calibration", "text"}
-    return {key: str(file.parent / value) if key in paths and isinstance(value, str) else value for key, value in options.items()}
+    named = {str(key).replace("-", "_"): value for key, value in options.items()}
+    return {key: str(file.parent / value) if key in paths and isinstance(value, str) else value for key, value in named.items()}
 
 
 def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> Plan:

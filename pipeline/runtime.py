@@ -38,11 +38,14 @@ class Decoder:
         try:
             self.session = onnxruntime.InferenceSession(folder / model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime = onnxruntime
         self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
-        self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
+        try:
+            self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / 'genai_config.json'} names no context_length; export again") from error
         self._capacity = 0
         self.reset()
 

@@ -38,7 +38,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -54,8 +57,10 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 def context_length(folder: Path) -> int:
     """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
     config = read_json(folder / "config.json")
-    known = [int(config[key]) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
-    return min([LONGEST_WINDOW, *known])
+    known = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
+    if not all(isinstance(value, int) for value in known):
+        raise ModelError(f"{folder / 'config.json'} gives its context as {known[0]!r}; it must be a whole number")
+    return int(min([LONGEST_WINDOW, *known]))
 
 
 def text_windows(

@@ -13,13 +13,14 @@ import torch
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantizers import Job
+from edgepress.pipeline.table import load
 
 BLOCK = 64  # bitsandbytes' own default, and a block size that MatMulBnb4 carries
 
 
 def quantize_4bit(job: Job) -> dict[str, PackedLinear]:
     """NF4 or FP4 by ``options.method``; absmax in float32, one for every 64 weights of the flattened matrix."""
-    from bitsandbytes import functional
+    functional = load("bitsandbytes:functional")
 
     kind: Literal["nf4", "fp4"] = "nf4" if job.options.method == "nf4" else "fp4"
     found = {}
@@ -32,7 +33,7 @@ def quantize_4bit(job: Job) -> dict[str, PackedLinear]:
 
 def quantize_int8(job: Job) -> dict[str, PackedLinear]:
     """LLM.int8 weights: one absmax a row, code = q + 128, scale = absmax / 127 repeated for every block of the operator."""
-    from bitsandbytes import functional
+    functional = load("bitsandbytes:functional")
 
     found = {}
     for name, weight in progress(job.weights(), "int8", "matrix"):

@@ -51,9 +51,10 @@ def quantize(job: Job) -> dict[str, PackedLinear]:
 def _run(folder: Path) -> None:
     command = [sys.executable, "-m", __name__, str(folder / "job.json")]
     # Without a worker count that fits the machine gptqmodel refuses to start on few cores.
+    # It also leaves a folder of logs where it runs.
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2))}
     with (folder / "log").open("w+") as log:
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as child:
+        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder) as child:
             try:
                 code = child.wait()
             except BaseException:

@@ -1,0 +1,98 @@
+"""The whole chain on trained models: the command that a user types, and what its report must then say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.prune import perplexity_of
+from edgepress.pipeline.tokens import text_windows
+from transformers import AutoModelForCausalLM
+
+SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
+
+
+@pytest.fixture(scope="module")
+def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model through all stages, round to nearest for speed."""
+    out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
+    result = edgepress("build", "reference", out, "--method", "rtn", "--text-tokens", 1500, "--calibration-tokens", 3000, *SHORT)
+    assert result.code == 0, result.err
+    assert "ONNX as shipped" in result.out and str(out / "03-export") in result.out
+    return out
+
+
+def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, reference: Path) -> None:
+    """On a trained model removal costs something, quantization at 4 bits less, the export next to nothing."""
+    stages = {row["name"]: row for row in read_json(built / "04-bench" / "report.json")["stages"]}
+    assert list(stages) == ["original", "pruned", "quantized", "onnx"]
+    assert stages["original"]["kl_mean"] == 0 and stages["original"]["top1_agreement"] == 1
+    assert stages["original"]["perplexity"] < stages["pruned"]["perplexity"] < 1.5 * stages["original"]["perplexity"]
+    assert stages["onnx"]["perplexity"] == pytest.approx(stages["quantized"]["perplexity"], rel=0.01)
+    assert stages["onnx"]["bytes"] < 0.4 * stages["original"]["bytes"]
+    windows = text_windows(reference / "evaluation.txt", reference, budget=1500)
+    assert stages["original"]["perplexity"] == pytest.approx(perplexity_of(load_model(reference), windows), rel=1e-6)
+
+
+def test_pruned_stage_is_a_plain_checkpoint(built: Path, text: Path) -> None:
+    """Plain transformers loads it and generates with the cache what it generates without."""
+    model = AutoModelForCausalLM.from_pretrained(built / "01-prune", dtype=torch.float32).eval()
+    assert model.config.num_hidden_layers == 14
+    ids = torch.from_numpy(text_windows(text, built / "01-prune", budget=40, length=40)[0])[None]
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **settings))
+
+
+def test_the_artifact_runs_without_torch(built: Path) -> None:
+    """The light base is enough to run what was shipped."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors', 'gptqmodel', 'bitsandbytes'): sys.modules[name] = None\n"
+        "from edgepress.pipeline.cli import main\n"
+        f"sys.exit(main(['run', {str(built)!r}, 'The old house stood', '--max-new-tokens', '12']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The old house stood") and len(done.stdout.split()) > 8
+
+
+@pytest.mark.families
+@pytest.mark.parametrize(("name", "full", "exporter"), [("stories260k", 4.27, "portable"), ("babyllama-361", 2.20, "fused")])
+def test_shared_models_through_gptq(
+    name: str,
+    full: float,
+    exporter: str,
+    shared_model: Callable[[str], Path],
+    tinystories: Path,
+    edgepress: Callable,
+    tmp_path: Path,
+) -> None:
+    """Calibrated on TinyStories after its first 16,000 tokens, judged on those; GPTQ no worse than rounding at the same bits."""
+    source = shared_model(name)
+    common = ["--remove-layers", 1, "--bits", 4, "--group-size", 32, "--calibration", tinystories, "--calibration-skip", 16000]
+    common += ["--text", tinystories, "--text-tokens", 16000, *SHORT]
+    found = {}
+    for method in ("gptq", "rtn"):
+        out = tmp_path / method
+        result = edgepress("build", source, out, "--method", method, *common)
+        assert result.code == 0, result.err
+        report = read_json(out / "04-bench" / "report.json")
+        found[method] = {row["name"]: row for row in report["stages"]}
+        facts = Artifact.load(out / "03-export").steps[-1].facts
+        assert facts["exporter"] == exporter
+        exact = facts["parity"][0]
+        assert max(exact["difference_whole"], exact["difference_chunks"], exact["difference_steps"]) < 1e-3
+        assert exact["greedy_match_tokens"] == 32
+        print(name, method, json.dumps(found[method]))
+    assert found["gptq"]["original"]["perplexity"] == pytest.approx(full, rel=2e-3)
+    assert found["gptq"]["quantized"]["perplexity"] <= found["rtn"]["quantized"]["perplexity"]
+    assert found["gptq"]["onnx"]["kl_mean"] <= found["rtn"]["onnx"]["kl_mean"] * 1.02

@@ -1,0 +1,228 @@
+"""The command line as a user meets it: help that is quick and complete, text that streams, packages that are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgepress.pipeline import cli, options
+from edgepress.pipeline.generate import stream
+from edgepress.pipeline.runtime import Decoder, end_tokens
+from edgepress.pipeline.tokens import load_tokenizer
+
+Call = Callable[..., Any]
+
+VERBS = ["build", "prune", "quantize", "export", "bench", "run", "show"]
+CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "02-quantize"
+    assert cli.main(["quantize", str(tiny), str(out), "--method", "rtn"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(packed: Path, text: Path) -> Path:
+    out = packed.parent / "03-export"
+    assert cli.main(["export", str(packed), str(out), "--text", str(text)]) == 0
+    return out
+
+
+# --- help
+
+
+def test_help_of_every_verb_needs_no_heavy_package() -> None:
+    """A second of imports before each --help or typing error would be a bad tool, and the light installation has none of them."""
+    code = f"""
+import sys
+from edgepress.pipeline.cli import main
+for arguments in [["--help"], ["--version"], *([verb, "--help"] for verb in {VERBS}), ["prune", "--nonsense"]]:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        print("code", stop.code)
+heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^code (\d)$", done.stdout, re.MULTILINE) == ["0"] * (2 + len(VERBS)) + ["2"]
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_runs_as_a_module_and_names_every_verb(edgepress: Call) -> None:
+    """The way that Python users start it, from any folder."""
+    result = edgepress("--help", cwd=Path("/"))
+    assert result.code == 0 and not result.err
+    for verb in VERBS:
+        assert re.search(rf"^ +{verb} +\w", result.out, re.MULTILINE), verb
+
+
+def test_table_of_verbs_is_whole() -> None:
+    """The lists in this file are complete: a new verb or option class is tested as well."""
+    assert set(VERBS) == set(cli.STAGES) | set(cli.COMMANDS)
+    assert {stage.options for stage in cli.STAGES.values()} == set(CLASSES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
+    """Of build and of the verb of its own, with what it means and which values there are."""
+    verb = next(name for name, stage in cli.STAGES.items() if stage.options is cls)
+    for shown in (call("build", "--help"), call(verb, "--help")):
+        assert shown.code == 0
+        text = " ".join(shown.out.split())
+        for item in dataclasses.fields(cls):
+            flag = options.flag(item.name)
+            assert re.search(rf"{flag}(?![\w-])", text), flag
+            assert item.metadata["help"].split(" ")[0] in text
+            for choice in item.metadata["choices"] or ():
+                assert str(choice) in text, (flag, choice)
+
+
+# --- show
+
+
+def test_show_tells_every_stage(call: Call, packed: Path, exported: Path) -> None:
+    """Options, facts and files of the whole line, from the artifact alone or from the OUT of a build."""
+    result = call("show", exported)
+    assert result.code == 0, result.err
+    for part in ("1. quantize", "2. export", 'method: "rtn"', "group_size: 128", "relative_error", "parity", "model.onnx.data"):
+        assert part in result.out
+    assert call("show", exported.parent).out == result.out
+    assert "2. export" not in call("show", packed).out
+
+
+def test_show_of_a_plain_checkpoint(call: Call, tiny: Path) -> None:
+    """No manifest is no error: it says what the folder is."""
+    result = call("show", tiny)
+    assert result.code == 0 and "Hugging Face checkpoint (llama)" in result.out and str(tiny) in result.out
+
+
+# --- run
+
+
+def greedy(folder: Path, prompt: str, count: int) -> tuple[list[int], str]:
+    """Token ids and text of a plain loop."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(prompt).ids
+    tokens = list(Decoder(folder).greedy(np.array(ids), count, end_tokens(folder)))
+    return tokens, tokenizer.decode([*ids, *tokens])
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "The", "Lily saw a café"])
+@pytest.mark.parametrize("count", [1, 40])
+def test_run_prints_what_a_plain_loop_gives(prompt: str, count: int, call: Call, exported: Path) -> None:
+    """Streaming must neither lose nor double a character, spaces and split ones included."""
+    tokens, text = greedy(exported, prompt, count)
+    assert tokens
+    result = call("run", exported, prompt, "--max-new-tokens", count)
+    assert result.code == 0 and result.out == text.rstrip("\ufffd") + "\n"
+    assert call("run", exported.parent, prompt, "--max-new-tokens", count).out == result.out
+
+
+def test_run_streams(exported: Path) -> None:
+    """Pieces come while the model works, not all at the end."""
+    pieces = list(stream(exported, PROMPT, 20))
+    assert len(pieces) > 5 and PROMPT + "".join(pieces) == greedy(exported, PROMPT, 20)[1].rstrip("\ufffd")
+    assert next(stream(exported, PROMPT, 20)) == pieces[0]
+
+
+def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token may end within a character: what is whole before it is still text."""
+    tokenizer = load_tokenizer(exported)
+    dragon = tokenizer.encode("🐉", add_special_tokens=False).ids
+    assert len(dragon) > 1
+    forced = [*tokenizer.encode(" dog", add_special_tokens=False).ids, dragon[0]]
+    tokens = iter(forced)
+    monkeypatch.setattr("edgepress.pipeline.generate._choose", lambda *_: next(tokens))
+    assert "".join(stream(exported, PROMPT, len(forced))) == " dog"
+
+
+def test_run_shows_the_prompt_when_the_model_ends_at_once(call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end token first is an answer too: an empty line would look like a failure."""
+    monkeypatch.setattr("edgepress.pipeline.generate._choose", lambda *_: 0)
+    assert 0 in end_tokens(exported)
+    result = call("run", exported, PROMPT)
+    assert result.code == 0 and result.out == PROMPT + "\n"
+
+
+def test_temperature_varies_by_seed_alone(call: Call, exported: Path) -> None:
+    """A sample can be repeated, and another seed gives another."""
+    told = [call("run", exported, PROMPT, "--max-new-tokens", 20, "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+
+
+# --- packages
+
+
+def test_double_runtime_is_named(call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both onnxruntime and onnxruntime-gpu installed overwrite each other's files; nothing else would tell."""
+    monkeypatch.setattr("edgepress.pipeline.table.version", lambda name: "1.0")
+    result = call("show", tiny)
+    assert result.code == 0
+    (line,) = result.err.splitlines()
+    assert line.startswith("warning: ") and "onnxruntime and onnxruntime-gpu" in line and "pip uninstall -y" in line
+    monkeypatch.setattr("edgepress.pipeline.table.version", lambda name: None if name == "onnxruntime-gpu" else "1.0")
+    assert not call("show", tiny).err
+
+
+MISSING = [
+    ("gptqmodel", "build", "quantize SRC OUT --method gptq"),
+    ("bitsandbytes", "build", "quantize SRC OUT --method nf4"),
+    ("onnxruntime", "cpu", "export SRC OUT"),
+    ("onnxruntime", "cpu", "run ONNX Once"),
+]
+
+
+@pytest.mark.parametrize(("package", "extra", "line"), MISSING, ids=[f"{p}-{line.split()[0]}" for p, _, line in MISSING])
+def test_missing_package_is_named(
+    package: str, extra: str, line: str, call: Call, tiny: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the command that brings it, and nothing half-made."""
+    monkeypatch.setitem(sys.modules, package, None)
+    places = {"SRC": tiny, "OUT": tmp_path / "out", "ONNX": exported}
+    result = call(*(places.get(part, part) for part in line.split()))
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == f"error: {package} is not installed; pip install 'edgepress[{extra}]'"
+    assert not list(tmp_path.iterdir())
+
+
+LIGHT = [
+    ("torch", "prune SRC OUT --remove-layers 1"),
+    ("onnx_ir", "export SRC OUT"),
+    ("torch", "bench ONNX --reference SRC --out OUT --repeats 1 --text-tokens 64 --prompt-lengths 8 --new-tokens 4"),
+]
+
+
+@pytest.mark.parametrize(("package", "line"), LIGHT, ids=[f"{p}-{line.split()[0]}" for p, line in LIGHT])
+def test_light_installation_names_what_a_stage_needs(package: str, line: str, tiny: Path, exported: Path, tmp_path: Path) -> None:
+    """On the device there is no torch: the verbs that need it say so in one line."""
+    code = "import sys; sys.modules[sys.argv[1]] = None; from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[2:]))"
+    places = {"SRC": str(tiny), "OUT": str(tmp_path / "out"), "ONNX": str(exported)}
+    arguments = [package, *(places.get(part, part) for part in line.split())]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; pip install 'edgepress[build]'"
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_run_and_show_work_without_the_build_packages(exported: Path) -> None:
+    """What ships to the device is run with numpy, tokenizers and onnxruntime alone."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'safetensors', 'onnx', 'onnx_ir'])); "
+        "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for arguments in (["run", str(exported), PROMPT, "--max-new-tokens", "2"], ["show", str(exported)]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, done.stderr
