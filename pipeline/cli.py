@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the disk, or a path: nothing that a traceback would explain
-        where = f" ({error.filename})" if error.filename else ""
-        reason = f"{error.strerror or error}{where}; free some disk space or choose another folder"
+        where = f" {error.filename}" if error.filename else ""
+        reason = f"cannot write{where}: {error.strerror or error}; free some disk space or choose another output folder"
     _say(f"error: {reason}")
     return 2
 

@@ -15,6 +15,10 @@ import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+# Two workers with a thread each: more threads than cores, spinning at barriers, made these tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 

@@ -26,7 +26,7 @@ Copy = Callable[..., Path]
 # Every error tells what to do or what is allowed; these are the words it does so with.
 ADVICE = re.compile(
     r"--help|\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
-    r"|upgrade|shorten|say how|make one|export it|quantize (with|again)|pip install|install|check|correct|mend)\b"
+    r"|upgrade|shorten|say how|make one|export it|export again|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
 )
 LOG = re.compile(r"(prune|quantize|export|bench): ")
 COMMANDS = {
@@ -112,7 +112,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
     "config is no JSON": (write("config.json", b"{model_type: llama"), ("config.json is not valid JSON",)),
-    "config is no object": (write("config.json", b"[]"), ("config.json should hold a JSON object",)),
+    "config is no object": (write("config.json", b"[]"), ("config.json must hold a JSON object",)),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), ("config.json is not valid JSON",)),
     "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "no causal language model", "give")),
     "t5": (
@@ -143,8 +143,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
-    "negative hidden size": (change(hidden_size=-64), ("cannot be",)),
-    "other shapes": (change(vocab_size=5121), ("cannot be loaded",)),
+    "negative hidden size": (change(hidden_size=-64), ("do not fit",)),
+    "other shapes": (change(vocab_size=5121), ("do not fit",)),
     "more layers than weights": (change(num_hidden_layers=6), ("lacks weights", "layers.4")),
 }
 
@@ -245,7 +245,7 @@ OPTIONS = [
     ("prune --remove-fraction 0", ("--remove-fraction", "between 0 and 1")),
     ("prune --remove-fraction 1", ("--remove-fraction", "between 0 and 1")),
     ("prune --remove-fraction 1.5", ("--remove-fraction", "between 0 and 1", "1.5")),
-    ("prune --remove-fraction nan", ("--remove-fraction", "between 0 and 1")),
+    ("prune --remove-fraction nan", ("--remove-fraction", "takes a number")),
     ("prune --remove-layers 1 --remove-fraction 0.5", ("not both",)),
     ("prune", ("--remove-layers", "--remove-fraction")),
     ("quantize --method gtpq", ("unknown method 'gtpq'", "did you mean 'gptq'?")),
@@ -295,9 +295,9 @@ RECIPES = [
     ("quantize: {method: rtn", ("not valid YAML",)),
     ("quantize: &a [*b]", ("not valid YAML",)),
     ("\x00", ("not valid YAML",)),
-    ("- quantize", ("should map each stage",)),
-    ("quantize: rtn", ("should map each stage",)),
-    ("", ("should map each stage",)),
+    ("- quantize", ("must map each stage",)),
+    ("quantize: rtn", ("must map each stage",)),
+    ("", ("must map each stage",)),
     ("{}", ("stage",)),
 ]
 
@@ -366,7 +366,7 @@ def test_output_occupied(verb: str, refused: Refused, tiny: Path, tmp_path: Path
     target = out / "01-prune" if verb == "build" else out
     target.mkdir(parents=True)
     (target / "thesis.txt").write_text("years of work")
-    refused(*command(verb, tiny, out), says=("not empty", "choose another output folder"))
+    refused(*command(verb, tiny, out), says=("did not write", "choose another output folder"))
 
 
 def test_manifest_of_something_else(refused: Refused, tiny: Path, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_output_is_the_source(refused: Refused, call: Callable[..., Any], tiny: 
         *command("quantize", tmp_path / "pruned", tmp_path / "pruned"),
         says=("overwrite its own source", "choose another output folder"),
     )
-    refused("prune", tiny, tiny, "--remove-layers", 1, says=("not empty", "choose another output folder"))
+    refused("prune", tiny, tiny, "--remove-layers", 1, says=("did not write", "choose another output folder"))
 
 
 @pytest.mark.parametrize("inside", ["source", "thesis.txt"])
@@ -481,7 +481,7 @@ def test_files_may_not_grow_in_a_process_of_its_own(tiny: Path, tmp_path: Path) 
     )
     arguments = [str(part) for part in command("prune", tiny, tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
-    check_refusal(done.returncode, done.stderr, ("too large", "choose an output folder"))
+    check_refusal(done.returncode, done.stderr, ("too large", "choose another output folder"))
     assert not list(tmp_path.iterdir())
 
 

@@ -72,14 +72,14 @@ def test_help_runs_as_a_module_and_names_every_verb(edgepress: Call) -> None:
 def test_table_of_verbs_is_whole() -> None:
     """The lists in this file are complete: a new verb or option class is tested as well."""
     assert set(VERBS) == set(cli.STAGES) | set(cli.COMMANDS)
-    assert {stage.options for stage in cli.STAGES.values()} == set(CLASSES)
+    assert {stage.options for stage in cli.STAGES.values()} | {options.RunOptions} == set(CLASSES)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
     """Of build and of the verb of its own, with what it means and which values there are."""
-    verb = next(name for name, stage in cli.STAGES.items() if stage.options is cls)
-    for shown in (call("build", "--help"), call(verb, "--help")):
+    verbs = [name for name, stage in cli.STAGES.items() if stage.options is cls]
+    for shown in [call(verb, "--help") for verb in (["build", *verbs] if verbs else ["run"])]:
         assert shown.code == 0
         text = " ".join(shown.out.split())
         for item in dataclasses.fields(cls):
@@ -133,9 +133,9 @@ def test_run_prints_what_a_plain_loop_gives(prompt: str, count: int, call: Call,
 
 def test_run_streams(exported: Path) -> None:
     """Pieces come while the model works, not all at the end."""
-    pieces = list(stream(exported, PROMPT, 20))
-    assert len(pieces) > 5 and PROMPT + "".join(pieces) == greedy(exported, PROMPT, 20)[1].rstrip("\ufffd")
-    assert next(stream(exported, PROMPT, 20)) == pieces[0]
+    pieces = list(stream(exported, PROMPT, options.RunOptions(max_new_tokens=20)))
+    assert len(pieces) > 5 and "".join(pieces) == greedy(exported, PROMPT, 20)[1].rstrip("\ufffd")
+    assert next(stream(exported, PROMPT, options.RunOptions())) == pieces[0] == PROMPT
 
 
 def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,8 @@ def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pyte
     forced = [*tokenizer.encode(" dog", add_special_tokens=False).ids, dragon[0]]
     tokens = iter(forced)
     monkeypatch.setattr("edgepress.pipeline.generate._choose", lambda *_: next(tokens))
-    assert "".join(stream(exported, PROMPT, len(forced))) == " dog"
+    told = stream(exported, PROMPT, options.RunOptions(max_new_tokens=len(forced)))
+    assert "".join(told) == PROMPT + " dog"
 
 
 def test_run_shows_the_prompt_when_the_model_ends_at_once(call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

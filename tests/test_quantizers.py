@@ -20,7 +20,6 @@ from edgepress.pipeline.checkpoint import block_linears, load_model
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear, unpack_bits
-from edgepress.pipeline.perplexity import next_token_losses
 from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
@@ -147,9 +146,13 @@ class Trained:
                 weight = replace[name].dequantized() if replace else self.weights[name]
                 module.weight.copy_(torch.from_numpy(weight))
             ids = [torch.from_numpy(rows) for rows in batches(self.windows)]
-            losses = [next_token_losses(self.model(input_ids=rows, use_cache=False).logits, rows) for rows in ids]
+            losses = [self._losses(rows) for rows in ids]
         torch.set_num_threads(threads)
         return float(torch.cat(losses).double().mean().exp())
+
+    def _losses(self, rows: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=rows, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
 
     def rounded(self, bits: int, group: int, symmetric: bool = False) -> dict[str, PackedLinear]:
         """Every matrix rounded to nearest."""

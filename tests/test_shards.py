@@ -94,6 +94,22 @@ def test_data_is_aligned(tmp_path: Path, length: int) -> None:
     assert content["n" * (length + 1)]["data_offsets"] == [0, 48]
 
 
+def test_tensors_keep_the_order_of_their_data(tmp_path: Path) -> None:
+    """A header may name tensors in any order; wide ones lie first, and stay aligned only if that order of the data is kept."""
+    data = bytes(range(1, 12))
+    rows = {
+        "narrow": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]},
+        "wide": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    head = json.dumps(rows).encode()
+    (tmp_path / "in.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    out = out_folder(tmp_path)
+    rewrite([tmp_path / "in.safetensors"], out, lambda name: name)
+    content, begin = header(out / "model.safetensors")
+    assert {name: content[name]["data_offsets"] for name in rows} == {"wide": [0, 8], "narrow": [8, 11]}
+    assert (out / "model.safetensors").read_bytes()[begin:] == data
+
+
 def test_several_shards(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """One new shard for each source that keeps something; index, numbering and total fit what is there."""
     names = sorted(tensors)
