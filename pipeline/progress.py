@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -12,5 +12,12 @@ Item = TypeVar("Item")
 
 def progress(items: Iterable[Item], label: str, unit: str = "it") -> Iterator[Item]:
     """Iterate with a bar on stderr."""
-    total = len(items) if isinstance(items, Sized) else None
-    return iter(tqdm(items, desc=f"  {label}", total=total, unit=unit, leave=False, disable=None))
+    with bar(label, len(items) if isinstance(items, Sized) else None, unit) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def bar(label: str, total: int | None, unit: str = "it") -> tqdm[NoReturn]:
+    """A bar on stderr, for work that is no iteration."""
+    return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, disable=None)

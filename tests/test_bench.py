@@ -80,8 +80,8 @@ def test_memory_is_the_measured_process_alone() -> None:
     """A child of a big process must not report its parent's peak (ru_maxrss would: it survives exec)."""
     code = (
         "import subprocess, sys; ballast = bytearray(b'x' * (300 << 20));"
-        "print(subprocess.run([sys.executable, '-c', 'from edgepress.pipeline.worker import memory; print(memory()[\"peak_rss_bytes\"])'],"
-        " capture_output=True, text=True, check=True).stdout)"
+        "child = 'from edgepress.pipeline.worker import memory; print(memory()[\"peak_rss_bytes\"])';"
+        "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 << 20 < int(done.stdout) < 200 << 20

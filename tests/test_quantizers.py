@@ -459,7 +459,7 @@ class GptqRun:
     def dequantized(self) -> dict[str, np.ndarray]:
         """Weights restored by gptqmodel itself, in a process of its own."""
         command = [sys.executable, "-c", DEQUANTIZE, str(self.scratch / "model"), str(self.scratch / "weights.npz")]
-        subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=self.scratch)
+        subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=self.scratch)
         with np.load(self.scratch / "weights.npz") as arrays:
             return dict(arrays)
 

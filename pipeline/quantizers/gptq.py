@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from edgepress.pipeline.artifact import read_json, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.packed import PackedLinear
+from edgepress.pipeline.progress import bar
 from edgepress.pipeline.quantizers import Job
 from edgepress.pipeline.table import require
 
@@ -44,26 +46,36 @@ def quantize(job: Job) -> dict[str, PackedLinear]:
                 "trust_remote_code": options.trust_remote_code,
             },
         )
-        _run(folder)
+        _run(folder, len(job.linears))
         return read_checkpoint(folder / "model", job.linears)
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, matrices: int) -> None:
     command = [sys.executable, "-m", __name__, str(folder / "job.json")]
     # Without a worker count that fits the machine gptqmodel refuses to start on few cores.
     # It also leaves a folder of logs where it runs.
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2))}
-    with (folder / "log").open("w+") as log:
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder) as child:
-            try:
-                code = child.wait()
-            except BaseException:
-                child.kill()
-                raise
-        if code:
-            log.seek(0)
-            lines = [line for line in log.read().splitlines() if line.strip()]
-            raise ProofError(f"gptqmodel failed with exit code {code}: {lines[-1] if lines else 'no output'}")
+    log = folder / "log"
+    with (
+        log.open("wb") as written,
+        subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=environment, cwd=folder) as child,
+    ):
+        try:
+            _follow(child, log, matrices)
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise ProofError(f"gptqmodel failed with exit code {child.returncode}: {lines[-1] if lines else 'no output'}")
+
+
+def _follow(child: subprocess.Popen[bytes], log: Path, matrices: int) -> None:
+    """Show progress until the process ends: gptqmodel reports a line for every matrix that it has quantized."""
+    with log.open("rb") as file, bar("gptq", matrices, "matrix") as shown:
+        while child.poll() is None:
+            shown.update(file.read().count(b"'process': 'gptq'"))
+            time.sleep(0.2)
 
 
 def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:
