@@ -177,9 +177,15 @@ class PackedFile:
         return name in self._described
 
     def __getitem__(self, name: str) -> PackedLinear:
+        from safetensors import SafetensorError
+
         row = self._described[name]
-        zeros = self._file.get_tensor(f"{name}.zeros") if f"{name}.zeros" in self._keys else None
-        codes, scales = self._file.get_tensor(f"{name}.codes"), self._file.get_tensor(f"{name}.scales")
+        parts = ("codes", "scales", *(("zeros",) if f"{name}.zeros" in self._keys else ()))
+        try:
+            arrays = {part: self._file.get_tensor(f"{name}.{part}") for part in parts}
+        except SafetensorError as error:
+            raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
+        codes, scales, zeros = arrays["codes"], arrays["scales"], arrays.get("zeros")
         return PackedLinear(
             name, (row["shape"][0], row["shape"][1]), row["bits"], row["group_size"], codes, scales, zeros, row["codebook"]
         )

@@ -25,8 +25,13 @@ def header(shard: Path) -> tuple[dict[str, Any], int]:
             if 8 + length > size:
                 raise ValueError("header beyond the end")
             content: dict[str, Any] = json.loads(file.read(length))
-            data = max((row["data_offsets"][1] for name, row in content.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError) as error:
+            rows = [row for name, row in content.items() if name != "__metadata__"]
+            offsets = [offset for row in rows for offset in row["data_offsets"]]
+            data = max(offsets, default=0)
+            whole = all(isinstance(row["dtype"], str) and isinstance(row["shape"], list) for row in rows)
+            if not whole or len(offsets) != 2 * len(rows) or not all(isinstance(offset, int) for offset in offsets):
+                raise ValueError("tensors without type, shape or place")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{shard} is no safetensors file ({error}); fetch it again") from error
     if 8 + length + data != size:
         raise ModelError(f"{shard} is cut short: {size} bytes, its header promises {8 + length + data}; fetch it again")
@@ -64,6 +69,8 @@ def rewrite(sources: list[Path], out: Path, rename: Callable[[str], str | None])
                 left = row["data_offsets"][1] - row["data_offsets"][0]
                 while left:
                     piece = read.read(min(left, _PIECE))
+                    if not piece:
+                        raise ModelError(f"{source} grew shorter while it was read; leave it alone and start again")
                     write.write(piece)
                     left -= len(piece)
         total += offset

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import read_tensors
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.options import QuantizeOptions
 
 
@@ -28,4 +29,6 @@ class Job:
         """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time."""
         for name, tensor in read_tensors(self.folder):
             if name.removesuffix(".weight") in self.linears:
+                if not torch.isfinite(tensor).all():
+                    raise ModelError(f"{name} holds NaN or Inf; the checkpoint is broken there, fetch it again")
                 yield name.removesuffix(".weight"), tensor.float()

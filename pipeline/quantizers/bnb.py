@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantizers import Job
@@ -37,7 +38,9 @@ def quantize_int8(job: Job) -> dict[str, PackedLinear]:
 
     found = {}
     for name, weight in progress(job.weights(), "int8", "matrix"):
-        # bitsandbytes takes float16 here; a weight beyond its range would become Inf
+        # bitsandbytes takes float16 here, where a weight beyond its range would become Inf
+        if weight.abs().max() > torch.finfo(torch.float16).max:
+            raise ModelError(f"{name} has weights beyond float16, which int8 goes through; use --method rtn --bits 8")
         q, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
         group = job.options.group_size

@@ -29,9 +29,9 @@ from edgepress.pipeline.table import require
 def quantize(job: Job) -> dict[str, PackedLinear]:
     """Every matrix of the job by GPTQ over the calibration windows. Raises ProofError with gptqmodel's reason when it fails."""
     require("gptqmodel")
-    odd = [name for name, (_, columns) in job.linears.items() if job.options.bits == 3 and columns % 32]
+    odd = [name for name, shape in job.linears.items() if job.options.bits == 3 and any(n % 32 for n in shape)]
     if odd:
-        raise OptionError(f"gptqmodel packs 3 bits only where 32 divides the input, and not {odd[0]}; use --bits 4 or 2")
+        raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {odd[0]}; use --bits 4 or 2")
     with tempfile.TemporaryDirectory(prefix="edgepress-gptq-") as scratch:
         folder = Path(scratch)
         np.savez(folder / "windows.npz", *job.windows())
@@ -106,13 +106,18 @@ def convert(
     rows, columns = shape
     if not np.array_equal(tensors["g_idx"], np.arange(columns) // group_size):
         raise ProofError(f"{name} has its rows in another order (act-order), which is not supported yet")
-    codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
-    zeros = unpack_int32(tensors["qzeros"], bits)[:, :rows].T
-    if format == "gptq":
-        # v1 wraps at the top: stored 15 + 1 is 16 for 4 bits, which v1 means as 0
-        zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
-    elif format != "gptq_v2":
+    if format not in ("gptq", "gptq_v2"):
         raise ProofError(f"{name}: checkpoint format '{format}' is not known")
+    codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
+    stored = tensors["qzeros"]
+    if format == "gptq" and bits != 3:
+        # v1 was written by taking 1 from every field of the whole word: a zero point of 0 borrowed from the field above
+        # it, so the 1s must be given back to the whole word as well.
+        ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+        stored = (stored.view(np.uint32) + ones).view(np.int32)
+    zeros = unpack_int32(stored, bits)[:, :rows].T
+    if format == "gptq" and bits == 3:  # fields run across words here, and the writer took 1 from each by itself
+        zeros = (zeros + np.uint8(1)) & np.uint8(7)
     scales = tensors["scales"].astype(np.float32).T
     symmetric = bool((zeros == 1 << (bits - 1)).all())  # the operator's own zero point: none need be stored
     return PackedLinear.from_codes(name, codes, scales, None if symmetric else np.ascontiguousarray(zeros), bits, group_size)
