@@ -5,7 +5,8 @@ PYTHON   ?= python3.11
 # to point it at the CPU build instead.
 PIP_ARGS ?=
 MODEL    ?= reference
-OUT      ?= out/$(notdir $(patsubst %/,%,$(MODEL)))
+NAME     := $(notdir $(patsubst %/,%,$(MODEL)))
+OUT      ?=
 RECIPE   ?=
 TARGET   ?= cpu
 ARGS     ?=
@@ -13,7 +14,6 @@ ARGS     ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
-# A leading ~ in MODEL is the shell's to expand, so arguments stay unquoted for it and quoted for spaces elsewhere.
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ help: ## list the targets
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not there or older than 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,report,dev]'
 	@touch $@
@@ -43,22 +43,22 @@ test-families: $(READY) ## the slow matrix of architectures and formats
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m families $(ARGS)
 
 artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] [ARGS='--remove-layers 4']
-	$(PRESS) build "$(MODEL)" "$(OUT)" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)
+	$(PRESS) build "$(MODEL)" "$(or $(OUT),out/$(NAME))" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)
 
 prune: $(READY) ## MODEL=... OUT=folder ARGS='--remove-layers N'
-	$(PRESS) prune "$(MODEL)" "$(OUT)" $(ARGS)
+	$(PRESS) prune "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" $(ARGS)
 
 quantize: $(READY) ## MODEL=... OUT=folder ARGS='--method gptq --bits 4'
-	$(PRESS) quantize "$(MODEL)" "$(OUT)" $(ARGS)
+	$(PRESS) quantize "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" $(ARGS)
 
 export: $(READY) ## MODEL=... OUT=folder
-	$(PRESS) export "$(MODEL)" "$(OUT)" --target $(TARGET) $(ARGS)
+	$(PRESS) export "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" --target $(TARGET) $(ARGS)
 
 bench: $(READY) ## MODEL=artifact folder ARGS='--reference SRC'
 	$(PRESS) bench "$(MODEL)" --target $(TARGET) $(ARGS)
 
 report: $(READY) ## print the report of a build: OUT=folder
-	@cat "$(OUT)"/*-bench/report.md
+	@cat "$(or $(OUT),out/$(NAME))"/*-bench/report.md
 
 run: $(READY) ## generate: MODEL=artifact folder PROMPT='...'
 	$(PRESS) run "$(MODEL)" "$(PROMPT)" $(ARGS)

@@ -41,6 +41,8 @@ def obstacle(config: PreTrainedConfig, weights: Weights) -> str | None:
     rope = config.rope_parameters.get("rope_type", "default")
     if rope not in ("default", "linear", "llama3", "yarn") or config.rope_parameters.get("partial_rotary_factor", 1) != 1:
         return f"rotary embedding of type {rope}"
+    if f"{EMBEDDING}.weight" not in weights:
+        return f"no weights named {EMBEDDING}"
     known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for index in range(config.num_hidden_layers):
         known |= {f"model.layers.{index}.{part}" for part in _BLOCK | _BLOCK_BIASES}

@@ -52,7 +52,7 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
     ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program = _trace(
             _Flat(model),
             (ids, mask, past),
             dynamo=True,
@@ -75,6 +75,15 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update({"edgepress.exporter": "portable", "edgepress.shared_cache": "0"})
     return program.model
+
+
+def _trace(*arguments: Any, **settings: Any) -> Any:
+    """torch.onnx.export; what it cannot trace ends in one line instead of hundreds. Raises ModelError."""
+    try:
+        return torch.onnx.export(*arguments, **settings)
+    except Exception as error:  # the tracer's errors share no base class
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
 
 
 def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:

@@ -6,8 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from edgepress.pipeline.errors import ModelError
+
 # Lists that may happen to be as long as the model is deep, but are not about layers.
 NOT_PER_LAYER = re.compile(r"token_id|architectures|label|torchscript|tokens_ids")
+
+
+def layer_count_key(config: dict[str, Any]) -> str:
+    """The name that a raw config.json gives to its number of decoder blocks. Raises ModelError when there is none."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        if isinstance(config.get(key), int):
+            return key
+    raise ModelError("config.json does not say how many layers the model has; it must have num_hidden_layers")
 
 
 def renamed(name: str, prefix: str, kept: Sequence[int]) -> str | None:

@@ -63,7 +63,7 @@ class Artifact:
         Raises InputError when it is neither.
         """
         if not path.is_dir():
-            raise InputError(f"no such folder: {path}; give a folder with config.json, a hub id, or 'reference'")
+            raise InputError(f"no such folder: {path}; give an artifact, a folder with config.json, a hub id, or 'reference'")
         if (path / MANIFEST).is_file():
             return cls._from_manifest(path)
         if not (path / "config.json").is_file():
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with two spaces of indent and a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
@@ -139,6 +139,8 @@ def folder_bytes(folder: Path) -> int:
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:
     """Describe a finished folder; last act before the rename."""
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_below(folder)}
+    if not files:
+        raise OutputError(f"{folder} was emptied while it was written; give each edgepress a folder of its own")
     content = {
         "manifest_version": MANIFEST_VERSION,
         "edgepress": steps[-1].versions.get("edgepress"),
@@ -194,7 +196,8 @@ def check_free(out: Path) -> None:
         known = Artifact.load(out).files
     except InputError:
         known = {}
-    foreign = next((str(p.relative_to(out)) for p in files_below(out) if str(p.relative_to(out)) not in known), None)
+    names = (str(p.relative_to(out)) for p in files_below(out) if not p.name.startswith("."))  # .DS_Store and its like
+    foreign = next((name for name in names if name not in known), None)
     if not known or foreign:
         raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
 

@@ -81,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = parser().parse_args(arguments)
     _log_to_terminal()
-    if hasattr(signal, "SIGTERM"):  # a polite kill cleans up as Ctrl-C does
-        signal.signal(signal.SIGTERM, _stop)
+    _signals.clear()
+    for name in ("SIGINT", "SIGTERM"):  # a polite kill cleans up as Ctrl-C does; a Ctrl-C that the shell ignores stays ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _stop)
     if warning := double_runtime():
         _say(f"warning: {warning}")
     flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe", "prompt")}
@@ -91,9 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options, flags)
     try:
         return command(options, flags)
-    except KeyboardInterrupt:
-        _say("interrupted; nothing half-written is left, and the same command goes on after the last finished stage")
-        return 130
+    except BaseException as error:
+        # Native code may swallow the KeyboardInterrupt and fail in its own way: what was asked for was to stop.
+        if not _signals and not isinstance(error, KeyboardInterrupt):
+            return _failed(error)
+    _say("interrupted; nothing half-written is left, and the same command goes on after the last finished stage")
+    return 130
+
+
+def _failed(error: BaseException) -> int:
+    """One line and exit code 2 for what the user can mend; anything else is a bug, and raised again."""
+    try:
+        raise error
     except EdgepressError as error:
         reason = str(error)
     except MemoryError:
@@ -113,7 +124,11 @@ def _resolved(flags: dict[str, Any]) -> dict[str, Any]:
     return {**flags, "reference": resolve(flags["reference"])} if "reference" in flags else flags
 
 
-def _stop(*_: object) -> NoReturn:
+_signals: list[object] = []
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    _signals.append(number)
     raise KeyboardInterrupt
 
 
@@ -163,8 +178,10 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 
 def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    folder = Path(options.source)
-    if folder.is_dir() and not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
+    folder = Path(options.source).expanduser()
+    if not folder.is_dir():
+        folder = resolve(options.source)
+    if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
         folder = _artifact_folder(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
@@ -195,6 +212,8 @@ def _artifact_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if (folder / "model.onnx").is_file():
         return folder
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {source}; give the folder that edgepress export or build wrote")
     found = sorted(folder.glob("*/model.onnx"))
     if not found:
         raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")

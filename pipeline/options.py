@@ -216,13 +216,13 @@ def make(cls: type[Options], values: Mapping[str, Any], where: str = "option") -
         kind, many = hints[name]
         if many:
             items = value if isinstance(value, list | tuple) else str(value).split(",")
-            checked[name] = tuple(_value(name, kind, item, fields[name].metadata) for item in items)
+            checked[name] = tuple(_value(name, kind, item, fields[name].metadata, many) for item in items)
         else:
             checked[name] = _value(name, kind, value, fields[name].metadata)
     return cls(**checked)
 
 
-def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
+def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any], many: bool = False) -> Any:
     if value is None:
         if metadata["optional"]:
             return None
@@ -238,7 +238,9 @@ def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any]) -> Any
         if converted != converted:  # NaN
             raise ValueError
     except (ValueError, TypeError) as error:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text")
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text") + (
+            " (or several, separated by commas)" if many else ""
+        )
         raise OptionError(f"{flag(name)} takes {wanted}, not {value!r}") from error
     choices, at_least = metadata["choices"], metadata["at_least"]
     if isinstance(choices, Mapping):

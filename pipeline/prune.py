@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgepress.models.families import pruned_config, renamed
+from edgepress.models.families import layer_count_key, pruned_config, renamed
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, decoder_blocks, load_model, shards
 from edgepress.pipeline.errors import ModelError, ProofError
@@ -19,6 +20,10 @@ from edgepress.pipeline.shards import rewrite
 from edgepress.pipeline.tokens import batches, text_windows
 from transformers import PreTrainedModel
 
+log = logging.getLogger("edgepress")
+# Perplexity that grows by more than this factor is a broken model rather than a smaller one.
+WORRYING = 1.5
+
 
 def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     """Write the checkpoint without the blocks of least influence into ``out``; returns the facts for the manifest.
@@ -26,8 +31,9 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     Raises OptionError when no block would be left, ProofError when the checkpoint written does not compute
     what the original computes with those blocks skipped.
     """
-    count_key = _count_key(source.path)
-    amount = options.amount(read_json(source.path / "config.json")[count_key])
+    config = read_json(source.path / "config.json")
+    count_key = layer_count_key(config)
+    amount = options.amount(config[count_key])
     windows = text_windows(options.calibration, source.path, budget=options.calibration_tokens, skip=options.calibration_skip)
     model = load_model(source.path, options.trust_remote_code)
     influences, before = block_influence(model, windows)
@@ -51,14 +57,21 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
             f"(largest difference {float((found - wanted).abs().max()):.3g}); {source.family} keeps per-layer settings that its "
             "config cannot express for these layers, so nothing was written"
         )
+    after = perplexity_of(pruned, windows)
+    names = ", ".join(map(str, removed)) or "none"
+    log.info(
+        "prune: removed layers %s of %d; perplexity of the calibration text %.4g -> %.4g", names, len(influences), before, after
+    )
+    if after > WORRYING * before:
+        log.warning("warning: without these layers the model is badly hurt; remove fewer (low influence is no proof of low loss)")
     return {
         "influences": [round(value, 6) for value in influences],
         "removed_layers": removed,
         "layers": [len(influences), len(kept)],
         "parameters": [parameters, pruned.num_parameters()],
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
-        "calibration_tokens": sum(len(row) for row in windows),
-        "calibration_perplexity": [round(before, 4), round(perplexity_of(pruned, windows), 4)],
+        "calibration_positions": sum(len(row) for row in windows),
+        "calibration_perplexity": [round(before, 4), round(after, 4)],
         "proof": {"tokens": probe.shape[1], "largest_logit_difference": 0.0},
     }
 
@@ -88,7 +101,7 @@ def block_influence(model: PreTrainedModel, windows: list[np.ndarray]) -> tuple[
     handles = [block.register_forward_hook(measure(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         with torch.inference_mode():
-            for rows in progress(batches(windows), "block influence", "batch"):
+            for rows in progress(batches(windows, _batch(model, windows)), "block influence", "batch"):
                 ids = torch.from_numpy(rows)
                 losses = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)
                 tokens, nats, scored = tokens + ids.numel(), nats + float(losses.double().sum()), scored + losses.numel()
@@ -96,6 +109,11 @@ def block_influence(model: PreTrainedModel, windows: list[np.ndarray]) -> tuple[
         for handle in handles:
             handle.remove()
     return (sums / tokens).tolist(), float(np.exp(nats / scored))
+
+
+def _batch(model: PreTrainedModel, windows: list[np.ndarray]) -> int:
+    """Windows at a time, 8 at most, so that the float32 logits of a large vocabulary stay near a quarter of a gigabyte."""
+    return int(min(8, max(1, 2**26 // (len(windows[0]) * model.config.vocab_size))))
 
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -107,7 +125,7 @@ def perplexity_of(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
     """Perplexity of a torch model over windows of token ids."""
     nats, scored = 0.0, 0
     with torch.inference_mode():
-        for rows in progress(batches(windows), "perplexity", "batch"):
+        for rows in progress(batches(windows, _batch(model, windows)), "perplexity", "batch"):
             ids = torch.from_numpy(rows)
             losses = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)
             nats, scored = nats + float(losses.double().sum()), scored + losses.numel()
@@ -152,11 +170,3 @@ def block_output(output: Any) -> torch.Tensor:
     """The hidden states that a block returns, (batch, tokens, hidden)."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _count_key(folder: Path) -> str:
-    config = read_json(folder / "config.json")
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-        if isinstance(config.get(key), int):
-            return key
-    raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has (num_hidden_layers)")

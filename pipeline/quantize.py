@@ -10,7 +10,7 @@ import numpy as np
 from edgepress.pipeline import packed
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import block_linears, carry_files, load_model, read_tensors, shards
-from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear
 from edgepress.pipeline.quantizers import Job
@@ -45,6 +45,12 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     quantizer = load(look_up(QUANTIZERS, options.method, "method"))
     model = load_model(source.path, options.trust_remote_code)
     shapes = {n: (m.out_features, m.in_features) for n, m in block_linears(model).items()}
+    names = {name.removesuffix(".weight") for name, _ in read_tensors(source.path)}
+    if not shapes or (absent := set(shapes) - names):
+        why = f"its weights lack {min(absent)}.weight under that name" if shapes else "its blocks have no nn.Linear matrices"
+        raise ModelError(
+            f"{source.path} cannot be quantized yet ({why}); load it and save it once with transformers, or use --method none"
+        )
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -60,13 +66,15 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     if missing:
         raise ProofError(f"the quantizer left out {missing[0]} and {len(missing) - 1} more; nothing was written")
     packed.save(linears, out)
-    rewrite(shards(source.path), out, lambda name: None if name.removesuffix(".weight") in linears else name)
+    # A tied model may store its head a second time; it would outlive the packed one.
+    dropped = set(linears) | ({"lm_head"} if head and "lm_head" not in head else set())
+    rewrite(shards(source.path), out, lambda name: None if name.removesuffix(".weight") in dropped else name)
     _prove(linears, out)
     weights = sum(x.shape[0] * x.shape[1] for x in linears.values())
     return {
         "linears": len(linears),
         "head": {name: x.bits for name, x in head.items()} or "float",
-        "calibration_tokens": sum(len(row) for row in used),
+        "calibration_positions": sum(len(row) for row in used),
         "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / weights, 3),
         "padded": {
             n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size

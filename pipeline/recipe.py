@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 from edgepress.models import RECIPES
+from edgepress.models.families import layer_count_key
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
+from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.options import make
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.stages import STAGES
@@ -76,11 +77,30 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
     return chosen
 
 
+def _check_inputs(source: Path, steps: Plan) -> None:
+    """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
+    from edgepress.pipeline.tokens import read_text  # numpy and tokenizers, which --help does without
+
+    config = read_json(source / "config.json")
+    for name, options in steps:
+        if name == "quantize" and options.bits == 3 and options.method in ("rtn", "gptq") and any(n == "export" for n, _ in steps):
+            raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
+        if name == "prune":
+            options.amount(config[layer_count_key(config)])
+        for field in ("calibration", "text"):
+            if hasattr(options, field):
+                read_text(getattr(options, field))
+
+
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
     original = artifact = Artifact.load(source)
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)))
+    _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
+    stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in folders]
+    if stale:
+        raise OutputError(f"{stale[0]} is of another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
     check_disk(out, int(folder_bytes(source) * sum(missing)))
     done: list[Artifact] = []

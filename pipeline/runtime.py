@@ -6,6 +6,7 @@ present are one buffer, so that a step writes one position instead of copying th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class Decoder:
 
         if not (folder / model).is_file():
             raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
+        if threads > (os.cpu_count() or threads):
+            raise OptionError(f"{threads} threads are more than this machine's {os.cpu_count()} processors; give at most those")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.

@@ -54,16 +54,16 @@ STAGES: dict[str, Stage] = {
         ("hf",),
         "packed",
         (*_BUILD, "gptqmodel", "bitsandbytes"),
-        1.5,
+        1.0,
     ),
-    # float32 of a 16-bit checkpoint, plus the portable exporter's intermediate file
+    # a float export is float32, twice the bytes of a 16-bit checkpoint
     "export": Stage(
         ExportOptions,
         "edgepress.exporters.export:export",
         ("hf", "packed"),
         "onnx",
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
-        4.0,
+        2.2,
     ),
     "bench": Stage(BenchOptions, "edgepress.pipeline.bench:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
 }
@@ -79,13 +79,16 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
     if source.format != "onnx":
         check_checkpoint(source.path, options.trust_remote_code)
+    if damaged := source.damaged():
+        raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
+    out = out.resolve()  # a link to a folder stays one
     recorded = record(options)
     found = fingerprint(name, recorded, source)
-    check_free(out)
     if (done := finished(out, found)) is not None:
         log.info("%s: already done, kept %s", name, out)
         return done
-    if out.resolve() == source.path.resolve():
+    check_free(out)
+    if out == source.path.resolve():
         raise OptionError(f"{name} would overwrite its own source {source.path}; choose another output folder")
     check_disk(out, int(folder_bytes(source.path) * stage.disk))
     function = load(stage.run)
@@ -124,7 +127,7 @@ def record(options: Any) -> dict[str, Any]:
 
 def fingerprint(name: str, recorded: dict[str, Any], source: Artifact) -> str:
     """Hash of everything that decides what a stage writes."""
-    ingredients = [name, recorded, source.identity(), versions()]
+    ingredients = [name, recorded, source.identity(), versions(*STAGES[name].packages)]
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
         raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
     if path.suffix == ".jsonl":
         try:
-            content = "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+            content = "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
     return content
@@ -39,9 +39,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
+    # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:

@@ -524,7 +524,7 @@ def test_damaged_packed_file(refused: Refused, made: Path, text: Path, tmp_path:
     """Cut short after it was written, the codes are not guessed."""
     shutil.copytree(made / "packed", tmp_path / "packed")
     cut(1000)(tmp_path / "packed" / "packed.safetensors")
-    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("packed.safetensors", "quantize again"))
+    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("packed.safetensors", "build that folder again"))
 
 
 ARTIFACTS: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -510,7 +510,7 @@ def test_gptq_against_gptqmodel(quantized: GptqRun) -> None:
 def test_gptq_records_what_it_used(quantized: GptqRun) -> None:
     """The calibration tokens of the manifest are those that were asked for and used."""
     (step,) = quantized.packed.steps
-    assert step.facts["calibration_tokens"] == sum(map(len, quantized.windows)) <= 2048 + len(quantized.windows)
+    assert step.facts["calibration_positions"] == sum(map(len, quantized.windows)) <= 2048 + len(quantized.windows)
     with np.load(quantized.scratch / "windows.npz") as given:
         assert all(np.array_equal(given[name], row) for name, row in zip(given.files, quantized.windows, strict=True))
     assert step.facts["padded"]["model.layers.0.mlp.down_proj"] == 32
