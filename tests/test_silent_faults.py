@@ -1,0 +1,108 @@
+"""Faults that would pass without a word: each is refused or corrected, and each test fails when its guard is taken out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.errors import InputError, ModelError, ProofError
+from edgepress.pipeline.options import ExportOptions, QuantizeOptions
+from edgepress.pipeline.tokens import load_tokenizer, read_text
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig
+
+RTN = QuantizeOptions(method="rtn", group_size=32)
+
+
+def test_nan_is_no_parity(tiny: Path, text: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """NaN compares as no difference: a broken model must not be proven right."""
+    source = copy_of(tiny)
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError, match="not finite"):
+        stages.run("export", Artifact.load(source), tmp_path / "out", ExportOptions(text=text))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weight_is_named(tiny: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Rounding would turn its group into zeros."""
+    source = copy_of(tiny)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
+        stages.run("quantize", Artifact.load(source), tmp_path / "out", RTN)
+
+
+def test_an_edited_source_of_ours_is_noticed(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Its manifest still says what it was: what is made from it would carry a false history."""
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", RTN)
+    config = read_json(packed.path / "config.json")
+    (packed.path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(InputError, match=r"config\.json was changed"):
+        stages.run("export", Artifact.load(packed.path), tmp_path / "onnx", ExportOptions(text=text))
+
+
+def test_folders_of_another_recipe_are_not_mixed_in(tiny: Path, text: Path, call: Callable, tmp_path: Path) -> None:
+    """Run and show would find the artifact of the former recipe."""
+    (tmp_path / "a.yaml").write_text("prune: {remove_layers: 1}\nquantize: {method: rtn}\n")
+    (tmp_path / "b.yaml").write_text("quantize: {method: rtn}\n")
+    first = ["build", tiny, tmp_path / "out", "--calibration", text, "--calibration-tokens", 300]
+    assert call(*first, "--recipe", tmp_path / "a.yaml").code == 0
+    refused = call("build", tiny, tmp_path / "out", "--recipe", tmp_path / "b.yaml")
+    assert refused.code == 2 and "another recipe" in refused.err
+
+
+def test_truncation_in_the_tokenizer_file_cuts_no_text(tiny: Path, copy_of: Callable[..., Path], text: Path) -> None:
+    """Fine-tuning saves truncation and padding with the tokenizer."""
+    source = copy_of(tiny)
+    tokenizer = load_tokenizer(source)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=300)
+    tokenizer.save(str(source / "tokenizer.json"))
+    prose = text.read_text()[:2000]
+    assert load_tokenizer(source).encode(prose).ids == load_tokenizer(tiny).encode(prose).ids
+
+
+@pytest.mark.parametrize("exporter", ["fused", "portable"])
+def test_a_tied_head_stored_twice_is_packed_once(
+    exporter: str, random_model: Callable[..., Path], tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    """The float copy would outlive the packed one, and torch and ONNX would use different heads."""
+    content = read_json(tiny / "config.json") | {"tie_word_embeddings": True, "num_hidden_layers": 2}
+    source = random_model(LlamaConfig(**content), tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    packed = stages.run("quantize", Artifact.load(source), tmp_path / "packed", RTN)
+    assert "lm_head.weight" not in load_file(packed.path / "model.safetensors")
+    stages.run("export", packed, tmp_path / "onnx", ExportOptions(text=text, exporter=exporter))
+
+
+def test_blocks_without_linear_layers_are_not_called_quantized(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """GPT-2 keeps its matrices in Conv1D: quantizing only the head must not pass for 4 bits."""
+    config = GPT2Config(vocab_size=5120, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
+    source = random_model(config, tmp_path / "gpt2")
+    with pytest.raises(ModelError, match=r"no nn\.Linear"):
+        stages.run("quantize", Artifact.load(source), tmp_path / "out", RTN)
+
+
+def test_weights_under_other_names_are_not_left_float(tiny: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """A checkpoint of the base model has no 'model.' prefix: packed matrices would stand beside the float ones."""
+    source = copy_of(tiny)
+    weights = {name.removeprefix("model."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="under that name"):
+        stages.run("quantize", Artifact.load(source), tmp_path / "out", RTN)
+
+
+def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 in a string; splitting there would break the object."""
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
+    assert read_text(file) == "one\u2028two\n\nthree"
