@@ -64,7 +64,7 @@ def require(package: str) -> None:
 
 def _missing(package: str) -> MissingPackageError:
     distribution, extra = PACKAGES[package]
-    return MissingPackageError(f"{distribution} is not installed; pip install 'edgepress[{extra}]'")
+    return MissingPackageError(f"{distribution} is not installed; in a clone of edgepress: pip install '.[{extra}]'")
 
 
 def version(distribution: str) -> str | None:

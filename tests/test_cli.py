@@ -195,7 +195,7 @@ def test_missing_package_is_named(
     places = {"SRC": tiny, "OUT": tmp_path / "out", "ONNX": exported}
     result = call(*(places.get(part, part) for part in line.split()))
     assert result.code == 2
-    assert result.err.splitlines()[-1] == f"error: {package} is not installed; pip install 'edgepress[{extra}]'"
+    assert result.err.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install '.[{extra}]'"
     assert not list(tmp_path.iterdir())
 
 
@@ -214,7 +214,7 @@ def test_light_installation_names_what_a_stage_needs(package: str, line: str, ti
     arguments = [package, *(places.get(part, part) for part in line.split())]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; pip install 'edgepress[build]'"
+    assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install '.[build]'"
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -174,6 +174,7 @@ def train(options: argparse.Namespace, device: str) -> None:
     if missing:
         raise SystemExit(f"error: no such book in {options.text}: {', '.join(sorted(missing))}; name others with --held-out")
     training = [book for book in books if book.stem not in options.held_out]
+    _same_run(options, training)
     tokenizer = train_tokenizer(training, options.out / "tokenizer", options.vocabulary)
     bos = tokenizer.bos_token_id
     tokens = np.concatenate([encode(book, tokenizer, options.out / "tokens") for book in training])
@@ -200,6 +201,9 @@ def train(options: argparse.Namespace, device: str) -> None:
         for target, value in zip(optimizers + schedules, state["optimizers"], strict=True):
             target.load_state_dict(value)
         done, seconds = state["step"], state["seconds"]
+        log = options.out / "log.jsonl"  # what was reported after the checkpoint is done, and reported, again
+        rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= done))
         print(f"going on from step {done} of {steps}", flush=True)
 
     def save(step: int) -> None:
@@ -260,6 +264,17 @@ def train(options: argparse.Namespace, device: str) -> None:
     save(step)
     if step >= steps:
         finish(model, tokenizer, held_out, options, step, seconds, device)
+
+
+def _same_run(options: argparse.Namespace, training: list[Path]) -> None:
+    """Refuse to go on in OUT with other books or settings: its tokenizer and weights would have seen what is held out now."""
+    file = options.out / "run.json"
+    wanted = {"books": [book.stem for book in training], "held_out": sorted(options.held_out)}
+    wanted |= {name: getattr(options, name) for name in ("seed", "layers", "vocabulary", "batch", "learning_rate", "warm_up")}
+    if file.is_file() and json.loads(file.read_text()) != wanted:
+        raise SystemExit(f"error: {options.out} holds a run with other books or settings ({file}); give another OUT")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
 def finish(
