@@ -75,15 +75,12 @@ def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray],
         spread.append(wanted.std())
         decoder.reset()
         found = decoder.feed(ids, keep=0)
-        # NaN compares as neither larger nor different, so it would pass for agreement
-        if not (np.isfinite(wanted).all() and np.isfinite(found).all()):
-            raise ProofError("the logits are not finite (NaN or Inf); the checkpoint is broken, fetch or build it again")
+        whole = max(whole, _difference(found, wanted))
         quality.add(ids, found, wanted)
-        whole = max(whole, float(np.abs(found - wanted).max()))
         cuts = [len(ids) // 3, len(ids) // 3 + 1]  # a first part, one token, the rest: with and without a past, short and long
-        chunks = max(chunks, float(np.abs(_pieces(decoder, np.split(ids, cuts)) - wanted).max()))
+        chunks = max(chunks, _difference(_pieces(decoder, np.split(ids, cuts)), wanted))
         few = ids[:64]
-        steps = max(steps, float(np.abs(_pieces(decoder, np.split(few, len(few))) - wanted[: len(few)]).max()))
+        steps = max(steps, _difference(_pieces(decoder, np.split(few, len(few))), wanted[: len(few)]))
     scale = float(np.mean(spread))
     figures = quality.figures()
     return Parity(
@@ -96,6 +93,13 @@ def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray],
         figures["kl_mean"],
         _greedy_match(model, decoder, windows[0][: len(windows[0]) // 2]),
     )
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest absolute difference. Raises ProofError for NaN or Inf, which would compare as no difference at all."""
+    if not (np.isfinite(wanted).all() and np.isfinite(found).all()):
+        raise ProofError("the logits are not finite (NaN or Inf); the checkpoint is broken, fetch or build it again")
+    return float(np.abs(found - wanted).max())
 
 
 def _pieces(decoder: Decoder, pieces: list[np.ndarray]) -> np.ndarray:

@@ -184,15 +184,15 @@ def _decoder_logits(folder: Path) -> Logits:
     return logits
 
 
-def _score(model: Logits, original: Logits | None, windows: list[np.ndarray], label: str = "onnx") -> dict[str, Any]:
+def _score(model: Logits, original: Logits | None, windows: list[np.ndarray], label: str = "onnx") -> Quality:
     quality = Quality()
     for ids in progress(windows, f"quality of {label}", "window"):
         scores = model(ids)
         quality.add(ids, scores, None if original is None else scores if original is model else original(ids))
-    return {"quality": quality}
+    return quality
 
 
-def _row(name: str, folder: Path, scores: dict[str, Any], text_bytes: int) -> dict[str, Any]:
+def _row(name: str, folder: Path, scores: Quality, text_bytes: int) -> dict[str, Any]:
     units = {
         "perplexity": "1",
         "bits_per_byte": "bit/byte",
@@ -201,7 +201,7 @@ def _row(name: str, folder: Path, scores: dict[str, Any], text_bytes: int) -> di
         "top1_agreement": "1",
         "tokens": "token",
     }
-    figures = scores["quality"].figures(text_bytes)
+    figures = scores.figures(text_bytes)
     return {
         "name": name,
         "bytes": sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data")),

@@ -15,7 +15,7 @@ from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear
 from edgepress.pipeline.quantizers import Job
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
-from edgepress.pipeline.shards import rewrite
+from edgepress.pipeline.shards import header, rewrite
 from edgepress.pipeline.table import load, look_up
 from edgepress.pipeline.tokens import text_windows
 from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     quantizer = load(look_up(QUANTIZERS, options.method, "method"))
     model = load_model(source.path, options.trust_remote_code)
     shapes = {n: (m.out_features, m.in_features) for n, m in block_linears(model).items()}
-    names = {name.removesuffix(".weight") for name, _ in read_tensors(source.path)}
+    names = {name.removesuffix(".weight") for shard in shards(source.path) for name in header(shard)[0]}
     if not shapes or (absent := set(shapes) - names):
         why = f"its weights lack {min(absent)}.weight under that name" if shapes else "its blocks have no nn.Linear matrices"
         raise ModelError(
