@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.models import CALIBRATION_TEXT
+from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import block_linears, load_model
-from edgepress.pipeline.progress import progress
-from edgepress.pipeline.prune import block_influence, next_token_losses, skipped
+from edgepress.pipeline.influence import measure_influence
+from edgepress.pipeline.losses import mean_loss
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
-from edgepress.pipeline.tokens import batches, load_tokenizer, text_windows
+from edgepress.pipeline.tokens import load_tokenizer, text_windows
 from transformers import AutoTokenizer, PreTrainedModel
 
 PROMPTS = ("The old house stood", '"I cannot think," said Margaret,', "It was a cold morning in November, and")
@@ -37,7 +38,8 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model)
     windows = [row for text in options.texts for row in text_windows(text, options.model, budget=options.tokens)]
     text_bytes = sum(len(tokenizer.decode(row[1:].tolist(), skip_special_tokens=False).encode()) for row in windows)
-    influences, _ = block_influence(model, text_windows(CALIBRATION_TEXT, options.model, budget=32768))
+    blocks = Blocks(model)
+    influences = measure_influence(blocks, text_windows(CALIBRATION_TEXT, options.model, budget=32768)).block_influence
     order = [int(i) for i in np.argsort(influences, kind="stable")]
 
     def row(name: str, nats: float) -> None:
@@ -51,10 +53,10 @@ def main() -> None:
     print("| model | perplexity | bits per byte | loss |\n| --- | ---: | ---: | ---: |")
     row("whole", whole)
     for index, influence in enumerate(influences):
-        with skipped(model, [index]):
+        with blocks.without([index]):
             row(f"without layer {index} (influence {influence:.4f})", total(model, windows))
     for count in range(1, options.lowest + 1):
-        with skipped(model, order[:count]):
+        with blocks.without(order[:count]):
             row(f"without the {count} of lowest influence ({', '.join(map(str, sorted(order[:count])))})", total(model, windows))
     for bits in (8, 4, 3):
         rounded = load_model(options.model)
@@ -68,12 +70,7 @@ def main() -> None:
 
 def total(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
     """Summed negative log-likelihood in nats."""
-    nats = 0.0
-    with torch.inference_mode():
-        for rows in progress(batches(windows), "loss", "batch"):
-            ids = torch.from_numpy(rows)
-            nats += float(next_token_losses(model(input_ids=ids, use_cache=False).logits, ids).double().sum())
-    return nats
+    return mean_loss(model, windows) * sum(len(row) - 1 for row in windows)
 
 
 def samples(model: PreTrainedModel, folder: Path) -> None:

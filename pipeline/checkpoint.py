@@ -20,7 +20,7 @@ WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.
 CARRIED_SUFFIXES = {".json", ".model", ".jinja", ".py"}
 CARRIED_NAMES = {"merges.txt", "vocab.txt", "LICENSE"}
 # Left behind: what describes the former weights.
-NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json"}
+NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json", "influence.json"}
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -68,7 +68,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             with safe_open(shard, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+                        raise ModelError(f"{name} in {shard} holds NaN or Inf; the checkpoint is broken there, fetch it again")
+                    yield name, tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
 

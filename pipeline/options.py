@@ -16,6 +16,7 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.table import look_up, suggestion
 
 Options = TypeVar("Options")
+PRUNE_TOKENS = 32768
 
 METHODS = {
     "none": "keep the weights as they are",
@@ -24,6 +25,12 @@ METHODS = {
     "nf4": "bitsandbytes NormalFloat 4 (small, but slow on CPU)",
     "fp4": "bitsandbytes float 4 (small, but slow on CPU)",
     "int8": "bitsandbytes LLM.int8 weights (outlier handling is lost)",
+}
+CRITERIA = {
+    "greedy": "one after another, of those of lowest Block Influence the one whose removal costs the least KL divergence",
+    "bi": "the lowest Block Influence, as in ShortGPT",
+    "angular": "the contiguous run of least angular distance",
+    "list": "those named by --layers",
 }
 EXPORTERS = {
     "auto": "fused where the architecture allows, else portable",
@@ -72,31 +79,57 @@ def _target() -> Any:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Remove the decoder blocks of least Block Influence."""
+    """Remove decoder blocks: those of least Block Influence, or of least measured cost."""
 
+    criterion: str | None = option(None, "how layers are chosen (default: greedy, or list with --layers)", CRITERIA)
     remove_layers: int | None = option(None, "decoder blocks to remove", at_least=0)
     remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
+    max_loss: float | None = option(
+        None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
+    )
+    layers: tuple[int, ...] = option((), "the very blocks to remove, counted from 0, separated by commas", at_least=0)
+    shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
+    greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
-    calibration_tokens: int = _calibration_tokens()
+    calibration_tokens: int | None = option(
+        None,
+        f"calibration tokens; the last quarter is held out and ranks nothing (default: {PRUNE_TOKENS}, or all there are)",
+        at_least=16,
+    )
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
-        if self.remove_layers is not None and self.remove_fraction is not None:
+        amounts = [flag(name) for name in ("remove_layers", "remove_fraction") if getattr(self, name) is not None]
+        if self.layers and (amounts or self.max_loss is not None):
+            raise OptionError(f"--layers names the layers already; leave out {(*amounts, '--max-loss')[0]}")
+        if self.criterion == "list" and not self.layers:
+            raise OptionError("--criterion list needs the layers: --layers 4,5")
+        if self.layers and self.criterion not in (None, "list"):
+            raise OptionError(f"--layers names the layers already; leave out --criterion {self.criterion}")
+        if len(set(self.layers)) != len(self.layers):
+            raise OptionError(f"--layers names a layer twice: {', '.join(map(str, self.layers))}")
+        if len(amounts) == 2:
             raise OptionError("give --remove-layers or --remove-fraction, not both")
-        if self.remove_layers is None and self.remove_fraction is None:
-            raise OptionError("say how much to remove: --remove-layers N or --remove-fraction F")
+        if not (amounts or self.layers or self.max_loss is not None):
+            raise OptionError("say how much to remove: --remove-layers N, --remove-fraction F, --max-loss NATS or --layers 4,5")
         if self.remove_fraction is not None and not 0 < self.remove_fraction < 1:
             raise OptionError(f"--remove-fraction must lie between 0 and 1, not {self.remove_fraction}")
 
+    @property
+    def how(self) -> str:
+        """The criterion in force."""
+        return self.criterion or ("list" if self.layers else "greedy")
+
     def amount(self, layers: int) -> int:
-        """Blocks to remove from a model of ``layers``; OptionError when none would be left."""
-        count = self.remove_layers
+        """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""
+        if self.layers and max(self.layers) >= layers:
+            raise OptionError(f"there is no layer {max(self.layers)}: the model has {layers}, counted from 0 to {layers - 1}")
+        count = len(self.layers) if self.layers else self.remove_layers
         if count is None:
-            assert self.remove_fraction is not None
-            count = max(1, int(layers * self.remove_fraction))
+            count = layers - 1 if self.remove_fraction is None else max(1, int(layers * self.remove_fraction))
         if count >= layers:
-            raise OptionError(f"cannot remove {count} of {layers} layers; --remove-layers must be at most {layers - 1}")
+            raise OptionError(f"cannot remove {count} of {layers} layers; one must stay, so at most {layers - 1} can go")
         return count
 
 

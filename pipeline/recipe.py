@@ -21,6 +21,7 @@ from edgepress.pipeline.table import look_up, suggestion
 
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
+_AMOUNTS = {"remove_layers", "remove_fraction", "max_loss", "layers"}
 
 
 def read(name: str) -> dict[str, dict[str, Any]]:
@@ -69,8 +70,8 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
         names = {item.name for item in dataclasses.fields(stage.options)}
         own = {key: value for key, value in flags.items() if key in names}
         unused -= set(own)
-        # the two ways to say how much to remove exclude each other: a flag replaces both
-        given = {k: v for k, v in given.items() if not (k.startswith("remove_") and any(o.startswith("remove_") for o in own))}
+        if not _AMOUNTS.isdisjoint(own):  # ways to say what to remove exclude each other: a flag replaces them all
+            given = {k: v for k, v in given.items() if k not in _AMOUNTS and not (k == "criterion" and "layers" in own)}
         chosen.append((name, make(stage.options, {**given, **own}, f"option of {name}")))
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")

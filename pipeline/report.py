@@ -78,6 +78,12 @@ def stage_rows(content: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+CHOSEN = {
+    "greedy": "chosen greedily by KL divergence among those of low Block Influence",
+    "bi": "lowest Block Influence",
+    "angular": "least angular distance",
+    "list": "as told",
+}
 STAGE_HEADER = ["stage", "weights", "perplexity", "change", "KL", "top-1"]
 
 
@@ -88,7 +94,7 @@ def made_by(content: dict[str, Any]) -> list[str]:
         options, facts = step["options"], step["facts"]
         if step["stage"] == "prune":
             removed = ", ".join(map(str, facts["removed_layers"])) or "none"
-            lines.append(f"prune: layers {removed} of {facts['layers'][0]} removed by Block Influence")
+            lines.append(f"prune: layers {removed} of {facts['layers'][0]} removed ({CHOSEN[facts['criterion']]})")
         elif step["stage"] == "quantize":
             kind = options["method"]
             if kind in ("rtn", "gptq"):

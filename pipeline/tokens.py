@@ -68,14 +68,14 @@ def context_length(folder: Path) -> int:
 
 
 def text_windows(
-    path: Path, folder: Path, *, budget: int, skip: int = 0, length: int | None = None, shortest: int = 2
+    path: Path, folder: Path, *, budget: int, skip: int = 0, length: int | None = None, shortest: int = 2, exact: bool = False
 ) -> list[np.ndarray]:
     """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
 
     Every window is an int64 array of at most ``length`` ids (default: the context) that begins with the
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
-    the text itself. Raises TextError when not one full window is there.
+    the text itself. Raises TextError when not one full window is there, or (``exact``) less than the budget.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
@@ -92,6 +92,8 @@ def text_windows(
     if len(ids) < min(body, budget):
         after = f" after the {skip} skipped" if skip else ""
         raise TextError(f"{path} is too short: {len(ids)} tokens{after}, one window takes {body}; give a longer text")
+    if exact and len(ids) < budget:
+        raise TextError(f"{path} is too short: {len(ids)} tokens, {budget} were asked for; give a longer text or ask for fewer")
     rows = [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in range(0, len(ids), body)]
     return [row for row in rows if len(row) >= max(shortest, 2)]
 
@@ -105,3 +107,19 @@ def batches(windows: list[np.ndarray], size: int = 8) -> list[np.ndarray]:
         else:
             stacked.append([row])
     return [np.stack(rows) for rows in stacked]
+
+
+def padded(windows: list[np.ndarray], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Windows stacked in order, at most ``size`` at a time: ids (batch, longest) and which of them are real, not padding.
+
+    Padding stands on the right, where no real token of a causal model sees it; its id means nothing.
+    """
+    stacked = []
+    for first in range(0, len(windows), size):
+        rows = windows[first : first + size]
+        ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+        real = np.zeros(ids.shape, dtype=bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], real[number, : len(row)] = row, True
+        stacked.append((ids, real))
+    return stacked

@@ -13,7 +13,7 @@ import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.prune import perplexity_of
+from edgepress.pipeline.losses import perplexity_of
 from edgepress.pipeline.tokens import text_windows
 from transformers import AutoModelForCausalLM
 

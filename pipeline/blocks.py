@@ -1,0 +1,113 @@
+"""The decoder blocks of a torch model, run with some of them left out or started again from a recorded state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from edgepress.pipeline.checkpoint import decoder_blocks
+from transformers import PreTrainedModel
+
+
+class Blocks:
+    """The residual stream of a model: what enters and leaves each decoder block.
+
+    Blocks are replaced, not hooked, so that what is left out costs no time. Raises ModelError when the blocks of the
+    architecture cannot be told.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name, self.modules = decoder_blocks(model)
+        self._extras = self._outputs_beside_the_hidden_states()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary) of token ids (batch, tokens), without a cache."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def without(self, removed: Sequence[int]) -> Iterator[None]:
+        """Within the context the blocks ``removed`` hand their input on unchanged."""
+        with self._replaced(dict.fromkeys(removed)):
+            yield
+
+    @contextmanager
+    def entering(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Within the context the model computes nothing before block ``index``, which is given ``hidden`` (batch, tokens, hidden).
+
+        index may be the number of blocks: then only what follows the blocks is computed.
+        """
+        with self._replaced({i: hidden if i == index - 1 else None for i in range(index)}):
+            yield
+
+    @contextmanager
+    def recorded(self, wanted: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """A dictionary that each forward pass fills with the hidden states that enter the blocks ``wanted``."""
+        states: dict[int, torch.Tensor] = {}
+
+        def note(index: int) -> Any:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states[index] = block_input(args, kwargs)
+
+            return hook
+
+        handles = [self.modules[index].register_forward_pre_hook(note(index), with_kwargs=True) for index in wanted]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _replaced(self, given: Mapping[int, torch.Tensor | None]) -> Iterator[None]:
+        def hand_on(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = given[index]
+                hidden = block_input(args, kwargs) if hidden is None else hidden
+                extras = self._extras[index]
+                return hidden if extras is None else (hidden, *[None] * extras)
+
+            return forward
+
+        changed = [index for index in given if "forward" not in self.modules[index].__dict__]  # contexts may be nested
+        for index in changed:
+            self.modules[index].forward = hand_on(index)
+        try:
+            yield
+        finally:
+            for index in changed:
+                del self.modules[index].forward
+
+    def _outputs_beside_the_hidden_states(self) -> list[int | None]:
+        """For each block the length of its output tuple less one, None where it returns a bare tensor."""
+        found: list[int | None] = []
+
+        def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+            found.append(len(output) - 1 if isinstance(output, tuple) else None)
+
+        handles = [block.register_forward_hook(look) for block in self.modules]
+        try:
+            self.logits(torch.zeros((1, 2), dtype=torch.long))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states given to a block, (batch, tokens, hidden)."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, (batch, tokens, hidden)."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

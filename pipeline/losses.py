@@ -1,0 +1,52 @@
+"""Quality of a torch model on windows of token ids: loss of the next token, and divergence from another model's logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.tokens import padded
+from transformers import PreTrainedModel
+
+_ROWS = 256  # positions whose probabilities stand in memory at once
+_LOGITS = 2**26  # float32 logits of a batch: a quarter of a gigabyte
+
+
+def batch_size(model: PreTrainedModel, windows: list[np.ndarray]) -> int:
+    """Windows at a time, 8 at most, few enough for the logits of a large vocabulary to fit a small memory."""
+    return int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
+
+
+def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats, float32 (batch, tokens - 1), of every id after the first of its window."""
+    losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
+    for row in range(len(ids)):
+        for first in range(0, losses.shape[1], _ROWS):
+            rows = slice(first, min(first + _ROWS, losses.shape[1]))
+            losses[row, rows] = torch.nn.functional.cross_entropy(logits[row, rows].float(), ids[row, 1:][rows], reduction="none")
+    return losses
+
+
+def divergences(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(original || model) in nats, float32 (positions,), of logits (positions, vocabulary)."""
+    found = []
+    for first in range(0, len(logits), _ROWS):
+        truth, own = (torch.log_softmax(part[first : first + _ROWS].float(), -1) for part in (original, logits))
+        found.append((truth.exp() * (truth - own)).sum(-1))
+    return torch.cat(found)
+
+
+def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
+    """Mean loss in nats over every token after the first of its window."""
+    nats, scored = 0.0, 0
+    with torch.inference_mode():
+        for rows, real in progress(padded(windows, batch_size(model, windows)), "loss", "batch"):
+            ids, scoring = torch.from_numpy(rows), torch.from_numpy(real[:, 1:])
+            losses = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)
+            nats, scored = nats + float(losses[scoring].double().sum()), scored + int(scoring.sum())
+    return nats / scored
+
+
+def perplexity_of(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
+    """Perplexity over windows of token ids."""
+    return float(np.exp(mean_loss(model, windows)))
