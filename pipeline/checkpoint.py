@@ -98,7 +98,9 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     # Experts or heads may be as many as layers: the outermost list is the blocks'.
     lists = [pair for pair in lists if not any(pair[0].startswith(other + ".") for other, _ in lists)]
     if len(lists) != 1:
-        raise ModelError(f"cannot tell the decoder blocks of {type(model).__name__}; this architecture is not supported yet")
+        raise ModelError(
+            f"cannot tell the decoder blocks of {type(model).__name__}: it keeps no one list of them; give a model of another kind"
+        )
     return lists[0]
 
 

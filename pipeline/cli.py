@@ -145,6 +145,8 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.report import influence_table
+
     stage = STAGES[options.verb]
     values: Any = make(stage.options, _resolved(flags))
     if options.verb == "bench":
@@ -155,8 +157,10 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         artifact = stages.run(options.verb, Artifact.load(resolve(options.source)), options.out, values)
     if artifact.format == "report":
         _print_report(artifact)
-    else:
-        print(artifact.path)
+        return 0
+    if options.verb == "prune":
+        print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
+    print(artifact.path)
     return 0
 
 

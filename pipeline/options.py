@@ -104,11 +104,11 @@ class PruneOptions:
         if self.layers and (amounts or self.max_loss is not None):
             raise OptionError(f"--layers names the layers already; leave out {(*amounts, '--max-loss')[0]}")
         if self.criterion == "list" and not self.layers:
-            raise OptionError("--criterion list needs the layers: --layers 4,5")
+            raise OptionError("--criterion list needs to be told them; give --layers 4,5")
         if self.layers and self.criterion not in (None, "list"):
             raise OptionError(f"--layers names the layers already; leave out --criterion {self.criterion}")
         if len(set(self.layers)) != len(self.layers):
-            raise OptionError(f"--layers names a layer twice: {', '.join(map(str, self.layers))}")
+            raise OptionError(f"--layers names a layer twice: {', '.join(map(str, self.layers))}; leave one out")
         if len(amounts) == 2:
             raise OptionError("give --remove-layers or --remove-fraction, not both")
         if not (amounts or self.layers or self.max_loss is not None):
@@ -124,7 +124,7 @@ class PruneOptions:
     def amount(self, layers: int) -> int:
         """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""
         if self.layers and max(self.layers) >= layers:
-            raise OptionError(f"there is no layer {max(self.layers)}: the model has {layers}, counted from 0 to {layers - 1}")
+            raise OptionError(f"there is no layer {max(self.layers)} in a model of {layers}; give numbers from 0 to {layers - 1}")
         count = len(self.layers) if self.layers else self.remove_layers
         if count is None:
             count = layers - 1 if self.remove_fraction is None else max(1, int(layers * self.remove_fraction))

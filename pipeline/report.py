@@ -118,6 +118,18 @@ def table(rows: list[list[str]]) -> str:
     )
 
 
+def influence_table(content: dict[str, Any]) -> str:
+    """A line a layer, from the content of influence.json."""
+    first: dict[str, float] = content["rounds"][0].get("kl", {}) if content["rounds"] else {}
+    rows = [["layer", "influence", *(["KL when it alone goes"] if first else []), ""]]
+    for row in content["layers"]:
+        measured = [f"{first[str(row['layer'])]:.4f}" if str(row["layer"]) in first else ""] if first else []
+        rows.append([str(row["layer"]), f"{row['influence']:.4f}", *measured, "removed" if row["removed"] else ""])
+    stability = content["rank_correlation_of_halves"]
+    sure = f"\n\nrank correlation of the influences from two halves of the text: {stability:.2f}" if stability is not None else ""
+    return table(rows) + sure
+
+
 def terminal(content: dict[str, Any]) -> str:
     """Both tables as text."""
     figures = [

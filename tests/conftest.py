@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
+from edgepress.pipeline.checkpoint import quiet
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 # Two workers with a thread each: more threads than cores, spinning at barriers, made these tests ten times slower.
@@ -62,7 +63,8 @@ def save_random(config: PreTrainedConfig, folder: Path, dtype: torch.dtype = tor
                 parameter.normal_(0, 0.08)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
+    with quiet():  # tests look at what stands on stderr
+        model.to(dtype).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(REFERENCE).save_pretrained(folder)
     return folder
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from edgepress.pipeline import artifact, cli, stages
 from safetensors.torch import load_file, save_file
+from transformers import XLMConfig
 
 Refused = Callable[..., None]
 Copy = Callable[..., Path]
@@ -28,7 +29,7 @@ ADVICE = re.compile(
     r"--help|\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
     r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
 )
-LOG = re.compile(r"(prune|quantize|export|bench): ")
+LOG = re.compile(r"(prune|greedy|quantize|export|bench): ")
 COMMANDS = {
     "prune": ("prune", "SRC", "OUT", "--remove-layers", "1", "--calibration-tokens", "64"),
     "quantize": ("quantize", "SRC", "OUT", "--method", "rtn"),
@@ -125,6 +126,25 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
     "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
 }
+
+
+def test_blocks_that_cannot_be_told(refused: Refused, tmp_path: Path, random_model: Callable[..., Path], text: Path) -> None:
+    """XLM keeps attentions, norms and feed-forwards in four lists of its depth, and no list of blocks."""
+    config = XLMConfig(vocab_size=5120, emb_dim=64, n_layers=4, n_heads=4, max_position_embeddings=128, causal=True)
+    folder = random_model(config, tmp_path / "xlm")
+    refused(
+        "prune", folder, tmp_path / "out", "--layers", "1", "--calibration", text, says=("cannot tell the decoder blocks", "XLM")
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """The tensor, and with it the layer, is named before anything is measured."""
+    source = copy_of(tiny)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -248,6 +268,21 @@ OPTIONS = [
     ("prune --remove-fraction nan", ("--remove-fraction", "takes a number")),
     ("prune --remove-layers 1 --remove-fraction 0.5", ("not both",)),
     ("prune", ("--remove-layers", "--remove-fraction")),
+    ("prune --criterion lowest --remove-layers 1", ("unknown criterion 'lowest'", "greedy, bi, angular, list")),
+    ("prune --criterion list", ("--criterion list needs", "--layers 4,5")),
+    ("prune --criterion bi --layers 1", ("--layers names the layers already", "--criterion bi")),
+    ("prune --layers 1,2 --remove-layers 2", ("--layers names the layers already", "--remove-layers")),
+    ("prune --layers 1 --max-loss 0.1", ("--layers names the layers already", "--max-loss")),
+    ("prune --layers 2,1,2", ("--layers names a layer twice", "2, 1, 2")),
+    ("prune --layers 1,4", ("no layer 4 in a model of 4", "0 to 3")),
+    ("prune --layers -1", ("--layers must be at least 0",)),
+    ("prune --layers 0,1,2,3", ("cannot remove 4 of 4", "at most 3")),
+    ("prune --layers two", ("--layers takes a whole number", "two")),
+    ("prune --max-loss -0.1", ("--max-loss must be at least 0",)),
+    ("prune --max-loss nan", ("--max-loss takes a number",)),
+    ("prune --remove-layers 1 --shortlist 0", ("--shortlist must be at least 1",)),
+    ("prune --remove-layers 1 --calibration-tokens 9000000", ("too short", "9000000 were asked for", "ask for fewer")),
+    ("build --layers 1,7", ("no layer 7 in a model of 4",)),
     ("quantize --method gtpq", ("unknown method 'gtpq'", "did you mean 'gptq'?")),
     ("quantize --bits 5", ("--bits", "2, 3, 4, 8", "5")),
     ("quantize --bits four", ("--bits takes a whole number", "four")),
