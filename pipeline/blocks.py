@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from edgepress.pipeline.checkpoint import decoder_blocks
 from transformers import PreTrainedModel
+
+
+class _Enough(Exception):
+    """All that was asked for is computed."""
 
 
 class Blocks:
@@ -64,6 +68,37 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def states(self, ids: torch.Tensor, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """What enters the blocks ``wanted``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
+
+        Nothing is computed after the last of them.
+        """
+        states: dict[int, torch.Tensor] = {}
+        end = max(wanted)
+
+        def entering(index: int) -> Any:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states[index] = block_input(args, kwargs)
+                if index == end:
+                    raise _Enough
+
+            return hook
+
+        def leaving(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states[len(self)] = block_output(output)
+            raise _Enough
+
+        handles = [self.modules[i].register_forward_pre_hook(entering(i), with_kwargs=True) for i in wanted if i < len(self)]
+        if end == len(self):
+            handles.append(self.modules[-1].register_forward_hook(leaving))
+        try:
+            with suppress(_Enough):
+                self.logits(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states
 
     @contextmanager
     def _replaced(self, given: Mapping[int, torch.Tensor | None]) -> Iterator[None]:

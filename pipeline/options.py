@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT
+from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.table import look_up, suggestion
 
@@ -31,6 +31,11 @@ CRITERIA = {
     "bi": "the lowest Block Influence, as in ShortGPT",
     "angular": "the contiguous run of least angular distance",
     "list": "those named by --layers",
+}
+HEALERS = {
+    "linear": "closed form: the matrix before each gap learns to write what the removed layers wrote",
+    "lora": "distillation: low-rank changes of the kept blocks, trained towards the original's logits, merged",
+    "linear+lora": "one after the other",
 }
 EXPORTERS = {
     "auto": "fused where the architecture allows, else portable",
@@ -88,6 +93,7 @@ class PruneOptions:
         None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
     )
     layers: tuple[int, ...] = option((), "the very blocks to remove, counted from 0, separated by commas", at_least=0)
+    heal: str | None = option(None, "heal what is left at once, with the defaults of edgepress heal", HEALERS)
     shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
     greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
@@ -131,6 +137,29 @@ class PruneOptions:
         if count >= layers:
             raise OptionError(f"cannot remove {count} of {layers} layers; one must stay, so at most {layers - 1} can go")
         return count
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """Win back what the removal of layers cost, without a parameter more; kept only if two texts say that it helped."""
+
+    method: str = option("linear", "how the model is healed", HEALERS)
+    original: Path | None = option(None, "the checkpoint before layers were removed (a build knows it)")
+    calibration: Path = _calibration()
+    calibration_tokens: int | None = option(
+        None,
+        f"calibration tokens; the last quarter judges and teaches nothing (default: {PRUNE_TOKENS}, or all there are)",
+        at_least=16,
+    )
+    calibration_skip: int = _calibration_skip()
+    other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+    lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)
+    lora_rank: int = option(16, "rank of the low-rank change of each matrix", at_least=1)
+    lora_blocks: int = option(0, "train only so many blocks on each side of a gap; 0 trains all", at_least=0)
+    learning_rate: float = option(2e-3, "of lora, at its highest", at_least=0)
+    temperature: float = option(1.0, "of the distributions that lora compares", at_least=0)
+    contrastive: float = option(0.0, "weight of the contrastive term on hidden states (Contrastive Pruning)", at_least=0)
+    trust_remote_code: bool = _trust()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from edgepress.pipeline.criteria import Choice, choose
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.influence import Influence, measure_influence
 from edgepress.pipeline.losses import mean_loss
-from edgepress.pipeline.options import PRUNE_TOKENS, PruneOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions
 from edgepress.pipeline.surgery import pruned_config, remove_blocks
 from edgepress.pipeline.tokens import context_length, text_windows
 
@@ -84,10 +84,16 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
         "proof": {"tokens": probe.shape[1], "largest_logit_difference": 0.0},
     }
     write_influence(out, facts, influence, choice)
+    if options.heal:
+        from edgepress.pipeline.heal import defaults, heal_folder
+
+        del pruned  # healing loads what it needs
+        kept = _others(layers, choice.removed)
+        facts["healed"] = heal_folder(out, source.path, kept, layers, defaults(options.heal, options, source.path))
     return facts
 
 
-def calibration(folder: Path, options: PruneOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def calibration(folder: Path, options: PruneOptions | HealOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows that rank the blocks, and windows that judge the result: the last quarter of the text, at least one window.
 
     Raises TextError when the text has fewer tokens than were asked for.

@@ -46,7 +46,7 @@ def read(name: str) -> dict[str, dict[str, Any]]:
 
 def _beside(file: Path, options: dict[str, Any]) -> dict[str, Any]:
     """A recipe travels with its texts: their paths are relative to it."""
-    paths = {"calibration", "text"}
+    paths = {"calibration", "text", "other_text"}
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
     return {key: str(file.parent / value) if key in paths and isinstance(value, str) else value for key, value in named.items()}
 
@@ -88,7 +88,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if name == "prune":
             options.amount(config[layer_count_key(config)])
-        for field in ("calibration", "text"):
+        for field in ("calibration", "text", "other_text"):
             if hasattr(options, field):
                 read_text(getattr(options, field))
 
@@ -109,6 +109,8 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         if name == "bench":
             between = tuple(a.path for a in done if a.format in ("hf", "packed"))
             options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
+        if name == "heal":
+            options = dataclasses.replace(options, original=options.original or original.path)
         artifact = stages.run(name, artifact, folder, options)
         done.append(artifact)
     return done

@@ -23,7 +23,7 @@ from edgepress.pipeline.artifact import (
     written_beside,
 )
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.table import load, versions
 
@@ -48,6 +48,7 @@ class Stage:
 _BUILD = ("torch", "transformers", "numpy")
 STAGES: dict[str, Stage] = {
     "prune": Stage(PruneOptions, "edgepress.pipeline.prune:prune", ("hf",), "hf", _BUILD, 1.0),
+    "heal": Stage(HealOptions, "edgepress.pipeline.heal:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(
         QuantizeOptions,
         "edgepress.pipeline.quantize:quantize",

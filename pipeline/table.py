@@ -23,6 +23,7 @@ PACKAGES = {
     "onnxscript": ("onnxscript", "build"),
     "bitsandbytes": ("bitsandbytes", "build"),
     "gptqmodel": ("gptqmodel", "build"),
+    "peft": ("peft", "build"),
     "onnxruntime": ("onnxruntime", "cpu"),
 }
 

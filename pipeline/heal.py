@@ -1,0 +1,218 @@
+"""Healing after removal: weights changed towards the whole model's states, accepted only if two kinds of text get better."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from edgepress.pipeline.artifact import Artifact, files_below, remove, sha256
+from edgepress.pipeline.blocks import Blocks
+from edgepress.pipeline.checkpoint import load_model, shards
+from edgepress.pipeline.errors import ModelError, OptionError, ProofError
+from edgepress.pipeline.healers import Patient, cuts
+from edgepress.pipeline.losses import batch_size, mean_loss
+from edgepress.pipeline.options import HEALERS, HealOptions
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.prune import calibration
+from edgepress.pipeline.table import load
+from edgepress.pipeline.tokens import padded, text_windows
+from safetensors.torch import load_file, save_file
+
+log = logging.getLogger("edgepress")
+OTHER_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of which none is in two sets: healed on, strengths chosen on, judged on, and of another kind."""
+
+    fit: list[np.ndarray]
+    selection: list[np.ndarray]
+    judging: list[np.ndarray]
+    other: list[np.ndarray]
+
+
+def heal(source: Artifact, out: Path, options: HealOptions) -> dict[str, Any]:
+    """Write ``source`` healed into ``out``, or as it is when healing did not help; returns the facts for the manifest.
+
+    Raises OptionError without an original, ModelError when ``source`` does not say which layers were removed.
+    """
+    if options.original is None:
+        raise OptionError("heal needs the model as it was before layers were removed; give --original DIR")
+    kept, layers = kept_layers(source)
+    for file in files_below(source.path):
+        target = out / file.relative_to(source.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target)
+    return heal_folder(out, options.original, kept, layers, options)
+
+
+def kept_layers(source: Artifact) -> tuple[list[int], int]:
+    """Indices, in the original's count, of the layers that ``source`` has, and the count. Raises ModelError."""
+    kept: list[int] | None = None
+    layers = 0
+    for step in source.steps:
+        if step.stage == "prune":
+            layers = layers or step.facts["layers"][0]
+            before = list(range(layers)) if kept is None else kept
+            kept = [index for place, index in enumerate(before) if place not in step.facts["removed_layers"]]
+    if kept is None:
+        raise ModelError(
+            f"the manifest of {source.path} does not say which layers were removed; give a folder that edgepress prune wrote"
+        )
+    return kept, layers
+
+
+def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, options: HealOptions) -> dict[str, Any]:
+    """Heal the checkpoint in ``folder`` in place, each method judged by itself; returns the facts.
+
+    Interrupted training is kept beside ``folder``, and the same call goes on with it.
+    """
+    scratch = folder.parent / f"{folder.name}.healing"
+    texts = split(original, options)
+    facts: dict[str, Any] = {"removed_layers": [i for i in range(layers) if i not in kept], "methods": []}
+    gaps = cuts(kept, layers)
+    if not gaps:
+        log.info("heal: no layer was removed, there is nothing to heal")
+        return facts | {"accepted": False, "why": "no layer was removed"}
+    with tempfile.TemporaryDirectory(prefix=".edgepress-states-", dir=folder.parent) as states:
+        teacher = record(
+            original, texts.fit, sorted({*(gap.target for gap in gaps), layers}), Path(states), options.trust_remote_code
+        )
+        student = Blocks(load_model(folder, options.trust_remote_code))
+        patient = Patient(student, gaps, texts.fit, teacher, texts.selection, options, scratch)
+        for method in options.method.split("+"):
+            facts["methods"].append({"method": method} | _one(folder, patient, method, texts))
+        del teacher, patient  # mapped files are closed before their folder goes
+    remove(scratch)
+    accepted = [method["method"] for method in facts["methods"] if method["accepted"]]
+    return facts | {
+        "accepted": bool(accepted),
+        "held_out_perplexity": [facts["methods"][0]["held_out_perplexity"][0], facts["methods"][-1]["held_out_perplexity"][-1]],
+        "calibration": {"sha256": sha256(options.calibration), "other_text_sha256": sha256(options.other_text)}
+        | {name: sum(map(len, getattr(texts, name))) for name in ("fit", "selection", "judging", "other")},
+    }
+
+
+def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str, Any]:
+    """One method: healed in memory, judged, and written only if both texts are better for it."""
+    model = patient.student.model
+    former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = [mean_loss(model, rows) for rows in (texts.judging, texts.other)]
+    found = load(f"edgepress.pipeline.healers.{method}:heal")(patient)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, former[name])}
+    dtypes = _dtypes(folder)
+    with torch.no_grad():  # judged is what will be stored, rounded to the checkpoint's type
+        for name, parameter in model.named_parameters():
+            if name in changed:
+                parameter.copy_(parameter.to(_stored(dtypes, name, folder)).float())
+    after = [mean_loss(model, rows) for rows in (texts.judging, texts.other)]
+    better = [own < former_loss for own, former_loss in zip(after, before, strict=True)]
+    accepted = bool(changed) and all(better)
+    perplexities = [[round(math.exp(loss), 4) for loss in pair] for pair in zip(before, after, strict=True)]
+    shown = " and ".join(f"{kind} {b:.4g} -> {a:.4g}" for kind, (b, a) in zip(("held-out", "other"), perplexities, strict=True))
+    if accepted:
+        _write(folder, {name: p.detach() for name, p in model.named_parameters() if name in changed})
+        _prove(folder, patient, texts.judging[0])
+        log.info("heal: %s accepted; perplexity of %s text", method, shown)
+    else:
+        with torch.no_grad():
+            for name in changed:
+                model.get_parameter(name).copy_(former[name])
+        log.warning("warning: %s did not help both kinds of text (perplexity of %s); the checkpoint stays as it was", method, shown)
+    judged = {"held_out_perplexity": perplexities[0], "other_perplexity": perplexities[1]}
+    if not accepted:
+        judged = {f"rejected_{key}": value for key, value in judged.items()} | {
+            "held_out_perplexity": [perplexities[0][0]] * 2,
+            "other_perplexity": [perplexities[1][0]] * 2,
+        }
+    return {"accepted": accepted, "changed_tensors": len(changed), **judged, **found}
+
+
+def split(original: Path, options: HealOptions) -> Texts:
+    """Calibration windows in order: three quarters to learn from, an eighth to choose by, an eighth to judge by."""
+    fit, held_out = calibration(original, options)
+    if len(held_out) < 2:  # one window is cut in two
+        middle = len(held_out[0]) // 2
+        held_out = [held_out[0][:middle], held_out[0][middle:]]
+    half = len(held_out) // 2
+    return Texts(
+        fit, held_out[:half], held_out[half:], text_windows(options.other_text, original, budget=OTHER_TOKENS, length=len(fit[0]))
+    )
+
+
+def record(
+    original: Path, windows: list[np.ndarray], wanted: list[int], scratch: Path, trust_remote_code: bool
+) -> dict[int, np.ndarray]:
+    """What enters the blocks ``wanted`` of the model in ``original`` over the windows: (tokens, hidden) float32, mapped from files.
+
+    So the whole model and the one to heal never stand in memory together.
+    """
+    blocks = Blocks(load_model(original, trust_remote_code))
+    tokens, width = sum(map(len, windows)), blocks.model.config.hidden_size
+    kept = {i: np.memmap(scratch / f"{i}.float32", dtype=np.float32, mode="w+", shape=(tokens, width)) for i in wanted}
+    row = 0
+    for ids, real in progress(padded(windows, batch_size(blocks.model, windows)), "states of the whole model", "batch"):
+        states = blocks.states(torch.from_numpy(ids), wanted)
+        for index, rows in kept.items():
+            rows[row : row + int(real.sum())] = states[index][torch.from_numpy(real)].numpy()
+        row += int(real.sum())
+    return dict(kept)
+
+
+def _dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The type of every tensor in a checkpoint's files."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.dtype] = {}
+    for shard in shards(folder):
+        with safe_open(shard, "pt") as file:
+            found |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _stored(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> torch.dtype:
+    return dtypes[_file_name(dtypes, name, folder)]
+
+
+def _file_name(names: Any, name: str, folder: Path) -> str:
+    """A parameter's name in the files: some leave the base model's prefix out. Raises ModelError."""
+    for known in (name, name.split(".", 1)[-1]):
+        if known in names:
+            return known
+    raise ModelError(f"{folder} stores no tensor '{name}' by itself; save the model again with this transformers' save_pretrained")
+
+
+def _write(folder: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Put changed tensors into the checkpoint's files, in the type that each has there."""
+    names = _dtypes(folder)
+    wanted = {_file_name(names, name, folder): tensor for name, tensor in changed.items()}
+    for shard in shards(folder):
+        content = load_file(shard)
+        if not content.keys() & wanted.keys():
+            continue
+        for name in content.keys() & wanted.keys():
+            content[name] = wanted[name].to(content[name].dtype).contiguous()
+        save_file(content, shard, metadata={"format": "pt"})
+
+
+def _prove(folder: Path, patient: Patient, window: np.ndarray) -> None:
+    """The files must compute what was judged. Raises ProofError."""
+    ids = torch.from_numpy(window)[None]
+    found = Blocks(load_model(folder, patient.options.trust_remote_code)).logits(ids)
+    if not torch.equal(found, patient.student.logits(ids)):
+        raise ProofError("the healed checkpoint computes something else than the model that was judged, so it was thrown away")
+
+
+def defaults(method: str, options: Any, original: Path) -> HealOptions:
+    """What ``edgepress prune --heal`` heals with: its own texts, everything else as ``edgepress heal`` has it."""
+    names = ("calibration", "calibration_tokens", "calibration_skip", "trust_remote_code")
+    assert method in HEALERS
+    return replace(HealOptions(method=method, original=original), **{name: getattr(options, name) for name in names})

@@ -1,0 +1,52 @@
+"""One file a way of healing. Each changes weights of a model without some of its layers towards the whole model's states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.blocks import Blocks
+from edgepress.pipeline.options import HealOptions
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A run of removed blocks, as the model without them sees it.
+
+    before: position of the block that now stands before the gap, -1 for the embedding. target: index of the block in the
+    whole model that follows the run (the number of its blocks when the run was the last): what enters it is what should leave
+    ``before``.
+    """
+
+    before: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The model to heal, and what it may learn from.
+
+    student: the model without the layers, in memory, changed in place by a healer. teacher: states of the whole model over
+    ``windows``: index of a block -> (tokens of all windows, hidden), float32, what enters that block; the greatest index is the
+    number of its blocks. selection: windows that strengths are chosen on, part of no other set. scratch: a folder for
+    checkpoints of long work, kept when the work is interrupted.
+    """
+
+    student: Blocks
+    cuts: list[Cut]
+    windows: list[np.ndarray]
+    teacher: dict[int, np.ndarray]
+    selection: list[np.ndarray]
+    options: HealOptions
+    scratch: Path
+
+    def starts(self) -> np.ndarray:
+        """Where each window begins among the rows of ``teacher``, and where the last one ends."""
+        return np.cumsum([0, *map(len, self.windows)])
+
+
+def cuts(kept: list[int], layers: int) -> list[Cut]:
+    """The gaps in a list of kept block indices of a model with ``layers``."""
+    ends = [-1, *kept, layers]
+    return [Cut(place - 1, ends[place + 1]) for place in range(len(kept) + 1) if ends[place + 1] - ends[place] > 1]

@@ -1,0 +1,236 @@
+"""Healing by distillation: low-rank changes (Hu et al. 2021, LoRA) of the kept blocks, trained towards the whole model's logits.
+
+The whole model is not in memory: what left its last block was recorded, and since removal touches neither the final norm nor
+the head, running those of the pruned model on the recorded states gives the whole model's logits. peft makes the changes and
+merges them, transformers' Trainer trains, keeps checkpoints and goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from edgepress.pipeline.artifact import remove
+from edgepress.pipeline.blocks import Blocks
+from edgepress.pipeline.checkpoint import quiet
+from edgepress.pipeline.healers import Patient
+from edgepress.pipeline.progress import bar
+from edgepress.pipeline.table import require
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
+
+log = logging.getLogger("edgepress")
+BATCH = 8
+CHECKPOINTS = 10  # a run
+CONTRAST_TEMPERATURE = 0.1
+
+
+def heal(patient: Patient) -> dict[str, Any]:
+    """Train, merge, and return what was trained and how the loss fell. Raises MissingPackageError without peft."""
+    require("peft")
+    from peft import LoraConfig, get_peft_model
+
+    options, blocks = patient.options, patient.student
+    names = _matrices(patient)
+    torch.manual_seed(0)
+    snapshot = _states(blocks, patient.windows) if options.contrastive else None
+    conv = any(isinstance(blocks.model.get_submodule(name), Conv1D) for name in names)
+    folder = _own_folder(patient, names)
+    adapted = get_peft_model(
+        blocks.model,
+        LoraConfig(
+            r=options.lora_rank, lora_alpha=2 * options.lora_rank, lora_dropout=0.0, target_modules=names, fan_in_fan_out=conv
+        ),
+    )  # fmt: skip
+    data = _Windows(patient, snapshot)
+    batch = min(BATCH, len(data))
+    steps = max(1, math.ceil(options.lora_tokens / (batch * max(map(len, patient.windows)))))
+    settings = _settings(folder, steps, batch, options.learning_rate)
+    trainer = _Distiller(
+        model=adapted, args=settings, train_dataset=data, data_collator=_collate, blocks=blocks, options=options,
+        callbacks=[_Bar(steps)],
+    )  # fmt: skip
+    trainer.pop_callback(PrinterCallback)
+    last = _last_checkpoint(folder)
+    if last:
+        log.info("heal: training goes on at %s of %d steps", last.name.rpartition("-")[2], steps)
+    blocks.model.train()
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with torch.no_grad():
+        adapted.merge_and_unload()
+    blocks.model.eval()
+    blocks.model.requires_grad_(True)
+    remove(folder)
+    losses = trainer.losses
+    edge = max(1, len(losses) // 10)
+    return {
+        "matrices": len(names),
+        "steps": steps,
+        "rank": options.lora_rank,
+        "training_loss": [round(float(np.mean(part)), 5) for part in (losses[:edge], losses[-edge:])] if losses else [],
+    }
+
+
+def _settings(folder: Path, steps: int, batch: int, learning_rate: float) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, steps // 10),
+        weight_decay=0.0,
+        seed=0,
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+
+
+def _matrices(patient: Patient) -> list[str]:
+    """Names of the matrices to train: of all kept blocks, or of those nearest the gaps."""
+    blocks, reach = patient.student, patient.options.lora_blocks
+    near = {
+        place
+        for place in range(len(blocks))
+        for cut in patient.cuts
+        if not reach or -reach < place - cut.before <= reach
+    }  # fmt: skip
+    return [
+        f"{blocks.name}.{place}.{name}"
+        for place in sorted(near)
+        for name, module in blocks.modules[place].named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+
+
+class _Windows(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Windows with the states that left the whole model's last block, and the pruned model's before healing."""
+
+    def __init__(self, patient: Patient, snapshot: list[np.ndarray] | None) -> None:
+        self.windows, self.starts, self.snapshot = patient.windows, patient.starts(), snapshot
+        self.states = patient.teacher[max(patient.teacher)]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        item = {"ids": self.windows[index], "states": np.array(self.states[self.starts[index] : self.starts[index + 1]])}
+        return item | ({"snapshot": self.snapshot[index]} if self.snapshot else {})
+
+
+def _collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Right-padded: ids, real (batch, tokens), states (batch, tokens, hidden), snapshot (batch, hidden)."""
+    longest = max(len(item["ids"]) for item in items)
+    ids = torch.zeros(len(items), longest, dtype=torch.long)
+    real = torch.zeros(len(items), longest, dtype=torch.bool)
+    states = torch.zeros(len(items), longest, items[0]["states"].shape[1])
+    for row, item in enumerate(items):
+        count = len(item["ids"])
+        ids[row, :count], real[row, :count] = torch.from_numpy(item["ids"]), True
+        states[row, :count] = torch.from_numpy(item["states"])
+    found = {"ids": ids, "real": real, "states": states}
+    if "snapshot" in items[0]:
+        found["snapshot"] = torch.from_numpy(np.stack([item["snapshot"] for item in items]))
+    return found
+
+
+class _Distiller(Trainer):  # type: ignore[misc]
+    """KL(whole model || model) a token, and where asked for the contrastive term."""
+
+    def __init__(self, *args: Any, blocks: Blocks, options: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.blocks, self.options, self.losses = blocks, options, list[float]()
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        ids, real, states = inputs["ids"], inputs["real"], inputs["states"]
+        with torch.no_grad(), self.blocks.entering(len(self.blocks), states):
+            truth = self.blocks.model(input_ids=ids, use_cache=False).logits[real].float() / self.options.temperature
+        left: list[torch.Tensor] = []
+        handle = self.blocks.modules[-1].register_forward_hook(
+            lambda _, args, output: left.append(output[0] if isinstance(output, tuple) else output)
+        )
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[real].float() / self.options.temperature
+        finally:
+            handle.remove()
+        divergence = torch.nn.functional.kl_div(
+            torch.log_softmax(logits, -1), torch.log_softmax(truth, -1), reduction="batchmean", log_target=True
+        )
+        loss = divergence * self.options.temperature**2
+        self.losses.append(float(divergence.detach()))
+        if self.options.contrastive and len(ids) > 1:
+            loss = loss + self.options.contrastive * contrast(
+                sentences(left[0], real), [sentences(states, real), inputs["snapshot"]]
+            )
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def sentences(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The mean state of each window over its real tokens, (batch, hidden)."""
+    return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+def contrast(own: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+    """Each window's state is pulled to the same window's in each other model and pushed from other windows' there.
+
+    InfoNCE over cosines, as in Contrastive Pruning (Xu et al. 2022, section 3.2): others are the original and the
+    snapshot before healing, (batch, hidden) each.
+    """
+    terms = []
+    for other in others:
+        cosines = torch.nn.functional.normalize(own, dim=-1) @ torch.nn.functional.normalize(other, dim=-1).T
+        terms.append(torch.nn.functional.cross_entropy(cosines / CONTRAST_TEMPERATURE, torch.arange(len(own), device=own.device)))
+    return torch.stack(terms).mean()
+
+
+def _states(blocks: Blocks, windows: list[np.ndarray]) -> list[np.ndarray]:
+    """The mean state that leaves the last block, a window at a time."""
+    return [blocks.states(torch.from_numpy(row)[None], [len(blocks)])[len(blocks)][0].mean(0).numpy() for row in windows]
+
+
+def _own_folder(patient: Patient, names: list[str]) -> Path:
+    """A checkpoint folder for exactly this training: another text, model or setting finds nothing to go on from."""
+    digest = hashlib.sha256(json.dumps([names, repr(patient.options)]).encode())
+    for row in patient.windows:
+        digest.update(row.tobytes())
+    for name, parameter in patient.student.model.named_parameters():
+        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    folder = patient.scratch / digest.hexdigest()[:16]
+    if not folder.exists():
+        remove(patient.scratch)  # of another training
+    return folder
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Bar(TrainerCallback):  # type: ignore[misc]
+    """Progress with time left."""
+
+    def __init__(self, steps: int) -> None:
+        self.bar = bar("distillation", steps, "step")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
