@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def heal(patient: Patient) -> dict[str, Any]:
     snapshot = _states(blocks, patient.windows) if options.contrastive else None
     conv = any(isinstance(blocks.model.get_submodule(name), Conv1D) for name in names)
     folder = _own_folder(patient, names)
+    blocks.model.name_or_path = str(options.original)  # else peft asks the hub for a config at every checkpoint
     adapted = get_peft_model(
         blocks.model,
         LoraConfig(
@@ -62,7 +64,8 @@ def heal(patient: Patient) -> dict[str, Any]:
     if last:
         log.info("heal: training goes on at %s of %d steps", last.name.rpartition("-")[2], steps)
     blocks.model.train()
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice on checkpoints that nobody but us reads
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     with torch.no_grad():
         adapted.merge_and_unload()

@@ -1,0 +1,105 @@
+"""What healing wins back: perplexity, KL and top-1 of a model without layers, plain, and healed in each way.
+
+    python benchmarks/healing.py models/reference SCRATCH_FOLDER --calibration NOVEL.txt --text BOOK.txt --other wiki.test.raw
+        [--calibration-tokens 262144] [--lora-tokens 262144] [--amounts 1,4] [--criteria bi,greedy]
+
+Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back. Layers are chosen on the shipped
+calibration text; healing learns from ``--calibration``, and neither sees ``--text`` or ``--other``. Each row is a checkpoint that the
+command line's own stages wrote; folders that are there already are kept, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from edgepress.models import CALIBRATION_TEXT
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.blocks import Blocks
+from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.losses import divergences, next_token_losses
+from edgepress.pipeline.options import HealOptions, PruneOptions
+from edgepress.pipeline.tokens import text_windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True, help="text that healing learns from")
+    parser.add_argument("--calibration-tokens", type=int, default=262144)
+    parser.add_argument("--lora-tokens", type=int, default=262144)
+    parser.add_argument("--text", type=Path, required=True, action="append", help="held-out text of the same kind")
+    parser.add_argument("--other", type=Path, required=True, help="held-out text of another kind")
+    parser.add_argument("--text-tokens", type=int, default=8192)
+    parser.add_argument("--amounts", default="1,4")
+    parser.add_argument("--criteria", default="bi,greedy")
+    parser.add_argument("--methods", default="linear,lora,linear+lora")
+    options = parser.parse_args()
+    budget = options.text_tokens
+    own = [row for text in options.text for row in text_windows(text, options.model, budget=budget)]
+    other = text_windows(options.other, options.model, budget=budget)
+    whole = Blocks(load_model(options.model))
+    base = judged(whole, whole, own), judged(whole, whole, other)
+    print("| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | seconds |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| none | | | {np.exp(base[0][0]):.2f} | | 0 | 100 % | {np.exp(base[1][0]):.1f} | | |")
+    for amount in map(int, options.amounts.split(",")):
+        for criterion in options.criteria.split(","):
+            rows(whole, options, amount, criterion, own, other, (base[0][0], base[1][0]))
+
+
+def rows(
+    whole: Blocks,
+    options: argparse.Namespace,
+    amount: int,
+    criterion: str,
+    own: list[np.ndarray],
+    other: list[np.ndarray],
+    base: tuple[float, float],
+) -> None:
+    folder = options.scratch / f"{criterion}-{amount}"
+    choice = PruneOptions(criterion=criterion, remove_layers=amount, calibration=CALIBRATION_TEXT)
+    pruned = stages.run("prune", Artifact.load(options.model), folder / "pruned", choice)
+    lost: tuple[float, float] | None = None
+    for method in ("", *options.methods.split(",")):
+        artifact, seconds = pruned, 0.0
+        if method:
+            settings = HealOptions(
+                method=method, original=options.model, calibration=options.calibration,
+                calibration_tokens=options.calibration_tokens, lora_tokens=options.lora_tokens,
+            )  # fmt: skip
+            artifact = stages.run("heal", pruned, folder / method, settings)
+            seconds = artifact.steps[-1].seconds
+        blocks = Blocks(load_model(artifact.path))
+        found, foreign = judged(whole, blocks, own), judged(whole, blocks, other)
+        lost = lost or (found[0] - base[0], foreign[0] - base[1])
+        won = [f"{100 * (1 - (now - was) / gap):.0f} %" for now, was, gap in zip((found[0], foreign[0]), base, lost, strict=True)]
+        layers = ", ".join(map(str, pruned.steps[-1].facts["removed_layers"]))
+        cells = [layers, criterion, method or "no", f"{np.exp(found[0]):.2f}", won[0] if method else "", f"{found[1]:.4f}"]
+        cells += [
+            f"{100 * found[2]:.1f} %",
+            f"{np.exp(foreign[0]):.1f}",
+            won[1] if method else "",
+            f"{seconds:.0f}" if method else "",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def judged(whole: Blocks, blocks: Blocks, windows: list[np.ndarray]) -> tuple[float, float, float]:
+    """Mean loss, KL from the whole model, and agreement of the likeliest token."""
+    losses, kl, same = [], [], []
+    for row in windows:
+        ids = torch.from_numpy(row)[None]
+        truth, logits = whole.logits(ids), blocks.logits(ids)
+        losses.append(next_token_losses(logits, ids)[0].double().numpy())
+        kl.append(divergences(truth[0, :-1], logits[0, :-1]).double().numpy())
+        same.append((truth[0, :-1].argmax(-1) == logits[0, :-1].argmax(-1)).double().numpy())
+    return tuple(float(np.concatenate(part).mean()) for part in (losses, kl, same))  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    main()
