@@ -184,6 +184,12 @@ def written_beside(out: Path) -> Iterator[Path]:
         raise
 
 
+def journal_of(out: Path) -> Path:
+    """Where a stage that measures keeps what is finished, beside ``out`` (or its partial folder), until ``out`` is whole."""
+    name = out.name.removeprefix(".").removesuffix(".partial")
+    return out.parent / f".{name}.measured.jsonl"
+
+
 def check_free(out: Path) -> None:
     """Raise OutputError when ``out`` holds something that edgepress did not write, for it is replaced as a whole."""
     if out.exists() and not out.is_dir():

@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     for name, stage in STAGES.items():
         verb = verbs.add_parser(name, help=_first_line(stage.options), description=stage.options.__doc__)
         if name == "bench":
-            verb.add_argument("source", metavar="DIR", help="artifact folder")
+            verb.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+            verb.add_argument("others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first")
             verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
         else:
             verb.add_argument("source", metavar="SRC", help=_SOURCE if "hf" in stage.takes else "artifact folder")
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(getattr(signal, name), _stop)
     if warning := double_runtime():
         _say(f"warning: {warning}")
-    flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe", "prompt")}
+    own = ("verb", "debug", "source", "others", "out", "recipe", "prompt")
+    flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     if options.debug:
         return command(options, flags)
@@ -146,6 +148,8 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     stage = STAGES[options.verb]
+    if options.verb == "bench" and options.others:
+        flags = {**flags, "beside": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("beside")])]}
     values: Any = make(stage.options, _resolved(flags))
     if options.verb == "bench":
         folder = _artifact_folder(options.source)
@@ -218,6 +222,10 @@ def _artifact_folder(source: str) -> Path:
     if not found:
         raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
     return found[-1].parent
+
+
+def _artifact_folders(sources: Sequence[str]) -> list[Path]:
+    return [_artifact_folder(source) for source in sources]
 
 
 def _print_report(artifact: Artifact) -> None:

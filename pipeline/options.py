@@ -31,6 +31,7 @@ EXPORTERS = {
     "portable": "standard ONNX operators",
 }
 TARGETS = {"cpu": "onnxruntime on the CPU"}
+BENCH_TARGETS = TARGETS | {"cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
 def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
@@ -132,11 +133,13 @@ class ExportOptions:
 class BenchOptions:
     """Measure the artifact as it ships: size, memory, speed and quality."""
 
-    target: str = _target()
+    target: str = option("cpu", "what it is measured on", BENCH_TARGETS)
     text: Path = _text()
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
+    beside: tuple[Path, ...] = option((), "further artifact folders: measured in turn with the first, and compared with it")
+    baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
     prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas", at_least=1)
     new_tokens: int = option(64, "tokens to decode in a speed measurement", at_least=2)
     repeats: int = option(5, "fresh processes for speed and memory, one sample of each figure from each", at_least=1)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from edgepress.pipeline import targets
 from edgepress.pipeline.artifact import read_json
-from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.table import load
 
 MODEL = "model.onnx"
@@ -26,7 +27,7 @@ class Decoder:
     holds no model that onnxruntime can load.
     """
 
-    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL) -> None:
+    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL, target: str = "cpu") -> None:
         load("onnxruntime:__name__")
         import onnxruntime
 
@@ -39,10 +40,13 @@ class Decoder:
         # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
         options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(folder / model, options, providers=["CPUExecutionProvider"])
+            self.session = targets.session(str(folder / model), options, target)
+        except EdgepressError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime = onnxruntime
+        self._device = targets.TARGETS[target].device
         self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
         try:
@@ -88,8 +92,9 @@ class Decoder:
             if self.shared:
                 binding.bind_ortvalue_output(present, value)
             else:
-                binding.bind_output(present, "cpu")
+                binding.bind_output(present, self._device)
         self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()  # a GPU may still be at work when the call returns
         outputs = binding.get_outputs()
         if not self.shared:
             self._cache = dict(zip(self._cache, outputs[1:], strict=True))
@@ -110,7 +115,7 @@ class Decoder:
 
     def _empty(self, shape: list[Any], length: int) -> Any:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)
-        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
 def end_tokens(folder: Path) -> frozenset[int]:

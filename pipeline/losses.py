@@ -1,0 +1,169 @@
+"""The parent's side of quality: which rows there are, which are known already, and which stage each loss belongs to."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.attribution import attribute
+from edgepress.pipeline.errors import OptionError, WorkerError
+from edgepress.pipeline.evaluate import losses_of
+from edgepress.pipeline.measure import Journal, events
+from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.progress import bar
+from edgepress.pipeline.source import check_checkpoint
+from edgepress.pipeline.stats import Measurement
+from edgepress.pipeline.tokens import beginning, load_tokenizer, text_windows
+
+if TYPE_CHECKING:
+    from edgepress.pipeline.bench import Subject
+
+log = logging.getLogger("edgepress")
+UNITS = {
+    "perplexity": "1",
+    "bits_per_byte": "bit/byte",
+    "kl_mean": "nat",
+    "kl_p99": "nat",
+    "top1_agreement": "1",
+    "greedy_match_tokens": "token",
+    "tokens": "token",
+}
+COMPARED = ("kl_mean", "kl_p99", "top1_agreement", "greedy_match_tokens")
+_VERBS = {"prune": "pruned", "quantize": "quantized", "heal": "healed"}
+
+
+def check_references(options: BenchOptions) -> None:
+    """Before anything is measured: every checkpoint named is there and can be read."""
+    if options.stages and options.reference is None:
+        raise OptionError("--stages are measured against the original; give it with --reference")
+    for folder in (options.reference, *options.stages):
+        if folder is not None:
+            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
+
+
+def quality(subjects: list[Subject], options: BenchOptions, journal: Journal) -> None:
+    """Perplexity of every stage behind each subject, KL and top-1 against the original; all read the same tokens.
+
+    The artifact is read from its shipped files with the accuracy level that ships. A row whose process dies is
+    marked "failed", and the others go on without it.
+    """
+    for subject in subjects:
+        windows = text_windows(options.text, subject.path, budget=options.text_tokens)
+        if options.reference is not None:
+            _same_tokens(options.reference, subject.path, windows[0].tolist())
+        text = [row.tolist() for row in windows]
+        rows = _rows(subject, options)
+        answers = _answers(rows, text, subject, options, journal)
+        text_bytes = _bytes_of(text, subject.path)
+        losses = [losses_of(a) if "losses" in a else None for a in answers]
+        for row, answer, loss in zip(rows, answers, losses, strict=True):
+            row |= {k: v for k, v in answer.get("figures", {}).items() if not isinstance(v, list)}
+            if loss is not None and text_bytes:
+                row["bits_per_byte"] = float(loss.sum(dtype="f8") / math.log(2) / text_bytes)
+            if "failed" in answer:
+                row["failed"] = answer["failed"]
+        attribute(rows, losses)
+        subject.rows = [{k: v for k, v in row.items() if k not in ("folder", "kind", "key", "exact")} for row in rows]
+        _shipped(subject, rows[-1], answers[-1].get("figures", {}), options)
+
+
+def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
+    """The stages to score, in order. exact: name of the row that a row must equal but for rounding."""
+    rows: list[dict[str, Any]] = []
+    steps: dict[str, Any] = {}
+    for folder in filter(None, (options.reference, *(subject.stages if options.reference else ()))):
+        known = Artifact.load(folder)
+        last = known.steps[-1].stage if rows and known.steps else ""
+        name = _VERBS.get(last, last or folder.name) if rows else "original"
+        while name in steps:
+            name += "'"
+        steps[name] = known.steps
+        rows.append({"name": name, "kind": "torch", "folder": str(folder), "key": known.identity()})
+    level = subject.fact("accuracy_level")
+    key = subject.artifact.identity()
+    if rows and level:
+        rows.append({"name": "onnx_level_0", "kind": "onnx_level_0", "folder": str(subject.path), "key": key})
+    rows.append({"name": "onnx", "kind": "onnx", "folder": str(subject.path), "key": key})
+    exported_from = next((n for n, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
+    for row in rows:
+        float_activations = row["kind"] == "onnx_level_0" or (row["kind"] == "onnx" and level == 0)
+        row["exact"] = exported_from if float_activations else None
+        row["bytes"] = _weights(Path(row["folder"]))
+    return rows
+
+
+def _answers(
+    rows: list[dict[str, Any]], text: list[list[int]], subject: Subject, options: BenchOptions, journal: Journal
+) -> list[dict[str, Any]]:
+    """What the measuring process says of each row, from the journal where it is known. A dead process is started again
+    for the rows after the one that it died on.
+    """
+    original = None if options.reference is None else Artifact.load(options.reference)
+    known = {}
+
+    def key(row: dict[str, Any]) -> str:
+        return journal.key("quality", row["kind"], row["key"], original and original.identity(), text, options.target)
+
+    for row in rows:
+        if "speed" in subject.failed and row["kind"] != "torch":
+            known[key(row)] = {"failed": f"not tried: the speed process {subject.failed['speed']}"}
+        elif (found := journal.get(key(row))) is not None:
+            known[key(row)] = found
+    with bar(f"quality of {subject.label}", len(text) * (len(rows) - len(known)), "window") as shown:
+        while pending := [row for row in rows if key(row) not in known]:
+            job = {
+                "windows": text,
+                "reference": None if original is None else str(original.path),
+                "rows": [{"key": key(row), "kind": row["kind"], "folder": row["folder"]} for row in pending],
+                "trust_remote_code": options.trust_remote_code,
+                "target": options.target,
+            }
+            try:
+                for event in events("quality", job):
+                    if "key" in event:
+                        known[event["key"]] = journal.put(event["key"], event)
+                    else:
+                        shown.update()
+            except WorkerError as error:
+                dead = next(row for row in pending if key(row) not in known)
+                log.warning("warning: %s: the process that measured the quality of %s %s", subject.label, dead["name"], error)
+                known[key(dead)] = {"failed": str(error)}
+                if dead["name"] == "original":
+                    original = None  # the others can still be scored by themselves, under other keys
+                    known |= {key(dead): {"failed": str(error)}}
+    return [known[key(row)] for row in rows]
+
+
+def _shipped(subject: Subject, row: dict[str, Any], figures: dict[str, Any], options: BenchOptions) -> None:
+    """The artifact's own figures, from its row."""
+    if "failed" in row:
+        subject.failed["quality"] = row["failed"]
+    for name, unit in UNITS.items():
+        if name in figures or name in row:
+            values = figures.get(name, row.get(name))
+            subject.figures[f"quality.{name}"] = Measurement(unit, values if isinstance(values, list) else [values])
+        elif name in COMPARED:
+            subject.missing[f"quality.{name}"] = (
+                "no original was given (--reference)" if options.reference is None else "the original or the artifact failed"
+            )
+
+
+def _weights(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data"))
+
+
+def _bytes_of(text: list[list[int]], folder: Path) -> int:
+    """UTF-8 bytes of the scored tokens: all but those that begin a window unscored."""
+    tokenizer = load_tokenizer(folder)
+    first = max(1, len(beginning(tokenizer)))
+    return sum(len(tokenizer.decode(row[first:], skip_special_tokens=False).encode()) for row in text)
+
+
+def _same_tokens(reference: Path, artifact: Path, window: list[int]) -> None:
+    """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
+    text = load_tokenizer(artifact).decode(window)[:2000]
+    if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
+        raise OptionError(f"{reference} has another tokenizer than {artifact}; give the checkpoint that it was made from")
