@@ -57,8 +57,8 @@ export: $(READY) ## MODEL=... OUT=folder
 bench: $(READY) ## MODEL=artifact folder ARGS='--reference SRC'
 	$(PRESS) bench "$(MODEL)" --target $(TARGET) $(ARGS)
 
-report: $(READY) ## print the report of a build: OUT=folder
-	@cat "$(or $(OUT),out/$(NAME))"/*-bench/report.md
+report: $(READY) ## one page of benchmarks: OUT=folder of a build, or MODEL='DIR DIR ...'; ARGS='--out report.html'
+	$(PRESS) report $(if $(OUT),"$(OUT)",$(if $(filter reference,$(MODEL)),out/demo,$(MODEL))) $(ARGS)
 
 run: $(READY) ## generate: MODEL=artifact folder PROMPT='...'
 	$(PRESS) run "$(MODEL)" "$(PROMPT)" $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def attribute(rows: list[dict[str, Any]], losses: list[np.ndarray | None]) -> No
     if not known:
         return
     total = known[-1][1].mean() - known[0][1].mean()
-    for (before, earlier), (row, loss) in zip(known, known[1:], strict=False):
+    for (before, earlier), (row, loss) in pairwise(known):
         change = float((loss - earlier).mean())
         row["change_nats"] = change
         row["token_change_nats"] = float(np.abs(loss - earlier).mean())
@@ -35,7 +36,7 @@ def attribute(rows: list[dict[str, Any]], losses: list[np.ndarray | None]) -> No
         if row["exact"] == before["name"] and not row["token_change_nats"] <= EXACT:
             row["suspect"] = (
                 f"computes something else than the {before['name']} checkpoint that it was made from: the loss of a token moves by "
-                f"{row['token_change_nats']:.2g} nat on average, where {EXACT:g} is allowed; the files are damaged or of another model"
+                f"{row['token_change_nats']:.2g} nat on average ({EXACT:g} is allowed); the files are damaged or of another model"
             )
         elif before["name"] == "onnx_level_0" and not row["perplexity"] <= ACTIVATIONS * before["perplexity"]:
             row["suspect"] = (

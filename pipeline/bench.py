@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from edgepress.pipeline import report, targets
-from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, journal_of, write_json
+from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, journal_of
 from edgepress.pipeline.comparison import comparisons, labels
 from edgepress.pipeline.environment import environment, machine
 from edgepress.pipeline.errors import InputError, OptionError, WorkerError
@@ -81,8 +81,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
         raise WorkerError(f"the process that measured {what} of {subjects[0].path} {why}")
     reports = [s.plain() | {"environment": here, "run": journal.key(here["date"])[:16]} for s in subjects]
     content = {"schema": SCHEMA} | reports[0] | {"beside": reports[1:], "comparisons": comparisons(reports)}
-    write_json(out / "report.json", content)
-    (out / "report.md").write_text(report.markdown(content), encoding="utf-8")
+    report.write(content, out)
     return {name: figure["median"] for name, figure in content["figures"].items()}
 
 

@@ -54,12 +54,21 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=_first_line(stage.options), description=stage.options.__doc__)
         if name == "bench":
             verb.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
-            verb.add_argument("others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first")
+            verb.add_argument(
+                "others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first"
+            )
             verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
         else:
             verb.add_argument("source", metavar="SRC", help=_SOURCE if "hf" in stage.takes else "artifact folder")
             verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
         add_flags(verb, stage.options)
+
+    report = verbs.add_parser("report", help="one page of several benchmarks", description=(
+        "Gather what bench measured into one page. Speeds are compared only within one bench, which measures in turn."))  # fmt: skip
+    report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"
+    )
 
     run = verbs.add_parser(
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed."
@@ -88,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(getattr(signal, name), _stop)
     if warning := double_runtime():
         _say(f"warning: {warning}")
-    own = ("verb", "debug", "source", "others", "out", "recipe", "prompt")
+    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "prompt")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     if options.debug:
@@ -164,6 +173,14 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.report import gather, save
+
+    save(gather([Path(source).expanduser() for source in options.sources]), options.out)
+    print(options.out)
+    return 0
+
+
 def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from edgepress.pipeline.generate import stream
 
@@ -208,7 +225,7 @@ def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"build": _build, "run": _run, "show": _show}
+COMMANDS = {"build": _build, "report": _report, "run": _run, "show": _show}
 
 
 def _artifact_folder(source: str) -> Path:
@@ -229,7 +246,8 @@ def _artifact_folders(sources: Sequence[str]) -> list[Path]:
 
 
 def _print_report(artifact: Artifact) -> None:
-    from edgepress.pipeline.report import made_by, terminal
+    from edgepress.pipeline.report import terminal
+    from edgepress.pipeline.tables import made_by
 
     if artifact.format != "report":
         return

@@ -75,7 +75,7 @@ def removed_layers(report: dict[str, Any]) -> list[int]:
 
 def quantized_as(report: dict[str, Any]) -> dict[str, Any]:
     """The options of its quantize step that decide the format."""
-    step = next((s for s in report["steps"] if s["stage"] == "quantize"), {"options": {}})
+    step: dict[str, Any] = next((s for s in report["steps"] if s["stage"] == "quantize"), {"options": {}})
     return {k: v for k, v in step["options"].items() if k in ("method", "bits", "group_size", "head_bits", "symmetric")}
 
 

@@ -143,7 +143,7 @@ def _shipped(subject: Subject, row: dict[str, Any], figures: dict[str, Any], opt
         subject.failed["quality"] = row["failed"]
     for name, unit in UNITS.items():
         if name in figures or name in row:
-            values = figures.get(name, row.get(name))
+            values: Any = figures.get(name, row.get(name))
             subject.figures[f"quality.{name}"] = Measurement(unit, values if isinstance(values, list) else [values])
         elif name in COMPARED:
             subject.missing[f"quality.{name}"] = (

@@ -19,7 +19,10 @@ from edgepress.pipeline.errors import WorkerError
 
 def events(kind: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a fresh measuring process answers, object by object. Raises WorkerError when it crashes or is killed."""
-    with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as scratch, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+    with (
+        tempfile.TemporaryDirectory(prefix="edgepress-bench-") as scratch,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+    ):
         file = Path(scratch) / "job.json"
         write_json(file, job)
         command = [sys.executable, "-m", "edgepress.pipeline.worker", kind, str(file)]

@@ -24,6 +24,8 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "build"),
     "gptqmodel": ("gptqmodel", "build"),
     "onnxruntime": ("onnxruntime", "cpu"),
+    "matplotlib": ("matplotlib", "report"),
+    "lm_eval": ("lm-eval", "tasks"),
 }
 
 
