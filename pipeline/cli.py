@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(verb, stage.options)
 
     report = verbs.add_parser("report", help="one page of several benchmarks", description=(
-        "Gather what bench measured into one page. Speeds are compared only within one bench, which measures in turn."))  # fmt: skip
+        "Gather what bench measured into one page. Speeds are compared within one bench, which measures in turn."))  # fmt: skip
     report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
     report.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"

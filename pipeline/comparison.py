@@ -52,7 +52,8 @@ def comparisons(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for other in reports[1:]:
         for figure in reports[0]["figures"]:
-            said, result = words(figure), compare(other, reports[0], figure)
+            said = words(figure)
+            result = compare(other, reports[0], figure) if said else None
             if said and result:
                 found.append(
                     {

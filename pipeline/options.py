@@ -179,6 +179,7 @@ def flag(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
     seen: set[str] = set()
+    every = [item for cls in classes for item in dataclasses.fields(cls)]
     for cls in classes:
         hints = _hints(cls)
         group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
@@ -189,7 +190,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             kind, many = hints[item.name]
             text = item.metadata["help"]
             choices = item.metadata["choices"]
-            if isinstance(choices, Mapping):
+            if isinstance(choices, Mapping):  # a stage may know more of them than the one that names the flag first
+                choices = {k: v for other in every if other.name == item.name for k, v in other.metadata["choices"].items()}
                 text += ": " + "; ".join(f"{key} ({value})" for key, value in choices.items())
             elif choices:
                 text += ": " + ", ".join(map(str, choices))
