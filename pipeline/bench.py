@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from edgepress.pipeline import report, targets
-from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, journal_of
+from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, journal_of, sha256
 from edgepress.pipeline.comparison import comparisons, labels
 from edgepress.pipeline.environment import environment, machine
 from edgepress.pipeline.errors import InputError, OptionError, WorkerError
@@ -76,6 +77,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
         subject.figures |= size(subject)
     speed(subjects, jobs, options, journal)
     quality(subjects, options, journal)
+    tasks(subjects, options, journal)
     if all(subject.failed for subject in subjects):
         what, why = next(iter(subjects[0].failed.items()))
         raise WorkerError(f"the process that measured {what} of {subjects[0].path} {why}")
@@ -100,6 +102,10 @@ def _subjects(source: Artifact, options: BenchOptions) -> list[Subject]:
     subjects = [Subject(a, name, stages_of(a) if options.reference else ()) for a, name in zip(artifacts, names, strict=True)]
     if options.stages:
         subjects[0].stages = options.stages
+    if options.tasks:
+        require("lm_eval")
+        if absent := [file for file in options.task_files if not file.is_file()]:
+            raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
     if options.reference or any(s.stages for s in subjects):
         require("torch")
         require("transformers")
@@ -225,3 +231,25 @@ def _speed_figures(subject: Subject, samples: list[dict[str, Any]], options: Ben
         found["speed.bytes_per_token"] = Measurement("byte", [read])
         fractions = [read * rate / width for rate, width in zip(rates, widths, strict=True)]
         found["speed.bandwidth_fraction"] = Measurement("1", fractions)
+
+
+def tasks(subjects: list[Subject], options: BenchOptions, journal: Journal) -> None:
+    """Figures ``tasks.TASK.METRIC`` of lm-evaluation-harness on the shipped files, with their standard errors."""
+    if not options.tasks:
+        return
+    files = [str(file) for file in options.task_files]
+    common = {"tasks": list(options.tasks), "files": files, "limit": options.task_limit}
+    contents = [sha256(file) for file in options.task_files]
+    for subject in progress(subjects, "tasks", "artifact"):
+        if subject.failed:
+            continue
+        job = common | {"folder": str(subject.path), "threads": options.threads, "target": options.target}
+        try:
+            key = (subject.artifact.identity(), options.tasks, contents, options.task_limit, options.target)
+            found = journal.once(partial(measured, "tasks", job), "tasks", *key)
+        except WorkerError as error:
+            subject.failed["tasks"] = str(error)
+            log.warning("warning: %s: the process that ran the tasks %s", subject.label, error)
+            continue
+        for name, figure in found["figures"].items():
+            subject.figures[f"tasks.{name}"] = Measurement("1", [figure["value"]], figure.get("standard_error"))

@@ -140,11 +140,20 @@ class BenchOptions:
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
     beside: tuple[Path, ...] = option((), "further artifact folders: measured in turn with the first, and compared with it")
     baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
+    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness by its names, as in arc_easy,lambada_openai")
+    task_files: tuple[Path, ...] = option(
+        (), "their documents in local .jsonl files, in the same order (default: it downloads them)"
+    )
+    task_limit: int = option(0, "documents of each task at most; 0 takes all", at_least=0)
     prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas", at_least=1)
     new_tokens: int = option(64, "tokens to decode in a speed measurement", at_least=2)
     repeats: int = option(5, "fresh processes for speed and memory, one sample of each figure from each", at_least=1)
     threads: int = _threads()
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        if self.task_files and len(self.task_files) != len(self.tasks):
+            raise OptionError(f"--task-files gives {len(self.task_files)} files for {len(self.tasks)} --tasks; give one for each")
 
 
 @dataclass(frozen=True)

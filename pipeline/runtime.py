@@ -7,7 +7,7 @@ present are one buffer, so that a step writes one position instead of copying th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,38 @@ class Decoder:
             yield token
             if count + 1 < new_tokens:
                 logits = self.feed(np.array([token]))
+
+    def forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Logits float32 (tokens, vocabulary) of every position of several sequences int64 (tokens,), each from its beginning.
+
+        One run, padded on the right; the sequence that ``feed`` builds is left alone.
+        """
+        length = max(map(len, rows))
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        logits = self.session.run(["logits"], feeds | self._nothing(len(rows)))[0]
+        return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+    def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
+        names = [output.name for output in self.session.get_outputs()]
+        cache = self._nothing(len(ids))
+        total = ids.shape[1]
+        while total <= self.context:
+            feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
+            logits, *present = self.session.run(names, feeds | cache)
+            cache = dict(zip(cache, present, strict=True))
+            ids = logits[:, -1].argmax(-1)[:, None]
+            total += 1
+            yield ids[:, 0]
+
+    def _nothing(self, batch: int) -> dict[str, np.ndarray]:
+        """An empty cache for a batch."""
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32) for name, shape in self._shapes.items()}
 
     def _empty(self, shape: list[Any], length: int) -> Any:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)

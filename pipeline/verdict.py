@@ -54,7 +54,8 @@ def _lost(report: dict[str, Any], other: dict[str, Any], at: list[str]) -> str:
     reasons = []
     if "size" in at:
         sizes = [shown(r["figures"]["size.total_bytes"]["median"], "byte") for r in (other, report)]
-        reasons.append(f"is no larger ({sizes[0]} against {sizes[1]})")
+        larger = other["figures"]["size.total_bytes"]["median"] > report["figures"]["size.total_bytes"]["median"]
+        reasons.append(f"is {'as small within 2 %' if larger else 'no larger'} ({sizes[0]} against {sizes[1]})")
     if "speed" in at:
         reasons.append(f"is not shown to be slower ({_times(report, other)})")
     return (

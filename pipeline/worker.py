@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.table import load
 from edgepress.pipeline.targets import gpu_memory
 
 WARM_UP_TOKENS = 8
@@ -153,8 +154,7 @@ def _read_from_disk() -> int | None:
 
 def _other(kind: str) -> Any:
     """Kinds that need more than the light base are imported only when asked for."""
-    module, name = {"quality": ("evaluate", "quality"), "tasks": ("tasks", "evaluate")}[kind]
-    return getattr(importlib.import_module(f"edgepress.pipeline.{module}"), name)
+    return load({"quality": "edgepress.pipeline.evaluate:quality", "tasks": "edgepress.pipeline.tasks:evaluate"}[kind])
 
 
 def main() -> None:
@@ -163,8 +163,8 @@ def main() -> None:
     # What libraries print must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    measure: Any = {"speed": speed, "cold": cold, "bandwidth": bandwidth}.get(kind) or _other(kind)
     try:
+        measure: Any = {"speed": speed, "cold": cold, "bandwidth": bandwidth}.get(kind) or _other(kind)
         for event in measure(**job):
             print(json.dumps(event), file=answer, flush=True)
     except (EdgepressError, MemoryError) as error:
