@@ -140,7 +140,7 @@ class BenchOptions:
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
     beside: tuple[Path, ...] = option((), "further artifact folders: measured in turn with the first, and compared with it")
     baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
-    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness by its names, as in arc_easy,lambada_openai")
+    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, by its names (arc_easy,lambada_openai) or as .yaml files")
     task_files: tuple[Path, ...] = option(
         (), "their documents in local .jsonl files, in the same order (default: it downloads them)"
     )

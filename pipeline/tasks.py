@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ BATCH_LOGITS = 1 << 26
 BATCH_ROWS = 16
 
 
-class OnnxLM(TemplateLM):
+class OnnxLM(TemplateLM):  # type: ignore[misc]
     """The harness's view of an artifact. Scores in right-padded batches; generates greedily, prompts of equal length together."""
 
     def __init__(self, folder: Path, threads: int = 0, target: str = "cpu") -> None:
@@ -142,8 +143,8 @@ class OnnxLM(TemplateLM):
 def evaluate(folder: str, tasks: list[str], files: list[str], limit: int, threads: int, target: str) -> Iterator[dict[str, Any]]:
     """Run tasks on an artifact; answers {"figures": {"arc_easy.acc": {"value", "standard_error"}}}.
 
-    tasks: the harness's names. files: .jsonl documents instead of the harness's download, in the order of tasks, or none.
-    limit: documents of each task at most, 0 for all.
+    tasks: the harness's names, or .yaml files in its format. files: .jsonl documents, in the order of tasks, in place of what
+    the harness would download; or none. limit: documents of each task at most, 0 for all.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = OnnxLM(Path(folder), threads, target)
@@ -153,9 +154,9 @@ def evaluate(folder: str, tasks: list[str], files: list[str], limit: int, thread
 
 def run(model: Any, tasks: list[str], files: list[str], limit: int) -> dict[str, dict[str, float]]:
     """The harness's metrics of any of its models, by ``task.metric``. Raises OptionError for a task that it does not know."""
-    manager = TaskManager()
+    manager = _manager()
     for name in tasks:
-        if name not in manager.all_tasks:
+        if name not in manager.all_tasks and not Path(name).is_file():
             raise OptionError(f"lm-evaluation-harness has no task '{name}'{suggestion(name, manager.all_tasks)}")
     specs = [local_task(manager, name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else list(tasks)
     results = simple_evaluate(
@@ -173,10 +174,16 @@ def run(model: Any, tasks: list[str], files: list[str], limit: int) -> dict[str,
     return found
 
 
+@cache
+def _manager() -> TaskManager:
+    return TaskManager()  # reads thousands of files
+
+
 def local_task(manager: TaskManager, name: str, file: Path) -> dict[str, Any]:
     """The harness's own task (prompts, metrics) on documents from a local .jsonl file."""
-    config = dict(load_yaml(manager.task_index[name].yaml_path, resolve_func=True))
+    known = manager.task_index.get(name)
+    config = dict(load_yaml(Path(name) if known is None else known.yaml_path, resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}
-    return {**config, **data, "task": name}
+    return {**config, **data}
