@@ -55,7 +55,7 @@ def gather(folders: list[Path]) -> dict[str, Any]:
     Artifacts of different runs were not measured in turn: their speeds stand beside each other and are not compared.
     Raises InputError for a folder without a report.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     compared = []
     for folder in folders:
         content = read_json(_report_file(folder))
@@ -63,7 +63,9 @@ def gather(folders: list[Path]) -> dict[str, Any]:
             raise InputError(f"{_report_file(folder)} was written by another edgepress; run edgepress bench again")
         compared += content.get("comparisons", [])
         for report in reports_of(content):
-            found.setdefault(report["identity"], {k: v for k, v in report.items() if k not in ("beside", "comparisons")})
+            found.setdefault(
+                (report["identity"], report["artifact"]), {k: v for k, v in report.items() if k not in ("beside", "comparisons")}
+            )
     first, *others = found.values()
     return first | {"beside": others, "comparisons": compared}
 

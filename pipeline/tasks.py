@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import numpy as np
 from edgepress.pipeline.artifact import read_json
 from edgepress.pipeline.errors import OptionError
@@ -154,13 +155,13 @@ def evaluate(folder: str, tasks: list[str], files: list[str], limit: int, thread
 
 def run(model: Any, tasks: list[str], files: list[str], limit: int) -> dict[str, dict[str, float]]:
     """The harness's metrics of any of its models, by ``task.metric``. Raises OptionError for a task that it does not know."""
-    manager = _manager()
-    for name in tasks:
+    local = [local_task(name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else []
+    manager = TaskManager(include_defaults=False) if local else _manager()
+    for name in [] if local else tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
-            raise OptionError(f"lm-evaluation-harness has no task '{name}'{suggestion(name, manager.all_tasks)}")
-    specs = [local_task(manager, name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else list(tasks)
+            raise _unknown(name, manager)
     results = simple_evaluate(
-        model, tasks=specs, limit=limit or None, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        model, tasks=local or tasks, limit=limit or None, task_manager=manager, log_samples=False, bootstrap_iters=1000
     )
     found = {}
     for task, metrics in results["results"].items():
@@ -179,10 +180,19 @@ def _manager() -> TaskManager:
     return TaskManager()  # reads thousands of files
 
 
-def local_task(manager: TaskManager, name: str, file: Path) -> dict[str, Any]:
+def _unknown(name: str, manager: TaskManager) -> OptionError:
+    return OptionError(f"lm-evaluation-harness has no task '{name}'{suggestion(name, manager.all_tasks)}")
+
+
+def local_task(name: str, file: Path) -> dict[str, Any]:
     """The harness's own task (prompts, metrics) on documents from a local .jsonl file."""
-    known = manager.task_index.get(name)
-    config = dict(load_yaml(Path(name) if known is None else known.yaml_path, resolve_func=True))
+    own = Path(name) if Path(name).is_file() else next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{name}.yaml"), None)
+    if own is None:  # named otherwise than its file: the whole index is read
+        known = _manager().task_index.get(name)
+        if known is None or known.yaml_path is None:
+            raise _unknown(name, _manager())
+        own = known.yaml_path
+    config = dict(load_yaml(own, resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}
