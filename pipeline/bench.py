@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -187,7 +188,8 @@ def _round(subjects: list[Subject], jobs: list[dict[str, Any]], order: list[int]
     """One sample of each subject in ``order``, and of the memory's bandwidth."""
     found: dict[str, Any] = {"bandwidth": None}
     if options.target == "cpu":
-        found["bandwidth"] = measured("bandwidth", {"threads": options.threads})["bytes_per_s"]
+        with suppress(WorkerError):  # a small machine has no room for it: a figure less
+            found["bandwidth"] = measured("bandwidth", {"threads": options.threads})["bytes_per_s"]
     for i in order:
         try:
             cold = measured("cold", {k: jobs[i][k] for k in ("folder", "threads", "target")})
@@ -223,6 +225,10 @@ def _speed_figures(subject: Subject, samples: list[dict[str, Any]], options: Ben
     read = subject.fact("weight_bytes_per_token")
     if options.target != "cpu":
         missing["speed.bandwidth_fraction"] = "the bandwidth of a GPU's memory is not measured"
+    elif None in [s["bandwidth"] for s in samples]:
+        missing["speed.bandwidth_fraction"] = (
+            "the process that measures the memory's bandwidth died, most likely for want of memory"
+        )
     elif read is None:
         missing["speed.bandwidth_fraction"] = "the manifest does not tell the bytes read per token; export again"
     else:

@@ -20,13 +20,20 @@ def environment(target: str, threads: int) -> dict[str, Any]:
     """The environment of a run, for its report."""
     found = machine(target) | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["edgepress", *sys.argv[1:]]),
+        "command": _command(),
         "threads": threads or "onnxruntime's default",
         "provider": TARGETS[target].provider,
     }
     if hasattr(os, "getloadavg"):
         found["load_average"] = round(os.getloadavg()[0], 2)  # of the minute before: what else was running
     return found
+
+
+def _command() -> str:
+    """As it was typed: the command line, or a script of ours."""
+    program = Path(sys.argv[0])
+    ours = program.name in ("edgepress", "cli.py") or program.suffix != ".py"
+    return shlex.join([*(["edgepress"] if ours else ["python", str(program)]), *sys.argv[1:]])
 
 
 def machine(target: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def against_quality(reports: Sequence[dict[str, Any]], kind: str) -> str:
     axes.margins(0.1)
     handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=m)[0] for i, m in enumerate(methods)]
     handles += [
-        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n} layers removed")[0]
+        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n or 'no'} layer{'s' if n > 1 else ''} removed")[0]
         for i, n in enumerate(removals)
     ]
     handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="frontier")[0]]
@@ -77,7 +77,8 @@ def losses(reports: Sequence[dict[str, Any]]) -> str:
     reports = [r for r in reports if any("change_nats" in row for row in r["stages"])]
     if not reports:
         return ""
-    names = list(dict.fromkeys(row["name"] for r in reports for row in r["stages"] if "change_nats" in row))
+    longest = sorted(reports, key=lambda r: -len(r["stages"]))  # it has the stages in their order
+    names = list(dict.fromkeys(row["name"] for r in longest for row in r["stages"] if "change_nats" in row))
     figure, axes = _figure(0.9 + 0.32 * len(reports))
     for index, name in enumerate(names):
         for place, report in enumerate(reports):
@@ -134,6 +135,7 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(
         r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|legend|[xy]tick|LineCollection|PathCollection)_\d+"', "", text
     )
+    text = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -26,9 +26,10 @@ class Measurement:
 
     def plain(self) -> dict[str, Any]:
         """For JSON: samples, median, and with enough of them the percentiles 50, 95 and 99."""
-        found: dict[str, Any] = {"unit": self.unit, "values": self.values, "median": float(np.median(self.values))}
-        if len(self.values) >= 20:
-            found |= {f"p{q}": float(np.percentile(self.values, q)) for q in (50, 95, 99)}
+        values = [float(f"{v:.8g}") if isinstance(v, float) else v for v in self.values]
+        found: dict[str, Any] = {"unit": self.unit, "values": values, "median": float(np.median(values))}
+        if len(values) >= 20:
+            found |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
         return found | ({} if self.standard_error is None else {"standard_error": self.standard_error})
 
 

@@ -9,6 +9,7 @@ from edgepress.pipeline.comparison import compare, losing, loss, quantized_as, r
 from edgepress.pipeline.stats import Ratio
 from edgepress.pipeline.tables import shown
 
+FEW = 3
 LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
 
@@ -37,8 +38,8 @@ def _pruning(reports: Sequence[dict[str, Any]]) -> list[str]:
     whole = [r for r in reports if not removed_layers(r)]
     for report in filter(removed_layers, reports):
         worse = [(other, at) for other in whole if (at := losing(report, other))]
-        lost += [_lost(report, other, at) for other, at in worse]
         if worse:
+            lost.append(_lost(report, *min(worse, key=lambda pair: loss(pair[0]) or ("", 0.0))))
             continue
         same = next((r for r in whole if quantized_as(r) == quantized_as(report) and not r["failed"]), None)
         if same is not None and not report["failed"]:
@@ -96,8 +97,10 @@ def _losses(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _pressed(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """What became of the original, for each artifact that was scored with it."""
-    lines = []
+    """What became of the original, for each artifact that was scored with it; of more than a few the table tells enough."""
+    lines: list[str] = []
+    if len(reports) > FEW:
+        return lines
     for report in reports:
         rows = {row["name"]: row for row in report["stages"] if "failed" not in row}
         if {"original", "onnx"} <= set(rows):

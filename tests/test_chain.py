@@ -42,6 +42,19 @@ def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, refere
     assert stages["original"]["perplexity"] == pytest.approx(perplexity_of(load_model(reference), windows), rel=1e-6)
 
 
+def test_the_same_without_removal_is_built_and_measured_beside(built: Path) -> None:
+    """Otherwise nobody could tell whether removing layers was worth it."""
+    content = read_json(built / "04-bench" / "report.json")
+    (baseline,) = content["beside"]
+    assert baseline["artifact"] == "baseline" and [step["stage"] for step in baseline["steps"]] == ["quantize", "export"]
+    assert [row["name"] for row in baseline["stages"]] == ["original", "quantized", "onnx_level_0", "onnx"]
+    assert baseline["stages"][0] == content["stages"][0]
+    assert baseline["figures"]["quality.kl_mean"]["median"] < content["figures"]["quality.kl_mean"]["median"]
+    assert {c["than"] for c in content["comparisons"]} == {content["artifact"]}
+    top = (built / "04-bench" / "report.md").read_text().splitlines()[2]
+    assert "baseline" in top and ("Pruning loses" in top or "without 2 layers" in top)
+
+
 def test_pruned_stage_is_a_plain_checkpoint(built: Path, text: Path) -> None:
     """Plain transformers loads it and generates with the cache what it generates without."""
     model = AutoModelForCausalLM.from_pretrained(built / "01-prune", dtype=torch.float32).eval()
