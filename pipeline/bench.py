@@ -77,15 +77,21 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
     for subject in subjects:
         subject.figures |= size(subject)
     speed(subjects, jobs, options, journal)
+    _go_on(subjects)
     quality(subjects, options, journal)
     tasks(subjects, options, journal)
-    if all(subject.failed for subject in subjects):
-        what, why = next(iter(subjects[0].failed.items()))
-        raise WorkerError(f"the process that measured {what} of {subjects[0].path} {why}")
+    _go_on(subjects)
     reports = [s.plain() | {"environment": here, "run": journal.key(here["date"])[:16]} for s in subjects]
     content = {"schema": SCHEMA} | reports[0] | {"beside": reports[1:], "comparisons": comparisons(reports)}
     report.write(content, out)
     return {name: figure["median"] for name, figure in content["figures"].items()}
+
+
+def _go_on(subjects: list[Subject]) -> None:
+    """Raise WorkerError when no subject is left that could be measured."""
+    if all(subject.failed for subject in subjects):
+        what, why = next(iter(subjects[0].failed.items()))
+        raise WorkerError(f"{subjects[0].path} could not be measured ({what}): {why}")
 
 
 def _subjects(source: Artifact, options: BenchOptions) -> list[Subject]:
@@ -196,7 +202,7 @@ def _round(subjects: list[Subject], jobs: list[dict[str, Any]], order: list[int]
             found[str(i)] = measured("speed", jobs[i]) | {"cold": cold}
         except WorkerError as error:
             subjects[i].failed["speed"] = str(error)
-            log.warning("warning: %s: the measuring process %s", subjects[i].label, error)
+            log.warning("warning: the speed of %s could not be measured: %s", subjects[i].label, error)
     return found
 
 
@@ -255,7 +261,7 @@ def tasks(subjects: list[Subject], options: BenchOptions, journal: Journal) -> N
             found = journal.once(partial(measured, "tasks", job), "tasks", *key)
         except WorkerError as error:
             subject.failed["tasks"] = str(error)
-            log.warning("warning: %s: the process that ran the tasks %s", subject.label, error)
+            log.warning("warning: the tasks could not be run on %s: %s", subject.label, error)
             continue
         for name, figure in found["figures"].items():
             subject.figures[f"tasks.{name}"] = Measurement("1", [figure["value"]], figure.get("standard_error"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -50,24 +51,31 @@ def quality(subjects: list[Subject], options: BenchOptions, journal: Journal) ->
     The artifact is read from its shipped files with the accuracy level that ships. A row whose process dies is
     marked "failed", and the others go on without it.
     """
+    plans = []
     for subject in subjects:
         windows = text_windows(options.text, subject.path, budget=options.text_tokens)
         if options.reference is not None:
             _same_tokens(options.reference, subject.path, windows[0].tolist())
-        text = [row.tolist() for row in windows]
-        rows = _rows(subject, options)
-        answers = _answers(rows, text, subject, options, journal)
-        text_bytes = _bytes_of(text, subject.path)
-        losses = [losses_of(a) if "losses" in a else None for a in answers]
-        for row, answer, loss in zip(rows, answers, losses, strict=True):
-            row |= {k: v for k, v in answer.get("figures", {}).items() if not isinstance(v, list)}
-            if loss is not None and text_bytes:
-                row["bits_per_byte"] = float(loss.sum(dtype="f8") / math.log(2) / text_bytes)
-            if "failed" in answer:
-                row["failed"] = answer["failed"]
-        attribute(rows, losses)
-        subject.rows = [{k: v for k, v in row.items() if k not in ("folder", "kind", "key", "exact")} for row in rows]
-        _shipped(subject, rows[-1], answers[-1].get("figures", {}), options)
+        plans.append((subject, [row.tolist() for row in windows], _rows(subject, options)))
+    for text in {json.dumps(text): text for _, text, _ in plans}.values():  # tokenizers and contexts may differ
+        _answer([row for _, own, rows in plans if own == text for row in rows], text, options, journal)
+    for subject, text, rows in plans:
+        _finish(subject, text, rows, options)
+
+
+def _finish(subject: Subject, text: list[list[int]], rows: list[dict[str, Any]], options: BenchOptions) -> None:
+    text_bytes = _bytes_of(text, subject.path)
+    answers = [row.pop("answer") for row in rows]
+    losses = [losses_of(a) if "losses" in a else None for a in answers]
+    for row, answer, loss in zip(rows, answers, losses, strict=True):
+        row |= {k: v for k, v in answer.get("figures", {}).items() if not isinstance(v, list)}
+        if loss is not None and text_bytes:
+            row["bits_per_byte"] = float(loss.sum(dtype="f8") / math.log(2) / text_bytes)
+        if "failed" in answer:
+            row["failed"] = answer["failed"]
+    attribute(rows, losses)
+    subject.rows = [{k: v for k, v in row.items() if k not in ("folder", "kind", "identity", "exact")} for row in rows]
+    _shipped(subject, rows[-1], answers[-1].get("figures", {}), options)
 
 
 def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
@@ -81,12 +89,14 @@ def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
         while name in steps:
             name += "'"
         steps[name] = known.steps
-        rows.append({"name": name, "kind": "torch", "folder": str(folder), "key": known.identity()})
+        rows.append({"name": name, "kind": "torch", "folder": str(folder), "identity": known.identity()})
     level = subject.fact("accuracy_level")
-    key = subject.artifact.identity()
+    own: dict[str, Any] = {"folder": str(subject.path), "identity": subject.artifact.identity()}
+    if "speed" in subject.failed:
+        own["answer"] = {"failed": f"not tried, for the measurement of speed ended so: {subject.failed['speed']}"}
     if rows and level:
-        rows.append({"name": "onnx_level_0", "kind": "onnx_level_0", "folder": str(subject.path), "key": key})
-    rows.append({"name": "onnx", "kind": "onnx", "folder": str(subject.path), "key": key})
+        rows.append({"name": "onnx_level_0", "kind": "onnx_level_0"} | own)
+    rows.append({"name": "onnx", "kind": "onnx"} | own)
     exported_from = next((n for n, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
     for row in rows:
         float_activations = row["kind"] == "onnx_level_0" or (row["kind"] == "onnx" and level == 0)
@@ -95,46 +105,41 @@ def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
     return rows
 
 
-def _answers(
-    rows: list[dict[str, Any]], text: list[list[int]], subject: Subject, options: BenchOptions, journal: Journal
-) -> list[dict[str, Any]]:
-    """What the measuring process says of each row, from the journal where it is known. A dead process is started again
-    for the rows after the one that it died on.
+def _answer(rows: list[dict[str, Any]], text: list[list[int]], options: BenchOptions, journal: Journal) -> None:
+    """Set the "answer" of each row: what the measuring process says of it, from the journal where it is known.
+
+    One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
     """
     original = None if options.reference is None else Artifact.load(options.reference)
-    known = {}
-
-    def key(row: dict[str, Any]) -> str:
-        return journal.key("quality", row["kind"], row["key"], original and original.identity(), text, options.target)
-
-    for row in rows:
-        if "speed" in subject.failed and row["kind"] != "torch":
-            known[key(row)] = {"failed": f"not tried: the speed process {subject.failed['speed']}"}
-        elif (found := journal.get(key(row))) is not None:
-            known[key(row)] = found
-    with bar(f"quality of {subject.label}", len(text) * (len(rows) - len(known)), "window") as shown:
-        while pending := [row for row in rows if key(row) not in known]:
+    with bar("quality", len(text) * len(rows), "window") as shown:
+        while pending := [row for row in rows if "answer" not in row]:
+            against = original and original.identity()
+            keys = [journal.key("quality", row["kind"], row["identity"], against, text, options.target) for row in pending]
+            wanted = dict(zip(keys, pending, strict=True))  # several artifacts may share a stage
+            answers = {key: found for key in wanted if (found := journal.get(key)) is not None}
             job = {
                 "windows": text,
                 "reference": None if original is None else str(original.path),
-                "rows": [{"key": key(row), "kind": row["kind"], "folder": row["folder"]} for row in pending],
+                "rows": [{"key": k, "kind": r["kind"], "folder": r["folder"]} for k, r in wanted.items() if k not in answers],
                 "trust_remote_code": options.trust_remote_code,
                 "target": options.target,
             }
             try:
-                for event in events("quality", job):
+                for event in events("quality", job) if job["rows"] else ():
                     if "key" in event:
-                        known[event["key"]] = journal.put(event["key"], event)
+                        answers[event["key"]] = journal.put(event["key"], event)
                     else:
                         shown.update()
             except WorkerError as error:
-                dead = next(row for row in pending if key(row) not in known)
-                log.warning("warning: %s: the process that measured the quality of %s %s", subject.label, dead["name"], error)
-                known[key(dead)] = {"failed": str(error)}
-                if dead["name"] == "original":
-                    original = None  # the others can still be scored by themselves, under other keys
-                    known |= {key(dead): {"failed": str(error)}}
-    return [known[key(row)] for row in rows]
+                dead = next(key for key in wanted if key not in answers)
+                answers[dead] = {"failed": str(error)}
+                name = wanted[dead]["name"]
+                log.warning("warning: the quality of %s (%s) could not be measured: %s", wanted[dead]["folder"], name, error)
+                if name == "original":
+                    original = None  # the others can still be scored by themselves
+            for key, row in zip(keys, pending, strict=True):
+                if key in answers:
+                    row["answer"] = answers[key]
 
 
 def _shipped(subject: Subject, row: dict[str, Any], figures: dict[str, Any], options: BenchOptions) -> None:

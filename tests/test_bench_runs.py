@@ -180,7 +180,7 @@ sys.exit(code)
     assert done.returncode == 0, done.stderr
     assert "going on with 2 finished measurements" in done.stderr and "rounds 1" in done.stdout
     figures = read_json(out / "report.json")["figures"]
-    assert figures["load.warm_s"]["values"][:2] == samples and len(figures["load.warm_s"]["values"]) == 3
+    assert figures["load.warm_s"]["values"][:2] == pytest.approx(samples) and len(figures["load.warm_s"]["values"]) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
