@@ -16,7 +16,7 @@ from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, jou
 from edgepress.pipeline.comparison import comparisons, labels
 from edgepress.pipeline.environment import environment, machine
 from edgepress.pipeline.errors import InputError, OptionError, WorkerError
-from edgepress.pipeline.losses import check_references, quality
+from edgepress.pipeline.losses import check_references, quality, texts
 from edgepress.pipeline.measure import Journal, measured
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import progress
@@ -69,7 +69,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
     Raises WorkerError when ``source`` is alone and a process that measures it dies; beside others that is a finding.
     """
     subjects = _subjects(source, options)
-    jobs = _jobs(subjects, options)
+    jobs, scored = _jobs(subjects, options), texts(subjects, options)
     here = environment(options.target, options.threads)
     journal = Journal(journal_of(out), machine=machine(options.target))
     if journal.resumed:
@@ -78,7 +78,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
         subject.figures |= size(subject)
     speed(subjects, jobs, options, journal)
     _go_on(subjects)
-    quality(subjects, options, journal)
+    quality(subjects, scored, options, journal)
     tasks(subjects, options, journal)
     _go_on(subjects)
     reports = [s.plain() | {"environment": here, "run": journal.key(here["date"])[:16]} for s in subjects]

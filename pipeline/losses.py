@@ -45,25 +45,34 @@ def check_references(options: BenchOptions) -> None:
             check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
 
 
-def quality(subjects: list[Subject], options: BenchOptions, journal: Journal) -> None:
+Text = list[list[int]]  # windows of token ids
+
+
+def texts(subjects: list[Subject], options: BenchOptions) -> list[Text]:
+    """What each subject will be scored on. Raises TextError for too short a text, OptionError for another tokenizer's original."""
+    found = []
+    for subject in subjects:
+        windows = [row.tolist() for row in text_windows(options.text, subject.path, budget=options.text_tokens)]
+        if options.reference is not None:
+            _same_tokens(options.reference, subject.path, windows[0])
+        found.append(windows)
+    return found
+
+
+def quality(subjects: list[Subject], scored: list[Text], options: BenchOptions, journal: Journal) -> None:
     """Perplexity of every stage behind each subject, KL and top-1 against the original; all read the same tokens.
 
     The artifact is read from its shipped files with the accuracy level that ships. A row whose process dies is
     marked "failed", and the others go on without it.
     """
-    plans = []
-    for subject in subjects:
-        windows = text_windows(options.text, subject.path, budget=options.text_tokens)
-        if options.reference is not None:
-            _same_tokens(options.reference, subject.path, windows[0].tolist())
-        plans.append((subject, [row.tolist() for row in windows], _rows(subject, options)))
+    plans = [(subject, text, _rows(subject, options)) for subject, text in zip(subjects, scored, strict=True)]
     for text in {json.dumps(text): text for _, text, _ in plans}.values():  # tokenizers and contexts may differ
         _answer([row for _, own, rows in plans if own == text for row in rows], text, options, journal)
     for subject, text, rows in plans:
         _finish(subject, text, rows, options)
 
 
-def _finish(subject: Subject, text: list[list[int]], rows: list[dict[str, Any]], options: BenchOptions) -> None:
+def _finish(subject: Subject, text: Text, rows: list[dict[str, Any]], options: BenchOptions) -> None:
     text_bytes = _bytes_of(text, subject.path)
     answers = [row.pop("answer") for row in rows]
     losses = [losses_of(a) if "losses" in a else None for a in answers]
@@ -105,7 +114,7 @@ def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
     return rows
 
 
-def _answer(rows: list[dict[str, Any]], text: list[list[int]], options: BenchOptions, journal: Journal) -> None:
+def _answer(rows: list[dict[str, Any]], text: Text, options: BenchOptions, journal: Journal) -> None:
     """Set the "answer" of each row: what the measuring process says of it, from the journal where it is known.
 
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
@@ -160,7 +169,7 @@ def _weights(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data"))
 
 
-def _bytes_of(text: list[list[int]], folder: Path) -> int:
+def _bytes_of(text: Text, folder: Path) -> int:
     """UTF-8 bytes of the scored tokens: all but those that begin a window unscored."""
     tokenizer = load_tokenizer(folder)
     first = max(1, len(beginning(tokenizer)))
