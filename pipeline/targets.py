@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,12 @@ def target(name: str) -> Target:
     """The row of a target that this machine has. Raises MissingPackageError or InputError that names what is missing."""
     row = look_up(TARGETS, name, "target")
     if name == "cuda":
-        load("onnxruntime:__name__")
-        import onnxruntime
-
-        if row.provider not in onnxruntime.get_available_providers():
+        known: list[str] = []
+        with suppress(MissingPackageError):  # which names the extra for the CPU
+            known = load("onnxruntime:get_available_providers")()
+        if row.provider not in known:
             raise MissingPackageError(
-                "onnxruntime-gpu is not installed (the onnxruntime that is here has no CUDA); "
+                "onnxruntime-gpu is not installed (the onnxruntime that is here, if any, has no CUDA); "
                 "in an environment without onnxruntime: pip install '.[cuda]'"
             )
         if not gpus():
