@@ -107,10 +107,16 @@ def table(rows: Rows) -> str:
     )
 
 
+def title(reports: list[dict[str, Any]]) -> str:
+    """The names of the first few artifacts."""
+    names = ", ".join(r["artifact"] for r in reports[:3])
+    return names + (f" and {len(reports) - 3} more" if len(reports) > 3 else "")
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The report as Markdown."""
     reports = reports_of(content)
-    lines = [f"# Report on {', '.join(r['artifact'] for r in reports)}", ""]
+    lines = [f"# Report on {title(reports)}", ""]
     lines += [
         *(f"- {line}" for line in verdict(reports)),
         "",

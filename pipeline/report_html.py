@@ -29,7 +29,7 @@ def html(content: dict[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     reports = reports_of(content)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=", ".join(r["artifact"] for r in reports[:3]) + (f" and {len(reports) - 3} more" if len(reports) > 3 else ""),
+        title=report.title(reports),
         verdict=verdict(reports),
         artifacts=artifact_rows(reports),
         comparisons=[COMPARISON_HEADER, *rows] if (rows := comparison_rows(content)) else [],

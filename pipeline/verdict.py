@@ -39,7 +39,7 @@ def _pruning(reports: Sequence[dict[str, Any]]) -> list[str]:
     for report in filter(removed_layers, reports):
         worse = [(other, at) for other in whole if (at := losing(report, other))]
         if worse:
-            lost.append(_lost(report, *min(worse, key=lambda pair: loss(pair[0]) or ("", 0.0))))
+            lost.append(_lost(report, *_hardest(report, worse)))
             continue
         same = next((r for r in whole if quantized_as(r) == quantized_as(report) and not r["failed"]), None)
         if same is not None and not report["failed"]:
@@ -51,6 +51,11 @@ def _pruning(reports: Sequence[dict[str, Any]]) -> list[str]:
     return lost + gained
 
 
+def _hardest(report: dict[str, Any], worse: list[tuple[dict[str, Any], list[str]]]) -> tuple[dict[str, Any], list[str]]:
+    """Of the baselines that win: one at both size and speed, of the same format, of the least loss; in this order."""
+    return min(worse, key=lambda pair: (-len(pair[1]), quantized_as(pair[0]) != quantized_as(report), loss(pair[0])))
+
+
 def _lost(report: dict[str, Any], other: dict[str, Any], at: list[str]) -> str:
     reasons = []
     if "size" in at:
@@ -58,9 +63,10 @@ def _lost(report: dict[str, Any], other: dict[str, Any], at: list[str]) -> str:
         larger = other["figures"]["size.total_bytes"]["median"] > report["figures"]["size.total_bytes"]["median"]
         reasons.append(f"is {'as small within 2 %' if larger else 'no larger'} ({sizes[0]} against {sizes[1]})")
     if "speed" in at:
-        reasons.append(f"is not shown to be slower ({_times(report, other)})")
+        reasons.append(f"is no slower ({report['artifact']} against it: {_times(report, other)})")
     return (
-        f"Pruning loses: {other['artifact']}, with all layers, {' and '.join(reasons)}, and loses less ({_losses(other, report)})"
+        f"Pruning loses in {report['artifact']}: {other['artifact']}, with all layers, {' and '.join(reasons)}, "
+        f"and loses less ({_losses(other, report)})"
     )
 
 

@@ -179,7 +179,7 @@ def test_worthwhile_pruning_is_told_with_its_price() -> None:
     ("baseline", "says"),
     [
         (a_report("low", removed=[], size=6.9e6, kl=0.05, decode=90, bits=2), "is no larger (6.90 MB against 7.00 MB)"),
-        (a_report("same", removed=[], size=9e6, kl=0.05, decode=125), "is not shown to be slower (decode 1x"),
+        (a_report("same", removed=[], size=9e6, kl=0.05, decode=125), "is no slower (pruned against it: decode 1x"),
     ],
     ids=["at equal size", "at equal speed"],
 )
@@ -187,6 +187,17 @@ def test_pruning_that_loses_is_the_first_line(baseline: dict[str, Any], says: st
     (first, *_) = verdict([PRUNED, WHOLE, baseline])
     assert first.startswith("Pruning loses") and says in first and baseline["artifact"] in first
     assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning loses")
+
+
+def test_noise_is_no_proof_that_pruning_loses() -> None:
+    """A wide interval shows neither that removal made it faster nor that it did not."""
+    noisy = a_report("noisy", removed=[], size=9e6, kl=0.01, decode=120)
+    values = noisy["figures"]["speed.decode_tokens_per_s"]["values"]
+    noisy["figures"]["speed.decode_tokens_per_s"]["values"] = [
+        v * f for v, f in zip(values, (0.5, 1.6, 0.9, 1.3, 0.7), strict=True)
+    ]
+    (first, *_) = verdict([PRUNED, noisy])
+    assert "Pruning loses" not in first and "no difference in speed shown" in first and "smaller" in first
 
 
 def test_pruning_without_a_baseline_claims_nothing() -> None:
