@@ -103,7 +103,7 @@ def stage_rows(report: dict[str, Any]) -> Rows:
                 shown(stage["bytes"], "byte"),
                 f"{stage['perplexity']:.4g}",
                 f"{100 * change:+.1f} %" if stage is not first and change is not None else "",
-                f"{100 * stage['share']:.1f} %" if "share" in stage else "",
+                f"{round(100 * stage['share'], 1) + 0.0:.1f} %" if "share" in stage else "",  # no -0.0
                 f"{max(stage['kl_mean'], 0):.4f}" if "kl_mean" in stage else "",
                 f"{100 * stage['top1_agreement']:.1f} %" if "top1_agreement" in stage else "",
             ]
