@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families artifact prune quantize export bench report run show lint types wheel clean
+.PHONY: help demo test test-families artifact prune quantize export bench report example run show lint types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not there or older than 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,report,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,report,tasks,dev]'
 	@touch $@
 
 demo: $(READY) ## press the embedded model, print the table and where the artifact is (offline after set-up)
@@ -57,8 +57,11 @@ export: $(READY) ## MODEL=... OUT=folder
 bench: $(READY) ## MODEL=artifact folder ARGS='--reference SRC'
 	$(PRESS) bench "$(MODEL)" --target $(TARGET) $(ARGS)
 
-report: $(READY) ## print the report of a build: OUT=folder
-	@cat "$(or $(OUT),out/$(NAME))"/*-bench/report.md
+report: $(READY) ## one page of benchmarks: OUT=folder of a build, or MODEL='DIR DIR ...'; ARGS='--out report.html'
+	$(PRESS) report $(if $(OUT),"$(OUT)",$(if $(filter reference,$(MODEL)),out/demo,$(MODEL))) $(ARGS)
+
+example: $(READY) ## docs/example: twelve artifacts of the embedded model measured in turn (let nothing else run)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/example_report.py $(ARGS)
 
 run: $(READY) ## generate: MODEL=artifact folder PROMPT='...'
 	$(PRESS) run "$(MODEL)" "$(PROMPT)" $(ARGS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 from edgepress.exporters import fused, parity, portable
+from edgepress.exporters.graph import weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
@@ -51,6 +52,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         "exporter": exporter,
         "accuracy_level": level,
         "parity": [asdict(proof) for proof in proofs],
+        "parameters": model.num_parameters(),
+        "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
     return facts | ({"not_fused_because": reason} if reason else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,23 @@ def last_positions(builder: Builder, hidden: ir.Value) -> ir.Value:
     builder.inputs.append(keep)
     start = builder.op("Neg", [keep], "head.start")  # -0 is 0: from the first position on
     return builder.op("Slice", [hidden, start, builder.integers(LAST), builder.integers(1)], "head.positions")
+
+
+# Operators that read a few rows of a constant (an embedding, rotary tables), or see it in another shape.
+_READS_ROWS = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding", "Reshape"}
+
+
+def weight_bytes_per_token(model: ir.Model) -> int:
+    """Bytes of the constants that one decoding step reads whole: all weights but embedding rows and rotary tables."""
+    read = {v.name: v for n in model.graph for v in n.inputs if v is not None and n.op_type not in _READS_ROWS}
+    tensors = [v.const_value for name, v in model.graph.initializers.items() if name in read]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def save_at_level_0(model: Path, out: Path) -> None:
+    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file."""
+    variant = ir.load(model)
+    for node in variant.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    ir.save(variant, out)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from edgepress.exporters.graph import save_at_level_0
 from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.perplexity import Quality
@@ -133,13 +134,9 @@ def _float_activations(folder: Path, graph: ir.Model) -> Decoder:
     levels = [node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
     if not any(level.as_int() for level in levels):
         return Decoder(folder)
-    variant = ir.load(folder / "model.onnx")
-    for node in variant.graph:
-        if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     file = folder / "parity.onnx"
     try:
-        ir.save(variant, file)  # weights stay references to model.onnx.data
+        save_at_level_0(folder / "model.onnx", file)
         return Decoder(folder, model=file.name)
     finally:
         file.unlink(missing_ok=True)

@@ -1,249 +1,267 @@
-"""The bench stage: what the shipped files need and give, each speed sample from a process of its own."""
+"""The bench stage: what the shipped files need and give, each sample from a process of its own, several artifacts in turn."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import platform
-import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgepress.pipeline import report
-from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, write_json
-from edgepress.pipeline.errors import OptionError, ProofError
+from edgepress.pipeline import report, targets
+from edgepress.pipeline.artifact import Artifact, files_below, folder_bytes, journal_of, sha256
+from edgepress.pipeline.comparison import comparisons, labels
+from edgepress.pipeline.environment import environment, machine
+from edgepress.pipeline.errors import InputError, OptionError, WorkerError
+from edgepress.pipeline.measure import Journal, measured
 from edgepress.pipeline.options import BenchOptions
-from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.runtime import Decoder
-from edgepress.pipeline.source import check_checkpoint
-from edgepress.pipeline.table import load, version
-from edgepress.pipeline.tokens import beginning, context_length, load_tokenizer, text_windows
+from edgepress.pipeline.quality import check_references, quality, texts
+from edgepress.pipeline.stats import Measurement
+from edgepress.pipeline.table import require
+from edgepress.pipeline.tokens import context_length, text_windows
 
-SCHEMA = 1
+log = logging.getLogger("edgepress")
+SCHEMA = 2
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One figure: all its raw samples in ``unit``."""
+@dataclass
+class Subject:
+    """One artifact under measurement. failed: which measurement -> why its process died."""
 
-    unit: str
-    values: list[float]
+    artifact: Artifact
+    label: str
+    stages: tuple[Path, ...]
+    figures: dict[str, Measurement] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.artifact.path
+
+    def fact(self, name: str) -> Any:
+        """The last stage's word on something, or None."""
+        return next((s.facts[name] for s in reversed(self.artifact.steps) if name in s.facts), None)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON; the median is derived here and nowhere else."""
-        return {"unit": self.unit, "values": self.values, "median": float(np.median(self.values))}
+        """For JSON."""
+        steps = [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in self.artifact.steps]
+        return {
+            "artifact": self.label,
+            "identity": self.artifact.identity(),
+            "steps": steps,
+            "figures": {name: figure.plain() for name, figure in self.figures.items()},
+            "stages": self.rows,
+            "missing": self.missing,
+            "failed": self.failed,
+        }
 
 
 def bench(source: Artifact, out: Path, options: BenchOptions) -> dict[str, Any]:
-    """Write report.json and report.md about an artifact into ``out``; returns its medians for the manifest."""
-    _check_references(options)
-    missing: dict[str, str] = {}
-    content: dict[str, Any] = {
-        "schema": SCHEMA,
-        "artifact": source.path.resolve().name,
-        "steps": [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in source.steps],
-        "environment": environment(options),
-        "missing": missing,
-    }
-    figures = size(source) | speed(source, options, missing)
-    rows = quality(source, options, missing)
-    shipped = rows[-1]["figures"]
-    figures |= {f"quality.{name}": Measurement(*value) for name, value in shipped.items()}
-    content["figures"] = {name: figure.plain() for name, figure in figures.items()}
-    content["stages"] = [{"name": r["name"], "bytes": r["bytes"]} | {k: v[1][0] for k, v in r["figures"].items()} for r in rows]
-    write_json(out / "report.json", content)
-    (out / "report.md").write_text(report.markdown(content), encoding="utf-8")
+    """Write report.json, report.md and report.html into ``out``; returns the medians of ``source`` for the manifest.
+
+    Raises WorkerError when ``source`` is alone and a process that measures it dies; beside others that is a finding.
+    """
+    subjects = _subjects(source, options)
+    jobs, scored = _jobs(subjects, options), texts(subjects, options)
+    here = environment(options.target, options.threads)
+    journal = Journal(journal_of(out), machine=machine(options.target))
+    if journal.resumed:
+        log.info("bench: going on with %d finished measurements of an interrupted run", journal.resumed)
+    for subject in subjects:
+        subject.figures |= size(subject)
+    speed(subjects, jobs, options, journal)
+    _go_on(subjects)
+    quality(subjects, scored, options, journal)
+    tasks(subjects, options, journal)
+    _go_on(subjects)
+    reports = [s.plain() | {"environment": here, "run": journal.key(here["date"])[:16]} for s in subjects]
+    content = {"schema": SCHEMA} | reports[0] | {"beside": reports[1:], "comparisons": comparisons(reports)}
+    report.write(content, out)
     return {name: figure["median"] for name, figure in content["figures"].items()}
 
 
-def _check_references(options: BenchOptions) -> None:
-    """Before anything is measured: every checkpoint named is there and can be read."""
-    if options.stages and options.reference is None:
-        raise OptionError("--stages are measured against the original; give it with --reference")
-    for folder in (options.reference, *options.stages):
-        if folder is not None:
-            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
+def _go_on(subjects: list[Subject]) -> None:
+    """Raise WorkerError when no subject is left that could be measured."""
+    if all(subject.failed for subject in subjects):
+        what, why = next(iter(subjects[0].failed.items()))
+        raise WorkerError(f"{subjects[0].path} could not be measured ({what}): {why}")
 
 
-def size(source: Artifact) -> dict[str, Measurement]:
+def _subjects(source: Artifact, options: BenchOptions) -> list[Subject]:
+    """Everything named is there, whole, and can be read: checked before anything is measured."""
+    targets.target(options.target)
+    others = [Artifact.load(folder) for folder in options.beside]
+    for other in others:
+        if other.format != "onnx":
+            raise InputError(f"bench takes onnx, and {other.path} is {other.format}; give the folder that export wrote")
+        if damaged := other.damaged():
+            raise InputError(f"{other.path / damaged[0]} was changed since {other.path} was written; build that folder again")
+    check_references(options)
+    artifacts = [source, *others]
+    names = labels([a.path for a in artifacts])
+    subjects = [Subject(a, name, stages_of(a) if options.reference else ()) for a, name in zip(artifacts, names, strict=True)]
+    if options.stages:
+        subjects[0].stages = options.stages
+    if options.tasks:
+        require("lm_eval")
+        if absent := [file for file in options.task_files if not file.is_file()]:
+            raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
+    if options.reference or any(s.stages for s in subjects):
+        require("torch")
+        require("transformers")
+    return subjects
+
+
+def stages_of(artifact: Artifact) -> tuple[Path, ...]:
+    """The checkpoints behind an artifact that still lie beside it, first to last: their manifest is the beginning of its own."""
+    found = []
+    for folder in artifact.path.resolve().parent.iterdir():
+        try:
+            other = Artifact.load(folder)
+        except InputError:
+            continue
+        if other.format in ("hf", "packed") and other.steps and other.steps == artifact.steps[: len(other.steps)]:
+            found.append((len(other.steps), folder))
+    return tuple(folder for _, folder in sorted(found))
+
+
+def size(subject: Subject) -> dict[str, Measurement]:
     """Bytes of the folder as it ships and of each file, and bits per weight of the model file."""
-    found = {"size.total_bytes": Measurement("byte", [folder_bytes(source.path)])}
-    for file in files_below(source.path):
+    found = {"size.total_bytes": Measurement("byte", [folder_bytes(subject.path)])}
+    for file in files_below(subject.path):
         found[f"size.file_bytes.{file.name}"] = Measurement("byte", [file.stat().st_size])
-    parameters = next((s.facts["parameters"] for s in reversed(source.steps) if "parameters" in s.facts), None)
-    if parameters:
-        stored = sum(p.stat().st_size for p in source.path.glob("model.onnx*"))
-        found["size.bits_per_weight"] = Measurement("bit", [8 * stored / parameters[-1]])
+    if parameters := subject.fact("parameters"):
+        stored = sum(p.stat().st_size for p in subject.path.glob("model.onnx*"))
+        found["size.bits_per_weight"] = Measurement("bit", [8 * stored / np.atleast_1d(parameters)[-1]])
+    else:
+        subject.missing["size.bits_per_weight"] = "the manifest does not tell the number of parameters; export again"
     return found
 
 
-def speed(source: Artifact, options: BenchOptions, missing: dict[str, str]) -> dict[str, Measurement]:
-    """Load, prefill, decode and memory, one sample from each of ``repeats`` fresh processes."""
-    room = context_length(source.path)
+def _jobs(subjects: list[Subject], options: BenchOptions) -> list[dict[str, Any]]:
+    """What the speed process of each subject is told. Raises OptionError when nothing fits the shortest context."""
+    room = min(context_length(s.path) for s in subjects)
     lengths = [n for n in options.prompt_lengths if n <= room]
-    for length in set(options.prompt_lengths) - set(lengths):
-        missing[f"speed.prefill_tokens_per_s.{length}"] = f"the model's context is {room} tokens"
-    new_tokens = options.new_tokens
     if not lengths:
         raise OptionError(f"no prompt length fits the context of {room} tokens; give shorter --prompt-lengths")
-    if min(lengths) + new_tokens + 8 > room:
+    if min(lengths) + options.new_tokens + 8 > room:
         raise OptionError(
-            f"{min(lengths)} prompt and {new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
+            f"{min(lengths)} prompt and {options.new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
         )
-    # Fixed ids from the text, never sampled from the model under test.
-    ids = np.concatenate(text_windows(options.text, source.path, budget=max(lengths), length=room))[: max(lengths)]
-    job = {"ids": ids.tolist(), "prompt_lengths": lengths, "new_tokens": new_tokens, "threads": options.threads}
-    samples = [_worker(source.path, job) for _ in progress(range(options.repeats), "speed", "process")]
-
-    found = {
-        "load.warm_s": Measurement("second", [s["load_s"] for s in samples]),
-        "speed.decode_tokens_per_s": Measurement(
-            "token/second", [1000 * len(s["inter_token_ms"]) / sum(s["inter_token_ms"]) for s in samples]
-        ),
-        "speed.inter_token_ms": Measurement("millisecond", [t for s in samples for t in s["inter_token_ms"]]),
-    }
-    for length in lengths:
-        seconds = [s["prefill"][str(length)] for s in samples]
-        found[f"speed.ttft_ms.{length}"] = Measurement("millisecond", [1000 * t for t in seconds])
-        found[f"speed.prefill_tokens_per_s.{length}"] = Measurement("token/second", [length / t for t in seconds])
-    for key, name in (("peak_rss_bytes", "memory.peak_rss_bytes"), ("pss_bytes", "memory.pss_bytes")):
-        values = [s[key] for s in samples if key in s]
-        if values:
-            found[name] = Measurement("byte", values)
-        else:
-            missing[name] = f"{platform.system()} does not tell"
-    return found
+    jobs = []
+    for subject in subjects:
+        for length in set(options.prompt_lengths) - set(lengths):
+            subject.missing[f"speed.prefill_tokens_per_s.{length}"] = f"the model's context is {room} tokens"
+            subject.missing[f"speed.ttft_ms.{length}"] = f"the model's context is {room} tokens"
+        # Fixed ids from the text, never sampled from the model under test.
+        ids = np.concatenate(text_windows(options.text, subject.path, budget=max(lengths), length=room))[: max(lengths)].tolist()
+        common = {"folder": str(subject.path), "threads": options.threads, "target": options.target}
+        jobs.append(common | {"ids": ids, "prompt_lengths": lengths, "new_tokens": options.new_tokens})
+    return jobs
 
 
-def _worker(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="edgepress-bench-") as scratch:
-        file = Path(scratch) / "job.json"
-        write_json(file, job)
-        done = subprocess.run(
-            [sys.executable, "-m", "edgepress.pipeline.worker", str(folder), str(file)], capture_output=True, text=True
-        )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ProofError(f"the measuring process failed: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def speed(subjects: list[Subject], jobs: list[dict[str, Any]], options: BenchOptions, journal: Journal) -> None:
+    """Rounds over all subjects, A B B A: every sample has a partner of each other subject from the same minute.
 
-
-def quality(source: Artifact, options: BenchOptions, missing: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows original, stages in between, and the artifact last: perplexity, and KL and top-1 against the original.
-
-    All read the same token ids; the artifact from its shipped files with the accuracy level that ships.
+    A subject whose process dies is left out of the rounds that follow.
     """
-    windows = text_windows(options.text, source.path, budget=options.text_tokens)
-    text_bytes = _bytes_of(windows, source.path)
-    if options.reference is None:
-        missing["quality.kl_mean"] = missing["quality.top1_agreement"] = "no original was given (--reference)"
-        return [_row("onnx", source.path, _score(_decoder_logits(source.path), None, windows), text_bytes)]
-
-    load_model = load("edgepress.pipeline.checkpoint:load_model")  # the artifact alone needs no torch
-    _same_tokens(options.reference, source.path, windows)
-    original = _torch_logits(load_model(options.reference, options.trust_remote_code))
-    rows = [_row("original", options.reference, _score(original, original, windows, "original"), text_bytes)]
-    for folder in options.stages:
-        stage = Artifact.load(folder)
-        name = {"prune": "pruned", "quantize": "quantized"}.get(stage.steps[-1].stage, folder.name) if stage.steps else folder.name
-        scores = _score(_torch_logits(load_model(folder, options.trust_remote_code)), original, windows, name)
-        rows.append(_row(name, folder, scores, text_bytes))
-    return [*rows, _row("onnx", source.path, _score(_decoder_logits(source.path), original, windows, "onnx"), text_bytes)]
-
-
-Logits = Callable[[np.ndarray], np.ndarray]
+    samples: list[list[dict[str, Any]]] = [[] for _ in subjects]
+    for number in progress(range(options.repeats), "speed", "round"):
+        alive = [i for i, s in enumerate(subjects) if "speed" not in s.failed]
+        depends = [[subjects[i].artifact.identity(), {k: v for k, v in jobs[i].items() if k != "folder"}] for i in alive]
+        key = journal.key("round", number, depends)
+        found = journal.get(key)
+        if found is None:
+            found = _round(subjects, jobs, alive if number % 2 == 0 else alive[::-1], options)
+            if all(str(i) in found for i in alive):
+                journal.put(key, found)
+        for i in alive:
+            if str(i) in found:
+                samples[i].append(found[str(i)] | {"bandwidth": found["bandwidth"]})
+    for subject, taken in zip(subjects, samples, strict=True):
+        if taken:
+            _speed_figures(subject, taken, options)
 
 
-def _torch_logits(model: Any) -> Logits:
-    import torch
-
-    def logits(ids: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-        return found
-
-    return logits
-
-
-def _decoder_logits(folder: Path) -> Logits:
-    decoder = Decoder(folder)
-
-    def logits(ids: np.ndarray) -> np.ndarray:
-        decoder.reset()
-        return decoder.feed(ids, keep=0)
-
-    return logits
+def _round(subjects: list[Subject], jobs: list[dict[str, Any]], order: list[int], options: BenchOptions) -> dict[str, Any]:
+    """One sample of each subject in ``order``, and of the memory's bandwidth."""
+    found: dict[str, Any] = {"bandwidth": None}
+    if options.target == "cpu":
+        with suppress(WorkerError):  # a small machine has no room for it: a figure less
+            found["bandwidth"] = measured("bandwidth", {"threads": options.threads})["bytes_per_s"]
+    for i in order:
+        try:
+            cold = measured("cold", {k: jobs[i][k] for k in ("folder", "threads", "target")})
+            found[str(i)] = measured("speed", jobs[i]) | {"cold": cold}
+        except WorkerError as error:
+            subjects[i].failed["speed"] = str(error)
+            log.warning("warning: the speed of %s could not be measured: %s", subjects[i].label, error)
+    return found
 
 
-def _score(model: Logits, original: Logits | None, windows: list[np.ndarray], label: str = "onnx") -> Quality:
-    quality = Quality()
-    for ids in progress(windows, f"quality of {label}", "window"):
-        scores = model(ids)
-        quality.add(ids, scores, None if original is None else scores if original is model else original(ids))
-    return quality
+def _speed_figures(subject: Subject, samples: list[dict[str, Any]], options: BenchOptions) -> None:
+    found, missing = subject.figures, subject.missing
+    cold = [s["cold"]["load_s"] for s in samples if "load_s" in s["cold"]]
+    if cold:
+        found["load.cold_s"] = Measurement("second", cold)
+    else:
+        missing["load.cold_s"] = samples[0]["cold"]["reason"]
+    found["load.warm_s"] = Measurement("second", [s["load_s"] for s in samples])
+    for key, name in (("peak_rss_bytes", "peak_rss_bytes"), ("peak_pss_bytes", "peak_pss_bytes"), ("gpu_bytes", "gpu_bytes")):
+        if values := [s[key] for s in samples if key in s]:
+            found[f"memory.{name}"] = Measurement("byte", values)
+        elif key == "gpu_bytes" and options.target == "cpu":
+            missing["memory.gpu_bytes"] = "measured on the CPU"
+        else:
+            missing[f"memory.{name}"] = f"{platform.system()} does not tell" + (" (PSS is Linux only)" if "pss" in key else "")
+    for length in samples[0]["prefill"]:
+        seconds = [s["prefill"][length] for s in samples]
+        found[f"speed.ttft_ms.{length}"] = Measurement("millisecond", [1000 * t for t in seconds])
+        found[f"speed.prefill_tokens_per_s.{length}"] = Measurement("token/second", [int(length) / t for t in seconds])
+    rates = [1000 * len(s["inter_token_ms"]) / sum(s["inter_token_ms"]) for s in samples]
+    found["speed.decode_tokens_per_s"] = Measurement("token/second", rates)
+    found["speed.inter_token_ms"] = Measurement("millisecond", [t for s in samples for t in s["inter_token_ms"]])
+    read = subject.fact("weight_bytes_per_token")
+    if options.target != "cpu":
+        missing["speed.bandwidth_fraction"] = "the bandwidth of a GPU's memory is not measured"
+    elif None in [s["bandwidth"] for s in samples]:
+        missing["speed.bandwidth_fraction"] = (
+            "the process that measures the memory's bandwidth died, most likely for want of memory"
+        )
+    elif read is None:
+        missing["speed.bandwidth_fraction"] = "the manifest does not tell the bytes read per token; export again"
+    else:
+        widths = [s["bandwidth"] for s in samples]
+        found["speed.memory_bandwidth"] = Measurement("byte/second", widths)
+        found["speed.bytes_per_token"] = Measurement("byte", [read])
+        fractions = [read * rate / width for rate, width in zip(rates, widths, strict=True)]
+        found["speed.bandwidth_fraction"] = Measurement("1", fractions)
 
 
-def _row(name: str, folder: Path, scores: Quality, text_bytes: int) -> dict[str, Any]:
-    units = {
-        "perplexity": "1",
-        "bits_per_byte": "bit/byte",
-        "kl_mean": "nat",
-        "kl_p99": "nat",
-        "top1_agreement": "1",
-        "tokens": "token",
-    }
-    figures = scores.figures(text_bytes)
-    return {
-        "name": name,
-        "bytes": sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data")),
-        "figures": {key: (units[key], [value]) for key, value in figures.items()},
-    }
-
-
-def _bytes_of(windows: list[np.ndarray], folder: Path) -> int:
-    """UTF-8 bytes of the scored tokens: all but those that begin a window unscored."""
-    tokenizer = load_tokenizer(folder)
-    first = max(1, len(beginning(tokenizer)))
-    texts: Iterator[str] = (tokenizer.decode(row[first:].tolist(), skip_special_tokens=False) for row in windows)
-    return sum(len(text.encode()) for text in texts)
-
-
-def _same_tokens(reference: Path, artifact: Path, windows: list[np.ndarray]) -> None:
-    """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
-    text = load_tokenizer(artifact).decode(windows[0].tolist())[:2000]
-    if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
-        raise OptionError(f"{reference} has another tokenizer than {artifact}; give the checkpoint that it was made from")
-
-
-def environment(options: BenchOptions) -> dict[str, Any]:
-    """What the figures depend on besides the artifact."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["edgepress", *sys.argv[1:]]),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": options.threads or "onnxruntime's default",
-        "provider": "CPUExecutionProvider",
-        "versions": {name: v for name in ("edgepress", "onnxruntime", "numpy", "torch", "transformers") if (v := version(name))},
-    }
-
-
-def _cpu() -> dict[str, Any]:
-    file = Path("/proc/cpuinfo")
-    if not file.is_file():
-        return {"model": platform.processor() or platform.machine()}
-    rows = dict(line.split(":", 1) for line in file.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in rows.items()}
-    flags = [f for f in values.get("flags", "").split() if f.startswith(("avx", "amx", "fma", "f16c"))]
-    return {"model": values.get("model name", platform.machine()), "flags": flags}
+def tasks(subjects: list[Subject], options: BenchOptions, journal: Journal) -> None:
+    """Figures ``tasks.TASK.METRIC`` of lm-evaluation-harness on the shipped files, with their standard errors."""
+    if not options.tasks:
+        return
+    files = [str(file) for file in options.task_files]
+    common = {"tasks": list(options.tasks), "files": files, "limit": options.task_limit}
+    contents = [sha256(file) for file in options.task_files]
+    for subject in progress(subjects, "tasks", "artifact"):
+        if subject.failed:
+            continue
+        job = common | {"folder": str(subject.path), "threads": options.threads, "target": options.target}
+        try:
+            key = (subject.artifact.identity(), options.tasks, contents, options.task_limit, options.target)
+            found = journal.once(partial(measured, "tasks", job), "tasks", *key)
+        except WorkerError as error:
+            subject.failed["tasks"] = str(error)
+            log.warning("warning: the tasks could not be run on %s: %s", subject.label, error)
+            continue
+        for name, figure in found["figures"].items():
+            subject.figures[f"tasks.{name}"] = Measurement("1", [figure["value"]], figure.get("standard_error"))

@@ -53,12 +53,22 @@ def parser() -> argparse.ArgumentParser:
     for name, stage in STAGES.items():
         verb = verbs.add_parser(name, help=_first_line(stage.options), description=stage.options.__doc__)
         if name == "bench":
-            verb.add_argument("source", metavar="DIR", help="artifact folder")
+            verb.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+            verb.add_argument(
+                "others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first"
+            )
             verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
         else:
             verb.add_argument("source", metavar="SRC", help=_SOURCE if "hf" in stage.takes else "artifact folder")
             verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
         add_flags(verb, stage.options)
+
+    report = verbs.add_parser("report", help="one page of several benchmarks", description=(
+        "Gather what bench measured into one page. Speeds are compared within one bench, which measures in turn."))  # fmt: skip
+    report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"
+    )
 
     run = verbs.add_parser(
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed."
@@ -87,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(getattr(signal, name), _stop)
     if warning := double_runtime():
         _say(f"warning: {warning}")
-    flags = {k: v for k, v in vars(options).items() if k not in ("verb", "debug", "source", "out", "recipe", "prompt")}
+    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "prompt")
+    flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     if options.debug:
         return command(options, flags)
@@ -148,6 +159,8 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from edgepress.pipeline.report import influence_table
 
     stage = STAGES[options.verb]
+    if options.verb == "bench" and options.others:
+        flags = {**flags, "beside": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("beside")])]}
     values: Any = make(stage.options, _resolved(flags))
     if options.verb == "bench":
         folder = _artifact_folder(options.source)
@@ -161,6 +174,14 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     if options.verb == "prune":
         print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
     print(artifact.path)
+    return 0
+
+
+def _report(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.report import gather, save
+
+    save(gather([Path(source).expanduser() for source in options.sources]), options.out)
+    print(options.out)
     return 0
 
 
@@ -208,7 +229,7 @@ def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"build": _build, "run": _run, "show": _show}
+COMMANDS = {"build": _build, "report": _report, "run": _run, "show": _show}
 
 
 def _artifact_folder(source: str) -> Path:
@@ -224,8 +245,13 @@ def _artifact_folder(source: str) -> Path:
     return found[-1].parent
 
 
+def _artifact_folders(sources: Sequence[str]) -> list[Path]:
+    return [_artifact_folder(source) for source in sources]
+
+
 def _print_report(artifact: Artifact) -> None:
-    from edgepress.pipeline.report import made_by, terminal
+    from edgepress.pipeline.report import terminal
+    from edgepress.pipeline.tables import made_by
 
     if artifact.format != "report":
         return

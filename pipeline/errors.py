@@ -8,6 +8,7 @@ OptionError          an option or recipe that makes no sense
 OutputError          the output cannot be written (occupied, read-only, disk full)
 MissingPackageError  an optional package is not installed; the message names the pip command
 ProofError           a result failed its own check and was thrown away
+WorkerError          a measuring process crashed or was killed
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "OutputError",
     "ProofError",
     "TextError",
+    "WorkerError",
 ]
 
 
@@ -54,3 +56,7 @@ class MissingPackageError(EdgepressError):
 
 class ProofError(EdgepressError):
     """A result failed its own check and was thrown away."""
+
+
+class WorkerError(EdgepressError):
+    """A measuring process crashed or was killed."""

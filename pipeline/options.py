@@ -43,6 +43,7 @@ EXPORTERS = {
     "portable": "standard ONNX operators",
 }
 TARGETS = {"cpu": "onnxruntime on the CPU"}
+BENCH_TARGETS = TARGETS | {"cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
 def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
@@ -194,16 +195,27 @@ class ExportOptions:
 class BenchOptions:
     """Measure the artifact as it ships: size, memory, speed and quality."""
 
-    target: str = _target()
+    target: str = option("cpu", "what it is measured on", BENCH_TARGETS)
     text: Path = _text()
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
+    beside: tuple[Path, ...] = option((), "further artifact folders: measured in turn with the first, and compared with it")
+    baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
+    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, by its names (arc_easy,lambada_openai) or as .yaml files")
+    task_files: tuple[Path, ...] = option(
+        (), "their documents in local .jsonl files, in the same order (default: it downloads them)"
+    )
+    task_limit: int = option(0, "documents of each task at most; 0 takes all", at_least=0)
     prompt_lengths: tuple[int, ...] = option((32, 128), "prompt lengths in tokens, separated by commas", at_least=1)
     new_tokens: int = option(64, "tokens to decode in a speed measurement", at_least=2)
     repeats: int = option(5, "fresh processes for speed and memory, one sample of each figure from each", at_least=1)
     threads: int = _threads()
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        if self.task_files and len(self.task_files) != len(self.tasks):
+            raise OptionError(f"--task-files gives {len(self.task_files)} files for {len(self.tasks)} --tasks; give one for each")
 
 
 @dataclass(frozen=True)
@@ -238,6 +250,7 @@ def flag(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
     seen: set[str] = set()
+    every = [item for cls in classes for item in dataclasses.fields(cls)]
     for cls in classes:
         hints = _hints(cls)
         group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
@@ -248,7 +261,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             kind, many = hints[item.name]
             text = item.metadata["help"]
             choices = item.metadata["choices"]
-            if isinstance(choices, Mapping):
+            if isinstance(choices, Mapping):  # a stage may know more of them than the one that names the flag first
+                choices = {k: v for other in every if other.name == item.name for k, v in other.metadata["choices"].items()}
                 text += ": " + "; ".join(f"{key} ({value})" for key, value in choices.items())
             elif choices:
                 text += ": " + ", ".join(map(str, choices))

@@ -14,7 +14,7 @@ from edgepress.models.families import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.options import make
+from edgepress.pipeline.options import BenchOptions, make
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import look_up, suggestion
@@ -107,10 +107,24 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if name == "bench":
-            between = tuple(a.path for a in done if a.format in ("hf", "packed"))
-            options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
+            options = _beside_others(original, out, steps, done, options)
         if name == "heal":
             options = dataclasses.replace(options, original=options.original or original.path)
         artifact = stages.run(name, artifact, folder, options)
         done.append(artifact)
     return done
+
+
+def _beside_others(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
+    """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
+    between = tuple(a.path for a in done if a.format in ("hf", "packed"))
+    options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
+    removed = any(step.facts.get("removed_layers") for step in done[-1].steps)
+    if not (options.baseline and removed):
+        return options
+    artifact = original
+    kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
+    log.info("baseline: the same without removal, to compare with (--no-baseline leaves it out)")
+    for number, (name, given) in enumerate(kept, 1):
+        artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
+    return dataclasses.replace(options, beside=(*options.beside, artifact.path))

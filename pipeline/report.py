@@ -1,115 +1,104 @@
-"""Figures for people: the Markdown report and the terminal table, both from the content of report.json alone."""
+"""The report as text: Markdown and the terminal, both from the content of report.json alone (HTML: report_html)."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from pathlib import Path
 from typing import Any
 
-ROWS = (
-    ("size.total_bytes", "size of the folder"),
-    ("size.bits_per_weight", "bits per weight"),
-    ("load.warm_s", "load"),
-    ("memory.peak_rss_bytes", "peak memory (RSS)"),
-    ("memory.pss_bytes", "memory (PSS, at the end)"),
-    ("speed.ttft_ms", "time to first token"),
-    ("speed.prefill_tokens_per_s", "prefill"),
-    ("speed.decode_tokens_per_s", "decode"),
-    ("quality.perplexity", "perplexity"),
-    ("quality.bits_per_byte", "bits per byte"),
-    ("quality.kl_mean", "KL divergence from the original, mean"),
-    ("quality.kl_p99", "KL divergence from the original, 99th percentile"),
-    ("quality.top1_agreement", "same most likely token as the original"),
+from edgepress.pipeline.artifact import read_json, write_json
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.tables import (
+    COMPARISON_HEADER,
+    STAGE_HEADER,
+    Rows,
+    artifact_rows,
+    comparison_rows,
+    figure_rows,
+    made_by,
+    reports_of,
+    stage_rows,
 )
-STAGES = {"original": "original", "pruned": "pruned", "quantized": "quantized", "onnx": "ONNX as shipped"}
+from edgepress.pipeline.verdict import verdict
+
+log = logging.getLogger("edgepress")
 
 
-def shown(value: float, unit: str) -> str:
-    """A number with its unit, three or four digits."""
-    if unit == "byte":
-        return f"{value / 1e6:.2f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    units = {
-        "second": " s",
-        "millisecond": " ms",
-        "token/second": " tokens/s",
-        "nat": " nat",
-        "bit": " bit",
-        "bit/byte": "",
-        "1": "",
-    }
-    return text + units.get(unit, f" {unit}")
+def write(content: dict[str, Any], folder: Path) -> None:
+    """report.json, report.md and, where matplotlib is installed, report.html."""
+    write_json(folder / "report.json", content)
+    (folder / "report.md").write_text(markdown(content), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        log.info("bench: no report.html, for matplotlib is not installed (in a clone of edgepress: pip install '.[report]')")
+    else:
+        save(content, folder / "report.html")
 
 
-def figure_rows(content: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, median, range of the samples) in the order of ROWS; figures per prompt length one row each."""
-    rows = []
-    for prefix, label in ROWS:
-        for name, figure in content["figures"].items():
-            if name != prefix and not name.startswith(prefix + "."):
-                continue
-            length = name.removeprefix(prefix).lstrip(".")
-            values = figure["values"]
-            spread = f"{shown(min(values), figure['unit'])} to {shown(max(values), figure['unit'])}, {len(values)} samples"
-            rows.append(
-                (
-                    f"{label}, prompt of {length}" if length else label,
-                    shown(figure["median"], figure["unit"]),
-                    spread if len(values) > 1 else "",
-                )
+def save(content: dict[str, Any], file: Path) -> None:
+    """One file, in the format that its suffix names. Raises OptionError for a suffix that is none of .html, .md and .json."""
+    if file.suffix == ".html":
+        from edgepress.pipeline.report_html import html
+
+        file.write_text(html(content), encoding="utf-8")
+    elif file.suffix == ".md":
+        file.write_text(markdown(content), encoding="utf-8")
+    elif file.suffix == ".json":
+        write_json(file, content)
+    else:
+        raise OptionError(f"--out {file} is no report; end its name in .html, .md or .json")
+
+
+def gather(folders: list[Path]) -> dict[str, Any]:
+    """The reports in several folders as one, each artifact once; a folder may be a report, the OUT of a build, or an artifact.
+
+    Artifacts of different runs were not measured in turn: their speeds stand beside each other and are not compared.
+    Raises InputError for a folder without a report.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    compared = []
+    for folder in folders:
+        content = read_json(_report_file(folder))
+        if "figures" not in content or content.get("schema") != 2:
+            raise InputError(f"{_report_file(folder)} was written by another edgepress; run edgepress bench again")
+        compared += content.get("comparisons", [])
+        for report in reports_of(content):
+            found.setdefault(
+                (report["identity"], report["artifact"]), {k: v for k, v in report.items() if k not in ("beside", "comparisons")}
             )
-    return rows
+    first, *others = found.values()
+    return first | {"beside": others, "comparisons": compared}
 
 
-def stage_rows(content: dict[str, Any]) -> list[list[str]]:
-    """One row a stage: name, weights' bytes, perplexity and its change, KL, top-1."""
-    stages = content["stages"]
-    rows = []
-    for stage in stages:
-        change = stage["perplexity"] / stages[0]["perplexity"] - 1
-        rows.append(
-            [
-                STAGES.get(stage["name"], stage["name"]),
-                shown(stage["bytes"], "byte"),
-                f"{stage['perplexity']:.4g}",
-                f"{100 * change:+.1f} %" if stage is not stages[0] else "",
-                f"{max(stage['kl_mean'], 0):.4f}" if "kl_mean" in stage else "",
-                f"{100 * stage['top1_agreement']:.1f} %" if "top1_agreement" in stage else "",
-            ]
-        )
-    return rows
+def _report_file(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; give a folder that edgepress bench or build wrote")
+    own = folder.resolve()
+    places = [
+        own,
+        *sorted(own.glob("[0-9][0-9]-bench")),
+        own.parent / f"{own.name}-bench",
+        *sorted(own.parent.glob("[0-9][0-9]-bench")),
+    ]
+    found = next((place / "report.json" for place in places if (place / "report.json").is_file()), None)
+    if found is None:
+        raise InputError(f"no report of {folder}; measure it first: edgepress bench {folder}")
+    return found
 
 
-CHOSEN = {
-    "greedy": "chosen greedily by KL divergence among those of low Block Influence",
-    "bi": "lowest Block Influence",
-    "angular": "least angular distance",
-    "list": "as told",
-}
-STAGE_HEADER = ["stage", "weights", "perplexity", "change", "KL", "top-1"]
+def terminal(content: dict[str, Any]) -> str:
+    """Verdict and tables as text."""
+    reports = reports_of(content)
+    parts = ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
+    parts.append(table([STAGE_HEADER, *stage_rows(content)]))
+    if rows := comparison_rows(content):
+        parts.append(f"against {content['artifact']}:\n" + table([COMPARISON_HEADER, *rows]))
+    figures = [row for row in figure_rows(content) if not row[0].endswith("99th percentile")]
+    parts.append(table([["", "median", "range"], *figures]))
+    return "\n\n".join(part for part in parts if part)
 
 
-def made_by(content: dict[str, Any]) -> list[str]:
-    """How the artifact came to be, a line a stage."""
-    lines = []
-    for step in content["steps"]:
-        options, facts = step["options"], step["facts"]
-        if step["stage"] == "prune":
-            removed = ", ".join(map(str, facts["removed_layers"])) or "none"
-            lines.append(f"prune: layers {removed} of {facts['layers'][0]} removed ({CHOSEN[facts['criterion']]})")
-        elif step["stage"] == "quantize":
-            kind = options["method"]
-            if kind in ("rtn", "gptq"):
-                symmetry = "symmetric" if options["symmetric"] else "asymmetric"
-                kind += f", {options['bits']} bits, groups of {options['group_size']}, {symmetry}"
-            bits = facts.get("head", "float")
-            head = "" if kind == "none" else "; head float" if bits == "float" else f"; head {next(iter(bits.values()))} bits"
-            lines.append(f"quantize: {kind}{head}")
-        elif step["stage"] == "export":
-            because = f" ({facts['not_fused_because']})" if "not_fused_because" in facts else ""
-            lines.append(f"export: {facts['exporter']} graph{because}, accuracy level {facts['accuracy_level']}")
-    return lines
-
-
-def table(rows: list[list[str]]) -> str:
+def table(rows: Rows) -> str:
     """Columns aligned for a terminal: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
@@ -130,42 +119,99 @@ def influence_table(content: dict[str, Any]) -> str:
     return table(rows) + sure
 
 
-def terminal(content: dict[str, Any]) -> str:
-    """Both tables as text."""
-    figures = [
-        ["", "median", "range"],
-        *([*row] for row in figure_rows(content) if not row[0].startswith("KL divergence from the original, 99")),
-    ]
-    return f"{table([STAGE_HEADER, *stage_rows(content)])}\n\n{table(figures)}"
+def title(reports: list[dict[str, Any]]) -> str:
+    """The names of the first few artifacts."""
+    names = ", ".join(r["artifact"] for r in reports[:3])
+    return names + (f" and {len(reports) - 3} more" if len(reports) > 3 else "")
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The report as Markdown."""
-    environment = content["environment"]
-    lines = [f"# Report on {content['artifact']}", "", *(f"- {line}" for line in made_by(content)), ""]
-    lines += ["## Quality by stage", "", *_markdown_table([STAGE_HEADER, *stage_rows(content)]), ""]
-    tokens = content["stages"][-1]["tokens"]
-    lines += [f"All rows read the same {tokens:,} tokens. KL (nats a token) and top-1 agreement are against the original.", ""]
-    lines += ["## As shipped", "", *_markdown_table([["figure", "median", "range"], *([*row] for row in figure_rows(content))]), ""]
-    if content["missing"]:
-        lines += ["Not measured:", "", *(f"- {name}: {reason}" for name, reason in content["missing"].items()), ""]
-    cpu = environment["cpu"]
+    reports = reports_of(content)
+    lines = [f"# Report on {title(reports)}", ""]
     lines += [
-        "## Environment",
+        *(f"- {line}" for line in verdict(reports)),
         "",
-        f"- {cpu['model']}, {environment['cores']} cores, threads: {environment['threads']}, {environment['provider']}",
-        f"- {', '.join(cpu.get('flags', []))}",
-        f"- {environment['system']}, Python {environment['python']}",
-        f"- {', '.join(f'{name} {v}' for name, v in environment['versions'].items())}",
-        f"- {environment['date']}",
+        *_markdown_table(artifact_rows(reports)),
         "",
-        f"    {environment['command']}",
+        *NOTES["artifacts"],
         "",
     ]
+    if rows := comparison_rows(content):
+        lines += [
+            f"## In turn with {content['artifact']}",
+            "",
+            *_markdown_table([COMPARISON_HEADER, *rows]),
+            "",
+            *NOTES["turns"],
+            "",
+        ]
+    lines += ["## Loss by stage", ""]
+    for report in reports:
+        lines += [f"### {report['artifact']}", "", *(f"- {line}" for line in made_by(report)), ""]
+        lines += [*_markdown_table([STAGE_HEADER, *stage_rows(report)]), ""]
+    lines += [*NOTES["stages"], ""]
+    if influences := influence_lines(reports):
+        lines += ["## Influence of each layer", "", *(f"- {line}" for line in influences), ""]
+    lines += ["## As shipped", ""]
+    for report in reports:
+        lines += [f"### {report['artifact']}", "", *_markdown_table([["figure", "median", "range"], *figure_rows(report)]), ""]
+    for report in reports:
+        if report["missing"]:
+            lines += [f"Not measured of {report['artifact']}:", "", *(f"- {n}: {why}" for n, why in report["missing"].items()), ""]
+    for command, facts in environments(reports):
+        lines += ["## Environment", "", *(f"- {fact}" for fact in facts), "", "To get it again:", "", f"    {command}", ""]
     return "\n".join(lines)
 
 
-def _markdown_table(rows: list[list[str]]) -> list[str]:
+NOTES = {
+    "artifacts": ["Best at its size (or speed): nothing else here is as small (or as fast) and loses less."],
+    "turns": [
+        "Ratios of samples taken in turn, in fresh processes, paired by round; a verdict is given only where the whole interval "
+        "lies on one side of 1."
+    ],
+    "stages": [
+        "All rows read the same tokens. Change: perplexity against the original. KL (nats a token) and top-1 agreement are against "
+        "the original. Share of loss: of the whole rise of the loss, in nats a token, from the original to what ships."
+    ],
+}
+
+
+def influence_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """Block Influence of every layer as text, the removed ones marked; a line for each different removal."""
+    lines: dict[tuple[int, ...], str] = {}
+    for report in reports:
+        for step in report["steps"]:
+            influences, removed = step["facts"].get("influences"), step["facts"].get("removed_layers")
+            if influences and removed:
+                cells = (
+                    f"**{i}: {value:.3g} (removed)**" if i in removed else f"{i}: {value:.3g}" for i, value in enumerate(influences)
+                )
+                lines.setdefault(tuple(removed), f"{report['artifact']}: {', '.join(cells)}")
+    return list(lines.values())
+
+
+def environments(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(command, facts) of each run that the reports come from."""
+    found = {}
+    for report in reports:
+        e = report["environment"]
+        cpu = e["cpu"]
+        facts = [
+            f"{cpu['model']}, {e['cores']} cores, threads: {e['threads']}, {e['provider']}",
+            f"flags: {', '.join(cpu.get('flags', [])) or 'not told'}",
+            f"{e['system']}, Python {e['python']}",
+            ", ".join(f"{name} {v}" for name, v in e["versions"].items()),
+            e["date"] + (f", load average {e['load_average']} before" if "load_average" in e else ""),
+            *e.get("gpus", []),
+        ]
+        level = {s["facts"]["accuracy_level"] for r in reports for s in r["steps"] if "accuracy_level" in s["facts"]}
+        facts += [f"accuracy level {', '.join(map(str, sorted(level)))}"] if level else []
+        found[report["run"]] = (e["command"], facts)
+    return list(found.values())
+
+
+def _markdown_table(rows: Rows) -> list[str]:
     head, *body = rows
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]

@@ -7,13 +7,14 @@ present are one buffer, so that a step writes one position instead of copying th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from edgepress.pipeline import targets
 from edgepress.pipeline.artifact import read_json
-from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.table import load
 
 MODEL = "model.onnx"
@@ -26,7 +27,7 @@ class Decoder:
     holds no model that onnxruntime can load.
     """
 
-    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL) -> None:
+    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL, target: str = "cpu") -> None:
         load("onnxruntime:__name__")
         import onnxruntime
 
@@ -39,10 +40,13 @@ class Decoder:
         # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
         options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(folder / model, options, providers=["CPUExecutionProvider"])
+            self.session = targets.session(str(folder / model), options, target)
+        except EdgepressError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime = onnxruntime
+        self._device = targets.TARGETS[target].device
         self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
         try:
@@ -88,8 +92,9 @@ class Decoder:
             if self.shared:
                 binding.bind_ortvalue_output(present, value)
             else:
-                binding.bind_output(present, "cpu")
+                binding.bind_output(present, self._device)
         self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()  # a GPU may still be at work when the call returns
         outputs = binding.get_outputs()
         if not self.shared:
             self._cache = dict(zip(self._cache, outputs[1:], strict=True))
@@ -108,9 +113,41 @@ class Decoder:
             if count + 1 < new_tokens:
                 logits = self.feed(np.array([token]))
 
+    def forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Logits float32 (tokens, vocabulary) of every position of several sequences int64 (tokens,), each from its beginning.
+
+        One run, padded on the right; the sequence that ``feed`` builds is left alone.
+        """
+        length = max(map(len, rows))
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        logits = self.session.run(["logits"], feeds | self._nothing(len(rows)))[0]
+        return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+    def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
+        names = [output.name for output in self.session.get_outputs()]
+        cache = self._nothing(len(ids))
+        total = ids.shape[1]
+        while total <= self.context:
+            feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
+            logits, *present = self.session.run(names, feeds | cache)
+            cache = dict(zip(cache, present, strict=True))
+            ids = logits[:, -1].argmax(-1)[:, None]
+            total += 1
+            yield ids[:, 0]
+
+    def _nothing(self, batch: int) -> dict[str, np.ndarray]:
+        """An empty cache for a batch."""
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32) for name, shape in self._shapes.items()}
+
     def _empty(self, shape: list[Any], length: int) -> Any:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)
-        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
 def end_tokens(folder: Path) -> frozenset[int]:

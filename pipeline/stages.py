@@ -18,6 +18,7 @@ from edgepress.pipeline.artifact import (
     check_disk,
     check_free,
     folder_bytes,
+    journal_of,
     sha256,
     write_manifest,
     written_beside,
@@ -100,6 +101,7 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*stage.packages))
         write_manifest(folder, stage.gives, (*source.steps, step), found)
+    journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)
 

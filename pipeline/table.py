@@ -25,6 +25,8 @@ PACKAGES = {
     "gptqmodel": ("gptqmodel", "build"),
     "peft": ("peft", "build"),
     "onnxruntime": ("onnxruntime", "cpu"),
+    "matplotlib": ("matplotlib", "report"),
+    "lm_eval": ("lm-eval", "tasks"),
 }
 
 

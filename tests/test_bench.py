@@ -61,7 +61,13 @@ def test_figures_have_units_raw_samples_and_reasons(report: Path) -> None:
         assert figure["unit"] and figure["values"] and figure["median"] == float(np.median(figure["values"]))
     assert len(figures["load.warm_s"]["values"]) == 2 and len(figures["speed.inter_token_ms"]["values"]) == 10
     assert "speed.ttft_ms.300" not in figures and "256" in content["missing"]["speed.prefill_tokens_per_s.300"]
-    assert "null" not in json.dumps(content["figures"])
+    for name in ("load.cold_s", "memory.peak_pss_bytes", "memory.gpu_bytes", "speed.bandwidth_fraction"):
+        assert (name in figures) != bool(content["missing"].get(name)), name
+    assert content["missing"]["memory.gpu_bytes"] == "measured on the CPU"
+    assert figures["quality.greedy_match_tokens"]["values"] == [32] * len(figures["quality.greedy_match_tokens"]["values"])
+    assert 32 <= figures["size.bits_per_weight"]["median"] < 40  # float32, without a prune stage
+    assert figures["speed.inter_token_ms"]["unit"] == "millisecond" and content["environment"]["cpu"]["model"]
+    assert "null" not in json.dumps(content)
     assert (report / "report.md").read_text().count("|") > 20
 
 

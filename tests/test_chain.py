@@ -33,13 +33,26 @@ def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, reference: Path) -> None:
     """On a trained model removal costs something, quantization at 4 bits less, the export next to nothing."""
     stages = {row["name"]: row for row in read_json(built / "04-bench" / "report.json")["stages"]}
-    assert list(stages) == ["original", "pruned", "quantized", "onnx"]
+    assert list(stages) == ["original", "pruned", "quantized", "onnx_level_0", "onnx"]
     assert stages["original"]["kl_mean"] == 0 and stages["original"]["top1_agreement"] == 1
     assert stages["original"]["perplexity"] < stages["pruned"]["perplexity"] < 1.5 * stages["original"]["perplexity"]
     assert stages["onnx"]["perplexity"] == pytest.approx(stages["quantized"]["perplexity"], rel=0.01)
     assert stages["onnx"]["bytes"] < 0.4 * stages["original"]["bytes"]
     windows = text_windows(reference / "evaluation.txt", reference, budget=1500)
     assert stages["original"]["perplexity"] == pytest.approx(perplexity_of(load_model(reference), windows), rel=1e-6)
+
+
+def test_the_same_without_removal_is_built_and_measured_beside(built: Path) -> None:
+    """Otherwise nobody could tell whether removing layers was worth it."""
+    content = read_json(built / "04-bench" / "report.json")
+    (baseline,) = content["beside"]
+    assert baseline["artifact"] == "baseline" and [step["stage"] for step in baseline["steps"]] == ["quantize", "export"]
+    assert [row["name"] for row in baseline["stages"]] == ["original", "quantized", "onnx_level_0", "onnx"]
+    assert baseline["stages"][0] == content["stages"][0]
+    assert baseline["figures"]["quality.kl_mean"]["median"] < content["figures"]["quality.kl_mean"]["median"]
+    assert {c["than"] for c in content["comparisons"]} == {content["artifact"]}
+    top = (built / "04-bench" / "report.md").read_text().splitlines()[2]
+    assert "baseline" in top and ("Pruning loses" in top or "without 2 layers" in top)
 
 
 def test_pruned_stage_is_a_plain_checkpoint(built: Path, text: Path) -> None:

@@ -20,7 +20,7 @@ from edgepress.pipeline.tokens import load_tokenizer
 
 Call = Callable[..., Any]
 
-VERBS = ["build", "prune", "quantize", "export", "bench", "run", "show"]
+VERBS = ["build", "prune", "quantize", "export", "bench", "report", "run", "show"]
 CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
 PROMPT = "Once upon a time"
 
