@@ -4,8 +4,8 @@
         [--calibration-tokens 262144] [--lora-tokens 262144] [--amounts 1,4] [--criteria bi,greedy]
 
 Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back. Layers are chosen on the shipped
-calibration text; healing learns from ``--calibration``, neither sees ``--text`` or ``--other``. Each row is a checkpoint that the
-command line's own stages wrote; folders that are there already are kept, so an interrupted run goes on.
+calibration text; healing learns from ``--calibration``, neither sees ``--text`` or ``--other``. Each row is a checkpoint
+that the command line's own stages wrote; folders that are there already are kept, so an interrupted run goes on.
 """
 
 from __future__ import annotations

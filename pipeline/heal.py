@@ -31,11 +31,12 @@ OTHER_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of which none is in two sets: healed on, strengths chosen on, judged on, and of another kind."""
+    """Windows of which none is in two sets: healed on; of the same kind and of another, strengths chosen on and judged on."""
 
     fit: list[np.ndarray]
     selection: list[np.ndarray]
     judging: list[np.ndarray]
+    other_selection: list[np.ndarray]
     other: list[np.ndarray]
 
 
@@ -87,7 +88,7 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
             original, texts.fit, sorted({*(gap.target for gap in gaps), layers}), Path(states), options.trust_remote_code
         )
         student = Blocks(load_model(folder, options.trust_remote_code))
-        patient = Patient(student, gaps, texts.fit, teacher, texts.selection, options, scratch)
+        patient = Patient(student, gaps, texts.fit, teacher, [texts.selection, texts.other_selection], options, scratch)
         for method in options.method.split("+"):
             facts["methods"].append({"method": method} | _one(folder, patient, method, texts))
         del teacher, patient  # mapped files are closed before their folder goes
@@ -97,7 +98,7 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
         "accepted": bool(accepted),
         "held_out_perplexity": [facts["methods"][0]["held_out_perplexity"][0], facts["methods"][-1]["held_out_perplexity"][-1]],
         "calibration": {"sha256": sha256(options.calibration), "other_text_sha256": sha256(options.other_text)}
-        | {name: sum(map(len, getattr(texts, name))) for name in ("fit", "selection", "judging", "other")},
+        | {name: sum(map(len, getattr(texts, name))) for name in ("fit", "selection", "judging", "other_selection", "other")},
     }
 
 
@@ -137,15 +138,22 @@ def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str,
 
 
 def split(original: Path, options: HealOptions) -> Texts:
-    """Calibration windows in order: three quarters to learn from, an eighth to choose by, an eighth to judge by."""
+    """Calibration windows in order: three quarters to learn from, an eighth to choose by, an eighth to judge by.
+
+    Of the other text one half chooses and one judges.
+    """
     fit, held_out = calibration(original, options)
-    if len(held_out) < 2:  # one window is cut in two
-        middle = len(held_out[0]) // 2
-        held_out = [held_out[0][:middle], held_out[0][middle:]]
-    half = len(held_out) // 2
-    return Texts(
-        fit, held_out[:half], held_out[half:], text_windows(options.other_text, original, budget=OTHER_TOKENS, length=len(fit[0]))
-    )
+    other = text_windows(options.other_text, original, budget=OTHER_TOKENS, length=len(fit[0]))
+    return Texts(fit, *_halves(held_out), *_halves(other))
+
+
+def _halves(windows: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The first windows and the last; a single one is cut in two."""
+    if len(windows) == 1:
+        middle = len(windows[0]) // 2
+        windows = [windows[0][:middle], windows[0][middle:]]
+    half = len(windows) // 2
+    return windows[:half], windows[half:]
 
 
 def record(

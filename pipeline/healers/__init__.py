@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.blocks import Blocks
+from edgepress.pipeline.losses import mean_loss
 from edgepress.pipeline.options import HealOptions
 
 
@@ -29,17 +30,22 @@ class Patient:
 
     student: the model without the layers, in memory, changed in place by a healer. teacher: states of the whole model over
     ``windows``: index of a block -> (tokens of all windows, hidden), float32, what enters that block; the greatest index is the
-    number of its blocks. selection: windows that strengths are chosen on, part of no other set. scratch: a folder for
-    checkpoints of long work, kept when the work is interrupted.
+    number of its blocks. selection: texts that strengths are chosen on, of the same kind and of another, part of no other set;
+    without the other kind, a short calibration text is learnt by heart. scratch: a folder for checkpoints of long work, kept
+    when the work is interrupted.
     """
 
     student: Blocks
     cuts: list[Cut]
     windows: list[np.ndarray]
     teacher: dict[int, np.ndarray]
-    selection: list[np.ndarray]
+    selection: list[list[np.ndarray]]
     options: HealOptions
     scratch: Path
+
+    def loss(self) -> float:
+        """Mean over the texts of ``selection`` of the student's loss, in nats a token."""
+        return float(np.mean([mean_loss(self.student.model, windows) for windows in self.selection]))
 
     def starts(self) -> np.ndarray:
         """Where each window begins among the rows of ``teacher``, and where the last one ends."""

@@ -6,7 +6,7 @@ projection. Here the change of the down projection is solved for directly on the
 special case (T mixes what the matrix gives; the matrix itself is given anew), with three further differences: gaps are
 closed in order and each is fitted on the stream that the model healed so far really has, so that a later one corrects
 what earlier ones left; every token counts by 1 / ||L||^2, for a few tokens have states a hundred times as long; and the
-strength of the ridge is the one of least loss on text of its own.
+strength of the ridge is the one of least loss on text kept for that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.healers import Cut, Patient
-from edgepress.pipeline.losses import batch_size, mean_loss
+from edgepress.pipeline.losses import batch_size
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.tokens import padded
 from transformers.pytorch_utils import Conv1D
@@ -55,18 +55,18 @@ def _close(patient: Patient, cut: Cut) -> dict[str, Any]:
     gram, cross = _statistics(patient, cut, matrix)
     weight: torch.Tensor = matrix.weight.detach().clone()
     bias = None if getattr(matrix, "bias", None) is None else matrix.bias.detach().clone()
-    losses = {0.0: mean_loss(blocks.model, patient.selection)}
+    losses = {0.0: patient.loss()}
     solutions = {}
     for ridge in RIDGES:
         solutions[ridge] = _solve(gram, cross, ridge) / factor
         _set(matrix, weight, bias, solutions[ridge])
-        losses[ridge] = mean_loss(blocks.model, patient.selection)
+        losses[ridge] = patient.loss()
     best = min(losses, key=lambda ridge: losses[ridge])
     if best:
         _set(matrix, weight, bias, solutions[best])
     else:
         _set(matrix, weight, bias, torch.zeros_like(solutions[RIDGES[0]]))
-    log.info("heal: %s, ridge %g: loss on text of its own %.4f -> %.4f", name, best, losses[0.0], losses[best])
+    log.info("heal: %s, ridge %g: loss on text kept for that %.4f -> %.4f", name, best, losses[0.0], losses[best])
     return {"matrix": name, "ridge": best or None, "losses": {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()}}
 
 
