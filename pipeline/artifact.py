@@ -163,12 +163,12 @@ def written_beside(out: Path) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.partial"
     created = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)  # left by a killed run
-        partial.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from error
-    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            remove(partial)  # left by a killed run
+            partial.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from error
         yield partial
         former = out.parent / f".{out.name}.former"
         remove(former)
@@ -177,7 +177,8 @@ def written_beside(out: Path) -> Iterator[Path]:
         partial.rename(out)
         remove(former)
     except BaseException:
-        remove(partial)
+        with suppress(NotADirectoryError):  # then nothing could be written there
+            remove(partial)
         for parent in created:
             with suppress(OSError):  # other stages may have written there
                 parent.rmdir()

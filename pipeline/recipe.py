@@ -21,6 +21,7 @@ from edgepress.pipeline.table import look_up, suggestion
 
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
+OF_A_METHOD = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order")
 
 
 def read(name: str) -> dict[str, dict[str, Any]]:
@@ -71,6 +72,8 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
         unused -= set(own)
         # the two ways to say how much to remove exclude each other: a flag replaces both
         given = {k: v for k, v in given.items() if not (k.startswith("remove_") and any(o.startswith("remove_") for o in own))}
+        if own.get("method", given.get("method")) != given.get("method"):  # another method's settings say nothing of this one
+            given = {k: v for k, v in given.items() if k not in OF_A_METHOD}
         chosen.append((name, make(stage.options, {**given, **own}, f"option of {name}")))
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")

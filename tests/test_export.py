@@ -34,7 +34,8 @@ def make(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[..., 
     @cache
     def run(source: Path, method: str, exporter: str = "auto") -> Made:
         folder = tmp_path_factory.mktemp("made")
-        packed = stages.run("quantize", Artifact.load(source), folder / "packed", QuantizeOptions(method=method, group_size=32))
+        options = QuantizeOptions(method=method, group_size=None if method in ("nf4", "fp4") else 32)
+        packed = stages.run("quantize", Artifact.load(source), folder / "packed", options)
         exported = stages.run("export", packed, folder / "onnx", ExportOptions(exporter=exporter, text=text))
         return packed, exported
 
@@ -81,9 +82,10 @@ def test_the_quantizers_integers_ship_bit_for_bit(fused: Made) -> None:
                 value = graph.initializers[f"{name}.{kind}"].const_value
                 assert value is not None and np.array_equal(value.numpy(), wanted)
             names = [n for n in names if n not in parts]
-    head = operator(file["lm_head"], 4)[1]
-    assert all(np.array_equal(graph.initializers[f"lm_head.{kind}"].const_value.numpy(), head[kind]) for kind in head)
-    assert names == ["lm_head"]
+    for name in ("lm_head", "model.embed_tokens"):
+        end = operator(file[name], 4)[1]
+        assert all(np.array_equal(graph.initializers[f"{name}.{kind}"].const_value.numpy(), end[kind]) for kind in end)
+    assert sorted(names) == ["lm_head", "model.embed_tokens"]
 
 
 def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:

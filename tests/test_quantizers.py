@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def no_windows() -> list[np.ndarray]:
 
 def job_of(folder: Path, windows: Callable[[], list[np.ndarray]] = no_windows, **options: Any) -> Job:
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices(folder).items()}
-    return Job(folder, shapes, windows, QuantizeOptions(**options))
+    return Job(folder, shapes, windows, QuantizeOptions(**options), folder.with_name(f"{folder.name}-scratch"))
 
 
 # ---------------------------------------------------------------------------------------------- round to nearest
@@ -396,15 +396,43 @@ def test_gptq_refuses_what_it_cannot_read() -> None:
     codes, _, _, tensors = random_checkpoint(4, 64, 32, "gptq")
     with pytest.raises(ProofError, match="gptq_v3"):
         gptq.convert("m", codes.shape, tensors, 4, 32, "gptq_v3")
-    order = np.random.default_rng(0).permutation(tensors["g_idx"])
-    with pytest.raises(ProofError, match="act-order"):
-        gptq.convert("m", codes.shape, tensors | {"g_idx": order}, 4, 32, "gptq")
+    uneven = np.where(np.arange(64) < 30, 0, 1)
+    with pytest.raises(ProofError, match="g_idx"):
+        gptq.convert("m", codes.shape, tensors | {"g_idx": uneven}, 4, 32, "gptq")
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(("bits", "columns", "group"), [(2, 96, 32), (4, 96, 64), (4, 172, 32), (8, 64, 16), (3, 96, 32)])
+def test_gptq_act_order(bits: int, columns: int, group: int, zeros: bool) -> None:
+    """Trap 1 begins here: rows are sorted by group once, and each weight comes out with the scale of its own group."""
+    codes, points, scales, _ = random_checkpoint(bits, columns, group, "gptq")
+    if not zeros:
+        points[:] = 1 << (bits - 1)
+    tensors = checkpoint_tensors(codes, points, scales, bits, group, "gptq")
+    tensors["g_idx"] = np.random.default_rng(columns).permutation(tensors["g_idx"])
+    linear = gptq.convert("m", codes.shape, tensors, bits, group, "gptq")
+    of = tensors["g_idx"]
+    expected = (codes.astype(np.float32) - points[:, of].astype(np.float32)) * scales.astype(np.float32)[:, of]
+    assert np.array_equal(linear.dequantized(), expected)
+    assert linear.permutation is not None and linear.permutation.dtype == np.int32
+    assert np.array_equal(linear.unpacked(), codes[:, linear.permutation])
+    assert (linear.zeros is None) != zeros
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [64, 172, 576])
+def test_gptq_per_channel(bits: int, columns: int) -> None:
+    """One scale a row is repeated for blocks that the operator carries; the weights are the same."""
+    codes, zeros, scales, tensors = random_checkpoint(bits, columns, columns, "gptq")
+    linear = gptq.convert("m", codes.shape, tensors | {"g_idx": np.zeros(columns, np.int32)}, bits, -1, "gptq")
+    assert linear.group_size in (16, 32, 64, 128, 256) and linear.permutation is None
+    assert np.array_equal(linear.dequantized(), (codes.astype(np.float32) - zeros) * scales.astype(np.float32))
 
 
 @pytest.mark.parametrize("shape", [(64, 172), (64, 16), (16, 64)], ids=str)
 def test_gptq_three_bits(shape: tuple[int, int]) -> None:
     """No 3 bits by gptqmodel unless 32 divides input and output: said at once, not after the calibration."""
-    job = Job(Path("nowhere"), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3))
+    job = Job(Path("nowhere"), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3), Path("nowhere"))
     with pytest.raises(OptionError, match="bad"):
         gptq.quantize(job)
 
@@ -416,7 +444,8 @@ def test_gptq_failure_has_its_reason(tmp_path: Path, tiny: Path, monkeypatch: py
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(ProofError, match=r"3: RuntimeError: not enough memory for block 3$"):
-        gptq.quantize(job_of(tiny, lambda: [np.arange(16)]))
+        gptq.quantize(dataclasses.replace(job_of(tiny, lambda: [np.arange(16)]), scratch=tmp_path / "scratch"))
+    assert not (tmp_path / "scratch").exists()
 
 
 # --------------------------------------------------------------------------------------- GPTQ: a real run of gptqmodel
@@ -465,13 +494,12 @@ class GptqRun:
 
 
 def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
-    cwd, scratch = folder / "cwd", folder / "scratch"
+    cwd, scratch = folder / "cwd", folder / ".packed.gptq"
     cwd.mkdir()
-    scratch.mkdir()
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(gptq, "tempfile", SimpleNamespace(TemporaryDirectory=lambda **_: contextlib.nullcontext(str(scratch))))
+        patch.setattr(gptq, "remove", lambda _: None)
         packed = run("quantize", Artifact.load(source), folder / "packed", settings)
     return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))
 
@@ -511,8 +539,11 @@ def test_gptq_records_what_it_used(quantized: GptqRun) -> None:
     """The calibration tokens of the manifest are those that were asked for and used."""
     (step,) = quantized.packed.steps
     assert step.facts["calibration_positions"] == sum(map(len, quantized.windows)) <= 2048 + len(quantized.windows)
-    with np.load(quantized.scratch / "windows.npz") as given:
-        assert all(np.array_equal(given[name], row) for name, row in zip(given.files, quantized.windows, strict=True))
+    given = json.loads((quantized.scratch / "job.json").read_text())["windows"]
+    assert given == [row.tolist() for row in quantized.windows]
+    ids = np.concatenate(quantized.windows)
+    assert step.facts["calibration"]["sha256_of_ids"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert step.facts["calibration"]["token_budget"] == 2048
     assert step.facts["padded"]["model.layers.0.mlp.down_proj"] == 32
 
 
