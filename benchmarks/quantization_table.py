@@ -62,9 +62,8 @@ def main() -> None:
     windows = text_windows(options.text, options.model, budget=options.tokens, skip=options.skip)
     whole = [logits(load_model(options.model), row) for row in windows]
     print(f"{options.model.name}, {sum(len(row) - 1 for row in windows):,} tokens of {options.text.name}\n")
-    print(
-        "| weights | perplexity | change | KL | top-1 | bits per weight | bytes |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
+    print("| weights | perplexity | change | KL | top-1 | bits per weight | bytes |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     original = quality(windows, whole, whole)
     stored = 4 * sum(math.prod(shape) for shape in shapes_of(options.model).values())
     line("original, float32", original, original, 32, stored)
@@ -72,12 +71,15 @@ def main() -> None:
         recipe = QuantizeOptions(**{"method": "gptq", "calibration": options.calibration, **settings})  # type: ignore[arg-type]
         parts = [str(v) for f in dataclasses.fields(recipe) if f.name != "calibration" for v in [getattr(recipe, f.name)]]
         folder = options.work / options.model.name / "-".join(parts)
-        packed = run("quantize", Artifact.load(options.model), folder, recipe)
+        run("quantize", Artifact.load(options.model), folder, recipe)
         model = load_model(folder)
         found = quality(windows, [logits(model, row) for row in windows], whole)
         file = PackedFile(folder)
         left = 4 * sum(math.prod(shape) for shape in shapes_of(folder).values())
-        line(name, found, original, packed.steps[-1].facts["bits_per_weight"], sum(file[n].nbytes for n in file) + left)
+        linears = [file[n] for n in file]
+        stored = sum(linear.nbytes for linear in linears)
+        bits = 8 * stored / sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        line(name, found, original, bits, stored + left)
 
 
 def logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgepress.pipeline import packed
-from edgepress.pipeline.checkpoint import shards
+from edgepress.pipeline.checkpoint import open_packed, shards
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.packed import PackedFile, PackedLinear
+from edgepress.pipeline.packed import PackedLinear
 from safetensors import SafetensorError, safe_open
 
 
 class Weights:
-    """Name -> array, of a folder with safetensors and perhaps packed.safetensors."""
+    """Name -> array, of a folder with float weights and perhaps packed matrices, ours or another's.
 
-    def __init__(self, folder: Path) -> None:
+    original: the float checkpoint that another's was made from, where it is at hand.
+    """
+
+    def __init__(self, folder: Path, original: Path | None = None) -> None:
         self._where: dict[str, Any] = {}
         for shard in shards(folder):
             try:
@@ -24,7 +26,14 @@ class Weights:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
             self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        self._packed = PackedFile(folder) if (folder / packed.FILE).is_file() else None
+        self._packed = open_packed(folder, original)
+        for name in self._packed.parts if self._packed is not None else ():
+            del self._where[name]
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """What is known of a folder that others quantized; None for ours and for float ones."""
+        return getattr(self._packed, "described", None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where or (self._packed is not None and name.removesuffix(".weight") in self._packed)

@@ -70,7 +70,7 @@ def _check_references(options: BenchOptions) -> None:
         raise OptionError("--stages are measured against the original; give it with --reference")
     for folder in (options.reference, *options.stages):
         if folder is not None:
-            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
+            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code, quantized=True)
 
 
 def size(source: Artifact) -> dict[str, Measurement]:

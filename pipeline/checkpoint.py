@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from edgepress.pipeline import packed
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.importers import open_quantized
+from edgepress.pipeline.importers.bnb import BnbFolder
+from edgepress.pipeline.importers.gptq import GptqFolder
+from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.shards import header, rewrite
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -28,27 +33,33 @@ NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ModelError for one that this transformers does not know."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):  # we read another's packed matrices ourselves; nobody else shall
+            del config.quantization_config
+        return config
     except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
             f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
-def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model in float32 on the CPU, in evaluation mode; packed matrices dequantized.
+def load_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
+    """The model in float32 on the CPU, in evaluation mode; packed matrices, ours or another's, dequantized.
 
-    Everything is measured and proven in float32, whatever the checkpoint's dtype: bfloat16 noise would hide
-    what a stage lost. Raises ModelError when weights are damaged, missing or of the wrong shape.
+    original: see ``open_packed``. Everything is measured and proven in float32, whatever the checkpoint's dtype:
+    bfloat16 noise would hide what a stage lost. Raises ModelError when weights are damaged, missing or of the wrong shape.
     """
-    state = {name: tensor.float() for name, tensor in read_tensors(folder)}
-    if (folder / packed.FILE).is_file():
-        file = packed.PackedFile(folder)
-        state |= {f"{name}.weight": torch.from_numpy(file[name].stored()) for name in file}
+    config = read_config(folder, trust_remote_code)
+    file = open_packed(folder, original)
+    state = {name: tensor.float() for name, tensor in read_tensors(folder) if file is None or name not in file.parts}
     with quiet():
         try:
-            config = read_config(folder, trust_remote_code)
-            model, info = model_class(config, trust_remote_code).from_pretrained(
+            empty = meta_model(folder, trust_remote_code)
+            if file is not None:
+                turned = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
+                weights = {name: torch.from_numpy(file[name].dequantized()) for name in file}
+                state |= {f"{n}.weight": w.T.contiguous() if n in turned else w for n, w in weights.items()}
+            model, info = type(empty).from_pretrained(
                 None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
             )
         except (ValueError, RuntimeError) as error:
@@ -69,10 +80,19 @@ def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
     return model
 
 
-def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that transformers chooses for a config."""
-    with torch.device("meta"):  # the module tree alone, no memory for weights
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+def open_packed(folder: Path, original: Path | None = None) -> PackedFile | GptqFolder | BnbFolder | None:
+    """The packed matrices of a folder, ours or another's; None for a float one.
+
+    original: the float checkpoint that another's was made from, to tell what its values leave open. Raises ModelError.
+    """
+    if (folder / packed.FILE).is_file():
+        return PackedFile(folder)
+
+    def weight(name: str) -> np.ndarray | None:
+        tensor = None if original is None else read_tensor(original, f"{name}.weight")
+        return None if tensor is None else tensor.float().numpy()
+
+    return open_quantized(folder, shards(folder), None if original is None else weight)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

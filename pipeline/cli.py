@@ -120,8 +120,8 @@ def _failed(error: BaseException) -> int:
 
 
 def _resolved(flags: dict[str, Any]) -> dict[str, Any]:
-    """--reference may be anything that SRC may be."""
-    return {**flags, "reference": resolve(flags["reference"])} if "reference" in flags else flags
+    """--reference and --original may be anything that SRC may be."""
+    return flags | {name: resolve(flags[name]) for name in ("reference", "original") if name in flags}
 
 
 _signals: list[object] = []

@@ -183,6 +183,9 @@ class ExportOptions:
     exporter: str = option("auto", "which graph to write", EXPORTERS)
     accuracy_level: int = option(4, "activations of quantized matrices: 4 is int8 (fast), 0 is float32", (0, 4))
     text: Path = _text()
+    original: Path | None = option(
+        None, "for a GPTQ folder of another whose zero points can be read in two ways: the float checkpoint that it was made from"
+    )
     trust_remote_code: bool = _trust()
 
 

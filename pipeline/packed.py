@@ -58,8 +58,8 @@ class PackedLinear:
         scales  float32 (ceil(out * in / group_size),), the absmax of each group
         weight = codebook[code] * scale
 
-    transposed: the checkpoint stores this matrix as (in, out), as GPT-2's Conv1D does; the fields here never are.
-    bias stays with the float weights of the checkpoint.
+    A matrix that the checkpoint stores as (in, out), as GPT-2's Conv1D does, is (out, in) here. Biases stay with the float
+    weights of the checkpoint.
     """
 
     name: str
@@ -71,7 +71,6 @@ class PackedLinear:
     zeros: np.ndarray | None = None
     codebook: Literal["nf4", "fp4"] | None = None
     permutation: np.ndarray | None = None
-    transposed: bool = False
 
     @property
     def groups(self) -> int:
@@ -80,10 +79,11 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them."""
+        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed)."""
         zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
         order = 0 if self.permutation is None else self.permutation.nbytes
-        return self.codes.nbytes + self.scales.nbytes + zeros + order
+        codes = self.codes.nbytes + zeros
+        return (codes * 3 // 8 if self.bits == 3 else codes) + self.scales.nbytes + order
 
     @classmethod
     def from_codes(
@@ -139,11 +139,6 @@ class PackedLinear:
         restored[:, self.permutation] = weights
         return restored
 
-    def stored(self) -> np.ndarray:
-        """``dequantized()`` as the checkpoint stores the matrix: (out, in), or (in, out) where ``transposed``."""
-        weights = self.dequantized()
-        return np.ascontiguousarray(weights.T) if self.transposed else weights
-
     def _spread(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group_size, axis=1)[:, : self.shape[1]]
 
@@ -198,8 +193,7 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
         if linear.permutation is not None:
             arrays[f"{name}.permutation"] = np.ascontiguousarray(linear.permutation)
         described[name] = {
-            "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook,
-            "transposed": linear.transposed,
+            "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook
         }  # fmt: skip
     try:
         save_file(arrays, folder / FILE, metadata={"linears": json.dumps(described)})
@@ -210,7 +204,12 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
 
 
 class PackedFile:
-    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole."""
+    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole.
+
+    parts: names among the folder's float weights that are no such weights; none here, for packed matrices have their own file.
+    """
+
+    parts: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -239,5 +238,4 @@ class PackedFile:
         except SafetensorError as error:
             raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
         shape = (row["shape"][0], row["shape"][1])
-        settings = {"codebook": row["codebook"], "transposed": row.get("transposed", False)}
-        return PackedLinear(name, shape, row["bits"], row["group_size"], **arrays, **settings)
+        return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)

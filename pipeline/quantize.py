@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 from pathlib import Path
@@ -64,7 +63,6 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
         if missing:
             raise ProofError(f"the quantizer left out {missing[0]} and {len(missing) - 1} more; nothing was written")
         errors = _prove_errors(job, linears)
-        linears = {n: dataclasses.replace(x, transposed=n in job.transposed) for n, x in linears.items()}
         ends = quantize_ends(folder, model, options)
         linears |= ends
         packed.save(linears, out)

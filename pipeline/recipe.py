@@ -98,7 +98,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
     original = artifact = Artifact.load(source)
-    check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)))
+    check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in folders]

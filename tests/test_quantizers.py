@@ -17,7 +17,8 @@ import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import block_linears, load_model
-from edgepress.pipeline.errors import OptionError, ProofError
+from edgepress.pipeline.errors import ModelError, OptionError, ProofError
+from edgepress.pipeline.importers import gptq as layout
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear, unpack_bits
 from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
@@ -333,8 +334,8 @@ def test_unpack_int32(bits: int, count: int) -> None:
     """3-bit codes run across words; each width against a plain bit loop, from a transposed view as GPTQ's is."""
     codes = np.random.default_rng(count).integers(0, 1 << bits, (5, count), dtype=np.uint8)
     words = pack_words(codes, bits)
-    assert np.array_equal(gptq.unpack_int32(words, bits), codes)
-    assert np.array_equal(gptq.unpack_int32(np.ascontiguousarray(words.T).T, bits), codes)
+    assert np.array_equal(layout.unpack_int32(words, bits), codes)
+    assert np.array_equal(layout.unpack_int32(np.ascontiguousarray(words.T).T, bits), codes)
     assert np.array_equal(unpack_words(words, bits, count), codes)
 
 
@@ -343,7 +344,7 @@ def test_unpack_int32(bits: int, count: int) -> None:
 def test_gptq_zero_points_of_both_formats(bits: int, format: str) -> None:
     """v1 stores zero - 1, v2 the zero itself: read as the other, every weight is off by one step."""
     codes, zeros, scales, tensors = random_checkpoint(bits, 96, 32, format)
-    linear = gptq.convert("m", codes.shape, tensors, bits, 32, format)
+    linear = layout.convert("m", codes.shape, tensors, bits, 32, format)
     assert np.array_equal(linear.zeros, zeros)
     assert np.array_equal(linear.unpacked(), codes)
     assert np.array_equal(linear.scales, scales.astype(np.float32))
@@ -358,7 +359,7 @@ def test_gptq_v1_zero_point_of_zero(bits: int) -> None:
     codes, zeros, _, tensors = random_checkpoint(bits, 96, 32, "gptq", lowest=0)
     zeros[:, 1] = np.arange(32) % 2 * 3  # every other one is 0
     tensors["qzeros"] = v1_zeros(zeros.T, bits)
-    linear = gptq.convert("m", codes.shape, tensors, bits, 32, "gptq")
+    linear = layout.convert("m", codes.shape, tensors, bits, 32, "gptq")
     assert np.array_equal(linear.zeros, zeros)
 
 
@@ -368,7 +369,7 @@ def test_gptq_padded_rows(bits: int, format: str) -> None:
     """172 inputs at group 32: gptqmodel's own padding is dropped, and ours, up to the operator's block, means zero."""
     codes, zeros, scales, tensors = random_checkpoint(bits, 172, 32, format)
     assert tensors["qweight"].shape[0] * 32 // bits == 192
-    linear = gptq.convert("m", (32, 172), tensors, bits, 32, format)
+    linear = layout.convert("m", (32, 172), tensors, bits, 32, format)
     assert linear.shape == (32, 172) and linear.groups == 6
     assert np.array_equal(linear.unpacked(), codes)
     padded = unpack_bits(linear.codes, bits, 32).reshape(32, 192)[:, 172:]
@@ -385,20 +386,20 @@ def test_gptq_symmetric_needs_no_zeros(bits: int, format: str) -> None:
     codes, zeros, scales, _ = random_checkpoint(bits, 64, 32, format)
     zeros[:] = 1 << (bits - 1)
     tensors = checkpoint_tensors(codes, zeros, scales, bits, 32, format)
-    assert gptq.convert("m", codes.shape, tensors, bits, 32, format).zeros is None
+    assert layout.convert("m", codes.shape, tensors, bits, 32, format).zeros is None
     zeros[3, 1] -= 1
     tensors = checkpoint_tensors(codes, zeros, scales, bits, 32, format)
-    assert np.array_equal(gptq.convert("m", codes.shape, tensors, bits, 32, format).zeros, zeros)
+    assert np.array_equal(layout.convert("m", codes.shape, tensors, bits, 32, format).zeros, zeros)
 
 
 def test_gptq_refuses_what_it_cannot_read() -> None:
     """An unknown zero point format or rows in another order would give plausible, wrong weights."""
     codes, _, _, tensors = random_checkpoint(4, 64, 32, "gptq")
-    with pytest.raises(ProofError, match="gptq_v3"):
-        gptq.convert("m", codes.shape, tensors, 4, 32, "gptq_v3")
+    with pytest.raises(ModelError, match="gptq_v3"):
+        layout.convert("m", codes.shape, tensors, 4, 32, "gptq_v3")
     uneven = np.where(np.arange(64) < 30, 0, 1)
-    with pytest.raises(ProofError, match="g_idx"):
-        gptq.convert("m", codes.shape, tensors | {"g_idx": uneven}, 4, 32, "gptq")
+    with pytest.raises(ModelError, match="g_idx"):
+        layout.convert("m", codes.shape, tensors | {"g_idx": uneven}, 4, 32, "gptq")
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -410,7 +411,7 @@ def test_gptq_act_order(bits: int, columns: int, group: int, zeros: bool) -> Non
         points[:] = 1 << (bits - 1)
     tensors = checkpoint_tensors(codes, points, scales, bits, group, "gptq")
     tensors["g_idx"] = np.random.default_rng(columns).permutation(tensors["g_idx"])
-    linear = gptq.convert("m", codes.shape, tensors, bits, group, "gptq")
+    linear = layout.convert("m", codes.shape, tensors, bits, group, "gptq")
     of = tensors["g_idx"]
     expected = (codes.astype(np.float32) - points[:, of].astype(np.float32)) * scales.astype(np.float32)[:, of]
     assert np.array_equal(linear.dequantized(), expected)
@@ -424,7 +425,7 @@ def test_gptq_act_order(bits: int, columns: int, group: int, zeros: bool) -> Non
 def test_gptq_per_channel(bits: int, columns: int) -> None:
     """One scale a row is repeated for blocks that the operator carries; the weights are the same."""
     codes, zeros, scales, tensors = random_checkpoint(bits, columns, columns, "gptq")
-    linear = gptq.convert("m", codes.shape, tensors | {"g_idx": np.zeros(columns, np.int32)}, bits, -1, "gptq")
+    linear = layout.convert("m", codes.shape, tensors | {"g_idx": np.zeros(columns, np.int32)}, bits, -1, "gptq")
     assert linear.group_size in (16, 32, 64, 128, 256) and linear.permutation is None
     assert np.array_equal(linear.dequantized(), (codes.astype(np.float32) - zeros) * scales.astype(np.float32))
 

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from edgepress.pipeline.artifact import read_json, remove, sha256, write_json
 from edgepress.pipeline.errors import OptionError, ProofError
+from edgepress.pipeline.importers.gptq import GptqFolder
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.quantizers import Job
@@ -117,86 +117,10 @@ def _follow(child: subprocess.Popen[bytes], log: Path, matrices: int) -> None:
 
 
 def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:
-    """The checkpoint that gptqmodel wrote for us. Raises ProofError for a layout that it is not known to write."""
-    from safetensors import safe_open
-
+    """The checkpoint that gptqmodel wrote for us, whose label is to be trusted."""
     config = read_json(folder / "quantize_config.json")
-    found = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, "np") as file:
-            names = {key.removesuffix(".qweight") for key in file.keys() if key.endswith(".qweight")}  # noqa: SIM118
-            for name in sorted(names & set(shapes)):
-                tensors = {part: file.get_tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-                bits = width(tensors["qweight"].shape[0], shapes[name][1])
-                found[name] = convert(name, shapes[name], tensors, bits, int(config["group_size"]), config["checkpoint_format"])
-    return found
-
-
-def width(words: int, columns: int) -> int:
-    """Bits of a code, from the int32 words that hold ``columns`` of them (and what they were padded to).
-
-    Read from the file because a folder's one "bits" is not that of every matrix. Raises ProofError when no width fits.
-    """
-    padded = -(-columns // 32)
-    for bits in (2, 3, 4, 8):
-        if words in (padded * bits, -(-columns * bits // 32)):
-            return bits
-    raise ProofError(f"{words} words cannot hold {columns} codes of 2, 3, 4 or 8 bits")
-
-
-def convert(
-    name: str, shape: tuple[int, int], tensors: dict[str, np.ndarray], bits: int, group_size: int, format: str
-) -> PackedLinear:
-    """GPTQ tensors to PackedLinear, code for code.
-
-    qweight int32 (in * bits / 32, out) holds codes along ``in``, lower index in the lower bits; its rows may be padded.
-    qzeros int32 (groups, out * bits / 32) holds zero points along ``out``. Format "gptq" (v1) stores zero - 1,
-    "gptq_v2" the zero itself. scales float16 (groups, out). g_idx int32 (in,): the group of each row; where they are not
-    in order (act-order) the rows are sorted by group, stably, and ``permutation`` says where each came from.
-    group_size -1: one group.
-    """
-    rows, columns = shape
-    length = columns if group_size == -1 else group_size
-    order = np.argsort(tensors["g_idx"], kind="stable")
-    if not np.array_equal(tensors["g_idx"][order], np.arange(columns) // length):
-        raise ProofError(f"{name}: its g_idx does not put {length} rows in every group, so its layout is not known")
-    in_order = np.array_equal(order, np.arange(columns))
-    if format not in ("gptq", "gptq_v2"):
-        raise ProofError(f"{name}: checkpoint format '{format}' is not known")
-    codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
-    zeros = unpack_zeros(tensors["qzeros"], bits, format)[:, :rows].T
-    scales = tensors["scales"].astype(np.float32).T
-    symmetric = bool((zeros == 1 << (bits - 1)).all())  # the operator's own zero point: none need be stored
-    return PackedLinear.from_codes(
-        name,
-        codes if in_order else codes[:, order],
-        scales,
-        None if symmetric else np.ascontiguousarray(zeros),
-        bits,
-        group_size,
-        None if in_order else order.astype(np.int32),
-    )
-
-
-def unpack_zeros(stored: np.ndarray, bits: int, format: str) -> np.ndarray:
-    """Zero points uint8 (groups, out or a little more) from qzeros."""
-    if format == "gptq_v2":
-        return unpack_int32(stored, bits)
-    if bits == 3:  # fields run across words here, and the writer took 1 from each by itself
-        return (unpack_int32(stored, bits) + np.uint8(1)) & np.uint8(7)
-    # v1 was written by taking 1 from every field of the whole word: a zero point of 0 borrowed from the field above
-    # it, so the 1s must be given back to the whole word as well.
-    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-    return unpack_int32((stored.view(np.uint32) + ones).view(np.int32), bits)
-
-
-def unpack_int32(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Codes along the last axis of int32 words, lower bits first, as uint8. 3-bit codes run across the words."""
-    words = np.ascontiguousarray(packed).view(np.uint8).reshape(*packed.shape[:-1], -1)  # little endian: low byte first
-    if bits == 8:
-        return words
-    stream = np.unpackbits(words, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
-    return np.packbits(stream, axis=-1, bitorder="little")[..., 0]
+    found = GptqFolder(folder, sorted(folder.glob("*.safetensors")), config, format=config["checkpoint_format"])
+    return {name: found[name] for name in found if name in shapes}
 
 
 PARENT = "EDGEPRESS_PARENT"
