@@ -25,7 +25,7 @@ class Builder:
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self._gathered: dict[tuple[int, str], ir.Value] = {}
+        self._gathered: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input."""
@@ -79,7 +79,7 @@ class Builder:
 
     def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
         """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""
-        key = (id(x), hashlib.sha256(permutation.tobytes()).hexdigest())
+        key = (x, hashlib.sha256(permutation.tobytes()).hexdigest())
         if key not in self._gathered:
             order = self.constant(f"{name}.permutation", permutation.astype(np.int32))
             self._gathered[key] = self.op("Gather", [x, order], f"{name}.permuted", axis=-1)

@@ -76,7 +76,7 @@ def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} describes no model ({_first_line(error)}); correct it") from error
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
     return model
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from edgepress.pipeline.errors import ModelError, OptionError, ProofError
 from edgepress.pipeline.importers import gptq as layout
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear, unpack_bits
+from edgepress.pipeline.quantize import QUANTIZERS
 from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
@@ -495,6 +498,7 @@ class GptqRun:
 
 
 def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
+    folder.mkdir(exist_ok=True)
     cwd, scratch = folder / "cwd", folder / ".packed.gptq"
     cwd.mkdir()
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
@@ -581,6 +585,109 @@ def test_gptq_beats_rounding(quantized: GptqRun) -> None:
     }
     assert np.mean(list(ratios.values())) < 0.9, ratios
     assert max(ratios.values()) < 1.1, ratios
+
+
+def off_by_one(linear: PackedLinear) -> PackedLinear:
+    """Zero points read as the other format's."""
+    zeros = np.full(linear.scales.shape, 1 << (linear.bits - 1)) if linear.zeros is None else linear.zeros
+    return dataclasses.replace(linear, zeros=((zeros.astype(int) + 1) % (1 << linear.bits)).astype(np.uint8))
+
+
+def in_wrong_order(linear: PackedLinear) -> PackedLinear:
+    """Rows of act-order put back elsewhere."""
+    return dataclasses.replace(linear, permutation=np.roll(np.arange(linear.shape[1]), 1).astype(np.int32))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("fault", [off_by_one, in_wrong_order])
+def test_gptq_codes_read_wrongly_are_caught(
+    fault: Callable[[PackedLinear], PackedLinear], bits: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes back from GPTQ must be near what rounding gives, or the stage says which matrix is wrong and writes nothing."""
+    wrong = "model.layers.2.self_attn.v_proj"
+
+    def quantize(job: Job) -> dict[str, PackedLinear]:
+        found = rtn.quantize(job)
+        return found | ({wrong: fault(found[wrong])} if spoil else {})
+
+    monkeypatch.setitem(QUANTIZERS, "gptq", "unused")
+    monkeypatch.setattr("edgepress.pipeline.quantize.load", lambda _: quantize)
+    options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
+    spoil = False
+    run("quantize", Artifact.load(tiny), tmp_path / "right", options)
+    spoil = True
+    with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} came back from GPTQ"):
+        run("quantize", Artifact.load(tiny), tmp_path / "wrong", options)
+    assert not (tmp_path / "wrong").exists()
+
+
+# What a user's terminal does: start the stage in a process, and end that process alone, without a word.
+STAGE = """
+import sys
+from pathlib import Path
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.stages import run
+source, out, text = map(Path, sys.argv[1:])
+options = QuantizeOptions(method="gptq", calibration=text, calibration_tokens=2048, bits=4, group_size=64)
+run("quantize", Artifact.load(source), out, options)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a dead one that nobody has asked after counts as gone)."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="finds the child in /proc")
+def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """SIGKILL cannot be caught: the child must see for itself that its parent is gone, and the layers done are not lost.
+
+    The resumed result is that of an uninterrupted run, array for array.
+    """
+    out, scratch = tmp_path / "packed", tmp_path / ".packed.gptq"
+    command = [sys.executable, "-c", STAGE, *map(str, (tiny, out, text))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (scratch / "checkpoint" / "CURRENT").is_file() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        finally:
+            process.kill()
+    assert children and (scratch / "checkpoint" / "CURRENT").is_file() and not out.exists()
+    deadline = time.monotonic() + 20
+    while any(alive(int(pid)) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(int(pid)) for pid in children)
+
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    resumed = PackedFile(out)
+    for name, linear in quantized.linears.items():
+        for part in ("codes", "scales", "zeros"):
+            assert np.array_equal(getattr(resumed[name], part), getattr(linear, part)), (name, part)
+
+
+def test_gptq_by_module_and_in_act_order(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """--bits-for and --act-order reach gptqmodel: widths, permutations and what stays float are as asked."""
+    done = run_gptq(
+        tiny, tmp_path, text, group_size=32, act_order=True, bits_for=("model.layers.0.mlp.*=8", "model.layers.1.*=16"),
+        calibration_tokens=512,
+    )  # fmt: skip
+    file = PackedFile(done.packed.path)
+    body = {name: file[name] for name in file if ".layers." in name}
+    assert {name for name, linear in body.items() if linear.bits == 8} == {
+        f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")
+    }
+    assert len(body) == 21 and not [name for name in body if ".layers.1." in name]
+    assert all(linear.permutation is not None for linear in body.values())
+    q, k, v = (body[f"model.layers.2.self_attn.{x}_proj"].permutation for x in "qkv")
+    assert np.array_equal(q, k) and np.array_equal(q, v)  # one input, one Hessian diagonal, one order: one operator in ONNX
+    assert max(done.packed.steps[-1].facts["relative_error"].values()) < 0.2
 
 
 @pytest.mark.families
