@@ -176,6 +176,20 @@ def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
 
 
 @dataclass(frozen=True)
+class SensitivityOptions:
+    """Measure what each group of matrices costs when it alone is rounded, and propose where more bits are best spent."""
+
+    bits: int = option(4, "bits that every group in turn is rounded to", (2, 3, 4))
+    group_size: int = option(128, "weights that share one scale; -1 is a whole row", (-1, 16, 32, 64, 128, 256))
+    better_bits: int = option(8, "bits of the groups that are proposed for more", (4, 8, 16))
+    extra: float = option(0.05, "bytes that the proposal may add to the blocks, as a share of them at --bits", at_least=0)
+    calibration: Path = _calibration()
+    calibration_tokens: int = option(4096, "tokens of it to measure on at most", at_least=16)
+    calibration_skip: int = _calibration_skip()
+    trust_remote_code: bool = _trust()
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Write the ONNX artifact and prove that it computes what the checkpoint computes."""
 

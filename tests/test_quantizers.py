@@ -540,6 +540,19 @@ def test_gptq_against_gptqmodel(quantized: GptqRun) -> None:
     assert all(np.array_equal(linear.dequantized(), truth[name]) for name, linear in quantized.linears.items())
 
 
+def test_gptq_reads_float32(quantized: GptqRun) -> None:
+    """Trap 7: gptqmodel would load bfloat16 by itself. The scales of a row's first group tell, which no other group moved.
+
+    They are stored as float16 (5e-4 at most); the range of weights that were rounded to bfloat16 before is off by up to 4e-3.
+    """
+    raw, worst = quantized.raw(), 0.0
+    for name, weight in matrices(quantized.source).items():
+        first = weight[:, :64]
+        span = np.maximum(first.max(1), 0) - np.minimum(first.min(1), 0)
+        worst = max(worst, float(np.abs(raw[f"{name}.scales"][0].astype(np.float32) * 15 / span - 1).max()))
+    assert worst < 6e-4
+
+
 def test_gptq_records_what_it_used(quantized: GptqRun) -> None:
     """The calibration tokens of the manifest are those that were asked for and used."""
     (step,) = quantized.packed.steps
