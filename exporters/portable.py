@@ -41,6 +41,8 @@ class _Flat(torch.nn.Module):
 def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.Model:
     """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place."""
     layers = model.config.num_hidden_layers
+    if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
+        model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
     past = [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]

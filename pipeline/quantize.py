@@ -156,11 +156,12 @@ def quantize_ends(folder: Path, model: PreTrainedModel, options: QuantizeOptions
 def _kept_float(model: PreTrainedModel, linears: dict[str, PackedLinear]) -> list[str]:
     """Matrices of the blocks that no quantizer took: experts of MoE models in one 3-D weight, routers, --bits-for ...=16."""
     prefix, blocks = decoder_blocks(model)
-    kept = [f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.ndim > 1]
-    kept = [name for name in kept if name.removesuffix(".weight") not in linears]
+    sizes = {f"{prefix}.{n}": p.numel() for n, p in blocks.named_parameters() if p.ndim > 1}
+    kept = {name: size for name, size in sizes.items() if name.removesuffix(".weight") not in linears}
     if kept:
-        log.info("quantize: %d matrices of the blocks stay float, %s for one", len(kept), kept[0])
-    return kept
+        share, largest = 100 * sum(kept.values()) / sum(sizes.values()), max(kept, key=lambda name: kept[name])
+        log.info("quantize: %.0f %% of the blocks' weights stay float, %s for one", share, largest)
+    return list(kept)
 
 
 def _widths(linears: dict[str, PackedLinear], ends: dict[str, PackedLinear]) -> list[int]:

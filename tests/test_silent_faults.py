@@ -137,7 +137,9 @@ def test_weights_under_other_names_are_not_left_float(tiny: Path, copy_of: Calla
         stages.run("quantize", Artifact.load(source), tmp_path / "out", RTN)
 
 
-def test_experts_that_stay_float_are_named(random_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_experts_that_stay_float_are_named(
+    random_model: Callable[..., Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """MoE models keep all experts of a block in one 3-D weight: float in an artifact that is called 4 bits, and said so."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MixtralConfig(
@@ -145,10 +147,14 @@ def test_experts_that_stay_float_are_named(random_model: Callable[..., Path], tm
         **shape,
     )  # fmt: skip
     source = random_model(config, tmp_path / "moe")
+    caplog.set_level("INFO", logger="edgepress")
     packed = stages.run("quantize", Artifact.load(source), tmp_path / "packed", RTN)
     kept = packed.steps[-1].facts["kept_float"]
     assert "model.layers.0.mlp.experts.gate_up_proj" in kept and "model.layers.1.mlp.experts.down_proj" in kept
     assert packed.steps[-1].facts["linears"] == 2 * 4 + 2
+    assert "% of the blocks' weights stay float, model.layers.0.mlp.experts.gate_up_proj for one" in caplog.text
+    exported = stages.run("export", packed, tmp_path / "onnx", ExportOptions(text=text))
+    assert exported.steps[-1].facts["parity"][0]["greedy_match_tokens"] == 32
 
 
 def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> None:
