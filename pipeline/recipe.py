@@ -14,7 +14,7 @@ from edgepress.models.families import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.options import make
+from edgepress.pipeline.options import bits_rules, make
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import look_up, suggestion
@@ -86,7 +86,11 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 
     config = read_json(source / "config.json")
     for name, options in steps:
-        if name == "quantize" and options.bits == 3 and options.method in ("rtn", "gptq") and any(n == "export" for n, _ in steps):
+        if (
+            name == "quantize"
+            and any(n == "export" for n, _ in steps)
+            and 3 in (options.bits, *dict(bits_rules(options.bits_for)).values())
+        ):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if name == "prune":
             options.amount(config[layer_count_key(config)])

@@ -452,6 +452,20 @@ def test_gptq_failure_has_its_reason(tmp_path: Path, tiny: Path, monkeypatch: py
     assert not (tmp_path / "scratch").exists()
 
 
+def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Drawn from the whole text, the same for the same seed; a .jsonl file is read as its texts."""
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": part}) for part in text.read_text().split("\n\n")))
+    ids = np.concatenate([row[1:] for row in text_windows(text, tiny, budget=10**6)]).tolist()
+    drawn = [text_windows(text, tiny, budget=1024, shortest=16, seed=seed) for seed in (1, 1, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    firsts = [[row[1:9].tolist() for row in rows] for rows in drawn]
+    assert firsts[0] != firsts[2] and len({str(f) for f in firsts[0]}) == len(drawn[0]) == 4
+    places = sorted(next(i for i in range(len(ids)) if ids[i : i + 8] == first) for first in firsts[0])
+    assert places[-1] > 1024  # not only from its beginning
+    assert text_windows(lines, tiny, budget=1024, shortest=16, seed=1)
+
+
 # --------------------------------------------------------------------------------------- GPTQ: a real run of gptqmodel
 
 DEQUANTIZE = """

@@ -19,7 +19,7 @@ class Tensors:
             try:
                 file = safe_open(shard, "pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch it again") from error
+                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
             self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
     @property
