@@ -80,17 +80,17 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
     return chosen
 
 
+def _bits(options: Any) -> list[int]:
+    return [options.bits, *(bits for _, bits in bits_rules(options.bits_for))]
+
+
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
     from edgepress.pipeline.tokens import read_text  # numpy and tokenizers, which --help does without
 
     config = read_json(source / "config.json")
     for name, options in steps:
-        if (
-            name == "quantize"
-            and any(n == "export" for n, _ in steps)
-            and 3 in (options.bits, *dict(bits_rules(options.bits_for)).values())
-        ):
+        if name == "quantize" and any(n == "export" for n, _ in steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if name == "prune":
             options.amount(config[layer_count_key(config)])
