@@ -35,11 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = Parser(
-        prog="edgepress",
-        description="Press a language model into a small, fast ONNX folder, and measure what was lost.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
-    )
+    top = Parser(prog="edgepress", description="Press a language model into a small, fast ONNX folder, and measure what was lost.")
     top.add_argument("--version", action="version", version=f"edgepress {version('edgepress')}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)

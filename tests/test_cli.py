@@ -66,7 +66,7 @@ def test_help_runs_as_a_module_and_names_every_verb(edgepress: Call) -> None:
     result = edgepress("--help", cwd=Path("/"))
     assert result.code == 0 and not result.err
     for verb in VERBS:
-        assert re.search(rf"^ +{verb} +\w", result.out, re.MULTILINE), verb
+        assert re.search(rf"^ +{verb}\s+\w", result.out, re.MULTILINE), verb
 
 
 def test_table_of_verbs_is_whole() -> None:
