@@ -31,8 +31,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     """
     require("onnxruntime")
     config = read_config(source.path, options.trust_remote_code)
-    weights = Weights(source.path)
-    model = load_model(source.path, options.trust_remote_code)
+    weights = Weights(source.path, options.original)
+    model = load_model(source.path, options.trust_remote_code, options.original)
     exporter, reason = choose(options.exporter, config, weights)
     if exporter == "fused":
         graph = fused.build(config, weights, options.accuracy_level)
@@ -40,7 +40,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         graph = portable.build(model, weights, options.accuracy_level)
     ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
     carry_files(source.path, out)
-    write_json(out / "config.json", read_json(source.path / "config.json"))
+    content = read_json(source.path / "config.json")
+    write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})
     _plain_tokenizer_class(out)
     write_json(out / "genai_config.json", genai_config(config, source.path, shared=exporter == "fused"))
 
@@ -56,6 +57,9 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
+    if weights.imported:
+        log.info("export: quantized by another (%s), its integers taken over", ", ".join(map(str, weights.imported.values())))
+        facts["imported"] = weights.imported
     return facts | ({"not_fused_because": reason} if reason else {})
 
 

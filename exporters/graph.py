@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Builder:
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self._gathered: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input."""
@@ -71,8 +73,18 @@ class Builder:
         if isinstance(weight, np.ndarray):
             return self.op("MatMul", [x, self.constant(f"{weight_name}.weight", weight.T)], name)
         kind, constants, attributes = operator(weight, accuracy_level)
+        if weight.permutation is not None:
+            x = self._permuted(x, weight.permutation, weight_name)
         inputs = [x, *(self.constant(f"{weight_name}.{part}", array) for part, array in constants.items())]
         return self.op(kind, inputs, name, domain=DOMAIN, **attributes)
+
+    def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
+        """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""
+        key = (x, hashlib.sha256(permutation.tobytes()).hexdigest())
+        if key not in self._gathered:
+            order = self.constant(f"{name}.permutation", permutation.astype(np.int32))
+            self._gathered[key] = self.op("Gather", [x, order], f"{name}.permuted", axis=-1)
+        return self._gathered[key]
 
     def embedding(self, ids: ir.Value, weight: PackedLinear | np.ndarray, name: str) -> ir.Value:
         """Rows of a matrix (vocabulary, hidden), packed or float32, by ids.

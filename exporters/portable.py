@@ -41,6 +41,8 @@ class _Flat(torch.nn.Module):
 def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.Model:
     """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place."""
     layers = model.config.num_hidden_layers
+    if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
+        model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
     past = [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -87,15 +89,15 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
 
 
 def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
-    """Let every MatMul and Gather over a packed weight read its codes instead."""
+    """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
     wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
     # The tracer keeps one name of a tied matrix, and it may be the head's.
     embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
     builder, done = Builder(), set[str]()
     for node in list(graph):
-        if node.op_type not in ("MatMul", "Gather"):
+        if node.op_type not in ("MatMul", "Gemm", "Gather"):
             continue
-        source = _weight_name(node.inputs[1 if node.op_type == "MatMul" else 0])
+        source = _weight_name(node.inputs[0 if node.op_type == "Gather" else 1])
         module = (source or "").removeprefix("model.").removesuffix(".weight")
         if module not in wanted and embedding and source and module.endswith(("lm_head", "embed_out")):
             module = embedding
@@ -103,10 +105,12 @@ def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
             continue
         done.add(module)
         builder.nodes = []
-        if node.op_type == "MatMul":
-            fresh = builder.linear(node.inputs[0], packed, f"{module}.matmul", accuracy_level, module)
-        else:
+        if node.op_type == "Gather":
             fresh = builder.embedding(node.inputs[1], packed, module)
+        else:
+            fresh = builder.linear(node.inputs[0], packed, f"{module}.matmul", accuracy_level, module)
+            if node.op_type == "Gemm" and len(node.inputs) > 2:
+                fresh = builder.op("Add", [fresh, node.inputs[2]], f"{module}.biased")
         fresh.type, fresh.shape = node.outputs[0].type, node.outputs[0].shape
         graph.insert_before(node, builder.nodes)
         ir.convenience.replace_all_uses_with(node.outputs[0], fresh, replace_graph_outputs=True)

@@ -6,37 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgepress.pipeline import packed
-from edgepress.pipeline.checkpoint import shards
-from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.packed import PackedFile, PackedLinear
-from safetensors import SafetensorError, safe_open
+from edgepress.pipeline.checkpoint import open_packed, shards
+from edgepress.pipeline.importers.tensors import Tensors
+from edgepress.pipeline.packed import PackedLinear
 
 
 class Weights:
-    """Name -> array, of a folder with safetensors and perhaps packed.safetensors."""
+    """Name -> array, of a folder with float weights and perhaps packed matrices, ours or another's.
 
-    def __init__(self, folder: Path) -> None:
-        self._where: dict[str, Any] = {}
-        for shard in shards(folder):
-            try:
-                file = safe_open(shard, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
-            self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        self._packed = PackedFile(folder) if (folder / packed.FILE).is_file() else None
+    original: the float checkpoint that another's was made from, where it is at hand.
+    """
+
+    def __init__(self, folder: Path, original: Path | None = None) -> None:
+        self._tensors = Tensors(shards(folder))
+        self._packed = open_packed(folder, original)
+        self._floats = self._tensors.names - (self._packed.parts if self._packed is not None else set())
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """What is known of a folder that others quantized; None for ours and for float ones."""
+        return getattr(self._packed, "described", None)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where or (self._packed is not None and name.removesuffix(".weight") in self._packed)
+        return name in self._floats or (self._packed is not None and name.removesuffix(".weight") in self._packed)
 
     @property
     def names(self) -> set[str]:
         """Names of all weights, packed ones as ``....weight``."""
-        return set(self._where) | {f"{name}.weight" for name in self._packed or ()}
+        return self._floats | {f"{name}.weight" for name in self._packed or ()}
 
     def array(self, name: str) -> np.ndarray:
         """A float tensor as float32; bfloat16 and float16 widen exactly."""
-        array: np.ndarray = self._where[name].get_tensor(name).float().numpy()
+        array: np.ndarray = self._tensors[name].float().numpy()
         return array
 
     def packed(self, module: str) -> PackedLinear | None:

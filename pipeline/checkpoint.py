@@ -9,11 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from edgepress.pipeline import packed
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.importers import open_quantized
+from edgepress.pipeline.importers.bnb import BnbFolder
+from edgepress.pipeline.importers.gptq import GptqFolder
+from edgepress.pipeline.packed import PackedFile
+from edgepress.pipeline.shards import header, rewrite
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
@@ -26,27 +33,33 @@ NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ModelError for one that this transformers does not know."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):  # we read another's packed matrices ourselves; nobody else shall
+            del config.quantization_config
+        return config
     except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
             f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
-def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model in float32 on the CPU, in evaluation mode; packed matrices dequantized.
+def load_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
+    """The model in float32 on the CPU, in evaluation mode; packed matrices, ours or another's, dequantized.
 
-    Everything is measured and proven in float32, whatever the checkpoint's dtype: bfloat16 noise would hide
-    what a stage lost. Raises ModelError when weights are damaged, missing or of the wrong shape.
+    original: see ``open_packed``. Everything is measured and proven in float32, whatever the checkpoint's dtype:
+    bfloat16 noise would hide what a stage lost. Raises ModelError when weights are damaged, missing or of the wrong shape.
     """
-    state = {name: tensor.float() for name, tensor in read_tensors(folder)}
-    if (folder / packed.FILE).is_file():
-        file = packed.PackedFile(folder)
-        state |= {f"{name}.weight": torch.from_numpy(file[name].dequantized()) for name in file}
+    config = read_config(folder, trust_remote_code)
+    file = open_packed(folder, original)
+    state = {name: tensor.float() for name, tensor in read_tensors(folder) if file is None or name not in file.parts}
     with quiet():
         try:
-            config = read_config(folder, trust_remote_code)
-            model, info = model_class(config, trust_remote_code).from_pretrained(
+            empty = meta_model(folder, trust_remote_code)
+            if file is not None:
+                turned = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
+                weights = {name: torch.from_numpy(file[name].dequantized()) for name in file}
+                state |= {f"{n}.weight": w.T.contiguous() if n in turned else w for n, w in weights.items()}
+            model, info = type(empty).from_pretrained(
                 None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
             )
         except (ValueError, RuntimeError) as error:
@@ -56,10 +69,30 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
     return model.eval()
 
 
-def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that transformers chooses for a config."""
-    with torch.device("meta"):  # the module tree alone, no memory for weights
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The module tree of a checkpoint without its weights: names and shapes, in no memory. Raises ModelError."""
+    config = read_config(folder, trust_remote_code)
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
+    return model
+
+
+def open_packed(folder: Path, original: Path | None = None) -> PackedFile | GptqFolder | BnbFolder | None:
+    """The packed matrices of a folder, ours or another's; None for a float one.
+
+    original: the float checkpoint that another's was made from, to tell what its values leave open. Raises ModelError.
+    """
+    if (folder / packed.FILE).is_file():
+        return PackedFile(folder)
+
+    def weight(name: str) -> np.ndarray | None:
+        tensor = None if original is None else read_tensor(original, f"{name}.weight")
+        return None if tensor is None else tensor.float().numpy()
+
+    return open_quantized(folder, shards(folder), None if original is None else weight)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,6 +107,69 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
+    """One tensor of a checkpoint, None where it has no such name."""
+    for shard in shards(folder):
+        if name in header(shard)[0]:
+            with safe_open(shard, "pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+    return None
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint, from the headers alone. Raises ModelError for a damaged file."""
+    rows = {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
+    return {name: tuple(row["shape"]) for name, row in rows.items()}
+
+
+def check_names(folder: Path, model: PreTrainedModel, matrices: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless the checkpoint holds the model, and every one of ``matrices`` under its name and in its shape.
+
+    The headers decide where names are the modules' own; else the checkpoint is loaded, which tells what is missing.
+    """
+    known = shapes_of(folder)
+    wanted = {name for name, _ in model.named_parameters()}
+    if wanted - set(known):
+        load_model(folder)
+    why = "" if matrices else "its blocks have no matrices of a known kind"
+    if absent := {f"{name}.weight" for name in matrices} - set(known):
+        why = f"its weights lack {min(absent)} under that name"
+    if why:
+        raise ModelError(
+            f"{folder} cannot be quantized yet ({why}); load it and save it once with transformers, or use --method none"
+        )
+    for name, parameter in model.named_parameters():
+        if name in known and known[name] != tuple(parameter.shape):
+            raise ModelError(
+                f"the weights in {folder} do not fit its config.json ({name} is {known[name]}, not {tuple(parameter.shape)}); "
+                "fetch both again"
+            )
+
+
+@contextmanager
+def with_full_names(folder: Path, model: PreTrainedModel, out: Path) -> Iterator[Path]:
+    """The checkpoint with the modules' full names: itself, or a copy of a base model's ("h.0..." for "transformer.h.0...").
+
+    The copy lives below ``out`` and is gone afterwards.
+    """
+    prefix = model.base_model_prefix + "."
+    wanted = {name for name, _ in model.named_parameters()}
+    known = set(shapes_of(folder))
+    if not any(name not in wanted and prefix + name in wanted for name in known):
+        yield folder
+        return
+    copy = out / "full-names"
+    copy.mkdir()
+    try:
+        carry_files(folder, copy)
+        shutil.copy2(folder / "config.json", copy)
+        rewrite(shards(folder), copy, lambda name: prefix + name if prefix + name in wanted else name)
+        yield copy
+    finally:
+        shutil.rmtree(copy)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -104,10 +200,18 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     return lists[0]
 
 
-def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """The linear layers inside the decoder blocks, by full name."""
+def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The linear layers inside the decoder blocks, by full name; GPT-2's Conv1D holds its weight as (in, out)."""
     prefix, blocks = decoder_blocks(model)
-    return {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+
+
+def block_matrices(model: PreTrainedModel) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+    """Name -> (out, in) of the linear layers inside the blocks, and the names of those that are stored as (in, out)."""
+    linears = block_linears(model)
+    transposed = frozenset(name for name, module in linears.items() if isinstance(module, Conv1D))
+    shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in linears.items()}
+    return {name: (b, a) if name in transposed else (a, b) for name, (a, b) in shapes.items()}, transposed
 
 
 @contextmanager

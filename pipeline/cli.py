@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.artifact import Artifact, read_json, write_json
 from edgepress.pipeline.errors import EdgepressError, InputError
-from edgepress.pipeline.options import RunOptions, add_flags, make
-from edgepress.pipeline.source import resolve
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, add_flags, make
+from edgepress.pipeline.source import check_checkpoint, resolve
 from edgepress.pipeline.stages import STAGES
-from edgepress.pipeline.table import double_runtime, version
+from edgepress.pipeline.table import double_runtime, load, version
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"
     )
+    sensitivity = verbs.add_parser("sensitivity", help="which matrices need more bits", description=SensitivityOptions.__doc__)
+    sensitivity.add_argument("source", metavar="SRC", help=_SOURCE)
+    sensitivity.add_argument(
+        "--out", type=Path, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
+    )
+    add_flags(sensitivity, SensitivityOptions)
 
     run = verbs.add_parser(
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed."
@@ -202,6 +208,18 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
+def _sensitivity(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    values = make(SensitivityOptions, flags)
+    folder = Artifact.load(resolve(options.source)).path
+    check_checkpoint(folder, values.trust_remote_code)
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    found = load("edgepress.pipeline.sensitivity:measure")(folder, values)
+    write_json(options.out, {"model": folder.name, **found})
+    print(load("edgepress.pipeline.sensitivity:table")(found))
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     folder = Path(options.source).expanduser()
     if not folder.is_dir():
@@ -229,7 +247,7 @@ def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"build": _build, "report": _report, "run": _run, "show": _show}
+COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show}
 
 
 def _artifact_folder(source: str) -> Path:

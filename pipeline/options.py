@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -168,14 +169,85 @@ class QuantizeOptions:
     """Quantize the matrices of the decoder blocks."""
 
     method: str = option("gptq", "how weights are quantized", METHODS)
-    bits: int = option(4, "bits of a weight (rtn and gptq)", (2, 3, 4, 8))
-    group_size: int = option(128, "weights that share one scale (rtn and gptq)", (16, 32, 64, 128, 256))
+    bits: int | None = option(None, "bits of a weight, for rtn and gptq (default: 4)", (2, 3, 4, 8))
+    group_size: int | None = option(
+        None, "weights that share one scale; -1 is a whole row (default: 128; nf4 and fp4 64)", (-1, 16, 32, 64, 128, 256)
+    )
+    bits_for: tuple[str, ...] = option(
+        (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8': a regular expression for the whole name, the first that "
+        "matches counts, 16 leaves them float; again for more (rtn and gptq; edgepress sensitivity proposes some)",
+    )  # fmt: skip
     head_bits: int = option(
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
     )
+    embedding_bits: int | None = option(
+        None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
+        (4, 8, 16),
+    )  # fmt: skip
     symmetric: bool = option(False, "no zero points (rtn and gptq); asymmetric is more exact at equal speed")
+    act_order: bool = option(False, "quantize columns by falling activation (gptq); more exact, costs a gather of the input")
     calibration: Path = _calibration()
     calibration_tokens: int = _calibration_tokens()
+    calibration_skip: int = _calibration_skip()
+    calibration_seed: int | None = option(
+        None, "draw the calibration windows from all of the text by this seed (default: the text from its beginning)", at_least=0
+    )
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        """Refuse what the method would ignore."""
+        method, fixed = self.method, {"nf4": 4, "fp4": 4, "int8": 8}.get(self.method)
+        if fixed and self.bits not in (None, fixed):
+            raise OptionError(f"{method} weights have {fixed} bits, not {self.bits}; leave --bits out, or use --method rtn or gptq")
+        if fixed and (self.bits_for or self.symmetric):
+            raise OptionError(f"{method} takes no {'--bits-for' if self.bits_for else '--symmetric'}; use --method rtn or gptq")
+        if self.act_order and method != "gptq":
+            raise OptionError(f"--act-order is for gptq, and the method is {method}; leave it out, or use --method gptq")
+        if method in ("nf4", "fp4") and self.group_size not in (None, 64, 128, 256):
+            raise OptionError(f"{method} has blocks of 64, 128 or 256; give one of these for --group-size, not {self.group_size}")
+        bits_rules(self.bits_for)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", 64 if method in ("nf4", "fp4") else 128)
+        if self.bits is None:
+            object.__setattr__(self, "bits", fixed or 4)
+
+    @property
+    def weight_bits(self) -> int:
+        """``bits``, known."""
+        assert self.bits is not None
+        return self.bits
+
+    @property
+    def group(self) -> int:
+        """``group_size``, known; -1 for a whole row."""
+        assert self.group_size is not None
+        return self.group_size
+
+
+def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
+    """``bits_for`` as patterns and bits. Raises OptionError for what is no such rule."""
+    found = []
+    for rule in rules:
+        pattern, sign, bits = rule.rpartition("=")
+        if not sign or bits not in ("2", "3", "4", "8", "16"):
+            raise OptionError(f"--bits-for takes PATTERN=BITS, BITS one of 2, 3, 4, 8, 16, not '{rule}'")
+        try:
+            found.append((re.compile(pattern), int(bits)))
+        except re.error as error:
+            raise OptionError(f"--bits-for: '{pattern}' is no regular expression ({error}); correct it") from error
+    return found
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Measure what each group of matrices costs when it alone is rounded, and propose where more bits are best spent."""
+
+    bits: int = option(4, "bits that every group in turn is rounded to", (2, 3, 4))
+    group_size: int = option(128, "weights that share one scale; -1 is a whole row", (-1, 16, 32, 64, 128, 256))
+    better_bits: int = option(8, "bits of the groups that are proposed for more", (4, 8, 16))
+    extra: float = option(0.05, "bytes that the proposal may add to the blocks, as a share of them at --bits", at_least=0)
+    calibration: Path = _calibration()
+    calibration_tokens: int = option(4096, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
 
@@ -188,6 +260,9 @@ class ExportOptions:
     exporter: str = option("auto", "which graph to write", EXPORTERS)
     accuracy_level: int = option(4, "activations of quantized matrices: 4 is int8 (fast), 0 is float32", (0, 4))
     text: Path = _text()
+    original: Path | None = option(
+        None, "for a GPTQ folder of another whose zero points can be read in two ways: the float checkpoint that it was made from"
+    )
     trust_remote_code: bool = _trust()
 
 
@@ -274,6 +349,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
                 settings["action"] = argparse.BooleanOptionalAction
             else:
                 settings["metavar"] = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind] + (",..." if many else "")
+            if many and kind is str:  # commas mean something in a regular expression
+                settings |= {"action": "append", "metavar": "RULE"}
             group.add_argument(flag(item.name), dest=item.name, **settings)
 
 
@@ -291,7 +368,7 @@ def make(cls: type[Options], values: Mapping[str, Any], where: str = "option") -
             raise OptionError(f"unknown {where} '{raw_name}'{suggestion(name, fields)}; there are: {', '.join(fields)}")
         kind, many = hints[name]
         if many:
-            items = value if isinstance(value, list | tuple) else str(value).split(",")
+            items = value if isinstance(value, list | tuple) else [value] if kind is str else str(value).split(",")
             checked[name] = tuple(_value(name, kind, item, fields[name].metadata, many) for item in items)
         else:
             checked[name] = _value(name, kind, value, fields[name].metadata)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from edgepress.pipeline.errors import ModelError, OutputError
+from edgepress.pipeline.errors import ModelError, OptionError, OutputError
 
 FILE = "packed.safetensors"
 
@@ -35,6 +35,10 @@ CODEBOOKS = {
 }  # fmt: skip
 
 
+# Lengths of a block, weights with a common scale, that MatMulNBits carries.
+BLOCKS = (256, 128, 64, 32, 16)
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """A matrix of shape (out, in) as integer codes.
@@ -46,12 +50,16 @@ class PackedLinear:
         weight = (code - zero) * scale
     3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
 
+    permutation int32 (in,), or None: act-order. Column k of the codes is column permutation[k] of the matrix, so that
+    ``weight @ x`` is the codes' matrix times ``x[permutation]``. Groups lie along the permuted columns.
+
     With codebook ("nf4", "fp4"), groups run over the flattened matrix (``B`` of MatMulBnb4):
         codes   uint8 (ceil(out * in / 2),), even index in the high nibble
         scales  float32 (ceil(out * in / group_size),), the absmax of each group
         weight = codebook[code] * scale
 
-    bias stays with the float weights of the checkpoint.
+    A matrix that the checkpoint stores as (in, out), as GPT-2's Conv1D does, is (out, in) here. Biases stay with the float
+    weights of the checkpoint.
     """
 
     name: str
@@ -62,6 +70,7 @@ class PackedLinear:
     scales: np.ndarray
     zeros: np.ndarray | None = None
     codebook: Literal["nf4", "fp4"] | None = None
+    permutation: np.ndarray | None = None
 
     @property
     def groups(self) -> int:
@@ -70,16 +79,33 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and packed zero points, as the operator stores them."""
+        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed)."""
         zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
-        return self.codes.nbytes + self.scales.nbytes + zeros
+        order = 0 if self.permutation is None else self.permutation.nbytes
+        codes = self.codes.nbytes + zeros
+        return (codes * 3 // 8 if self.bits == 3 else codes) + self.scales.nbytes + order
 
     @classmethod
     def from_codes(
-        cls, name: str, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, group_size: int
+        cls,
+        name: str,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | None,
+        bits: int,
+        group_size: int,
+        permutation: np.ndarray | None = None,
     ) -> PackedLinear:
-        """Pack integer codes (out, in); scales and zeros are (out, groups)."""
+        """Pack integer codes (out, in), their columns in permuted order if there is one; scales and zeros are (out, groups).
+
+        group_size: of any length, -1 for one group a row. A length that no operator carries is stored as shorter blocks with
+        the scale and zero point of their group repeated. Raises OptionError when no block divides it.
+        """
         rows, columns = codes.shape
+        block = block_for(group_size, columns)
+        if block != group_size:
+            group = np.arange(0, columns, block) // (columns if group_size == -1 else group_size)
+            scales, zeros, group_size = scales[:, group], None if zeros is None else zeros[:, group], block
         groups = -(-columns // group_size)
         padded = np.empty((rows, groups * group_size), dtype=np.uint8)
         padded[:, :columns] = codes
@@ -87,10 +113,11 @@ class PackedLinear:
         last_zero = np.full(rows, 1 << (bits - 1), dtype=np.uint8) if zeros is None else zeros[:, -1]
         padded[:, columns:] = last_zero[:, None]
         packed = pack_bits(padded.reshape(rows, groups, group_size), bits)
-        return cls(name, (rows, columns), bits, group_size, packed, np.ascontiguousarray(scales, dtype=np.float32), zeros)
+        scales = np.ascontiguousarray(scales, dtype=np.float32)
+        return cls(name, (rows, columns), bits, group_size, packed, scales, zeros, permutation=permutation)
 
     def unpacked(self) -> np.ndarray:
-        """The integer codes, uint8 (out, in)."""
+        """The integer codes, uint8 (out, in), columns in the order in which they are stored."""
         rows, columns = self.shape
         if self.codebook:
             codes = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
@@ -105,10 +132,28 @@ class PackedLinear:
             flat = CODEBOOKS[self.codebook][codes].reshape(-1)
             return np.asarray(flat * np.repeat(self.scales, self.group_size)[: flat.size]).reshape(self.shape)
         zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self._spread(self.zeros.astype(np.float32))
-        return np.asarray((codes.astype(np.float32) - zeros) * self._spread(self.scales))
+        weights = np.asarray((codes.astype(np.float32) - zeros) * self._spread(self.scales))
+        if self.permutation is None:
+            return weights
+        restored = np.empty_like(weights)
+        restored[:, self.permutation] = weights
+        return restored
 
     def _spread(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group_size, axis=1)[:, : self.shape[1]]
+
+
+def block_for(group_size: int, columns: int) -> int:
+    """The operator's block for groups of a length, -1 for whole rows: the longest that divides it.
+
+    A whole row takes the block that costs fewest bytes at 4 bits, padding and repeated scales counted. Raises OptionError.
+    """
+    if group_size == -1:
+        return min(BLOCKS, key=lambda block: -(-columns // block) * (block // 2 + 4))
+    for block in BLOCKS:
+        if group_size % block == 0:
+            return block
+    raise OptionError(f"no operator carries groups of {group_size}; use a multiple of 16")
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -145,6 +190,8 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
         arrays[f"{name}.codes"], arrays[f"{name}.scales"] = linear.codes, linear.scales
         if linear.zeros is not None:
             arrays[f"{name}.zeros"] = np.ascontiguousarray(linear.zeros)
+        if linear.permutation is not None:
+            arrays[f"{name}.permutation"] = np.ascontiguousarray(linear.permutation)
         described[name] = {
             "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook
         }  # fmt: skip
@@ -157,7 +204,12 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
 
 
 class PackedFile:
-    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole."""
+    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole.
+
+    parts: names among the folder's float weights that are no such weights; none here, for packed matrices have their own file.
+    """
+
+    parts: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -180,12 +232,10 @@ class PackedFile:
         from safetensors import SafetensorError
 
         row = self._described[name]
-        parts = ("codes", "scales", *(("zeros",) if f"{name}.zeros" in self._keys else ()))
+        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._keys))
         try:
             arrays = {part: self._file.get_tensor(f"{name}.{part}") for part in parts}
         except SafetensorError as error:
             raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
-        codes, scales, zeros = arrays["codes"], arrays["scales"], arrays.get("zeros")
-        return PackedLinear(
-            name, (row["shape"][0], row["shape"][1]), row["bits"], row["group_size"], codes, scales, zeros, row["codebook"]
-        )
+        shape = (row["shape"][0], row["shape"][1])
+        return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)

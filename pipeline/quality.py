@@ -42,7 +42,7 @@ def check_references(options: BenchOptions) -> None:
         raise OptionError("--stages are measured against the original; give it with --reference")
     for folder in (options.reference, *options.stages):
         if folder is not None:
-            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code)
+            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code, quantized=True)
 
 
 Text = list[list[int]]  # windows of token ids

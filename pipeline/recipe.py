@@ -14,7 +14,7 @@ from edgepress.models.families import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.options import BenchOptions, make
+from edgepress.pipeline.options import BenchOptions, bits_rules, make
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import look_up, suggestion
@@ -22,6 +22,7 @@ from edgepress.pipeline.table import look_up, suggestion
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
 _AMOUNTS = {"remove_layers", "remove_fraction", "max_loss", "layers"}
+OF_A_METHOD = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order")
 
 
 def read(name: str) -> dict[str, dict[str, Any]]:
@@ -72,10 +73,16 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
         unused -= set(own)
         if not _AMOUNTS.isdisjoint(own):  # ways to say what to remove exclude each other: a flag replaces them all
             given = {k: v for k, v in given.items() if k not in _AMOUNTS and not (k == "criterion" and "layers" in own)}
+        if own.get("method", given.get("method")) != given.get("method"):  # another method's settings say nothing of this one
+            given = {k: v for k, v in given.items() if k not in OF_A_METHOD}
         chosen.append((name, make(stage.options, {**given, **own}, f"option of {name}")))
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
     return chosen
+
+
+def _bits(options: Any) -> list[int]:
+    return [options.bits, *(bits for _, bits in bits_rules(options.bits_for))]
 
 
 def _check_inputs(source: Path, steps: Plan) -> None:
@@ -84,7 +91,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 
     config = read_json(source / "config.json")
     for name, options in steps:
-        if name == "quantize" and options.bits == 3 and options.method in ("rtn", "gptq") and any(n == "export" for n, _ in steps):
+        if name == "quantize" and any(n == "export" for n, _ in steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if name == "prune":
             options.amount(config[layer_count_key(config)])
@@ -96,7 +103,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
     original = artifact = Artifact.load(source)
-    check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)))
+    check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in folders]

@@ -32,7 +32,7 @@ def header(shard: Path) -> tuple[dict[str, Any], int]:
             if not whole or len(offsets) != 2 * len(rows) or not all(isinstance(offset, int) for offset in offsets):
                 raise ValueError("tensors without type, shape or place")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{shard} is no safetensors file ({error}); fetch it again") from error
+            raise ModelError(f"{shard} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
     if 8 + length + data != size:
         raise ModelError(f"{shard} is cut short: {size} bytes, its header promises {8 + length + data}; fetch it again")
     return content, 8 + length

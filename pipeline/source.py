@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from edgepress.models import REFERENCE
 from edgepress.pipeline.artifact import read_json
 from edgepress.pipeline.errors import InputError, ModelError
 
+READABLE = ("gptq", "bitsandbytes")  # what export takes from others: pipeline/importers
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -37,8 +39,26 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def check_checkpoint(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse, before anything is written, a folder that is no causal language model in safetensors. Raises ModelError."""
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """How a folder says it was quantized: config.json, or the quantize_config.json of AutoGPTQ; None for a float one.
+
+    ``quant_method`` is always there, "?" where the folder does not say.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not settings and (folder / "quantize_config.json").is_file():
+        settings = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder / 'config.json'}: quantization_config must be an object; correct it or fetch it again")
+    return {"quant_method": "?"} | settings
+
+
+def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
+    """Refuse, before anything is written, a folder that is no causal language model in safetensors. Raises ModelError.
+
+    quantized: whether one that GPTQ or bitsandbytes quantized will do.
+    """
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -47,9 +67,10 @@ def check_checkpoint(folder: Path, trust_remote_code: bool) -> None:
         raise ModelError(f"{folder / 'config.json'} names no model_type, so it is no Hugging Face model; give another folder")
     if config.get("auto_map") and not trust_remote_code:
         raise ModelError(f"{folder} runs Python code of its own; read it, and allow it with --trust-remote-code")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
-        raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint")
+    if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
+        method = settings["quant_method"]
+        way = ", or export it as it is" if method in READABLE else ""
+        raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

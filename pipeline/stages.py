@@ -80,7 +80,7 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
     if source.format not in stage.takes:
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
     if source.format != "onnx":
-        check_checkpoint(source.path, options.trust_remote_code)
+        check_checkpoint(source.path, options.trust_remote_code, quantized=name == "export")
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one

@@ -68,14 +68,23 @@ def context_length(folder: Path) -> int:
 
 
 def text_windows(
-    path: Path, folder: Path, *, budget: int, skip: int = 0, length: int | None = None, shortest: int = 2, exact: bool = False
+    path: Path,
+    folder: Path,
+    *,
+    budget: int,
+    skip: int = 0,
+    length: int | None = None,
+    shortest: int = 2,
+    seed: int | None = None,
+    exact: bool = False,
 ) -> list[np.ndarray]:
     """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
 
     Every window is an int64 array of at most ``length`` ids (default: the context) that begins with the
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
-    the text itself. Raises TextError when not one full window is there, or (``exact``) less than the budget.
+    the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
+    Raises TextError when not one full window is there, or (``exact``) less than the budget.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
@@ -83,10 +92,10 @@ def text_windows(
     text = read_text(path)
     characters = 8 * (skip + budget)
     ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
-    while len(ids) <= skip + budget and characters < len(text):
-        characters *= 2
+    while (len(ids) <= skip + budget or seed is not None) and characters < len(text):
+        characters = characters * 2 if seed is None else len(text)
         ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
-    ids = ids[skip : skip + budget]
+    ids = ids[skip : skip + budget] if seed is None else ids[skip:]
     start = beginning(tokenizer)
     body = length - len(start)
     if len(ids) < min(body, budget):
@@ -94,6 +103,9 @@ def text_windows(
         raise TextError(f"{path} is too short: {len(ids)} tokens{after}, one window takes {body}; give a longer text")
     if exact and len(ids) < budget:
         raise TextError(f"{path} is too short: {len(ids)} tokens, {budget} were asked for; give a longer text or ask for fewer")
+    if seed is not None and len(ids) > budget:
+        firsts = np.random.default_rng(seed).permutation(len(ids) // body)[: max(1, budget // body)] * body
+        return [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in firsts]
     rows = [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in range(0, len(ids), body)]
     return [row for row in rows if len(row) >= max(shortest, 2)]
 

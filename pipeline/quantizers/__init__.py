@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,24 @@ from edgepress.pipeline.options import QuantizeOptions
 class Job:
     """What a quantizer is given: the checkpoint folder, the matrices to quantize, and calibration windows.
 
-    linears: full name -> (out, in). windows: called only by quantizers that calibrate.
+    linears: full name -> (out, in). windows: called only by quantizers that calibrate. scratch: a folder that a quantizer
+    may make beside the output, and clears away when done; what is left there by an interrupted run is its own to resume.
+    exceptions: bits of the matrices that have others than ``options.bits``. left_out: matrices of the blocks that stay float.
+    transposed: those stored as (in, out).
     """
 
     folder: Path
     linears: dict[str, tuple[int, int]]
     windows: Callable[[], list[np.ndarray]]
     options: QuantizeOptions
+    scratch: Path
+    exceptions: dict[str, int] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
+
+    def bits(self, name: str) -> int:
+        """Bits of one matrix."""
+        return self.exceptions.get(name, self.options.weight_bits)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time."""
@@ -31,4 +42,5 @@ class Job:
             if name.removesuffix(".weight") in self.linears:
                 if not torch.isfinite(tensor).all():
                     raise ModelError(f"{name} holds NaN or Inf; the checkpoint is broken there, fetch it again")
-                yield name.removesuffix(".weight"), tensor.float()
+                module = name.removesuffix(".weight")
+                yield module, (tensor.T if module in self.transposed else tensor).float().contiguous()

@@ -11,24 +11,22 @@ from typing import Literal
 import numpy as np
 import torch
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.packed import PackedLinear
+from edgepress.pipeline.packed import PackedLinear, block_for
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantizers import Job
 from edgepress.pipeline.table import load
 
-BLOCK = 64  # bitsandbytes' own default, and a block size that MatMulBnb4 carries
-
 
 def quantize_4bit(job: Job) -> dict[str, PackedLinear]:
-    """NF4 or FP4 by ``options.method``; absmax in float32, one for every 64 weights of the flattened matrix."""
+    """NF4 or FP4 by ``options.method``; absmax in float32, one for every block of the flattened matrix."""
     functional = load("bitsandbytes:functional")
 
     kind: Literal["nf4", "fp4"] = "nf4" if job.options.method == "nf4" else "fp4"
     found = {}
     for name, weight in progress(job.weights(), kind, "matrix"):
-        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=job.options.group, quant_type=kind)
         codes, scales = packed.flatten().numpy(), state.absmax.float().numpy()
-        found[name] = PackedLinear(name, (weight.shape[0], weight.shape[1]), 4, BLOCK, codes, scales, codebook=kind)
+        found[name] = PackedLinear(name, (weight.shape[0], weight.shape[1]), 4, job.options.group, codes, scales, codebook=kind)
     return found
 
 
@@ -43,7 +41,7 @@ def quantize_int8(job: Job) -> dict[str, PackedLinear]:
             raise ModelError(f"{name} has weights beyond float16, which int8 goes through; use --method rtn --bits 8")
         q, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
-        group = job.options.group_size
+        group = block_for(job.options.group, codes.shape[1])
         groups = -(-codes.shape[1] // group)
         scales = np.repeat((absmax.float().numpy() / np.float32(127))[:, None], groups, axis=1)
         found[name] = PackedLinear.from_codes(name, codes, scales, None, 8, group)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantizers import Job
+
+_ROWS = 4096
 
 
 def quantize(job: Job) -> dict[str, PackedLinear]:
     """Every matrix of the job, rounded in groups along the input."""
     options = job.options
     return {
-        name: round_to_nearest(name, weight.numpy(), options.bits, options.group_size, options.symmetric)
+        name: round_to_nearest(name, weight.numpy(), job.bits(name), options.group, options.symmetric)
         for name, weight in progress(job.weights(), "round to nearest", "matrix")
     }
 
 
 def round_to_nearest(name: str, weight: np.ndarray, bits: int, group_size: int, symmetric: bool) -> PackedLinear:
-    """Round a float32 matrix (out, in); the last group may be short.
+    """Round a float32 matrix (out, in); the last group may be short, and group_size -1 is one group a row.
 
     symmetric: scale = absmax / (2^(bits-1) - 1/2), zero point 2^(bits-1), so that both ends of the range lie half
     a step inside the codes. Otherwise scale = (max - min) / (2^bits - 1) over a range that includes 0, which stays exact.
     """
+    if weight.shape[0] > _ROWS:  # rows do not meet, and a whole head in float32 would stand in memory several times
+        parts = [
+            round_to_nearest(name, part, bits, group_size, symmetric) for part in np.split(weight, range(_ROWS, len(weight), _ROWS))
+        ]
+        arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales")}
+        points = None if symmetric else np.concatenate([part.zeros for part in parts if part.zeros is not None])
+        return replace(parts[0], shape=(weight.shape[0], weight.shape[1]), zeros=points, **arrays)
     rows, columns = weight.shape
+    length, group_size = group_size, columns if group_size == -1 else group_size
     groups = -(-columns // group_size)
     padded = np.zeros((rows, groups * group_size), dtype=np.float32)
     padded[:, :columns] = weight
@@ -41,4 +53,4 @@ def round_to_nearest(name: str, weight: np.ndarray, bits: int, group_size: int, 
         zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
         offset = zeros[..., None].astype(np.float32)
     codes = np.clip(np.rint(blocks / scales[..., None]) + offset, 0, top).astype(np.uint8)
-    return PackedLinear.from_codes(name, codes.reshape(rows, -1)[:, :columns], scales, zeros, bits, group_size)
+    return PackedLinear.from_codes(name, codes.reshape(rows, -1)[:, :columns], scales, zeros, bits, length)

@@ -1,0 +1,119 @@
+"""What each way to quantize costs in quality and gives in bytes, on text that the model has not seen.
+
+    python benchmarks/quantization_table.py models/reference models/reference/evaluation.txt
+    python benchmarks/quantization_table.py ../shared/models/babyllama-361 ../shared/data/tinystories-val/tinystories_val.txt \
+        --calibration ../shared/data/tinystories-val/tinystories_val.txt --skip 32768
+
+Prints Markdown. Every row is a run of the quantize stage, kept in --work, so that an interrupted table goes on. Quality is of
+the dequantized weights in torch, float activations. Bits per weight and bytes are those that the operators store: codes,
+scales, zero points, permutations, the head, and what stays float in 32 bits. The change of perplexity has its standard error,
+from the differences of the losses token by token: below about twice that, two perplexities are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from edgepress.models import CALIBRATION_TEXT
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import load_model, shapes_of
+from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.packed import PackedFile
+from edgepress.pipeline.perplexity import Quality
+from edgepress.pipeline.stages import run
+from edgepress.pipeline.tokens import text_windows
+from transformers import PreTrainedModel
+
+GROUPS = (128, 64, 32)
+
+
+def recipes() -> Iterator[tuple[str, dict[str, object]]]:
+    """(what the row is called, options of the quantize stage)."""
+    for bits in (4, 3):
+        for group in GROUPS:
+            for symmetric in (True, False):
+                common = {"bits": bits, "group_size": group, "symmetric": symmetric}
+                kind = f"{bits} bits, groups of {group}, {'symmetric' if symmetric else 'asymmetric'}"
+                yield f"rtn, {kind}", common | {"method": "rtn"}
+                yield f"gptq, {kind}", common | {"method": "gptq"}
+                yield f"gptq, {kind}, act-order", common | {"method": "gptq", "act_order": True}
+    for method in ("nf4", "fp4", "int8"):
+        yield f"{method}", {"method": method}
+    for bits in (16, 4):
+        yield f"gptq, 4 bits, groups of 64, asymmetric; head {bits} bits", {"group_size": 64, "head_bits": bits}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path, help="held-out text")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of it (default: 8192)")
+    parser.add_argument("--skip", type=int, default=0, help="tokens to leave out at its beginning (default: 0)")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
+    parser.add_argument("--only", default="", help="only rows whose name holds this")
+    parser.add_argument("--work", type=Path, default=Path("out/quantization-table"), help="folder for the checkpoints")
+    options = parser.parse_args()
+    logging.disable()
+    windows = text_windows(options.text, options.model, budget=options.tokens, skip=options.skip)
+    whole = [logits(load_model(options.model), row) for row in windows]
+    print(f"{options.model.name}, {sum(len(row) - 1 for row in windows):,} tokens of {options.text.name}\n")
+    print("| weights | perplexity | change | KL | top-1 | bits per weight | bytes |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    original, truth = quality(windows, whole, whole)
+    stored = 4 * sum(math.prod(shape) for shape in shapes_of(options.model).values())
+    line("original, float32", original, 0, 0, 32, stored)
+    for name, settings in recipes():
+        if options.only not in name:
+            continue
+        recipe = QuantizeOptions(**{"method": "gptq", "calibration": options.calibration, **settings})  # type: ignore[arg-type]
+        parts = [str(v) for f in dataclasses.fields(recipe) if f.name != "calibration" for v in [getattr(recipe, f.name)]]
+        folder = options.work / options.model.name / "-".join(parts)
+        run("quantize", Artifact.load(options.model), folder, recipe)
+        model = load_model(folder)
+        found, losses = quality(windows, [logits(model, row) for row in windows], whole)
+        change, error = float((losses - truth).mean()), float((losses - truth).std() / math.sqrt(losses.size))
+        file = PackedFile(folder)
+        left = 4 * sum(math.prod(shape) for shape in shapes_of(folder).values())
+        linears = [file[n] for n in file]
+        stored = sum(linear.nbytes for linear in linears)
+        bits = 8 * stored / sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        line(name, found, change, error, bits, stored + left)
+
+
+def logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    return found
+
+
+def quality(windows: list[np.ndarray], found: list[np.ndarray], whole: list[np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
+    """Figures, and the loss of every token in nats."""
+    scores = Quality()
+    for ids, ours, theirs in zip(windows, found, whole, strict=True):
+        scores.add(ids, ours, theirs)
+    return scores.figures(), np.concatenate(scores.losses)
+
+
+def line(name: str, found: dict[str, float], change: float, error: float, bits: float, stored: int) -> None:
+    """change: of the mean loss in nats, with its standard error; as a share of the perplexity it is nearly the same."""
+    cells = (
+        name,
+        f"{found['perplexity']:.3f}",
+        f"{100 * math.expm1(change):+.2f} ± {100 * error:.2f} %",
+        f"{found['kl_mean']:.4f}",
+        f"{100 * found['top1_agreement']:.1f} %",
+        f"{bits:.2f}",
+        f"{stored:,}",
+    )
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

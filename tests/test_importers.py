@@ -1,0 +1,346 @@
+"""Checkpoints that others quantized: real folders of gptqmodel, optimum and transformers + bitsandbytes, taken over as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.checkpoint import load_model, open_packed
+from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.importers.bnb import BnbFolder
+from edgepress.pipeline.importers.gptq import GptqFolder
+from edgepress.pipeline.packed import PackedLinear
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
+
+from .conftest import TINY
+from .test_quantizers import ones, pack_words, unpack_words
+
+# Each writer in its own way; gptqmodel wants a process of its own. Labels and layouts are the writers'.
+WRITE = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from optimum.gptq import GPTQQuantizer
+from gptqmodel import GPTQModel, QuantizeConfig
+
+source, text, out = sys.argv[1:]
+os.chdir(out)
+words = open(text).read()
+pieces = [words[i : i + 600] for i in range(0, 4800, 600)]
+tokenizer = AutoTokenizer.from_pretrained(source)
+for name, sym, desc in (("optimum-act-order", False, True), ("optimum-symmetric", True, False)):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    quantizer = GPTQQuantizer(4, pieces, group_size=32, desc_act=desc, act_group_aware=False, sym=sym, model_seqlen=128)
+    quantizer.save(quantizer.quantize_model(model, tokenizer), f"{out}/{name}")
+    tokenizer.save_pretrained(f"{out}/{name}")
+CASES = ("gptqmodel-act-order", 4, 64, True, "gptq"), ("gptqmodel-8-bits-v2", 8, -1, False, "gptq_v2")
+for name, bits, group, desc, format in CASES:
+    config = QuantizeConfig(bits=bits, group_size=group, sym=False, desc_act=desc, act_group_aware=False, format=format,
+                            pack_impl="original", offload_to_disk_path=f"{out}/offload")
+    model = GPTQModel.load(source, config, dtype=torch.float32, device="cpu")
+    rows = [tokenizer(piece)["input_ids"] for piece in pieces]
+    model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=4)
+    model.save(f"{out}/{name}")
+"""
+V1 = ("optimum-symmetric", "gptqmodel-act-order")  # optimum writes symmetric zero points as v1 and others as v2
+GPTQ = ("optimum-act-order", "optimum-symmetric", "gptqmodel-act-order", "gptqmodel-8-bits-v2")
+BNB = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def source(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float checkpoint that all are made from."""
+    config = LlamaConfig(**TINY | {"num_hidden_layers": 2}, tie_word_embeddings=False)
+    return random_model(config, tmp_path_factory.mktemp("foreign") / "float")
+
+
+@pytest.fixture(scope="module")
+def written(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of GPTQ folders."""
+    out = tmp_path_factory.mktemp("gptq")
+    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE, *map(str, (source, text, out))], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
+    """A folder of bitsandbytes folders, and the weights as bitsandbytes restored them before any forward."""
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    out, truth = tmp_path_factory.mktemp("bnb"), {}
+    for name, settings in BNB.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32, device_map="cpu"
+        )
+        truth[name] = {}
+        for module, layer in model.named_modules():
+            if type(layer).__name__ == "Linear4bit":
+                state, shape = layer.weight.quant_state, layer.weight.quant_state.shape
+                absmax = state.absmax
+                if state.nested:
+                    absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+                # as one row: see bitsandbytes_4bit in test_quantizers.py
+                flat = functional.QuantState(
+                    absmax, torch.Size([shape.numel()]), state.code, state.blocksize, state.quant_type, torch.float32
+                )
+                truth[name][module] = functional.dequantize_4bit(layer.weight.data, flat).reshape(shape).numpy()
+            elif type(layer).__name__ == "Linear8bitLt":
+                scales = layer.weight.SCB.numpy()[:, None] / np.float32(127)
+                truth[name][module] = layer.weight.data.numpy().astype(np.float32) * scales
+        model.save_pretrained(out / name)
+        AutoTokenizer.from_pretrained(source).save_pretrained(out / name)
+    return out, truth
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def expected(raw: dict[str, np.ndarray], name: str, bits: int, v1: bool) -> np.ndarray:
+    """Weights from the words, by the definition of the format and without edgepress."""
+    g_idx, scales = raw[f"{name}.g_idx"], raw[f"{name}.scales"].astype(np.float32)
+    stored = raw[f"{name}.qzeros"]
+    zeros = unpack_words((stored.view(np.uint32) + ones(bits)).view(np.int32) if v1 else stored, bits, scales.shape[1])
+    codes = unpack_words(raw[f"{name}.qweight"].T, bits, len(g_idx)).T
+    found: np.ndarray = ((codes.astype(np.float32) - zeros.astype(np.float32)[g_idx]) * scales[g_idx]).T
+    return found
+
+
+def opened(folder: Path, original: Path | None = None) -> GptqFolder | BnbFolder:
+    found = open_packed(folder, original)
+    assert isinstance(found, GptqFolder | BnbFolder)
+    return found
+
+
+def copied(folder: Path, target: Path, change: Callable[[dict[str, np.ndarray]], Any] | None = None, **settings: Any) -> Path:
+    """A copy of a GPTQ folder in one file, its arrays or its settings changed."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = arrays(folder)
+    if change:
+        change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    for file in (target / "config.json", target / "quantize_config.json"):
+        content = json.loads(file.read_text())
+        (content if file.name == "quantize_config.json" else content["quantization_config"]).update(settings)
+        file.write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptq_folder_is_taken_over(name: str, written: Path, source: Path) -> None:
+    """Every weight as its words say, by both ways to learn how zero points are stored; labels have no vote."""
+    raw = arrays(written / name)
+    bits = 8 if "8-bits" in name else 4
+    by_values = opened(written / name) if bits == 4 else None  # a step of 8 bits is too fine for the values to tell
+    by_original = opened(written / name, source)
+    assert len(list(by_original)) == 14 and by_original.parts == {n for n in raw if n.rsplit(".", 1)[1] in layouts()}
+    v1 = by_original.described["zero_points"] == "gptq"
+    assert v1 == (name in V1)
+    float_weights = load_file(source / "model.safetensors")
+    for found in filter(None, (by_values, by_original)):
+        for module in found:
+            linear = found[module]
+            assert np.array_equal(linear.dequantized(), expected(raw, module, bits, v1))
+            weight = float_weights[f"{module}.weight"]
+            assert np.linalg.norm(linear.dequantized() - weight) < 0.25 * np.linalg.norm(weight)
+            assert (linear.zeros is None) == (name == "optimum-symmetric")
+    permuted = [module for module in by_original if by_original[module].permutation is not None]
+    assert len(permuted) == (14 if name == "optimum-act-order" else 2 if name == "gptqmodel-act-order" else 0)
+
+
+def layouts() -> tuple[str, ...]:
+    return ("qweight", "qzeros", "scales", "g_idx")
+
+
+def moved(by: int) -> Callable[[dict[str, np.ndarray]], None]:
+    """The zero points of one format as the other stores them: one more or less in every field."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in [n for n in tensors if n.endswith(".qzeros")]:
+            words = tensors[name].view(np.uint32)
+            tensors[name] = (words + ones(4) if by > 0 else words - ones(4)).view(np.int32)
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["optimum-act-order", "optimum-symmetric", "gptqmodel-act-order"])
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
+def test_labels_lie(stored: str, label: str, name: str, written: Path, tmp_path: Path) -> None:
+    """Trap 2: v2 zero points under the label of v1 and the other way round; trusted, each weight is off by one step."""
+    wanted = opened(written / name)
+    given = wanted.described["zero_points"]
+    change = None if stored == given else moved(1 if stored == "gptq_v2" else -1)
+    folder = copied(written / name, tmp_path / "copy", change, format=label, checkpoint_format=label)
+    found = opened(folder)
+    assert found.described["zero_points"] == stored
+    assert all(np.array_equal(found[module].dequantized(), wanted[module].dequantized()) for module in wanted)
+
+
+def between(tensors: dict[str, np.ndarray]) -> None:
+    """Codes and zero points such that the two readings move the weights half a step to either side of nothing."""
+    for name in [n for n in tensors if n.endswith(".qzeros")]:
+        groups, words = tensors[name].shape
+        zeros = np.full((groups, words * 8), 7, np.uint8)
+        zeros[:, ::2] = 8
+        tensors[name] = pack_words(zeros, 4)
+        codes = np.full((words * 8, 96 if "down_proj" in name else 64), 8, np.uint8)
+        tensors[name.replace("qzeros", "qweight")] = np.ascontiguousarray(pack_words(codes, 4).T)
+
+
+def test_ambiguous_zero_points_are_refused_or_resolved(written: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
+    """Where the values do not tell, nobody guesses; the float weights tell."""
+    folder = copied(written / "optimum-act-order", tmp_path / "copy", between)
+    with pytest.raises(ModelError, match=r"--original DIR"):
+        open_packed(folder)
+    result = call("export", folder, tmp_path / "out")
+    assert result.code == 2 and "--original DIR" in result.err.splitlines()[-1] and not (tmp_path / "out").exists()
+    # the same zero points beside float weights that one reading restores
+    original = copied(folder, tmp_path / "float")
+    made = {
+        f"{m}.weight": np.ascontiguousarray(expected(arrays(folder), m, 4, v1=True)) for m in opened(written / "optimum-act-order")
+    }
+    save_file(made, original / "model.safetensors", metadata={"format": "pt"})
+    found = opened(folder, original)
+    assert found.described == {"quant_method": "gptq", "zero_points": "gptq", "zero_points_by": "the original weights"}
+    assert all(np.array_equal(found[m].dequantized(), made[f"{m}.weight"]) for m in found)
+
+
+def test_another_original_is_refused(written: Path, tiny: Path, source: Path, tmp_path: Path) -> None:
+    """Float weights that have nothing to do with the codes decide nothing."""
+    tensors = load_file(source / "model.safetensors")
+    shutil.copytree(source, tmp_path / "other")
+    dice = np.random.default_rng(0)
+    save_file(
+        {n: dice.permuted(w.reshape(-1)).reshape(w.shape) for n, w in tensors.items()},
+        tmp_path / "other" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ModelError, match="is not what --original"):
+        open_packed(written / "optimum-act-order", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", BNB)
+def test_bitsandbytes_folder_is_taken_over(name: str, bitsandbytes: tuple[Path, dict[str, dict[str, np.ndarray]]]) -> None:
+    """Weights as bitsandbytes restores them, single or double quantized, array for array."""
+    folder, truth = bitsandbytes
+    found = opened(folder / name)
+    assert set(found) == set(truth[name]) and len(truth[name]) == 14
+    for module, weights in truth[name].items():
+        linear: PackedLinear = found[module]
+        assert np.array_equal(linear.dequantized(), weights)
+        assert (linear.codebook or "int8") == name.split("-")[0]
+    raw = arrays(folder / name)
+    assert found.parts == {n for n in raw if "_proj" in n}
+
+
+@pytest.mark.parametrize("name", ["optimum-act-order", "gptqmodel-act-order", "nf4-double", "int8"])
+def test_export_takes_them_as_they_are(
+    name: str, written: Path, bitsandbytes: tuple[Path, Any], text: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """From the folder to a proven artifact; what was float stays float (trap 4: a head quantized behind one's back)."""
+    folder = (written if name in GPTQ else bitsandbytes[0]) / name
+    result = call("export", folder, tmp_path / "onnx", "--text", text)
+    assert result.code == 0, result.err
+    artifact = Artifact.load(tmp_path / "onnx")
+    facts = artifact.steps[-1].facts
+    assert facts["exporter"] == "fused" and facts["imported"]["quant_method"] in ("gptq", "bitsandbytes")
+    assert facts["parity"][0]["greedy_match_tokens"] == 32
+    assert "quantization_config" not in read_json(artifact.path / "config.json")
+    graph = ir.load(artifact.path / "model.onnx").graph
+    assert "lm_head.weight" in graph.initializers and "lm_head.B" not in graph.initializers
+    kind = "MatMulBnb4" if name.startswith("nf4") else "MatMulNBits"
+    nodes = [node for node in graph if node.op_type == kind]
+    assert len(nodes) == 2 * 4
+    assert all(len(node.inputs) <= 4 for node in nodes)  # trap 1: never g_idx, the fifth, beside packed zero points
+
+
+def test_quality_of_a_folder_of_another(written: Path, source: Path) -> None:
+    """Its torch model, for bench: the float one with other block matrices."""
+    model, whole = load_model(written / "optimum-act-order"), load_model(source)
+    ids = torch.arange(64)[None]
+    with torch.inference_mode():
+        ours, theirs = (m(input_ids=ids).logits for m in (model, whole))
+    assert 0 < (ours - theirs).std() < 0.5 * theirs.std()
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def dropped(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda tensors: tensors.pop(f"model.layers.1.mlp.up_proj.{part}")
+
+
+def reshaped(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = f"model.layers.1.mlp.up_proj.{part}"
+        tensors[name] = tensors[name][:-1].copy()
+
+    return change
+
+
+def uneven(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.g_idx"][0] = 1
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "zero points missing": (dropped("qzeros"), "lacks model.layers.1.mlp.up_proj.qzeros"),
+    "scales missing": (dropped("scales"), "lacks model.layers.1.mlp.up_proj.scales"),
+    "rows missing": (reshaped("qweight"), "cannot hold 64 codes"),
+    "groups missing": (reshaped("scales"), "do not fit 2 groups"),
+    "g_idx uneven": (uneven, "g_idx does not put"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folder(case: str, written: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
+    """One line that names the matrix; nothing is written."""
+    change, says = BROKEN[case]
+    folder = copied(written / "optimum-symmetric", tmp_path / "copy", change)
+    result = call("export", folder, tmp_path / "out")
+    assert result.code == 2 and says in result.err.splitlines()[-1], result.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_truncated_folder(written: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
+    folder = copied(written / "optimum-symmetric", tmp_path / "copy")
+    cut(folder)
+    result = call("export", folder, tmp_path / "out")
+    assert result.code == 2 and "damaged or cut short" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["quantize", "prune"])
+@pytest.mark.parametrize("name", ["gptqmodel-act-order", "nf4"])
+def test_not_quantized_twice(
+    name: str, verb: str, written: Path, bitsandbytes: tuple[Path, Any], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """Only export reads them: one line that says so."""
+    folder = (written if name in GPTQ else bitsandbytes[0]) / name
+    result = call(verb, folder, tmp_path / "out", *(["--remove-layers", "1"] if verb == "prune" else []))
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "already quantized" in line and "export it as it is" in line
