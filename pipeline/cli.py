@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
     build = verbs.add_parser("build", help="all stages, from checkpoint to report", description=(
-        "Run all stages of a recipe into OUT/01-prune, OUT/02-quantize, ... Started again after an interruption, or with some "
+        "Run all stages of a recipe into OUT/01-prune, OUT/03-quantize, ... Started again after an interruption, or with some "
         "options changed, it keeps what is done and unchanged. Flags override the recipe."))  # fmt: skip
     build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=_SOURCE)
     build.add_argument("out", metavar="OUT", nargs="?", type=Path, help="output folder (default: out/NAME)")

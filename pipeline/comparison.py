@@ -23,7 +23,7 @@ EQUAL_SPEED = 1.05
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder, all different: its own, its build's for ``BUILD/03-export``, longer where needed."""
+    """A short name for each folder, all different: its own, its build's for ``BUILD/04-export``, longer where needed."""
     parts = [tuple(p for p in f.resolve().parts if not re.match(r"\d\d-", p)) for f in folders]
     names: list[str] = []
     for own in parts:

@@ -123,7 +123,7 @@ def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str,
         _write(folder, {name: p.detach() for name, p in model.named_parameters() if name in changed})
         _prove(folder, patient, texts.judging[0])
         log.info("heal: %s accepted; perplexity of %s text", method, shown)
-    else:
+    elif changed:
         with torch.no_grad():
             for name in changed:
                 model.get_parameter(name).copy_(former[name])

@@ -228,4 +228,6 @@ def _length(figure: str) -> int:
 
 def _healed(facts: dict[str, Any]) -> str:
     accepted = [method["method"] for method in facts["methods"] if method["accepted"]]
+    if "why" in facts:
+        return f"heal: nothing to heal, {facts['why']}"
     return f"heal: {' and '.join(accepted)}" if accepted else "heal: nothing that helped both kinds of text, left as it was"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
@@ -155,6 +156,7 @@ def evaluate(folder: str, tasks: list[str], files: list[str], limit: int, thread
 
 def run(model: Any, tasks: list[str], files: list[str], limit: int) -> dict[str, dict[str, float]]:
     """The harness's metrics of any of its models, by ``task.metric``. Raises OptionError for a task that it does not know."""
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked beside the runtime's threads, and hangs now and then
     local = [local_task(name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else []
     manager = TaskManager(include_defaults=False) if local else _manager()
     for name in [] if local else tasks:

@@ -32,8 +32,8 @@ def build(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     pruned = stages.run(
         "prune", Artifact.load(tiny), out / "01-prune", PruneOptions(remove_layers=1, calibration=text, calibration_tokens=512)
     )
-    packed = stages.run("quantize", pruned, out / "02-quantize", QuantizeOptions(method="rtn", group_size=32))
-    stages.run("export", packed, out / "03-export", ExportOptions(text=text))
+    packed = stages.run("quantize", pruned, out / "03-quantize", QuantizeOptions(method="rtn", group_size=32))
+    stages.run("export", packed, out / "04-export", ExportOptions(text=text))
     return out
 
 
@@ -60,7 +60,7 @@ def compared(build: Path, tiny: Path, text: Path, edgepress: Call, tmp_path_fact
         """The scale of one group of one matrix, found by its value, is halved."""
         from edgepress.pipeline.packed import PackedFile
 
-        packed = PackedFile(build / "02-quantize")
+        packed = PackedFile(build / "03-quantize")
         scales = packed["model.layers.1.mlp.down_proj"].scales
         data = bytearray((copy / "model.onnx.data").read_bytes())
         place = data.find(scales.astype("<f4").tobytes())
@@ -71,9 +71,9 @@ def compared(build: Path, tiny: Path, text: Path, edgepress: Call, tmp_path_fact
 
     # beside their checkpoints, as in a build, so that their stages are found
     shutil.copytree(build, folder / "damaged")
-    shutil.rmtree(folder / "damaged" / "03-export")
-    damaged = copy_artifact(build / "03-export", folder / "damaged" / "03-export", one_scale)
-    killed = copy_artifact(build / "03-export", folder / "killed", lambda copy: (copy / "killed").write_text("x"))
+    shutil.rmtree(folder / "damaged" / "04-export")
+    damaged = copy_artifact(build / "04-export", folder / "damaged" / "04-export", one_scale)
+    killed = copy_artifact(build / "04-export", folder / "killed", lambda copy: (copy / "killed").write_text("x"))
     out = folder / "report"
     arguments = ["bench", build, damaged, killed, "--reference", tiny, "--text", text, "--out", out, *SHORT]
     return edgepress(*arguments, env=killer(folder, "killed")), out
@@ -141,7 +141,7 @@ def test_page_is_written_and_gathered(compared: tuple[Any, Path], call: Call, tm
 
 
 def test_alone_a_crash_is_one_line(build: Path, text: Path, edgepress: Call, tmp_path: Path) -> None:
-    artifact = copy_artifact(build / "03-export", tmp_path / "killed", lambda copy: (copy / "killed").write_text("x"))
+    artifact = copy_artifact(build / "04-export", tmp_path / "killed", lambda copy: (copy / "killed").write_text("x"))
     result = edgepress("bench", artifact, "--text", text, "--out", tmp_path / "out", *SHORT, env=killer(tmp_path, "killed"))
     assert result.code == 2 and not (tmp_path / "out").exists()
     assert "want of memory" in result.err.splitlines()[-1] and "Traceback" not in result.err
@@ -198,7 +198,7 @@ def test_journal_holds_what_depends_on_the_same(tmp_path: Path) -> None:
 
 def test_peak_memory_is_what_an_outside_measure_says(build: Path, tmp_path: Path) -> None:
     """/usr/bin/time -v, or the kernel's account of the child where that is absent; to 5 %."""
-    job = {"folder": str(build / "03-export"), "ids": list(range(3, 35)), "prompt_lengths": [32], "new_tokens": 8, "threads": 1}
+    job = {"folder": str(build / "04-export"), "ids": list(range(3, 35)), "prompt_lengths": [32], "new_tokens": 8, "threads": 1}
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "edgepress.pipeline.worker", "speed", str(tmp_path / "job.json")]
     if Path("/usr/bin/time").exists():
@@ -217,7 +217,7 @@ def test_peak_memory_is_what_an_outside_measure_says(build: Path, tmp_path: Path
 
 
 def test_cold_load_reads_from_the_disk_or_says_why_not(build: Path) -> None:
-    found = measured("cold", {"folder": str(build / "03-export"), "threads": 1})
+    found = measured("cold", {"folder": str(build / "04-export"), "threads": 1})
     assert set(found) == {"load_s"} or "page cache" in found["reason"] or "tell" in found["reason"] or "posix" in found["reason"]
 
 
@@ -228,8 +228,8 @@ def test_bandwidth_is_that_of_a_memory(build: Path) -> None:
 
 def test_bytes_per_token_leave_out_the_embedding(build: Path) -> None:
     """Untied: the embedding is 5120 x 64 floats, of which a step reads one row."""
-    facts = Artifact.load(build / "03-export").steps[-1].facts
-    stored = (build / "03-export" / "model.onnx.data").stat().st_size
+    facts = Artifact.load(build / "04-export").steps[-1].facts
+    stored = (build / "04-export" / "model.onnx.data").stat().st_size
     assert facts["weight_bytes_per_token"] < stored - 4 * 5120 * 64 + 4096
     assert facts["weight_bytes_per_token"] > 0.9 * (stored - 4 * 5120 * 64 - 2 * 4 * 256 * 16)
     assert isinstance(facts["parameters"], int) and facts["parameters"] > 5120 * 64

@@ -26,13 +26,13 @@ def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
     result = edgepress("build", "reference", out, "--method", "rtn", "--text-tokens", 1500, "--calibration-tokens", 3000, *SHORT)
     assert result.code == 0, result.err
-    assert "ONNX as shipped" in result.out and str(out / "03-export") in result.out
+    assert "ONNX as shipped" in result.out and str(out / "04-export") in result.out
     return out
 
 
 def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, reference: Path) -> None:
     """On a trained model removal costs something, quantization at 4 bits less, the export next to nothing."""
-    stages = {row["name"]: row for row in read_json(built / "04-bench" / "report.json")["stages"]}
+    stages = {row["name"]: row for row in read_json(built / "05-bench" / "report.json")["stages"]}
     assert list(stages) == ["original", "pruned", "quantized", "onnx_level_0", "onnx"]
     assert stages["original"]["kl_mean"] == 0 and stages["original"]["top1_agreement"] == 1
     assert stages["original"]["perplexity"] < stages["pruned"]["perplexity"] < 1.5 * stages["original"]["perplexity"]
@@ -44,14 +44,14 @@ def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, refere
 
 def test_the_same_without_removal_is_built_and_measured_beside(built: Path) -> None:
     """Otherwise nobody could tell whether removing layers was worth it."""
-    content = read_json(built / "04-bench" / "report.json")
+    content = read_json(built / "05-bench" / "report.json")
     (baseline,) = content["beside"]
     assert baseline["artifact"] == "baseline" and [step["stage"] for step in baseline["steps"]] == ["quantize", "export"]
     assert [row["name"] for row in baseline["stages"]] == ["original", "quantized", "onnx_level_0", "onnx"]
     assert baseline["stages"][0] == content["stages"][0]
     assert baseline["figures"]["quality.kl_mean"]["median"] < content["figures"]["quality.kl_mean"]["median"]
     assert {c["than"] for c in content["comparisons"]} == {content["artifact"]}
-    top = (built / "04-bench" / "report.md").read_text().splitlines()[2]
+    top = (built / "05-bench" / "report.md").read_text().splitlines()[2]
     assert "baseline" in top and ("Pruning loses" in top or "without 2 layers" in top)
 
 
@@ -98,9 +98,9 @@ def test_shared_models_through_gptq(
         out = tmp_path / method
         result = edgepress("build", source, out, "--method", method, *common)
         assert result.code == 0, result.err
-        report = read_json(out / "04-bench" / "report.json")
+        report = read_json(out / "05-bench" / "report.json")
         found[method] = {row["name"]: row for row in report["stages"]}
-        facts = Artifact.load(out / "03-export").steps[-1].facts
+        facts = Artifact.load(out / "04-export").steps[-1].facts
         assert facts["exporter"] == exporter
         exact = facts["parity"][0]
         assert max(exact["difference_whole"], exact["difference_chunks"], exact["difference_steps"]) < 1e-3

@@ -27,14 +27,14 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cli") / "02-quantize"
+    out = tmp_path_factory.mktemp("cli") / "03-quantize"
     assert cli.main(["quantize", str(tiny), str(out), "--method", "rtn"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def exported(packed: Path, text: Path) -> Path:
-    out = packed.parent / "03-export"
+    out = packed.parent / "04-export"
     assert cli.main(["export", str(packed), str(out), "--text", str(text)]) == 0
     return out
 

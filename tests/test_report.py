@@ -71,10 +71,10 @@ def test_frontier() -> None:
 
 def test_labels_differ() -> None:
     folders = [
-        Path("/o/a/03-export"),
-        Path("/o/b/03-export"),
+        Path("/o/a/04-export"),
+        Path("/o/b/04-export"),
         Path("/p/b/02-export"),
-        Path("/o/a/03-export"),
+        Path("/o/a/04-export"),
         Path("/o/a/baseline/02-export"),
     ]
     assert labels(folders) == ["a", "o/b", "p/b", "a (2)", "baseline"]
@@ -256,16 +256,16 @@ def test_markdown_and_terminal_tell_the_same() -> None:
 def test_gather_reads_reports_builds_and_artifacts(tmp_path: Path) -> None:
     """Each artifact once, comparisons kept, in any of the three formats."""
     build = tmp_path / "build"
-    (build / "04-bench").mkdir(parents=True)
-    (build / "03-export").mkdir()
-    (build / "04-bench" / "report.json").write_text(json.dumps(content_of(PRUNED, WHOLE)))
+    (build / "05-bench").mkdir(parents=True)
+    (build / "04-export").mkdir()
+    (build / "05-bench" / "report.json").write_text(json.dumps(content_of(PRUNED, WHOLE)))
     other = tmp_path / "other-bench"
     other.mkdir()
     (tmp_path / "other").mkdir()
     (other / "report.json").write_text(
         json.dumps(content_of(a_report("third", removed=[], size=1e7, kl=0.001, decode=80) | {"run": "two"}))
     )
-    content = gather([build, build / "03-export", tmp_path / "other"])
+    content = gather([build, build / "04-export", tmp_path / "other"])
     assert [r["artifact"] for r in reports_of(content)] == ["pruned", "whole", "third"]
     for name in ("page.html", "page.md", "page.json"):
         save(content, tmp_path / name)
