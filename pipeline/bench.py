@@ -51,7 +51,10 @@ class Subject:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        steps = [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in self.artifact.steps]
+        steps = [
+            {"stage": s.stage, "options": {k: v for k, v in s.options.items() if v is not None}, "facts": s.facts}
+            for s in self.artifact.steps
+        ]
         return {
             "artifact": self.label,
             "identity": self.artifact.identity(),

@@ -77,12 +77,13 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
     Interrupted training is kept beside ``folder``, and the same call goes on with it.
     """
     scratch = folder.parent / f"{folder.name}.healing"
-    texts = split(original, options)
-    facts: dict[str, Any] = {"removed_layers": [i for i in range(layers) if i not in kept], "methods": []}
+    facts: dict[str, Any] = {"methods": []}
     gaps = cuts(kept, layers)
-    if not gaps:
-        log.info("heal: no layer was removed, there is nothing to heal")
-        return facts | {"accepted": False, "why": "no layer was removed"}
+    if not gaps or options.method == "none":
+        why = "as told" if gaps else "no layer was removed"
+        log.info("heal: left as it is, %s", why)
+        return facts | {"accepted": False, "why": why}
+    texts = split(original, options)
     with tempfile.TemporaryDirectory(prefix=".edgepress-states-", dir=folder.parent) as states:
         teacher = record(
             original, texts.fit, sorted({*(gap.target for gap in gaps), layers}), Path(states), options.trust_remote_code

@@ -34,6 +34,7 @@ CRITERIA = {
     "list": "those named by --layers",
 }
 HEALERS = {
+    "none": "leave it as it is",
     "linear": "closed form: the matrix before each gap learns to write what the removed layers wrote",
     "lora": "distillation: low-rank changes of the kept blocks, trained towards the original's logits, merged",
     "linear+lora": "one after the other",
@@ -47,9 +48,16 @@ TARGETS = {"cpu": "onnxruntime on the CPU"}
 BENCH_TARGETS = TARGETS | {"cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
-def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
-    """A dataclass field that is also a flag and a recipe key."""
-    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least, "optional": default is None})
+def option(
+    default: Any,
+    help: str,
+    choices: Mapping[str, str] | tuple[int, ...] | None = None,
+    at_least: int | None = None,
+    alone: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag and a recipe key. alone: no flag of ``build``, where another stage has the name."""
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "optional": default is None, "alone": alone}
+    return field(default=default, metadata=metadata)
 
 
 def _calibration() -> Any:
@@ -95,7 +103,9 @@ class PruneOptions:
         None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
     )
     layers: tuple[int, ...] = option((), "the very blocks to remove, counted from 0, separated by commas", at_least=0)
-    heal: str | None = option(None, "heal what is left at once, with the defaults of edgepress heal", HEALERS)
+    heal: str | None = option(
+        None, "heal what is left, as edgepress heal --method does (a build: how its heal stage does it)", HEALERS
+    )
     shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
     greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
@@ -145,7 +155,7 @@ class PruneOptions:
 class HealOptions:
     """Win back what the removal of layers cost, without a parameter more; kept only if two texts say that it helped."""
 
-    method: str = option("linear", "how the model is healed", HEALERS)
+    method: str = option("linear", "how the model is healed", HEALERS, alone=True)
     original: Path | None = option(None, "the checkpoint before layers were removed (a build knows it)")
     calibration: Path = _calibration()
     calibration_tokens: int | None = option(
@@ -325,11 +335,12 @@ def flag(name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
     seen: set[str] = set()
-    every = [item for cls in classes for item in dataclasses.fields(cls)]
+    fields = {cls: [f for f in dataclasses.fields(cls) if len(classes) == 1 or not f.metadata["alone"]] for cls in classes}
+    every = [item for own in fields.values() for item in own]
     for cls in classes:
         hints = _hints(cls)
         group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
-        for item in dataclasses.fields(cls):
+        for item in fields[cls]:
             if item.name in seen:
                 continue
             seen.add(item.name)

@@ -73,7 +73,6 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
         "parameters": [parameters, pruned.num_parameters()],
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
         "held_out_perplexity": perplexities,
-        "rank_correlation_of_halves": influence.stability(),
         "evaluations": choice.evaluations,
         "evaluation_seconds": round(choice.seconds, 2),
         "calibration": {
@@ -83,6 +82,8 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
         },
         "proof": {"tokens": probe.shape[1], "largest_logit_difference": 0.0},
     }
+    if (stability := influence.stability()) is not None:
+        facts["rank_correlation_of_halves"] = stability
     write_influence(out, facts, influence, choice)
     if options.heal:
         from edgepress.pipeline.heal import defaults, heal_folder
@@ -144,7 +145,7 @@ def write_influence(out: Path, facts: dict[str, Any], influence: Influence, choi
     ]
     kept = ("criterion", "removed_layers", "held_out_perplexity", "rank_correlation_of_halves", "evaluations", "evaluation_seconds")
     angular = {str(length): influence.angular_distance(length).round(6).tolist() for length in influence.angles}
-    content = {key: facts[key] for key in (*kept, "calibration")}
+    content = {key: facts[key] for key in (*kept, "calibration") if key in facts}
     content |= {"layers": rows, "angular_distance": angular, "rounds": choice.rounds, "held_out_path": choice.path}
     write_json(out / "influence.json", content)
     draw(out / "influence.png", facts["influences"], choice.removed)

@@ -69,8 +69,11 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
             )
         format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}
-        own = {key: value for key, value in flags.items() if key in names}
+        alone = {item.name for item in dataclasses.fields(stage.options) if item.metadata["alone"]}
+        own = {key: value for key, value in flags.items() if key in names - alone}
         unused -= set(own)
+        if "heal" in flags and "heal" in recipe:  # then healing is a stage of its own
+            own = own | {"method": flags["heal"]} if name == "heal" else {k: v for k, v in own.items() if k != "heal"}
         if not _AMOUNTS.isdisjoint(own):  # ways to say what to remove exclude each other: a flag replaces them all
             given = {k: v for k, v in given.items() if k not in _AMOUNTS and not (k == "criterion" and "layers" in own)}
         if own.get("method", given.get("method")) != given.get("method"):  # another method's settings say nothing of this one

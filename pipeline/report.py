@@ -114,7 +114,7 @@ def influence_table(content: dict[str, Any]) -> str:
     for row in content["layers"]:
         measured = [f"{first[str(row['layer'])]:.4f}" if str(row["layer"]) in first else ""] if first else []
         rows.append([str(row["layer"]), f"{row['influence']:.4f}", *measured, "removed" if row["removed"] else ""])
-    stability = content["rank_correlation_of_halves"]
+    stability = content.get("rank_correlation_of_halves")
     sure = f"\n\nrank correlation of the influences from two halves of the text: {stability:.2f}" if stability is not None else ""
     return table(rows) + sure
 

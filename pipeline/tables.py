@@ -202,7 +202,7 @@ def made_by(report: dict[str, Any]) -> list[str]:
         options, facts = step["options"], step["facts"]
         if step["stage"] == "prune":
             removed = ", ".join(map(str, facts["removed_layers"])) or "none"
-            lines.append(f"prune: layers {removed} of {facts['layers'][0]} removed ({CHOSEN[facts['criterion']]})")
+            lines.append(f"prune: layers {removed} of {facts['layers'][0]} removed ({CHOSEN[facts.get('criterion', 'bi')]})")
             lines += [_healed(facts["healed"])] if "healed" in facts else []
         elif step["stage"] == "heal":
             lines.append(_healed(facts))
@@ -229,5 +229,5 @@ def _length(figure: str) -> int:
 def _healed(facts: dict[str, Any]) -> str:
     accepted = [method["method"] for method in facts["methods"] if method["accepted"]]
     if "why" in facts:
-        return f"heal: nothing to heal, {facts['why']}"
+        return f"heal: left as it was, {facts['why']}"
     return f"heal: {' and '.join(accepted)}" if accepted else "heal: nothing that helped both kinds of text, left as it was"

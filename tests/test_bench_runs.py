@@ -227,11 +227,11 @@ def test_bandwidth_is_that_of_a_memory(build: Path) -> None:
 
 
 def test_bytes_per_token_leave_out_the_embedding(build: Path) -> None:
-    """Untied: the embedding is 5120 x 64 floats, of which a step reads one row."""
+    """Untied: the embedding is 5120 x 64 bytes and their scales, of which a step reads one row."""
     facts = Artifact.load(build / "04-export").steps[-1].facts
     stored = (build / "04-export" / "model.onnx.data").stat().st_size
-    assert facts["weight_bytes_per_token"] < stored - 4 * 5120 * 64 + 4096
-    assert facts["weight_bytes_per_token"] > 0.9 * (stored - 4 * 5120 * 64 - 2 * 4 * 256 * 16)
+    assert facts["weight_bytes_per_token"] < stored - 5120 * 64 + 4096
+    assert facts["weight_bytes_per_token"] > 0.9 * (stored - 5120 * (64 + 2 * 5) - 2 * 4 * 256 * 16)
     assert isinstance(facts["parameters"], int) and facts["parameters"] > 5120 * 64
 
 

@@ -33,7 +33,7 @@ def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, reference: Path) -> None:
     """On a trained model removal costs something, quantization at 4 bits less, the export next to nothing."""
     stages = {row["name"]: row for row in read_json(built / "05-bench" / "report.json")["stages"]}
-    assert list(stages) == ["original", "pruned", "quantized", "onnx_level_0", "onnx"]
+    assert list(stages) == ["original", "pruned", "healed", "quantized", "onnx_level_0", "onnx"]
     assert stages["original"]["kl_mean"] == 0 and stages["original"]["top1_agreement"] == 1
     assert stages["original"]["perplexity"] < stages["pruned"]["perplexity"] < 1.5 * stages["original"]["perplexity"]
     assert stages["onnx"]["perplexity"] == pytest.approx(stages["quantized"]["perplexity"], rel=0.01)

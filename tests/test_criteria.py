@@ -154,6 +154,16 @@ def test_a_flag_replaces_the_recipes_amount() -> None:
     assert (options.how, options.layers) == ("list", (3, 4))
 
 
+def test_healing_in_a_build_is_a_stage_of_its_own() -> None:
+    """--method stays quantize's; --heal goes to the heal stage where the recipe has one, else to prune."""
+    steps = dict(plan(read("default"), {"method": "rtn", "heal": "lora"}))
+    assert (steps["prune"].heal, steps["heal"].method, steps["quantize"].method) == (None, "lora", "rtn")
+    steps = dict(plan({"prune": {"remove_layers": 1}}, {"heal": "linear"}))
+    assert steps["prune"].heal == "linear"
+    with pytest.raises(OptionError, match="no stage of this recipe"):
+        plan({"prune": {"remove_layers": 1}, "heal": {}}, {"method": "linear"})
+
+
 def test_blocks_left_out_cost_nothing_and_come_back(setting: Setting, reference: Path) -> None:
     """Skipping replaces the block, so that its matrices are not run; afterwards the model is what it was."""
     ids = torch.from_numpy(setting.ranking[0])[None]

@@ -17,7 +17,7 @@ import pytest
 from edgepress.pipeline import cli
 from edgepress.pipeline.artifact import MANIFEST, read_json, sha256
 
-STAGES = ["01-prune", "03-quantize", "04-export", "05-bench"]
+STAGES = ["01-prune", "02-quantize", "03-export", "04-bench"]
 Call = Callable[..., Any]
 
 
@@ -168,7 +168,7 @@ def test_second_build_keeps_all(call: Call, built: Path, tiny: Path, text: Path)
     result = call(*build_arguments(tiny, built, text))
     assert result.code == 0 and kept(result.err) == ["prune", "quantize", "export", "bench"]
     assert times(built) == before
-    assert "report.md" in result.out and "04-export" in result.out
+    assert "report.md" in result.out and "03-export" in result.out
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_changed_option_redoes_from_its_stage(
 def test_damaged_stage_of_a_build(call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     """One byte in the middle: that stage is done again, and what follows is kept because it comes out the same."""
     out = copied(built, tmp_path / "out")
-    flip(out / "03-quantize" / "packed.safetensors")
+    flip(out / "02-quantize" / "packed.safetensors")
     result = call(*build_arguments(tiny, out, text))
     assert result.code == 0 and kept(result.err) == ["prune", "export", "bench"]
-    assert sha256(out / "03-quantize" / "packed.safetensors") == sha256(built / "03-quantize" / "packed.safetensors")
+    assert sha256(out / "02-quantize" / "packed.safetensors") == sha256(built / "02-quantize" / "packed.safetensors")
 
 
 # --- interruptions
@@ -232,7 +232,7 @@ def interrupted(
     return process.returncode, err
 
 
-KILLS = [(stage, "SIGINT") for stage in STAGES] + [("05-bench", "SIGTERM"), ("05-bench", "SIGKILL")]
+KILLS = [(stage, "SIGINT") for stage in STAGES] + [("04-bench", "SIGTERM"), ("04-bench", "SIGKILL")]
 
 
 @pytest.mark.parametrize(("stage", "name"), KILLS, ids=[f"{stage}-{name}" for stage, name in KILLS])
@@ -245,7 +245,7 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
     arguments = build_arguments(tiny, out, text, stages)
     code, err = interrupted(out, stage, getattr(signal, name), arguments)
     # what bench had finished measuring stays, to go on from
-    journal = [name for name in hidden(out) if stage == "05-bench" and name == ".05-bench.measured.jsonl"]
+    journal = [name for name in hidden(out) if stage == "04-bench" and name == ".04-bench.measured.jsonl"]
 
     assert not (out / stage).exists()
     if name == "SIGKILL":
@@ -265,7 +265,7 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
 
 def test_politely_killed_in_the_background(built: Path, text: Path, tmp_path: Path) -> None:
     """A shell script starts `edgepress ... &` with SIGINT ignored: SIGTERM must end it all the same."""
-    arguments = ["bench", str(built / "04-export"), "--out", str(tmp_path / "bench"), "--text", str(text)]
+    arguments = ["bench", str(built / "03-export"), "--out", str(tmp_path / "bench"), "--text", str(text)]
     flags = ["--text-tokens", "64", "--repeats", "1", "--prompt-lengths", "8", "--new-tokens", "4"]
     code, err = interrupted(tmp_path, "bench", signal.SIGTERM, arguments + flags, seconds=3, interrupt="SIG_IGN")
     assert code == 130, err

@@ -62,7 +62,7 @@ def _close(patient: Patient, cut: Cut) -> dict[str, Any]:
     else:
         _set(matrix, weight, bias, torch.zeros_like(solutions[RIDGES[0]]))
     log.info("heal: %s, ridge %g: loss on text kept for that %.4f -> %.4f", name, best, losses[0.0], losses[best])
-    return {"matrix": name, "ridge": best or None, "losses": {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()}}
+    return {"matrix": name, "ridge": best, "losses": {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()}}
 
 
 def _set(matrix: Any, weight: torch.Tensor, bias: torch.Tensor | None, change: torch.Tensor) -> None:
