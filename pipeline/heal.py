@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import logging
-import math
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from edgepress.pipeline.artifact import Artifact, files_below, remove, sha256
+from edgepress.models.families import layer_count_key
+from edgepress.pipeline.artifact import Artifact, files_below, read_json, remove, sha256
 from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model, shards
-from edgepress.pipeline.errors import ModelError, OptionError, ProofError
+from edgepress.pipeline.checkpoint import load_model, read_tensors, shards
+from edgepress.pipeline.errors import EdgepressError, ModelError, OptionError, ProofError, TextError
 from edgepress.pipeline.healers import Patient, cuts
-from edgepress.pipeline.losses import batch_size, mean_loss
-from edgepress.pipeline.options import HEALERS, HealOptions
+from edgepress.pipeline.losses import batch_size, mean_loss, perplexity
+from edgepress.pipeline.options import HealOptions
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.prune import calibration
+from edgepress.pipeline.prune import calibration, even_windows
+from edgepress.pipeline.shards import header
+from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.table import load
-from edgepress.pipeline.tokens import padded, text_windows
+from edgepress.pipeline.tokens import padded
 from safetensors.torch import load_file, save_file
 
 log = logging.getLogger("edgepress")
 OTHER_TOKENS = 8192
+FEWEST = 32  # tokens in each part of the texts
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> dict[str, Any]:
     """
     if options.original is None:
         raise OptionError("heal needs the model as it was before layers were removed; give --original DIR")
-    kept, layers = kept_layers(source)
+    kept, layers = kept_layers(source, options.original)
+    check_original(source.path, options.original, options.trust_remote_code)
     for file in files_below(source.path):
         target = out / file.relative_to(source.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,20 +63,35 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> dict[str, Any]:
     return heal_folder(out, options.original, kept, layers, options)
 
 
-def kept_layers(source: Artifact) -> tuple[list[int], int]:
-    """Indices, in the original's count, of the layers that ``source`` has, and the count. Raises ModelError."""
-    kept: list[int] | None = None
-    layers = 0
-    for step in source.steps:
-        if step.stage == "prune":
-            layers = layers or step.facts["layers"][0]
-            before = list(range(layers)) if kept is None else kept
-            kept = [index for place, index in enumerate(before) if place not in step.facts["removed_layers"]]
-    if kept is None:
-        raise ModelError(
-            f"the manifest of {source.path} does not say which layers were removed; give a folder that edgepress prune wrote"
-        )
-    return kept, layers
+def kept_layers(source: Artifact, original: Path) -> tuple[list[int], int]:
+    """Indices, in the original's count, of the layers that ``source`` has, and the count.
+
+    Raises ModelError when ``source`` was never pruned, OptionError when it was not pruned from a model of so many layers.
+    """
+    raw = read_json(original / "config.json")
+    layers = raw[layer_count_key(raw)]
+    steps = [step.facts for step in source.steps if step.stage == "prune"]
+    if not steps:
+        raise ModelError(f"the manifest of {source.path} does not say which layers were removed; give a folder that prune wrote")
+    kept = list(range(steps[-1]["layers"][1]))
+    for facts in reversed(steps):  # the last removal counts in what the one before it left
+        before = [index for index in range(facts["layers"][0]) if index not in facts["removed_layers"]]
+        kept = [before[place] for place in kept]
+        if facts["layers"][0] == layers:
+            return kept, layers
+    raise OptionError(
+        f"{original} has {layers} layers, and {source.path} was not pruned from such a model; give --original that one"
+    )
+
+
+def check_original(source: Path, original: Path, trust_remote_code: bool) -> None:
+    """What removal leaves alone must be the same in both. Raises OptionError that names what differs."""
+    check_checkpoint(original, trust_remote_code)
+    outside = re.compile(r"(?!.*\.\d+\.)(?!\d+\.)")
+    theirs = {name: tensor for name, tensor in read_tensors(original) if outside.match(name)}
+    for name, tensor in read_tensors(source):
+        if outside.match(name) and not (name in theirs and torch.equal(tensor, theirs[name])):
+            raise OptionError(f"{original} is not what {source} was pruned from: {name} differs; give --original that one")
 
 
 def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, options: HealOptions) -> dict[str, Any]:
@@ -84,7 +107,7 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
         log.info("heal: left as it is, %s", why)
         return facts | {"accepted": False, "why": why}
     texts = split(original, options)
-    with tempfile.TemporaryDirectory(prefix=".edgepress-states-", dir=folder.parent) as states:
+    with _kept_if_begun(scratch), tempfile.TemporaryDirectory(prefix=".edgepress-states-", dir=folder.parent) as states:
         teacher = record(
             original, texts.fit, sorted({*(gap.target for gap in gaps), layers}), Path(states), options.trust_remote_code
         )
@@ -103,12 +126,27 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
     }
 
 
+@contextmanager
+def _kept_if_begun(scratch: Path) -> Iterator[None]:
+    """Training that was stopped leaves its last checkpoint; anything else leaves nothing."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, EdgepressError) or not any(scratch.rglob("trainer_state.json")):
+            remove(scratch)
+        raise
+
+
 def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str, Any]:
     """One method: healed in memory, judged, and written only if both texts are better for it."""
     model = patient.student.model
     former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     before = [mean_loss(model, rows) for rows in (texts.judging, texts.other)]
-    found = load(f"edgepress.pipeline.healers.{method}:heal")(patient)
+    try:
+        found = load(f"edgepress.pipeline.healers.{method}:heal")(patient)
+    except ModelError as error:
+        found = {"not_healed": str(error)}
+        log.warning("warning: %s cannot heal this model: %s", method, error)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, former[name])}
     dtypes = _dtypes(folder)
     with torch.no_grad():  # judged is what will be stored, rounded to the checkpoint's type
@@ -116,9 +154,9 @@ def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str,
             if name in changed:
                 parameter.copy_(parameter.to(_stored(dtypes, name, folder)).float())
     after = [mean_loss(model, rows) for rows in (texts.judging, texts.other)]
-    better = [own < former_loss for own, former_loss in zip(after, before, strict=True)]
+    better = [own < former_loss for own, former_loss in zip(after, before, strict=True)]  # NaN is not better
     accepted = bool(changed) and all(better)
-    perplexities = [[round(math.exp(loss), 4) for loss in pair] for pair in zip(before, after, strict=True)]
+    perplexities = [[perplexity(loss) for loss in pair] for pair in zip(before, after, strict=True)]
     shown = " and ".join(f"{kind} {b:.4g} -> {a:.4g}" for kind, (b, a) in zip(("held-out", "other"), perplexities, strict=True))
     if accepted:
         _write(folder, {name: p.detach() for name, p in model.named_parameters() if name in changed})
@@ -144,8 +182,13 @@ def split(original: Path, options: HealOptions) -> Texts:
     Of the other text one half chooses and one judges.
     """
     fit, held_out = calibration(original, options)
-    other = text_windows(options.other_text, original, budget=OTHER_TOKENS, length=len(fit[0]))
-    return Texts(fit, *_halves(held_out), *_halves(other))
+    texts = Texts(fit, *_halves(held_out), *_halves(even_windows(options.other_text, original, OTHER_TOKENS)))
+    sets = [getattr(texts, field.name) for field in fields(texts)]
+    if any(sum(len(row) - 1 for row in rows) < FEWEST for rows in sets):
+        raise TextError(f"too little text to heal and to judge by: {FEWEST} tokens are needed in each part; give a longer text")
+    if sha256(options.other_text) == sha256(options.calibration):
+        raise OptionError("--other-text is the --calibration text, and healing would judge itself; give another --other-text")
+    return texts
 
 
 def _halves(windows: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -178,13 +221,8 @@ def record(
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The type of every tensor in a checkpoint's files."""
-    from safetensors import safe_open
-
-    found: dict[str, torch.dtype] = {}
-    for shard in shards(folder):
-        with safe_open(shard, "pt") as file:
-            found |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    return found
+    rows = {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
+    return {name: TYPES[row["dtype"]] for name, row in rows.items()}
 
 
 def _stored(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> torch.dtype:
@@ -223,5 +261,4 @@ def _prove(folder: Path, patient: Patient, window: np.ndarray) -> None:
 def defaults(method: str, options: Any, original: Path) -> HealOptions:
     """What ``edgepress prune --heal`` heals with: its own texts, everything else as ``edgepress heal`` has it."""
     names = ("calibration", "calibration_tokens", "calibration_skip", "trust_remote_code")
-    assert method in HEALERS
     return replace(HealOptions(method=method, original=original), **{name: getattr(options, name) for name in names})

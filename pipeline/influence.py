@@ -108,5 +108,5 @@ def measure_influence(blocks: Blocks, windows: list[np.ndarray], lengths: Sequen
 
 
 def _cosine(x: torch.Tensor, x_norm: torch.Tensor, y: torch.Tensor, y_norm: torch.Tensor) -> torch.Tensor:
-    cosine: torch.Tensor = torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-8)  # a state of zeros has no direction
+    cosine: torch.Tensor = torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-30)  # a state of zeros has no direction
     return cosine

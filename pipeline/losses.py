@@ -47,6 +47,11 @@ def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
     return nats / scored
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss) for JSON: four decimals, and 1e300 for what no number holds."""
+    return round(float(np.exp(loss)), 4) if loss < 690 else 1e300
+
+
 def perplexity_of(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
     """Perplexity over windows of token ids."""
     return float(np.exp(mean_loss(model, windows)))

@@ -112,7 +112,7 @@ class PruneOptions:
     calibration_tokens: int | None = option(
         None,
         f"calibration tokens; the last quarter is held out and ranks nothing (default: {PRUNE_TOKENS}, or all there are)",
-        at_least=16,
+        at_least=64,
     )
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
@@ -161,7 +161,7 @@ class HealOptions:
     calibration_tokens: int | None = option(
         None,
         f"calibration tokens; the last quarter judges and teaches nothing (default: {PRUNE_TOKENS}, or all there are)",
-        at_least=16,
+        at_least=64,
     )
     calibration_skip: int = _calibration_skip()
     other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
@@ -172,6 +172,11 @@ class HealOptions:
     temperature: float = option(1.0, "of the distributions that lora compares", at_least=0)
     contrastive: float = option(0.0, "weight of the contrastive term on hidden states (Contrastive Pruning)", at_least=0)
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, sha25
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.criteria import Choice, choose
-from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.errors import ProofError, TextError
 from edgepress.pipeline.influence import Influence, measure_influence
-from edgepress.pipeline.losses import mean_loss
+from edgepress.pipeline.losses import mean_loss, perplexity
 from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions
 from edgepress.pipeline.surgery import pruned_config, remove_blocks
 from edgepress.pipeline.tokens import context_length, text_windows
@@ -26,6 +25,7 @@ log = logging.getLogger("edgepress")
 WORRYING = 1.5
 # Longer windows tell the blocks apart no better, and their logits fill the memory of a laptop.
 LONGEST_WINDOW = 1024
+SHORTEST_WINDOW = 8
 
 
 def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
             f"(largest difference {float((found - wanted).abs().max()):.3g}); {source.family} keeps per-layer settings that its "
             "config cannot express for these layers, so nothing was written"
         )
-    perplexities = [round(math.exp(loss), 4) for loss in (before, mean_loss(pruned, held_out))]
+    perplexities = [perplexity(loss) for loss in (before, mean_loss(pruned, held_out))]
     _report(choice.removed, layers, perplexities)
     facts = {
         "criterion": options.how,
@@ -95,21 +95,25 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
 
 
 def calibration(folder: Path, options: PruneOptions | HealOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Windows that rank the blocks, and windows that judge the result: the last quarter of the text, at least one window.
+    """Windows that rank the blocks, and windows that judge the result: the last quarter of the text.
 
-    Raises TextError when the text has fewer tokens than were asked for.
+    Raises TextError when the text has fewer tokens than were asked for, or too few to hold any out.
     """
-    budget = options.calibration_tokens or PRUNE_TOKENS
-    length = min(LONGEST_WINDOW, context_length(folder))
     exact = options.calibration_tokens is not None
-    windows = text_windows(options.calibration, folder, budget=budget, skip=options.calibration_skip, length=length, exact=exact)
-    if len(windows) < 4:  # shorter ones, so that there is something to hold out
-        length = max(sum(map(len, windows)) // 4, 4)
-        windows = text_windows(
-            options.calibration, folder, budget=budget, skip=options.calibration_skip, length=length, exact=exact
-        )
+    windows = even_windows(options.calibration, folder, options.calibration_tokens or PRUNE_TOKENS, options.calibration_skip, exact)
     held_out = len(windows) // 4
     return windows[:-held_out], windows[-held_out:]
+
+
+def even_windows(path: Path, folder: Path, budget: int, skip: int = 0, exact: bool = False) -> list[np.ndarray]:
+    """At least seven windows of one length, so that a share of them is that share of the text; a ragged end is left out."""
+    few = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact)
+    tokens = sum(map(len, few))
+    if len(few) < 8:
+        raise TextError(f"{path} is too short: {tokens} tokens, at least {8 * SHORTEST_WINDOW} are needed; give a longer text")
+    length = max(SHORTEST_WINDOW, min(LONGEST_WINDOW, context_length(folder), min(budget, tokens) // 8))
+    windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact)
+    return [row for row in windows if len(row) == len(windows[0])]
 
 
 def _run_lengths(options: PruneOptions, amount: int) -> list[int]:
@@ -133,7 +137,7 @@ def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
 
 def write_influence(out: Path, facts: dict[str, Any], influence: Influence, choice: Choice) -> None:
     """influence.json, a row a layer and how the choice was made, and its picture where matplotlib is installed."""
-    halves = [influence.changes[part::2].sum(0) / max(influence.tokens[part::2].sum(), 1) for part in (0, 1)]
+    halves = [influence.changes[part::2].sum(0) / influence.tokens[part::2].sum() for part in (0, 1)]
     rows = [
         {
             "layer": index,

@@ -15,7 +15,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.options import BenchOptions, bits_rules, make
-from edgepress.pipeline.source import check_checkpoint
+from edgepress.pipeline.source import check_checkpoint, resolve
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import look_up, suggestion
 
@@ -103,9 +103,16 @@ def _check_inputs(source: Path, steps: Plan) -> None:
                 read_text(getattr(options, field))
 
 
+def _resolved(options: Any) -> Any:
+    """Models that a recipe names may be anything that the source may be."""
+    named = {name: getattr(options, name, None) for name in ("original", "reference")}
+    return dataclasses.replace(options, **{name: resolve(str(value)) for name, value in named.items() if value is not None})
+
+
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
     original = artifact = Artifact.load(source)
+    steps = [(name, _resolved(options)) for name, options in steps]
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]

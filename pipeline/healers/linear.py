@@ -38,7 +38,8 @@ def heal(patient: Patient) -> dict[str, Any]:
             facts[where] = _close(patient, cut)
         except ModelError as error:
             facts[where] = {"not_healed": str(error)}
-            log.warning("warning: linear cannot close the gap %s: %s; --method lora can", where, error)
+            advice = "" if "lora" in patient.options.method else "; --method lora may"
+            log.warning("warning: linear cannot close the gap %s: %s%s", where, error, advice)
     return facts
 
 
@@ -150,7 +151,9 @@ def _outputs(
     """What leaves the block when the matrix gives (1 + more) times its output, and that output."""
     own: list[torch.Tensor] = []
 
-    def scale(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def scale(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):  # a router gives more than its product
+            return output
         own.append(output)
         return output * (1 + more)
 
@@ -169,7 +172,12 @@ def _embedding(blocks: Blocks, window: np.ndarray) -> tuple[str, Any, float]:
     head = model.get_output_embeddings()
     if head is not None and head.weight is table.weight:
         raise ModelError("the removed run begins at layer 0 and the embedding, which stands before it, is tied to the head")
-    entering, rows = blocks.states(ids, [0])[0], table.weight[ids].detach()
+    given: list[torch.Tensor] = []  # some tables scale what they give, some models scale it after them
+    handle = table.register_forward_hook(lambda _, args, output: given.append(output))
+    try:
+        entering, rows = blocks.states(ids, [0])[0], given[0]
+    finally:
+        handle.remove()
     if entering.shape != rows.shape:
         raise ModelError("the removed run begins at layer 0 and its input is not the embedding's output")
     factor = float((entering * rows).sum() / (rows * rows).sum())

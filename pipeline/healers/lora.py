@@ -20,6 +20,7 @@ import torch
 from edgepress.pipeline.artifact import remove
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import quiet
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.healers import Patient
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.table import require
@@ -42,44 +43,55 @@ def heal(patient: Patient) -> dict[str, Any]:
     names = _matrices(patient)
     torch.manual_seed(0)
     snapshot = _states(blocks, patient.windows) if options.contrastive else None
-    conv = any(isinstance(blocks.model.get_submodule(name), Conv1D) for name in names)
     folder = _own_folder(patient, names)
     blocks.model.name_or_path = str(options.original)  # else peft asks the hub for a config at every checkpoint
-    adapted = get_peft_model(
-        blocks.model,
-        LoraConfig(
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on checkpoints that nobody but us reads
+        conv = any(isinstance(blocks.model.get_submodule(name), Conv1D) for name in names)
+        settings = LoraConfig(
             r=options.lora_rank, lora_alpha=2 * options.lora_rank, lora_dropout=0.0, target_modules=names, fan_in_fan_out=conv
-        ),
-    )  # fmt: skip
-    data = _Windows(patient, snapshot)
+        )  # fmt: skip
+        adapted = get_peft_model(blocks.model, settings)
+        try:
+            _check_trained(adapted, names)
+            losses, steps = _train(patient, adapted, folder, snapshot)
+        finally:
+            with torch.no_grad():
+                adapted.merge_and_unload()
+            blocks.model.to("cpu").eval().requires_grad_(True)
+    remove(folder)
+    edge = max(1, len(losses) // 10)
+    found: dict[str, Any] = {"matrices": len(names), "steps": steps, "rank": options.lora_rank}
+    if not np.isfinite(losses).all():
+        log.warning("warning: the training diverged; lower --learning-rate")
+    elif losses:
+        found["training_loss"] = [round(float(np.mean(part)), 5) for part in (losses[:edge], losses[-edge:])]
+    return found
+
+
+def _check_trained(adapted: torch.nn.Module, names: list[str]) -> None:
+    """Raise ModelError where peft trains what was not asked for: it maps names of dense matrices to fused experts."""
+    chosen = {name.partition(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    strange = [name for name in chosen if not any(name.endswith(wanted) for wanted in names)]
+    if strange:
+        raise ModelError(f"its experts are fused, and peft would train {strange[0].removeprefix('base_model.model.')} as a whole")
+
+
+def _train(patient: Patient, adapted: Any, folder: Path, snapshot: list[np.ndarray] | None) -> tuple[list[float], int]:
+    """Train, from the last checkpoint if there is one; returns the divergences seen, step by step, and the number of steps."""
+    options, data = patient.options, _Windows(patient, snapshot)
     batch = min(BATCH, len(data))
     steps = max(1, math.ceil(options.lora_tokens / (batch * max(map(len, patient.windows)))))
-    settings = _settings(folder, steps, batch, options.learning_rate)
     trainer = _Distiller(
-        model=adapted, args=settings, train_dataset=data, data_collator=_collate, blocks=blocks, options=options,
-        callbacks=[_Bar(steps)],
+        model=adapted, args=_settings(folder, steps, batch, options.learning_rate), train_dataset=data, data_collator=_collate,
+        blocks=patient.student, options=options, callbacks=[_Bar(steps)],
     )  # fmt: skip
     trainer.pop_callback(PrinterCallback)
     last = _last_checkpoint(folder)
     if last:
         log.info("heal: training goes on at %s of %d steps", last.name.rpartition("-")[2], steps)
-    blocks.model.train()
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's advice on checkpoints that nobody but us reads
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    with torch.no_grad():
-        adapted.merge_and_unload()
-    blocks.model.eval()
-    blocks.model.requires_grad_(True)
-    remove(folder)
-    losses = trainer.losses
-    edge = max(1, len(losses) // 10)
-    return {
-        "matrices": len(names),
-        "steps": steps,
-        "rank": options.lora_rank,
-        "training_loss": [round(float(np.mean(part)), 5) for part in (losses[:edge], losses[-edge:])] if losses else [],
-    }
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return trainer.losses, steps
 
 
 def _settings(folder: Path, steps: int, batch: int, learning_rate: float) -> TrainingArguments:
@@ -159,6 +171,7 @@ class _Distiller(Trainer):  # type: ignore[misc]
         self.blocks, self.options, self.losses = blocks, options, list[float]()
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        model.eval()  # no dropout: the whole model had none when it was recorded
         ids, real, states = inputs["ids"], inputs["real"], inputs["states"]
         with torch.no_grad(), self.blocks.entering(len(self.blocks), states):
             truth = self.blocks.model(input_ids=ids, use_cache=False).logits[real].float() / self.options.temperature
