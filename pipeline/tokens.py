@@ -110,17 +110,6 @@ def text_windows(
     return [row for row in rows if len(row) >= max(shortest, 2)]
 
 
-def batches(windows: list[np.ndarray], size: int = 8) -> list[np.ndarray]:
-    """Windows of equal length stacked to (at most ``size``, length), in order, without padding."""
-    stacked: list[list[np.ndarray]] = []
-    for row in windows:
-        if stacked and len(stacked[-1]) < size and len(stacked[-1][0]) == len(row):
-            stacked[-1].append(row)
-        else:
-            stacked.append([row])
-    return [np.stack(rows) for rows in stacked]
-
-
 def padded(windows: list[np.ndarray], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Windows stacked in order, at most ``size`` at a time: ids (batch, longest) and which of them are real, not padding.
 

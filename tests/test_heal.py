@@ -241,6 +241,7 @@ def test_harm_is_refused(pruned: Artifact, reference: Path, tmp_path: Path, capl
     assert any("did not help both kinds of text" in record.message for record in caplog.records)
 
 
+@pytest.mark.families
 def test_a_stored_type_is_kept_and_judged(tmp_path: Path, reference: Path) -> None:
     """A bfloat16 checkpoint stays one, and what was judged is what its rounding left."""
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
@@ -256,6 +257,7 @@ def test_a_stored_type_is_kept_and_judged(tmp_path: Path, reference: Path) -> No
     assert facts["held_out_perplexity"][1] == pytest.approx(np.exp(mean_loss(load_model(healed.path), texts.judging)), rel=1e-4)
 
 
+@pytest.mark.families
 def test_lora_helps_merges_and_goes_on(pruned: Artifact, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after a checkpoint, the same call trains the steps that are left and ends where it would have."""
     from edgepress.pipeline.healers import lora

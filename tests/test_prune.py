@@ -17,7 +17,7 @@ from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import decoder_blocks, load_model
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.prune import prune
+from edgepress.pipeline.prune import calibration, prune
 from edgepress.pipeline.surgery import pruned_config
 from edgepress.pipeline.tokens import text_windows
 from families import FAMILIES, LAYERS, family_config
@@ -209,13 +209,12 @@ def test_the_manifest_says_how_layers_were_chosen(tiny: Path, text: Path, tmp_pa
     assert facts["criterion"] == "greedy" and facts["layers"] == [4, 2] and len(facts["removed_layers"]) == 2
     assert facts["evaluations"] >= 4 + 3
     positions = facts["calibration"]
-    windows = text_windows(text, tiny, budget=1000, length=256)
-    assert positions["held_out_positions"] == sum(map(len, windows[3:])) and positions["ranking_positions"] == sum(
-        map(len, windows[:3])
-    )
+    ranking, held_out = calibration(tiny, PruneOptions(remove_layers=2, calibration=text, calibration_tokens=1000))
+    assert positions["held_out_positions"] == sum(map(len, held_out)) and positions["ranking_positions"] == sum(map(len, ranking))
+    assert not {row.tobytes() for row in ranking} & {row.tobytes() for row in held_out}
     from edgepress.pipeline.losses import perplexity_of
 
-    assert facts["held_out_perplexity"] == pytest.approx([perplexity_of(load_model(f), windows[3:]) for f in (tiny, out)], rel=1e-4)
+    assert facts["held_out_perplexity"] == pytest.approx([perplexity_of(load_model(f), held_out) for f in (tiny, out)], rel=1e-4)
 
 
 def test_qwen2_window_boundary_moves_with_the_blocks() -> None:

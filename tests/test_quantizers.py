@@ -27,7 +27,7 @@ from edgepress.pipeline.quantize import QUANTIZERS
 from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
-from edgepress.pipeline.tokens import batches, text_windows
+from edgepress.pipeline.tokens import text_windows
 from safetensors.numpy import load_file
 from transformers import LlamaConfig
 
@@ -149,7 +149,7 @@ class Trained:
             for name, module in self.linears.items():
                 weight = replace[name].dequantized() if replace else self.weights[name]
                 module.weight.copy_(torch.from_numpy(weight))
-            ids = [torch.from_numpy(rows) for rows in batches(self.windows)]
+            ids = [torch.from_numpy(row)[None] for row in self.windows]
             losses = [self._losses(rows) for rows in ids]
         torch.set_num_threads(threads)
         return float(torch.cat(losses).double().mean().exp())
@@ -599,7 +599,7 @@ def test_gptq_beats_rounding(quantized: GptqRun) -> None:
     for name, module in block_linears(model).items():
         module.register_forward_pre_hook(collect(name))
     with torch.inference_mode():
-        for rows in batches(quantized.windows):
+        for rows in (row[None] for row in quantized.windows):
             model(input_ids=torch.from_numpy(rows), use_cache=False)
 
     def error(linear: PackedLinear, weight: np.ndarray) -> float:
@@ -670,6 +670,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="finds the child in /proc")
+@pytest.mark.families
 def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, tiny: Path, text: Path, tmp_path: Path) -> None:
     """SIGKILL cannot be caught: the child must see for itself that its parent is gone, and the layers done are not lost.
 
