@@ -167,6 +167,8 @@ def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str,
             for name in changed:
                 model.get_parameter(name).copy_(former[name])
         log.warning("warning: %s did not help both kinds of text (perplexity of %s); the checkpoint stays as it was", method, shown)
+    else:
+        log.info("heal: %s found no change that helps both kinds of text; the checkpoint stays as it was", method)
     judged = {"held_out_perplexity": perplexities[0], "other_perplexity": perplexities[1]}
     if not accepted:
         judged = {f"rejected_{key}": value for key, value in judged.items()} | {
