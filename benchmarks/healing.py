@@ -14,14 +14,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.losses import divergences, next_token_losses
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.options import HealOptions, PruneOptions
+from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.tokens import text_windows
 
 
@@ -91,14 +91,10 @@ def rows(
 
 def judged(whole: Blocks, blocks: Blocks, windows: list[np.ndarray]) -> tuple[float, float, float]:
     """Mean loss, KL from the whole model, and agreement of the likeliest token."""
-    losses, kl, same = [], [], []
+    scores = Quality()
     for row in windows:
-        ids = torch.from_numpy(row)[None]
-        truth, logits = whole.logits(ids), blocks.logits(ids)
-        losses.append(next_token_losses(logits, ids)[0].double().numpy())
-        kl.append(divergences(truth[0, :-1], logits[0, :-1]).double().numpy())
-        same.append((truth[0, :-1].argmax(-1) == logits[0, :-1].argmax(-1)).double().numpy())
-    return tuple(float(np.concatenate(part).mean()) for part in (losses, kl, same))  # type: ignore[return-value]
+        scores.add(row, logits_of(blocks.model, row), logits_of(whole.model, row))
+    return tuple(float(np.concatenate(part).mean()) for part in (scores.losses, scores.divergences, scores.agreements))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import batch_size
-from edgepress.pipeline.tokens import padded
+from edgepress.pipeline.losses import batches
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 
@@ -36,8 +35,8 @@ def main() -> None:
     windows = [rng.integers(0, options.vocabulary, options.length) for _ in range(options.windows)]
 
     def plain() -> None:
-        for ids, _ in padded(windows, batch_size(blocks.model, windows)):
-            blocks.logits(torch.from_numpy(ids))
+        for ids, _ in batches(blocks.model, windows):
+            blocks.logits(ids)
 
     def measured() -> None:
         measure_influence(blocks, windows)

@@ -13,13 +13,13 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.criteria import choose
 from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import divergences, next_token_losses
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.prune import calibration
 from edgepress.pipeline.tokens import text_windows
 
@@ -72,16 +72,13 @@ def row_by_criterion(blocks: Blocks, windows: list[np.ndarray], amount: int, opt
 
 def measured(blocks: Blocks, removed: list[int], windows: list[np.ndarray]) -> tuple[list[np.ndarray], ...]:
     """Losses, divergences from the whole model and agreements of the likeliest token, an array a window."""
-    losses, kl, same = [], [], []
+    scored = []
     for row in windows:
-        ids = torch.from_numpy(row)[None]
-        original = blocks.logits(ids)
+        scores, original = Quality(), logits_of(blocks.model, row)
         with blocks.without(removed):
-            logits = blocks.logits(ids)
-        losses.append(next_token_losses(logits, ids)[0].double().numpy())
-        kl.append(divergences(original[0, :-1], logits[0, :-1]).double().numpy())
-        same.append((original[0, :-1].argmax(-1) == logits[0, :-1].argmax(-1)).numpy())
-    return losses, kl, same
+            scores.add(row, logits_of(blocks.model, row), original)
+        scored.append([np.concatenate(part) for part in (scores.losses, scores.divergences, scores.agreements)])
+    return tuple(list(part) for part in zip(*scored, strict=True))
 
 
 if __name__ == "__main__":

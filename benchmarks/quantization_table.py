@@ -20,16 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import load_model, shapes_of
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.tokens import text_windows
-from transformers import PreTrainedModel
 
 GROUPS = (128, 64, 32)
 
@@ -62,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable()
     windows = text_windows(options.text, options.model, budget=options.tokens, skip=options.skip)
-    whole = [logits(load_model(options.model), row) for row in windows]
+    whole = [logits_of(load_model(options.model), row) for row in windows]
     print(f"{options.model.name}, {sum(len(row) - 1 for row in windows):,} tokens of {options.text.name}\n")
     print("| weights | perplexity | change | KL | top-1 | bits per weight | bytes |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -77,7 +76,7 @@ def main() -> None:
         folder = options.work / options.model.name / "-".join(parts)
         run("quantize", Artifact.load(options.model), folder, recipe)
         model = load_model(folder)
-        found, losses = quality(windows, [logits(model, row) for row in windows], whole)
+        found, losses = quality(windows, [logits_of(model, row) for row in windows], whole)
         change, error = float((losses - truth).mean()), float((losses - truth).std() / math.sqrt(losses.size))
         file = PackedFile(folder)
         left = 4 * sum(math.prod(shape) for shape in shapes_of(folder).values())
@@ -85,12 +84,6 @@ def main() -> None:
         stored = sum(linear.nbytes for linear in linears)
         bits = 8 * stored / sum(linear.shape[0] * linear.shape[1] for linear in linears)
         line(name, found, change, error, bits, stored + left)
-
-
-def logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    return found
 
 
 def quality(windows: list[np.ndarray], found: list[np.ndarray], whole: list[np.ndarray]) -> tuple[dict[str, float], np.ndarray]:

@@ -51,24 +51,6 @@ class Blocks:
         with self._replaced({i: hidden if i == index - 1 else None for i in range(index)}):
             yield
 
-    @contextmanager
-    def recorded(self, wanted: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """A dictionary that each forward pass fills with the hidden states that enter the blocks ``wanted``."""
-        states: dict[int, torch.Tensor] = {}
-
-        def note(index: int) -> Any:
-            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                states[index] = block_input(args, kwargs)
-
-            return hook
-
-        handles = [self.modules[index].register_forward_pre_hook(note(index), with_kwargs=True) for index in wanted]
-        try:
-            yield states
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def states(self, ids: torch.Tensor, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """What enters the blocks ``wanted``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
 

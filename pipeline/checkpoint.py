@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,10 +120,14 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
     return None
 
 
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> dtype, shape and place of every tensor, from the headers alone. Raises ModelError for a damaged file."""
+    return {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
+
+
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint, from the headers alone. Raises ModelError for a damaged file."""
-    rows = {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
-    return {name: tuple(row["shape"]) for name, row in rows.items()}
+    """Name -> shape of every tensor of a checkpoint. Raises ModelError for a damaged file."""
+    return {name: tuple(row["shape"]) for name, row in rows_of(folder).items()}
 
 
 def check_names(folder: Path, model: PreTrainedModel, matrices: dict[str, tuple[int, ...]]) -> None:

@@ -162,8 +162,6 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    from edgepress.pipeline.report import influence_table
-
     stage = STAGES[options.verb]
     if options.verb == "bench" and options.others:
         flags = {**flags, "beside": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("beside")])]}
@@ -178,6 +176,8 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         _print_report(artifact)
         return 0
     if options.verb == "prune":
+        from edgepress.pipeline.report import influence_table
+
         print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
     print(artifact.path)
     return 0

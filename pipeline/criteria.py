@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.influence import Influence, measure_influence
-from edgepress.pipeline.losses import batch_size, divergences, mean_loss
+from edgepress.pipeline.losses import batches, divergences, mean_loss
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.progress import bar
-from edgepress.pipeline.tokens import padded
 
 log = logging.getLogger("edgepress")
 
@@ -126,18 +124,17 @@ def _costs(search: Search, removed: list[int], candidates: list[int], label: str
     All candidates share the blocks before them: each starts from the state that enters it in the model without ``removed``.
     """
     blocks, sums, tokens = search.blocks, dict.fromkeys(candidates, 0.0), 0
-    batches = padded(search.windows, batch_size(blocks.model, search.windows))
-    with bar(label, len(batches) * len(candidates), "trial") as shown:
-        for rows, real in batches:
-            ids, mask = torch.from_numpy(rows), torch.from_numpy(real)
-            original = blocks.logits(ids)[mask]
-            with blocks.without(removed), blocks.recorded(candidates) as states:
-                blocks.logits(ids)
+    parts = batches(blocks.model, search.windows)
+    with bar(label, len(parts) * len(candidates), "trial") as shown:
+        for ids, real in parts:
+            original = blocks.logits(ids)[real]
+            with blocks.without(removed):
+                states = blocks.states(ids, candidates)
             for index in candidates:
                 with blocks.entering(index + 1, states[index]), blocks.without(removed):
-                    sums[index] += float(divergences(original, blocks.logits(ids)[mask]).double().sum())
+                    sums[index] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
                 shown.update()
-            tokens += int(mask.sum())
+            tokens += int(real.sum())
     return {index: total / tokens for index, total in sums.items()}
 
 
@@ -151,22 +148,22 @@ def _best_of(search: Search, found: list[int]) -> list[int]:
             sets.append(other)
     if len(sets) == 1:
         return found
-    costs = [kl_without(search.blocks, wanted, search.windows) for wanted in sets]
+    costs = kl_without(search.blocks, sets, search.windows)
     _count(search, len(sets), time.monotonic() - begun)
     search.rounds.append({"sets": [{"layers": s, "kl": round(c, 6)} for s, c in zip(sets, costs, strict=True)]})
     return sets[int(np.argmin(costs))]
 
 
-def kl_without(blocks: Blocks, removed: list[int], windows: list[np.ndarray]) -> float:
-    """Mean KL(original || model without the blocks ``removed``) in nats a token."""
-    total, tokens = 0.0, 0
-    for rows, real in padded(windows, batch_size(blocks.model, windows)):
-        ids, mask = torch.from_numpy(rows), torch.from_numpy(real)
-        original = blocks.logits(ids)[mask]
-        with blocks.without(removed):
-            total += float(divergences(original, blocks.logits(ids)[mask]).double().sum())
-        tokens += int(mask.sum())
-    return total / tokens
+def kl_without(blocks: Blocks, sets: list[list[int]], windows: list[np.ndarray]) -> list[float]:
+    """Mean KL(original || model without the blocks of a set) in nats a token, for each set."""
+    sums, tokens = [0.0] * len(sets), 0
+    for ids, real in batches(blocks.model, windows):
+        original = blocks.logits(ids)[real]
+        for place, removed in enumerate(sets):
+            with blocks.without(removed):
+                sums[place] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
+        tokens += int(real.sum())
+    return [total / tokens for total in sums]
 
 
 def _first_tokens(windows: list[np.ndarray], budget: int) -> list[np.ndarray]:

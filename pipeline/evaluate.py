@@ -63,10 +63,7 @@ class _Torch:
         self.model = model
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            found: np.ndarray = self.model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        found: np.ndarray = load("edgepress.pipeline.losses:logits_of")(self.model, ids)
         return found
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]:

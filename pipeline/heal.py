@@ -17,17 +17,15 @@ import torch
 from edgepress.models.families import layer_count_key
 from edgepress.pipeline.artifact import Artifact, files_below, read_json, remove, sha256
 from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model, read_tensors, shards
+from edgepress.pipeline.checkpoint import load_model, read_tensor, rows_of, shards
 from edgepress.pipeline.errors import EdgepressError, ModelError, OptionError, ProofError, TextError
 from edgepress.pipeline.healers import Patient, cuts
-from edgepress.pipeline.losses import batch_size, mean_loss, perplexity
+from edgepress.pipeline.losses import batches, mean_loss, perplexity
 from edgepress.pipeline.options import HealOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.prune import calibration, even_windows
-from edgepress.pipeline.shards import header
 from edgepress.pipeline.source import check_checkpoint
 from edgepress.pipeline.table import load
-from edgepress.pipeline.tokens import padded
 from safetensors.torch import load_file, save_file
 
 log = logging.getLogger("edgepress")
@@ -88,9 +86,9 @@ def check_original(source: Path, original: Path, trust_remote_code: bool) -> Non
     """What removal leaves alone must be the same in both. Raises OptionError that names what differs."""
     check_checkpoint(original, trust_remote_code)
     outside = re.compile(r"(?!.*\.\d+\.)(?!\d+\.)")
-    theirs = {name: tensor for name, tensor in read_tensors(original) if outside.match(name)}
-    for name, tensor in read_tensors(source):
-        if outside.match(name) and not (name in theirs and torch.equal(tensor, theirs[name])):
+    for name in filter(outside.match, rows_of(source)):
+        own, theirs = read_tensor(source, name), read_tensor(original, name)
+        if own is None or theirs is None or not torch.equal(own, theirs):
             raise OptionError(f"{original} is not what {source} was pruned from: {name} differs; give --original that one")
 
 
@@ -213,18 +211,17 @@ def record(
     tokens, width = sum(map(len, windows)), blocks.model.config.hidden_size
     kept = {i: np.memmap(scratch / f"{i}.float32", dtype=np.float32, mode="w+", shape=(tokens, width)) for i in wanted}
     row = 0
-    for ids, real in progress(padded(windows, batch_size(blocks.model, windows)), "states of the whole model", "batch"):
-        states = blocks.states(torch.from_numpy(ids), wanted)
+    for ids, real in progress(batches(blocks.model, windows), "states of the whole model", "batch"):
+        states = blocks.states(ids, wanted)
         for index, rows in kept.items():
-            rows[row : row + int(real.sum())] = states[index][torch.from_numpy(real)].numpy()
+            rows[row : row + int(real.sum())] = states[index][real].numpy()
         row += int(real.sum())
     return dict(kept)
 
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The type of every tensor in a checkpoint's files."""
-    rows = {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
-    return {name: TYPES[row["dtype"]] for name, row in rows.items()}
+    return {name: TYPES[row["dtype"]] for name, row in rows_of(folder).items()}
 
 
 def _stored(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> torch.dtype:

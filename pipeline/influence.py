@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from edgepress.pipeline.blocks import Blocks, block_input, block_output
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.losses import batch_size
+from edgepress.pipeline.losses import batches
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.tokens import padded
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,16 @@ class Influence:
         found: np.ndarray = self.angles[length].sum(0) / self.tokens.sum()
         return found
 
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Block Influence over the even and over the odd windows, (blocks,) each; of two windows or more."""
+        even, odd = (self.changes[part::2].sum(0) / self.tokens[part::2].sum() for part in (0, 1))
+        return even, odd
+
     def stability(self) -> float | None:
         """Spearman's rank correlation of Block Influence between the even and the odd windows; None with one window or block."""
         if len(self.tokens) < 2 or self.changes.shape[1] < 2:
             return None
-        halves = [self.changes[part::2].sum(0) / self.tokens[part::2].sum() for part in (0, 1)]
-        even, odd = (np.argsort(np.argsort(half)) for half in halves)
+        even, odd = (np.argsort(np.argsort(half)) for half in self.halves())
         return round(float(np.corrcoef(even, odd)[0, 1]), 4)
 
 
@@ -92,11 +95,10 @@ def measure_influence(blocks: Blocks, windows: list[np.ndarray], lengths: Sequen
 
     handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks.modules)]
     try:
-        for ids, mask in progress(padded(windows, batch_size(blocks.model, windows)), "block influence", "batch"):
-            real = torch.from_numpy(mask)
+        for ids, real in progress(batches(blocks.model, windows), "block influence", "batch"):  # noqa: B007 (the hooks read it)
             batch = np.zeros((len(ids), len(blocks)))
             turned = {length: np.zeros((len(ids), len(blocks) - length + 1)) for length in lengths}
-            blocks.logits(torch.from_numpy(ids))
+            blocks.logits(ids)
             changes.append(batch)
             for length in lengths:
                 angles[length].append(turned[length])

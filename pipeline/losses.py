@@ -12,9 +12,20 @@ _ROWS = 256  # positions whose probabilities stand in memory at once
 _LOGITS = 2**26  # float32 logits of a batch: a quarter of a gigabyte
 
 
-def batch_size(model: PreTrainedModel, windows: list[np.ndarray]) -> int:
-    """Windows at a time, 8 at most, few enough for the logits of a large vocabulary to fit a small memory."""
-    return int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
+def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows in order as ids (batch, tokens), padded on the right, and which of them are real.
+
+    At most 8 windows at a time, few enough for the logits of a large vocabulary to fit a small memory.
+    """
+    size = int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
+    return [(torch.from_numpy(ids), torch.from_numpy(real)) for ids, real in padded(windows, size)]
+
+
+def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Logits (tokens, vocabulary) of one window (tokens,), without a cache."""
+    with torch.inference_mode():
+        found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    return found
 
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -40,8 +51,8 @@ def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
     """Mean loss in nats over every token after the first of its window."""
     nats, scored = 0.0, 0
     with torch.inference_mode():
-        for rows, real in progress(padded(windows, batch_size(model, windows)), "loss", "batch"):
-            ids, scoring = torch.from_numpy(rows), torch.from_numpy(real[:, 1:])
+        for ids, real in progress(batches(model, windows), "loss", "batch"):
+            scoring = real[:, 1:]
             losses = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)
             nats, scored = nats + float(losses[scoring].double().sum()), scored + int(scoring.sum())
     return nats / scored
@@ -50,8 +61,3 @@ def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
 def perplexity(loss: float) -> float:
     """exp(loss) for JSON: four decimals, and 1e300 for what no number holds."""
     return round(float(np.exp(loss)), 4) if loss < 690 else 1e300
-
-
-def perplexity_of(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
-    """Perplexity over windows of token ids."""
-    return float(np.exp(mean_loss(model, windows)))

@@ -68,6 +68,11 @@ def _calibration_tokens() -> Any:
     return option(32768, "calibration tokens at most", at_least=16)
 
 
+def _shared_tokens(held_out: str) -> Any:
+    text = f"calibration tokens; the last quarter {held_out} (default: {PRUNE_TOKENS}, or all there are)"
+    return option(None, text, at_least=64)
+
+
 def _calibration_skip() -> Any:
     return option(0, "tokens of the calibration text to leave out at its beginning", at_least=0)
 
@@ -109,11 +114,7 @@ class PruneOptions:
     shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
     greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
-    calibration_tokens: int | None = option(
-        None,
-        f"calibration tokens; the last quarter is held out and ranks nothing (default: {PRUNE_TOKENS}, or all there are)",
-        at_least=64,
-    )
+    calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
 
@@ -158,11 +159,7 @@ class HealOptions:
     method: str = option("linear", "how the model is healed", HEALERS, alone=True)
     original: Path | None = option(None, "the checkpoint before layers were removed (a build knows it)")
     calibration: Path = _calibration()
-    calibration_tokens: int | None = option(
-        None,
-        f"calibration tokens; the last quarter judges and teaches nothing (default: {PRUNE_TOKENS}, or all there are)",
-        at_least=64,
-    )
+    calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
     other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
     lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)

@@ -57,6 +57,11 @@ def against_quality(reports: Sequence[dict[str, Any]], kind: str) -> str:
 
 
 def influences(values: Sequence[float], removed: Sequence[int]) -> str:
+    """The picture of ``influence_figure``."""
+    return _svg(influence_figure(values, removed), "influence of each layer")
+
+
+def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
     """Block Influence of every layer, the removed ones in another colour."""
     figure, axes = _figure(2.4)
     colours = [_REMOVED if i in removed else _KEPT for i in range(len(values))]
@@ -69,7 +74,7 @@ def influences(values: Sequence[float], removed: Sequence[int]) -> str:
     axes.bar([0], [0], color=_REMOVED, label="removed")
     axes.bar([0], [0], color=_KEPT, label="kept")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return _svg(figure, "influence of each layer")
+    return figure
 
 
 def losses(reports: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edgepress.pipeline.influence import Influence, measure_influence
 from edgepress.pipeline.losses import mean_loss, perplexity
 from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions
 from edgepress.pipeline.surgery import pruned_config, remove_blocks
+from edgepress.pipeline.table import load
 from edgepress.pipeline.tokens import context_length, text_windows
 
 log = logging.getLogger("edgepress")
@@ -44,7 +46,8 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     blocks = Blocks(model)
     influence = measure_influence(blocks, ranking, _run_lengths(options, amount))
     choice = choose(options, amount, blocks, influence, ranking, held_out)
-    config = pruned_config(source.path, _others(layers, choice.removed), options.trust_remote_code)
+    kept = _others(layers, choice.removed)
+    config = pruned_config(source.path, kept, options.trust_remote_code)
     before = mean_loss(model, held_out)
 
     probe = torch.from_numpy(ranking[0])[None]
@@ -53,7 +56,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
         wanted = blocks.logits(probe)
     del model, blocks  # the pruned one is loaded next: both need not stand in memory together
 
-    remove_blocks(source.path, out, name, _others(layers, choice.removed), config)
+    remove_blocks(source.path, out, name, kept, config)
     pruned = load_model(out, options.trust_remote_code)
     with torch.inference_mode():
         found = pruned(input_ids=probe, use_cache=False).logits
@@ -89,7 +92,6 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
         from edgepress.pipeline.heal import defaults, heal_folder
 
         del pruned  # healing loads what it needs
-        kept = _others(layers, choice.removed)
         facts["healed"] = heal_folder(out, source.path, kept, layers, defaults(options.heal, options, source.path))
     return facts
 
@@ -137,7 +139,7 @@ def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
 
 def write_influence(out: Path, facts: dict[str, Any], influence: Influence, choice: Choice) -> None:
     """influence.json, a row a layer and how the choice was made, and its picture where matplotlib is installed."""
-    halves = [influence.changes[part::2].sum(0) / influence.tokens[part::2].sum() for part in (0, 1)]
+    halves = influence.halves()
     rows = [
         {
             "layer": index,
@@ -156,17 +158,8 @@ def write_influence(out: Path, facts: dict[str, Any], influence: Influence, choi
 
 
 def draw(file: Path, influences: list[float], removed: list[int]) -> None:
-    """A bar a layer, those removed in another colour. Without matplotlib a line in the log says what is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("no influence.png: matplotlib is not installed (pip install 'edgepress[report]')")
-        return
-    figure = Figure(figsize=(max(5.0, 0.32 * len(influences)), 3.2), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#c44e52" if index in removed else "#4c72b0" for index in range(len(influences))]
-    axes.bar(range(len(influences)), influences, color=colours)
-    axes.set(xlabel="layer", ylabel="Block Influence", title="red: removed" if removed else "nothing removed")
-    axes.set_xticks(range(0, len(influences), max(1, len(influences) // 24)))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    """The report's picture of influence by layer. Without matplotlib a line in the log says what is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.info("no %s: matplotlib is not installed (in a clone of edgepress: pip install '.[report]')", file.name)
+    else:
+        load("edgepress.pipeline.plots:influence_figure")(influences, removed).savefig(file, dpi=120)

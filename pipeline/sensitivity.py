@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import block_linears, decoder_blocks, load_model
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.progress import progress
@@ -33,13 +33,13 @@ def measure(folder: Path, options: SensitivityOptions) -> dict[str, Any]:
         options.calibration, folder, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
     )
     model = load_model(folder, options.trust_remote_code)
-    whole = [_logits(model, ids) for ids in windows]
+    whole = [logits_of(model, ids) for ids in windows]
     rows = []
     for name, modules in progress(_groups(model).items(), "sensitivity", "group"):
         with _rounded(modules, options):
             scores = Quality()
             for ids, truth in zip(windows, whole, strict=True):
-                scores.add(ids, _logits(model, ids), truth)
+                scores.add(ids, logits_of(model, ids), truth)
         figures, weights = scores.figures(), sum(m.weight.numel() for m in modules.values())
         rows.append({
             "group": name,
@@ -98,9 +98,3 @@ def _rounded(modules: dict[str, torch.nn.Linear | Conv1D], options: SensitivityO
         finally:
             for name, module in modules.items():
                 module.weight.copy_(kept[name])
-
-
-def _logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    return found

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from edgepress.models.families import arithmetic_fields, layer_count_key, pruned_configs, renamed
 from edgepress.pipeline.artifact import read_json, write_json
-from edgepress.pipeline.checkpoint import carry_files, decoder_blocks, quiet, read_config, shards
+from edgepress.pipeline.checkpoint import carry_files, decoder_blocks, quiet, read_config, rows_of, shards
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.shards import header, rewrite
+from edgepress.pipeline.shards import rewrite
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # What a module knows of its own place; removal is there to change it.
@@ -28,8 +28,7 @@ def remove_blocks(source: Path, out: Path, name: str, kept: Sequence[int], confi
     Raises ModelError when the tensors in the files do not go by the architecture's names.
     """
     prefixes = (name, name.split(".", 1)[-1])  # some checkpoints leave the base model's prefix out of their names
-    names = [tensor for shard in shards(source) for tensor in header(shard)[0] if tensor != "__metadata__"]
-    if not any(renamed(tensor, prefixes, []) is None for tensor in names):
+    if not any(renamed(tensor, prefixes, []) is None for tensor in rows_of(source)):
         raise ModelError(f"no tensor in {source} belongs to '{name}'; save the model again with this transformers' save_pretrained")
     rewrite(shards(source), out, lambda tensor: renamed(tensor, prefixes, kept))
     carry_files(source, out)

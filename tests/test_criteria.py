@@ -95,7 +95,7 @@ def test_greedy_is_never_costlier_than_bi_or_angular(setting: Setting) -> None:
     for amount in (2, 3):
         costs = [
             kl_without(
-                setting.blocks, setting.choose(criterion=name, remove_layers=amount, shortlist=1).removed, setting.ranking[:3]
+                setting.blocks, [setting.choose(criterion=name, remove_layers=amount, shortlist=1).removed], setting.ranking[:3]
             )
             for name in ("greedy", "bi", "angular")
         ]

@@ -19,9 +19,8 @@ import torch
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.healers import Cut, Patient
-from edgepress.pipeline.losses import batch_size
+from edgepress.pipeline.losses import batches
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.tokens import padded
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -52,16 +51,13 @@ def _close(patient: Patient, cut: Cut) -> dict[str, Any]:
     weight: torch.Tensor = matrix.weight.detach().clone()
     bias = None if getattr(matrix, "bias", None) is None else matrix.bias.detach().clone()
     losses = {0.0: patient.loss()}
-    solutions = {}
+    solutions = {0.0: torch.zeros_like(cross)}
     for ridge in RIDGES:
         solutions[ridge] = _solve(gram, cross, ridge) / factor
         _set(matrix, weight, bias, solutions[ridge])
         losses[ridge] = patient.loss()
     best = min(losses, key=lambda ridge: losses[ridge])
-    if best:
-        _set(matrix, weight, bias, solutions[best])
-    else:
-        _set(matrix, weight, bias, torch.zeros_like(solutions[RIDGES[0]]))
+    _set(matrix, weight, bias, solutions[best])
     log.info("heal: %s, ridge %g: loss on text kept for that %.4f -> %.4f", name, best, losses[0.0], losses[best])
     return {"matrix": name, "ridge": best, "losses": {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()}}
 
@@ -99,12 +95,11 @@ def _statistics(patient: Patient, cut: Cut, matrix: torch.nn.Module) -> tuple[to
         lambda _, args, output: seen.append(output if isinstance(matrix, torch.nn.Embedding) else args[0])
     )
     try:
-        for ids, real in progress(padded(patient.windows, batch_size(blocks.model, patient.windows)), "statistics", "batch"):
+        for ids, real in progress(batches(blocks.model, patient.windows), "statistics", "batch"):
             seen.clear()
-            states = blocks.states(torch.from_numpy(ids), [place])[place]
-            mask = torch.from_numpy(real)
+            states = blocks.states(ids, [place])[place]
             wanted = torch.from_numpy(np.array(target[starts[row] : starts[row + len(ids)]]))
-            entering, leaving = seen[0].reshape(*mask.shape, -1)[mask].float(), states[mask].float()
+            entering, leaving = seen[0].reshape(*real.shape, -1)[real].float(), states[real].float()
             if constant:
                 entering = torch.cat([entering, torch.ones(len(entering), 1)], dim=1)
             weights = 1 / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
