@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 log = logging.getLogger("edgepress")
 OTHER_TOKENS = 8192
 FEWEST = 32  # tokens in each part of the texts
+REFUSED = "; the checkpoint stays as it was (--other-text takes a text of a kind that this model is meant for)"
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -164,9 +165,9 @@ def _one(folder: Path, patient: Patient, method: str, texts: Texts) -> dict[str,
         with torch.no_grad():
             for name in changed:
                 model.get_parameter(name).copy_(former[name])
-        log.warning("warning: %s did not help both kinds of text (perplexity of %s); the checkpoint stays as it was", method, shown)
+        log.warning("warning: %s did not help both kinds of text (perplexity of %s)%s", method, shown, REFUSED)
     else:
-        log.info("heal: %s found no change that helps both kinds of text; the checkpoint stays as it was", method)
+        log.info("heal: %s found no change that helps both kinds of text%s", method, REFUSED)
     judged = {"held_out_perplexity": perplexities[0], "other_perplexity": perplexities[1]}
     if not accepted:
         judged = {f"rejected_{key}": value for key, value in judged.items()} | {

@@ -36,6 +36,12 @@ def pruned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
     return stages.run("prune", Artifact.load(reference), tmp_path_factory.mktemp("heal") / "pruned", options)
 
 
+@pytest.fixture
+def short_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For healings that are refused: reading all of the shipped other text takes most of their time."""
+    monkeypatch.setattr("edgepress.pipeline.heal.OTHER_TOKENS", 1600)
+
+
 def options(original: Path, **changes: Any) -> HealOptions:
     return HealOptions(**({"original": original, "calibration_tokens": 6000} | changes))
 
@@ -217,6 +223,7 @@ def test_a_gap_at_the_beginning_goes_into_an_untied_embedding(
     assert gaps[1] == min(gaps)  # the exact factor is the best one
 
 
+@pytest.mark.usefixtures("short_other_text")
 def test_a_tied_embedding_is_refused(reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "pruned"
     pruned = stages.run("prune", Artifact.load(reference), folder, PruneOptions(layers=(0,), calibration_tokens=500))
@@ -227,6 +234,7 @@ def test_a_tied_embedding_is_refused(reference: Path, tmp_path: Path, caplog: py
     assert any("--method lora may" in entry.message for entry in caplog.records)
 
 
+@pytest.mark.usefixtures("short_other_text")
 def test_harm_is_refused(pruned: Artifact, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A tiny foreign text teaches what does not hold elsewhere: the checkpoint stays bit for bit, and manifest and log say so."""
     foreign = tmp_path / "foreign.txt"
@@ -337,11 +345,12 @@ def test_a_quarter_of_the_text_is_held_out(budget: int, reference: Path) -> None
     assert 0.2 <= sum(map(len, held_out)) / tokens <= 0.3 and tokens > 0.75 * budget
 
 
+@pytest.mark.usefixtures("short_other_text")
 def test_training_that_diverges_is_rejected(
     pruned: Artifact, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN is not better; the manifest stays valid JSON and the checkpoint what it was."""
-    changes = {"method": "lora", "lora_tokens": 3000, "learning_rate": 1e9, "calibration_tokens": 1000}
+    changes = {"method": "lora", "lora_tokens": 1500, "learning_rate": 1e9, "calibration_tokens": 1000}
     healed = stages.run("heal", pruned, tmp_path / "healed", options(reference, **changes))
     assert not healed.steps[-1].facts["accepted"]
     assert sha256(healed.path / "model.safetensors") == sha256(pruned.path / "model.safetensors")
@@ -366,6 +375,7 @@ def test_nothing_removed_nothing_healed(reference: Path, tmp_path: Path) -> None
     assert not facts["accepted"] and facts["why"] == "no layer was removed"
 
 
+@pytest.mark.families
 def test_prune_heals_at_once(reference: Path, tmp_path: Path) -> None:
     """``edgepress prune --heal linear``: one folder, and the manifest tells both."""
     out = stages.run(
