@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from edgepress.exporters import fused, parity, portable
+from edgepress.exporters import architecture, fused, parity, portable
 from edgepress.exporters.graph import weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
@@ -67,7 +67,7 @@ def choose(wanted: str, config: PreTrainedConfig, weights: Weights) -> tuple[str
     """The exporter to use, and why it is not the fused one. Raises OptionError when fused was asked for and cannot be had."""
     if wanted == "portable":
         return "portable", None
-    reason = fused.obstacle(config, weights)
+    reason = architecture.obstacle(config, weights)
     if reason is None:
         return "fused", None
     if wanted == "fused":
@@ -102,7 +102,7 @@ def genai_config(config: PreTrainedConfig, folder: Path, *, shared: bool) -> dic
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
-                "head_size": fused.head_size(config),
+                "head_size": architecture.head_size(config),
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,

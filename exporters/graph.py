@@ -19,9 +19,13 @@ LAST = np.iinfo(np.int64).max
 
 
 class Builder:
-    """Collects nodes and initializers; ``op`` returns the node's first output."""
+    """Collects nodes and initializers; ``op`` returns the node's first output.
 
-    def __init__(self) -> None:
+    float: FLOAT or FLOAT16, what float arrays are stored as.
+    """
+
+    def __init__(self, float: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.float = float
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -42,6 +46,8 @@ class Builder:
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer; a second one of the same name is the first."""
         if name not in self.initializers:
+            if array.dtype == np.float32:
+                array = array.astype(self.float.numpy(), copy=False)
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
             self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         return self.initializers[name]

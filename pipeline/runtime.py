@@ -47,7 +47,10 @@ class Decoder:
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime = onnxruntime
         self._device = targets.TARGETS[target].device
-        self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self._shapes = {i.name: i.shape for i in caches}
+        # Activations, cache and logits: float16 in what is exported for a GPU.
+        self.dtype: type[np.floating[Any]] = np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
         self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
         try:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
@@ -100,7 +103,7 @@ class Decoder:
             self._cache = dict(zip(self._cache, outputs[1:], strict=True))
         self.length = total
         logits: np.ndarray = outputs[0].numpy()[0]
-        return logits
+        return logits.astype(np.float32, copy=False)
 
     def greedy(self, ids: np.ndarray, new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Feed a prompt and yield the most likely next id, again and again; ends before an id in ``stop``."""
@@ -125,13 +128,13 @@ class Decoder:
             ids[index, : len(row)] = row
             mask[index, : len(row)] = 1
         feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
-        logits = self.session.run(["logits"], feeds | self._nothing(len(rows)))[0]
+        logits = self.session.run(["logits"], feeds | self.nothing(len(rows)))[0].astype(np.float32, copy=False)
         return [logits[index, : len(row)] for index, row in enumerate(rows)]
 
     def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
         names = [output.name for output in self.session.get_outputs()]
-        cache = self._nothing(len(ids))
+        cache = self.nothing(len(ids))
         total = ids.shape[1]
         while total <= self.context:
             feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
@@ -141,12 +144,12 @@ class Decoder:
             total += 1
             yield ids[:, 0]
 
-    def _nothing(self, batch: int) -> dict[str, np.ndarray]:
+    def nothing(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
-        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32) for name, shape in self._shapes.items()}
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
 
     def _empty(self, shape: list[Any], length: int) -> Any:
-        array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)
+        array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
         return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
