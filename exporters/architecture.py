@@ -124,9 +124,11 @@ def obstacle(config: PreTrainedConfig, weights: Weights) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "attention that looks ahead"
     for index in range(config.num_hidden_layers):
-        kind = (_rotary_parameters(config, index) or {}).get("rope_type", "default")
-        if kind not in _FIXED_ROTARY:
+        rotary = _rotary_parameters(config, index)
+        if (kind := rotary.get("rope_type", "default")) not in _FIXED_ROTARY:
             return f"rotary embedding of type {kind}, whose frequencies change with the length of the text"
+        if (turned := int(head_size(config) * rotary.get("partial_rotary_factor", 1))) % 16:
+            return f"rotary embedding of {turned} dimensions, no multiple of 16"
     if f"{EMBEDDING}.weight" not in weights:
         return f"no weights named {EMBEDDING}"
     modules = {f"model.layers.{index}.{name}" for index in range(config.num_hidden_layers) for name in family.block()}
@@ -170,6 +172,6 @@ def _by_layer_type(config: PreTrainedConfig) -> bool:
     return any(isinstance(value, dict) for value in config.rope_parameters.values())
 
 
-def _rotary_parameters(config: PreTrainedConfig, index: int) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = config.rope_parameters
-    return config.rope_parameters[config.layer_types[index]] if _by_layer_type(config) else found
+def _rotary_parameters(config: PreTrainedConfig, index: int) -> dict[str, Any]:
+    found = config.rope_parameters[config.layer_types[index]] if _by_layer_type(config) else config.rope_parameters
+    return dict(found)

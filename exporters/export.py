@@ -52,6 +52,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     facts = {
         "exporter": exporter,
         "accuracy_level": level,
+        "batch": graph.metadata_props["edgepress.batch"],
         "parity": [asdict(proof) for proof in proofs],
         "parameters": model.num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),

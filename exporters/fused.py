@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.architecture import EMBEDDING, FAMILIES, head_size, rotary_kind, rotary_tables, window
-from edgepress.exporters.graph import Builder, last_positions
+from edgepress.exporters.graph import Builder, block_output, last_positions
 from edgepress.exporters.matmul_nbits import DOMAIN, stacked
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.packed import PackedLinear
@@ -58,21 +58,22 @@ class _Graph:
                 ("self_attn", self.family.before_attention, self.family.after_attention),
                 ("mlp", self.family.before_mlp, self.family.after_mlp),
             ):
-                x, residual = self._add_and_norm(residual, written, before and f"{name}.{before}", f"{name}.{sublayer}.input")
+                entered = f"{name}.attended" if sublayer == "mlp" else block_output(index - 1)
+                x, residual = self._add_and_norm(residual, written, before and f"{name}.{before}", entered)
                 if sublayer == "self_attn":
                     y = self._attention(index, x, past[index], lengths, tables)
                 else:
                     y = self._mlp(f"{name}.mlp", x)
                 y = self._norm(y, f"{name}.{after}") if after else y
                 written = self._scaled(y, self.family.residual_scale(config), f"{name}.{sublayer}.scaled")
-        normed, _ = self._add_and_norm(residual, written, "model.norm", "model.norm.input")
+        normed, _ = self._add_and_norm(residual, written, "model.norm", block_output(count - 1))
 
         # Declared as one position: GenAI allocates what the shape says, and would allocate the prompt's length for a symbolic one.
         b.output(self._head(last_positions(b, normed)), "logits", b.float, ["batch_size", 1, config.vocab_size])
         for index, node in enumerate(n for n in b.nodes if n.op_type == "GroupQueryAttention"):
             for value, part in zip(node.outputs[1:], parts, strict=True):
                 b.output(value, f"present.{index}.{part}", b.float, self._cache_shape("total_sequence_length"))
-        return b.model({"edgepress.exporter": "fused", "edgepress.shared_cache": "1"})
+        return b.model({"edgepress.exporter": "fused", "edgepress.shared_cache": "1", "edgepress.batch": "right-padded"})
 
     # ------------------------------------------------------------------------------------------------ what layers share
 

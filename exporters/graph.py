@@ -151,10 +151,22 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def save_at_level_0(model: Path, out: Path) -> None:
-    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file."""
+def block_output(index: int) -> str:
+    """Name of the residual stream (batch, tokens, hidden) that a decoder block leaves, in every graph."""
+    return f"model.layers.{index}.output"
+
+
+def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:
+    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file.
+
+    also: values inside that become outputs.
+    """
     variant = ir.load(model)
     for node in variant.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        for value in node.outputs:
+            if value.name in also:
+                value.type = variant.graph.outputs[0].type
+                variant.graph.outputs.append(value)
     ir.save(variant, out)

@@ -51,7 +51,9 @@ class Decoder:
         self._shapes = {i.name: i.shape for i in caches}
         # Activations, cache and logits: float16 in what is exported for a GPU.
         self.dtype: type[np.floating[Any]] = np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
-        self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.shared = metadata.get("edgepress.shared_cache") == "1"
+        self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side on which it takes padding
         try:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
         except (KeyError, TypeError, ValueError) as error:
@@ -143,6 +145,21 @@ class Decoder:
             ids = logits[:, -1].argmax(-1)[:, None]
             total += 1
             yield ids[:, 0]
+
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray] | None = None, also: Sequence[str] = ()
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """One run over a batch with a cache of its own, for checks.
+
+        ids int64 (batch, tokens), mask int64 (batch, all tokens so far and these). Returns the logits of all positions and
+        the outputs ``also``, and the cache for the next step.
+        """
+        cache = cache or self.nothing(len(ids))
+        wanted = ["logits", *also, *(name.replace("past_key_values", "present") for name in cache)]
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        found = self.session.run(wanted, feeds | cache)
+        count = 1 + len(also)
+        return found[:count], dict(zip(cache, found[count:], strict=True))
 
     def nothing(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
