@@ -47,7 +47,8 @@ class Builder:
         """An initializer; a second one of the same name is the first."""
         if name not in self.initializers:
             if array.dtype == np.float32:
-                array = array.astype(self.float.numpy(), copy=False)
+                with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and fails the proof
+                    array = array.astype(self.float.numpy(), copy=False)
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
             self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         return self.initializers[name]

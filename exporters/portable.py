@@ -6,6 +6,7 @@ MatMul that reads a packed weight becomes the operator that carries its codes.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,8 +63,15 @@ class _Flat(torch.nn.Module):
         return output.logits, *present, *self.left
 
 
-def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.Model:
-    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place."""
+def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: bool = False) -> ir.Model:
+    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place.
+
+    half: weights, activations and cache in float16; a copy of the model is traced.
+    """
+    if half:
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():  # buffers stay: rotary frequencies lose too much in half precision
+            parameter.data = parameter.data.half()
     layers = model.config.num_hidden_layers
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
@@ -97,7 +105,7 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
     assert program is not None
     graph = program.model.graph
     _keep_last_positions(graph)
-    _swap(graph, weights, accuracy_level, tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    _swap(graph, weights, accuracy_level, half, tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     onnxscript.optimizer.optimize_ir(program.model)
     del graph.outputs[1 + len(presents) :]  # they keep their names, for exporters/departure.py
     # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
@@ -117,12 +125,12 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
         raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
 
 
-def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, tied: bool) -> None:
+def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, half: bool, tied: bool) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
     wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
     # The tracer keeps one name of a tied matrix, and it may be the head's.
     embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
-    builder, done = Builder(), set[str]()
+    builder, done = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT), set[str]()
     for node in list(graph):
         if node.op_type not in ("MatMul", "Gemm", "Gather"):
             continue
@@ -182,7 +190,7 @@ def _keep_last_positions(graph: ir.Graph) -> None:
         bounds.append(value)
     start = ir.node("Neg", [keep], name="head.start")
     cut = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds], name="head.positions")
-    cut.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    cut.outputs[0].type = head.inputs[0].type
     graph.insert_before(head, [start, cut])
     head.replace_input_with(0, cut.outputs[0])
     head.outputs[0].shape = None

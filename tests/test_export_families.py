@@ -13,8 +13,8 @@ import pytest
 from edgepress.exporters import architecture, fused, parity
 from edgepress.exporters.matmul_nbits import operator, stacked
 from edgepress.exporters.weights import Weights
-from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline import stages, targets
+from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model, read_config
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
@@ -22,6 +22,7 @@ from edgepress.pipeline.packed import PackedFile, PackedLinear
 from edgepress.pipeline.runtime import Decoder
 from edgepress.pipeline.tokens import text_windows
 from families import FAMILIES, LAYERS, WINDOW, family_config
+from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, PreTrainedConfig
 
 from .conftest import TINY
@@ -248,3 +249,53 @@ def test_the_side_of_the_padding_is_proven(tiny: Path, text: Path, tmp_path: Pat
     assert parity.padded_batch(model, decoder, ids) < 1e-4
     decoder.left_padding = True
     assert parity.padded_batch(model, decoder, ids) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- float16 for CUDA
+
+
+HALF = [("rtn", "fused"), ("nf4", "fused"), pytest.param("rtn", "portable", marks=pytest.mark.families)]
+
+
+@pytest.mark.parametrize(("method", "exporter"), HALF)
+def test_cuda_graph_is_float16_throughout(method: str, exporter: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Inputs, outputs, cache and scales in half precision, the codes as they were; proven on the CPU, and the manifest says so."""
+    options = QuantizeOptions(method=method, group_size=32 if method == "rtn" else None)
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", options)
+    artifact = stages.run("export", packed, tmp_path / "onnx", ExportOptions(target="cuda", exporter=exporter, text=text))
+    facts = artifact.steps[-1].facts
+    assert (facts["target"], facts["activations"], facts["proven_on"]) == ("cuda", "float16", "CPUExecutionProvider")
+    (exact,) = facts["parity"]
+    assert parity.TOLERANCE < exact["difference_whole"] < parity.TOLERANCE_HALF and exact["top1_agreement"] >= parity.WORRYING
+    graph = ir.load(artifact.path / "model.onnx").graph
+    floats = [value for value in (*graph.inputs, *graph.outputs) if value.dtype != ir.DataType.INT64]
+    assert len(floats) == 1 + 4 * 4 and all(value.dtype == ir.DataType.FLOAT16 for value in floats)
+    assert not [name for name, value in graph.initializers.items() if value.dtype == ir.DataType.FLOAT and exporter == "fused"]
+    one = PackedFile(packed.path)["model.layers.1.mlp.down_proj"]
+    codes, scales = (graph.initializers[f"{one.name}.{part}"].const_value for part in ("B", "absmax" if one.codebook else "scales"))
+    assert codes is not None and np.array_equal(codes.numpy(), one.codes)
+    assert scales is not None and np.array_equal(scales.numpy(), one.scales.astype(np.float16))
+    providers = read_json(artifact.path / "genai_config.json")["model"]["decoder"]["session_options"]["provider_options"]
+    assert providers == [{"cuda": {"enable_cuda_graph": "0"}}]
+    decoder, ids = Decoder(artifact.path), text_windows(text, artifact.path, budget=30, length=30)[0]
+    assert len(list(decoder.greedy(ids, 8))) == 8 and decoder.dtype == np.float16
+    (row,) = decoder.forward([ids])
+    assert row.dtype == np.float32 and len(list(zip(range(2), decoder.greedy_batch(np.stack([ids, ids])), strict=False))) == 2
+
+
+def test_what_overflows_in_float16_is_refused(tiny: Path, text: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 1e6}, folder / "model.safetensors")
+    with pytest.raises(ProofError, match=r"layer 0 is the first.*more than float16: use --target cpu"):
+        stages.run("export", Artifact.load(folder), tmp_path / "onnx", ExportOptions(target="cuda", text=text))
+
+
+def test_an_artifact_for_the_cpu_is_not_measured_on_cuda(
+    tiny: Path, text: Path, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CUDA's GroupQueryAttention knows no float32: it would run on the CPU, and nobody would be told."""
+    artifact = stages.run("export", Artifact.load(tiny), tmp_path / "onnx", ExportOptions(text=text))
+    monkeypatch.setattr(targets, "target", lambda name: targets.TARGETS[name])
+    result = call("bench", artifact.path, "--target", "cuda", "--text", text, "--out", tmp_path / "out")
+    assert result.code == 2 and "export it with --target cuda" in result.err
