@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from edgepress.exporters import architecture, fused, parity, portable
-from edgepress.exporters.graph import weight_bytes_per_token
+from edgepress.exporters.graph import save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
@@ -42,7 +41,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     half = options.target == "cuda"  # its GroupQueryAttention knows no float32, and int8 activations are the CPU's
     level = 0 if half else options.accuracy_level
     graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
-    ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+    save(graph, out / "model.onnx")
     carry_files(source.path, out)
     content = read_json(source.path / "config.json")
     write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})

@@ -152,6 +152,17 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def save(model: ir.Model, file: Path) -> None:
+    """Write ``file`` and, beside it, its weights in ``file.data``.
+
+    Declared shapes of weights are left out: onnxruntime's quantize_dynamic transposes weights and then stumbles over them.
+    """
+    for value in model.graph.initializers.values():
+        if value not in model.graph.inputs:
+            value.type = value.shape = None
+    ir.save(model, file, external_data=f"{file.name}.data")
+
+
 def block_output(index: int) -> str:
     """Name of the residual stream (batch, tokens, hidden) that a decoder block leaves, in every graph."""
     return f"model.layers.{index}.output"
