@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-from edgepress.exporters import fused, parity, portable
-from edgepress.exporters.graph import weight_bytes_per_token
+from edgepress.exporters import architecture, fused, parity, portable
+from edgepress.exporters.graph import save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
@@ -21,6 +20,11 @@ from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windo
 from transformers import PreTrainedConfig
 
 log = logging.getLogger("edgepress")
+# As GenAI's model builder writes them.
+_GENAI_PROVIDERS: dict[str, list[dict[str, dict[str, str]]]] = {
+    "cpu": [],
+    "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
+}
 
 
 def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any]:
@@ -34,24 +38,29 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     weights = Weights(source.path, options.original)
     model = load_model(source.path, options.trust_remote_code, options.original)
     exporter, reason = choose(options.exporter, config, weights)
-    if exporter == "fused":
-        graph = fused.build(config, weights, options.accuracy_level)
-    else:
-        graph = portable.build(model, weights, options.accuracy_level)
-    ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+    half = options.target == "cuda"  # its GroupQueryAttention knows no float32, and int8 activations are the CPU's
+    level = 0 if half else options.accuracy_level
+    graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
+    save(graph, out / "model.onnx")
     carry_files(source.path, out)
     content = read_json(source.path / "config.json")
     write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})
     _plain_tokenizer_class(out)
-    write_json(out / "genai_config.json", genai_config(config, source.path, shared=exporter == "fused"))
+    write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
 
     length = min(context_length(source.path) - parity.GREEDY_TOKENS, parity.TOKENS)
     windows = text_windows(options.text, source.path, budget=parity.TOKENS + length, length=length)
-    level = options.accuracy_level if any(n.op_type == "MatMulNBits" for n in graph.graph) else 0
+    level = level if any(n.op_type == "MatMulNBits" for n in graph.graph) else 0
     proofs = parity.prove(model, out, graph, windows, level)
+    if half:
+        log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
     facts = {
         "exporter": exporter,
+        "target": options.target,
+        "activations": "float16" if half else "float32",
+        "proven_on": "CPUExecutionProvider",
         "accuracy_level": level,
+        "batch": graph.metadata_props["edgepress.batch"],
         "parity": [asdict(proof) for proof in proofs],
         "parameters": model.num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
@@ -67,7 +76,7 @@ def choose(wanted: str, config: PreTrainedConfig, weights: Weights) -> tuple[str
     """The exporter to use, and why it is not the fused one. Raises OptionError when fused was asked for and cannot be had."""
     if wanted == "portable":
         return "portable", None
-    reason = fused.obstacle(config, weights)
+    reason = architecture.obstacle(config, weights)
     if reason is None:
         return "fused", None
     if wanted == "fused":
@@ -85,7 +94,7 @@ def _plain_tokenizer_class(out: Path) -> None:
             write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def genai_config(config: PreTrainedConfig, folder: Path, *, shared: bool) -> dict[str, Any]:
+def genai_config(config: PreTrainedConfig, folder: Path, target: str, *, shared: bool) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the folder; its key names are GenAI's."""
     ends = sorted(end_tokens(folder))
     context = int(getattr(config, "max_position_embeddings", 0) or context_length(folder))
@@ -100,9 +109,9 @@ def genai_config(config: PreTrainedConfig, folder: Path, *, shared: bool) -> dic
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _GENAI_PROVIDERS[target]},
                 "filename": "model.onnx",
-                "head_size": fused.head_size(config),
+                "head_size": architecture.head_size(config),
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,

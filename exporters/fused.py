@@ -1,9 +1,9 @@
-"""The fused graph for Llama-type models: what onnxruntime runs fastest, written node by node.
+"""The fused graph for Llama and its relatives: what onnxruntime runs fastest, written node by node.
 
 Each block is SkipSimplifiedLayerNormalization, one MatMul for q, k and v, GroupQueryAttention with rotary embedding
 inside and one cache buffer for past and present, and one MatMul for gate and up. Writing the graph ourselves, rather
 than rewriting one that a float exporter made, means that packed weights go from file to file without ever being
-float, and that what depends on a layer (its attention window) is read from the config of the model at hand, pruned or not.
+float, and that what depends on a layer is read from the config of the model at hand (exporters/architecture.py).
 """
 
 from __future__ import annotations
@@ -12,210 +12,211 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from edgepress.exporters.graph import Builder, last_positions
+from edgepress.exporters.architecture import EMBEDDING, FAMILIES, head_size, rotary_kind, rotary_tables, window
+from edgepress.exporters.graph import Builder, block_output, last_positions
 from edgepress.exporters.matmul_nbits import DOMAIN, stacked
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.packed import PackedLinear
 from transformers import PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
-EMBEDDING = "model.embed_tokens"
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-_BLOCK = {
-    "input_layernorm.weight", "post_attention_layernorm.weight",
-    *(f"self_attn.{x}_proj.weight" for x in "qkvo"), *(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
-}  # fmt: skip
-_BLOCK_BIASES = {*(f"self_attn.{x}_proj.bias" for x in "qkvo"), *(f"mlp.{x}_proj.bias" for x in ("gate", "up", "down"))}
+INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
 
 
-def obstacle(config: PreTrainedConfig, weights: Weights) -> str | None:
-    """Why this model cannot have the fused graph, in a few words; None when it can."""
-    if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type}"
-    if head_size(config) % 16:
-        return f"head size {head_size(config)} is no multiple of 16, which GroupQueryAttention needs"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope not in ("default", "linear", "llama3", "yarn") or config.rope_parameters.get("partial_rotary_factor", 1) != 1:
-        return f"rotary embedding of type {rope}"
-    if f"{EMBEDDING}.weight" not in weights:
-        return f"no weights named {EMBEDDING}"
-    known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    for index in range(config.num_hidden_layers):
-        known |= {f"model.layers.{index}.{part}" for part in _BLOCK | _BLOCK_BIASES}
-    extra = {name for name in weights.names - known if not name.endswith("rotary_emb.inv_freq")}
-    return f"weights that it does not know, {min(extra)} for one" if extra else None
+def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int, half: bool = False) -> ir.Model:
+    """The whole model as ONNX: input_ids, attention_mask, past -> logits, present.
+
+    half: activations, cache and scales in float16 instead of float32.
+    """
+    return _Graph(config, weights, accuracy_level, half).model()
 
 
-def head_size(config: PreTrainedConfig) -> int:
-    """Width of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+class _Graph:
+    """Writes one model. Hidden states are (batch, tokens, hidden); the residual stream is what blocks add to."""
 
+    def __init__(self, config: PreTrainedConfig, weights: Weights, accuracy_level: int, half: bool) -> None:
+        self.config, self.weights, self.accuracy_level = config, weights, accuracy_level
+        self.family = FAMILIES[config.model_type]
+        self.b = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
 
-def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int) -> ir.Model:
-    """The whole model as ONNX: input_ids, attention_mask, past -> logits, present."""
-    b = Builder()
-    ids = b.input("input_ids", INT64, ["batch_size", "sequence_length"])
-    mask = b.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
-    past = [
-        tuple(
-            b.input(f"past_key_values.{i}.{part}", FLOAT, _cache_shape(config, "past_sequence_length")) for part in ("key", "value")
-        )
-        for i in range(config.num_hidden_layers)
-    ]
-    shared = _shared_inputs(b, config, mask)
-
-    residual = b.embedding(ids, _matrix(weights, EMBEDDING), EMBEDDING)
-    # The first norm stands alone; each later one adds what the sublayer before it wrote to the residual stream.
-    normed = b.op(
-        "SimplifiedLayerNormalization",
-        [residual, _norm_weight(b, weights, "model.layers.0.input_layernorm")],
-        "model.layers.0.input_layernorm",
-        axis=-1, epsilon=config.rms_norm_eps, stash_type=1,
-    )  # fmt: skip
-    for index in range(config.num_hidden_layers):
-        name = f"model.layers.{index}"
-        attended = _attention(b, config, weights, index, normed, past[index], shared, accuracy_level)
-        normed, residual = _add_and_norm(b, config, weights, residual, attended, f"{name}.post_attention_layernorm")
-        written = _mlp(b, weights, f"{name}.mlp", normed, accuracy_level)
-        following = f"model.layers.{index + 1}.input_layernorm" if index + 1 < config.num_hidden_layers else "model.norm"
-        normed, residual = _add_and_norm(b, config, weights, residual, written, following)
-
-    logits = _head(b, config, weights, last_positions(b, normed), accuracy_level)
-    # Declared as one position: GenAI allocates what the shape says, and a symbolic one would have it allocate the prompt's length.
-    b.output(logits, "logits", FLOAT, ["batch_size", 1, config.vocab_size])
-    for index, node in enumerate(n for n in b.nodes if n.op_type == "GroupQueryAttention"):
-        for value, part in zip(node.outputs[1:], ("key", "value"), strict=True):
-            b.output(value, f"present.{index}.{part}", FLOAT, _cache_shape(config, "total_sequence_length"))
-    return b.model({"edgepress.exporter": "fused", "edgepress.shared_cache": "1"})
-
-
-def _shared_inputs(b: Builder, config: PreTrainedConfig, mask: ir.Value) -> list[ir.Value]:
-    """What every GroupQueryAttention needs: int32 lengths (batch,) minus one, total length, and the rotary tables."""
-    lengths = b.op("ReduceSum", [mask, b.integers(1)], "mask.length", keepdims=0)
-    last = b.op("Cast", [b.op("Sub", [lengths, b.integers(1)], "mask.last")], "mask.seqlens_k", to=INT32)
-    total = b.op("Gather", [b.op("Shape", [mask], "mask.shape"), b.constant("int64_1", np.array(1, dtype=np.int64))], "mask.total")
-    total = b.op("Cast", [total], "mask.total_sequence_length", to=INT32)
-    positions = torch.arange(config.max_position_embeddings)[None]
-    with torch.inference_mode():
-        cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    half = head_size(config) // 2  # transformers repeats the table for both halves of a head
-    return [last, total, b.constant("cos_cache", cos[0, :, :half].numpy()), b.constant("sin_cache", sin[0, :, :half].numpy())]
-
-
-def _attention(
-    b: Builder,
-    config: PreTrainedConfig,
-    weights: Weights,
-    index: int,
-    x: ir.Value,
-    past: tuple[ir.Value, ...],
-    shared: list[ir.Value],
-    accuracy_level: int,
-) -> ir.Value:
-    name = f"model.layers.{index}.self_attn"
-    qkv = _linear(b, weights, [f"{name}.{x}_proj" for x in "qkv"], f"{name}.qkv_proj", x, accuracy_level)
-    attended = b.op(
-        "GroupQueryAttention",
-        [qkv, None, None, *past, *shared],
-        name,
-        [name, f"present.{index}.key", f"present.{index}.value"],
-        DOMAIN,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
-        scale=head_size(config) ** -0.5,
-        local_window_size=_window(config, index),
-        do_rotary=1,
-        rotary_interleaved=0,
-    )
-    return _linear(b, weights, [f"{name}.o_proj"], f"{name}.o_proj", attended, accuracy_level)
-
-
-def _window(config: PreTrainedConfig, index: int) -> int:
-    """Attention window of a layer in tokens, -1 for all; read from the config, never guessed from the layer's index."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if not window or (kinds and kinds[index] != "sliding_attention"):
-        return -1
-    return int(window)
-
-
-def _mlp(b: Builder, weights: Weights, name: str, x: ir.Value, accuracy_level: int) -> ir.Value:
-    both = _linear(b, weights, [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.gate_up_proj", x, accuracy_level)
-    gate = b.op("Split", [both], f"{name}.split", [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
-    up = gate.producer().outputs[1]
-    active = b.op("Mul", [gate, b.op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
-    return _linear(b, weights, [f"{name}.down_proj"], f"{name}.down_proj", b.op("Mul", [active, up], f"{name}.mul"), accuracy_level)
-
-
-def _linear(b: Builder, weights: Weights, modules: list[str], name: str, x: ir.Value, accuracy_level: int) -> ir.Value:
-    """The modules' outputs for one input side by side: one MatMul where their layouts allow, else several and a Concat."""
-    packed = [weights.packed(module) for module in modules]
-    if all(p is None for p in packed):
-        y = b.linear(x, np.concatenate([weights.array(f"{m}.weight") for m in modules]), name, accuracy_level)
-    elif all(p is not None for p in packed) and (whole := stacked(name, packed)) is not None:  # type: ignore[arg-type]
-        y = b.linear(x, whole, name, accuracy_level)
-    else:
-        parts = [
-            b.linear(x, weights.array(f"{m}.weight") if p is None else p, m, accuracy_level)
-            for m, p in zip(modules, packed, strict=True)
+    def model(self) -> ir.Model:
+        b, config, count = self.b, self.config, self.config.num_hidden_layers
+        ids = b.input("input_ids", INT64, ["batch_size", "sequence_length"])
+        mask = b.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
+        parts = ("key", "value")
+        past = [
+            [b.input(f"past_key_values.{i}.{part}", b.float, self._cache_shape("past_sequence_length")) for part in parts]
+            for i in range(count)
         ]
-        y = b.op("Concat", parts, name, axis=-1)
-    biased = [f"{module}.bias" in weights for module in modules]
-    if not any(biased):
-        return y
-    widths = [_rows(weights, module) for module in modules]
-    bias = [
-        weights.array(f"{m}.bias") if has else np.zeros(n, np.float32) for m, has, n in zip(modules, biased, widths, strict=True)
-    ]
-    return b.op("Add", [y, b.constant(f"{name}.bias", np.concatenate(bias))], f"{name}.biased")
+        lengths, tables = self._lengths(mask), self._tables()
 
+        residual = b.embedding(ids, self._matrix(EMBEDDING), EMBEDDING)
+        residual = self._scaled(residual, self.family.embedding_scale(config), f"{EMBEDDING}.scaled")
+        written: ir.Value | None = None  # by the sublayer before, not yet added to the residual stream
+        for index in range(count):
+            name = f"model.layers.{index}"
+            for sublayer, before, after in (
+                ("self_attn", self.family.before_attention, self.family.after_attention),
+                ("mlp", self.family.before_mlp, self.family.after_mlp),
+            ):
+                entered = f"{name}.attended" if sublayer == "mlp" else block_output(index - 1)
+                x, residual = self._add_and_norm(residual, written, before and f"{name}.{before}", entered)
+                if sublayer == "self_attn":
+                    y = self._attention(index, x, past[index], lengths, tables)
+                else:
+                    y = self._mlp(f"{name}.mlp", x)
+                y = self._norm(y, f"{name}.{after}") if after else y
+                written = self._scaled(y, self.family.residual_scale(config), f"{name}.{sublayer}.scaled")
+        normed, _ = self._add_and_norm(residual, written, "model.norm", block_output(count - 1))
 
-def _rows(weights: Weights, module: str) -> int:
-    packed = weights.packed(module)
-    return packed.shape[0] if packed else int(weights.array(f"{module}.weight").shape[0])
+        # Declared as one position: GenAI allocates what the shape says, and would allocate the prompt's length for a symbolic one.
+        b.output(self._head(last_positions(b, normed)), "logits", b.float, ["batch_size", 1, config.vocab_size])
+        for index, node in enumerate(n for n in b.nodes if n.op_type == "GroupQueryAttention"):
+            for value, part in zip(node.outputs[1:], parts, strict=True):
+                b.output(value, f"present.{index}.{part}", b.float, self._cache_shape("total_sequence_length"))
+        return b.model({"edgepress.exporter": "fused", "edgepress.shared_cache": "1", "edgepress.batch": "right-padded"})
 
+    # ------------------------------------------------------------------------------------------------ what layers share
 
-def _add_and_norm(
-    b: Builder, config: PreTrainedConfig, weights: Weights, residual: ir.Value, written: ir.Value, name: str
-) -> tuple[ir.Value, ir.Value]:
-    """(norm(residual + written), residual + written)."""
-    normed = b.op(
-        "SkipSimplifiedLayerNormalization",
-        [residual, written, _norm_weight(b, weights, name)],
-        name,
-        [name, "", "", f"{name}.residual"],
-        DOMAIN,
-        epsilon=config.rms_norm_eps,
-    )
-    return normed, normed.producer().outputs[3]
+    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """What GroupQueryAttention asks for: int32 lengths (batch,) minus one, and the longest."""
+        b = self.b
+        lengths = b.op("ReduceSum", [mask, b.integers(1)], "mask.length", keepdims=0)
+        last = b.op("Cast", [b.op("Sub", [lengths, b.integers(1)], "mask.last")], "mask.seqlens_k", to=INT32)
+        total = b.op("Gather", [b.op("Shape", [mask], "mask.shape"), b.constant("int64_1", np.array(1))], "mask.total")
+        return last, b.op("Cast", [total], "mask.total_sequence_length", to=INT32)
 
+    def _tables(self) -> dict[str | None, list[ir.Value | None]]:
+        """Cosines and sines for each kind of rotary embedding, and none for layers without positions."""
+        found: dict[str | None, list[ir.Value | None]] = {None: [None, None]}
+        for kind, tables in rotary_tables(self.config).items():
+            suffix = f".{kind}" if kind else ""
+            found[kind] = [self.b.constant(f"{n}_cache{suffix}", t) for n, t in zip(("cos", "sin"), tables, strict=True)]
+        return found
 
-def _norm_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
-    return b.constant(f"{name}.weight", weights.array(f"{name}.weight"))
+    def _cache_shape(self, length: str) -> list[Any]:
+        return ["batch_size", self.config.num_key_value_heads, length, head_size(self.config)]
 
+    # -------------------------------------------------------------------------------------------------------- sublayers
 
-def _head(b: Builder, config: PreTrainedConfig, weights: Weights, x: ir.Value, accuracy_level: int) -> ir.Value:
-    """Logits; a matrix tied to the embedding is stored once."""
-    name = EMBEDDING if config.tie_word_embeddings or "lm_head.weight" not in weights else "lm_head"
-    matrix = _matrix(weights, name)
-    if not isinstance(matrix, np.ndarray):
-        return b.linear(x, matrix, "lm_head", accuracy_level, weight_name=name)
-    # Gemm reads the matrix as (vocabulary, hidden), as Gather does
-    flat = b.op("Reshape", [x, b.integers(-1, config.hidden_size)], "lm_head.rows")
-    scores = b.op("Gemm", [flat, b.constant(f"{name}.weight", matrix)], "lm_head", transB=1)
-    shape = b.op("Shape", [x], "lm_head.leading", start=0, end=2)
-    shape = b.op("Concat", [shape, b.integers(config.vocab_size)], "lm_head.shape", axis=0)
-    return b.op("Reshape", [scores, shape], "logits")
+    def _attention(
+        self,
+        index: int,
+        x: ir.Value,
+        past: list[ir.Value],
+        lengths: tuple[ir.Value, ir.Value],
+        tables: dict[str | None, list[ir.Value | None]],
+    ) -> ir.Value:
+        b, config, kind = self.b, self.config, rotary_kind(self.config, index)
+        name = f"model.layers.{index}.self_attn"
+        qkv = self._linear([f"{name}.{part}" for part in self.family.qkv()], f"{name}.qkv_proj", x)
+        attended = b.op(
+            "GroupQueryAttention",
+            [*(self._normed_qk(name, qkv) if self.family.qk_norm else [qkv, None, None]), *past, *lengths, *tables[kind]],
+            name,
+            [name, f"present.{index}.key", f"present.{index}.value"],
+            DOMAIN,
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=self.family.attention_scale(config),
+            softcap=self.family.attention_softcap(config),
+            local_window_size=window(config, index),
+            do_rotary=int(kind is not None),
+            rotary_interleaved=0,
+        )
+        return self._linear([f"{name}.o_proj"], f"{name}.o_proj", attended)
 
+    def _normed_qk(self, name: str, qkv: ir.Value) -> list[ir.Value]:
+        """Query, key and value apart, the first two normalized: the operator does that itself on CUDA only."""
+        b, size = self.b, head_size(self.config)
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.num_key_value_heads)
+        names = [f"{name}.{part}" for part in ("query", "key", "value")]
+        b.op("Split", [qkv, b.integers(*(n * size for n in heads))], f"{name}.split", names, axis=-1)
+        parts = list(b.nodes[-1].outputs)
+        for i, (part, count) in enumerate((("q", heads[0]), ("k", heads[1]))):
+            if self.family.qk_norm == "width":
+                parts[i] = self._norm(parts[i], f"{name}.{part}_norm")
+            else:
+                apart = b.op("Reshape", [parts[i], b.integers(0, 0, count, size)], f"{name}.{part}_heads")
+                normed = self._norm(apart, f"{name}.{part}_norm")
+                parts[i] = b.op("Reshape", [normed, b.integers(0, 0, count * size)], f"{name}.{part}_normed")
+        return parts
 
-def _matrix(weights: Weights, module: str) -> PackedLinear | np.ndarray:
-    packed = weights.packed(module)
-    return weights.array(f"{module}.weight") if packed is None else packed
+    def _mlp(self, name: str, x: ir.Value) -> ir.Value:
+        b, activation = self.b, getattr(self.config, self.family.activation)
+        both = self._linear([f"{name}.{part}" for part in self.family.gate_up()], f"{name}.gate_up_proj", x)
+        gate = b.op("Split", [both], f"{name}.split", [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
+        up = b.nodes[-1].outputs[1]
+        if activation == "silu":  # onnxruntime makes one kernel of these two
+            active = b.op("Mul", [gate, b.op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
+        else:
+            active = b.op("Gelu", [gate], f"{name}.gelu", approximate="none" if activation == "gelu" else "tanh")
+        return self._linear([f"{name}.down_proj"], f"{name}.down_proj", b.op("Mul", [active, up], f"{name}.mul"))
 
+    def _linear(self, modules: list[str], name: str, x: ir.Value) -> ir.Value:
+        """The modules' outputs for one input side by side: one MatMul where their layouts allow, else several and a Concat."""
+        b, weights = self.b, self.weights
+        packed = [weights.packed(module) for module in modules]
+        if all(p is None for p in packed):
+            y = b.linear(x, np.concatenate([weights.array(f"{m}.weight") for m in modules]), name, self.accuracy_level)
+        elif all(p is not None for p in packed) and (whole := stacked(name, packed)) is not None:  # type: ignore[arg-type]
+            y = b.linear(x, whole, name, self.accuracy_level)
+        else:
+            parts = [b.linear(x, self._matrix(module), module, self.accuracy_level) for module in modules]
+            y = b.op("Concat", parts, name, axis=-1)
+        if not any(f"{module}.bias" in weights for module in modules):
+            return y
+        bias = [
+            weights.array(f"{m}.bias") if f"{m}.bias" in weights else np.zeros(self._matrix(m).shape[0], np.float32)
+            for m in modules
+        ]
+        return b.op("Add", [y, b.constant(f"{name}.bias", np.concatenate(bias))], f"{name}.biased")
 
-def _cache_shape(config: PreTrainedConfig, length: str) -> list[Any]:
-    return ["batch_size", config.num_key_value_heads, length, head_size(config)]
+    # --------------------------------------------------------------------------------------- norms, scales, both ends
+
+    def _add_and_norm(self, residual: ir.Value, written: ir.Value | None, norm: str | None, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm(residual + written), residual + written); without a norm both are the sum. name: the sum's."""
+        if written is None:
+            return (self._norm(residual, norm) if norm else residual), residual
+        if norm is None:
+            added = self.b.op("Add", [residual, written], name)
+            return added, added
+        inputs, attributes = [residual, written, self._norm_weight(norm)], {"epsilon": self.config.rms_norm_eps}
+        normed = self.b.op("SkipSimplifiedLayerNormalization", inputs, norm, [norm, "", "", name], DOMAIN, **attributes)
+        return normed, self.b.nodes[-1].outputs[3]
+
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        attributes = {"axis": -1, "epsilon": self.config.rms_norm_eps, "stash_type": 1}
+        return self.b.op("SimplifiedLayerNormalization", [x, self._norm_weight(name)], name, **attributes)
+
+    def _norm_weight(self, name: str) -> ir.Value:
+        weight = self.weights.array(f"{name}.weight") + np.float32(self.family.norm_offset)
+        if name == "model.norm":  # scaled here, the logits cost nothing more
+            weight = weight * np.float32(self.family.logits_scale(self.config))
+        return self.b.constant(f"{name}.weight", weight)
+
+    def _scaled(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+        if factor == 1:
+            return x
+        return self.b.op("Mul", [x, self.b.constant(f"float.{factor:.9g}", np.array(factor, np.float32))], name)
+
+    def _head(self, x: ir.Value) -> ir.Value:
+        """Logits; a matrix tied to the embedding is stored once."""
+        b, config = self.b, self.config
+        name = EMBEDDING if config.tie_word_embeddings or "lm_head.weight" not in self.weights else "lm_head"
+        matrix = self._matrix(name)
+        if isinstance(matrix, PackedLinear):
+            scores = b.linear(x, matrix, "lm_head", self.accuracy_level, weight_name=name)
+        else:  # Gemm reads the matrix as (vocabulary, hidden), as Gather does
+            flat = b.op("Reshape", [x, b.integers(-1, config.hidden_size)], "lm_head.rows")
+            scores = b.op("Gemm", [flat, b.constant(f"{name}.weight", matrix)], "lm_head", transB=1)
+            shape = b.op("Shape", [x], "lm_head.leading", start=0, end=2)
+            shape = b.op("Concat", [shape, b.integers(config.vocab_size)], "lm_head.shape", axis=0)
+            scores = b.op("Reshape", [scores, shape], "lm_head.scores")
+        if cap := self.family.logits_softcap(config):
+            scores = b.op("Tanh", [self._scaled(scores, 1 / cap, "lm_head.by_cap")], "lm_head.tanh")
+            scores = self._scaled(scores, cap, "lm_head.capped")
+        return scores
+
+    def _matrix(self, module: str) -> PackedLinear | np.ndarray:
+        packed = self.weights.packed(module)
+        return self.weights.array(f"{module}.weight") if packed is None else packed

@@ -19,9 +19,13 @@ LAST = np.iinfo(np.int64).max
 
 
 class Builder:
-    """Collects nodes and initializers; ``op`` returns the node's first output."""
+    """Collects nodes and initializers; ``op`` returns the node's first output.
 
-    def __init__(self) -> None:
+    float: FLOAT or FLOAT16, what float arrays are stored as.
+    """
+
+    def __init__(self, float: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.float = float
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -42,6 +46,9 @@ class Builder:
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer; a second one of the same name is the first."""
         if name not in self.initializers:
+            if array.dtype == np.float32:
+                with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and fails the proof
+                    array = array.astype(self.float.numpy(), copy=False)
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
             self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         return self.initializers[name]
@@ -145,10 +152,33 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def save_at_level_0(model: Path, out: Path) -> None:
-    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file."""
+def save(model: ir.Model, file: Path) -> None:
+    """Write ``file`` and, beside it, its weights in ``file.data``.
+
+    Declared shapes of weights are left out: onnxruntime's quantize_dynamic transposes weights and then stumbles over them.
+    """
+    for value in model.graph.initializers.values():
+        if value not in model.graph.inputs:
+            value.type = value.shape = None
+    ir.save(model, file, external_data=f"{file.name}.data")
+
+
+def block_output(index: int) -> str:
+    """Name of the residual stream (batch, tokens, hidden) that a decoder block leaves, in every graph."""
+    return f"model.layers.{index}.output"
+
+
+def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:
+    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file.
+
+    also: values inside that become outputs.
+    """
     variant = ir.load(model)
     for node in variant.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        for value in node.outputs:
+            if value.name in also:
+                value.type = variant.graph.outputs[0].type
+                variant.graph.outputs.append(value)
     ir.save(variant, out)

@@ -6,7 +6,10 @@ MatMul that reads a packed weight becomes the operator that carries its codes.
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,32 +17,61 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from edgepress.exporters.graph import LAST, Builder
+from edgepress.exporters.graph import block_output as name_of_block_output
 from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.exporters.weights import Weights
+from edgepress.pipeline.blocks import block_output
+from edgepress.pipeline.checkpoint import decoder_blocks
 from edgepress.pipeline.errors import ModelError
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import DynamicCache, PreTrainedModel
 
 
 class _Flat(torch.nn.Module):
-    """The model with its cache as a flat list of tensors, and positions counted from the attention mask."""
+    """The model with its cache as a flat list of tensors, and positions counted from the attention mask.
+
+    Beside logits and cache it gives what each block leaves, so that the graph can name it.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.left: list[torch.Tensor] = []
+        self.blocks: Sequence[torch.nn.Module] = []
+        with suppress(ModelError):
+            self.blocks = list(decoder_blocks(model)[1])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the context ``left`` is filled."""
+        watch = lambda module, args, output: self.left.append(block_output(output))  # noqa: E731
+        handles = [block.register_forward_hook(watch) for block in self.blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
+        self.left.clear()
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         # Left padding counts no position.
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         settings = {"attention_mask": attention_mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         output = self.model(input_ids=input_ids, **settings)
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        return output.logits, *present
+        return output.logits, *present, *self.left
 
 
-def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.Model:
-    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place."""
+def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: bool = False) -> ir.Model:
+    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place.
+
+    half: weights, activations and cache in float16; a copy of the model is traced.
+    """
+    if half:
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():  # buffers stay: rotary frequencies lose too much in half precision
+            parameter.data = parameter.data.half()
     layers = model.config.num_hidden_layers
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
@@ -52,16 +84,18 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
     earlier = torch.export.Dim("past_sequence_length", min=0)
     # Sample sizes all differ, and from 1, so that the tracer takes none of them for a constant or for another.
     ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
-    with warnings.catch_warnings():
+    flat = _Flat(model)
+    streams = [name_of_block_output(i) for i in range(len(flat.blocks))]
+    with warnings.catch_warnings(), flat.watched():
         warnings.simplefilter("ignore")
         program = _trace(
-            _Flat(model),
+            flat,
             (ids, mask, past),
             dynamo=True,
             verbose=False,
             optimize=False,  # it would fold small weights into constants without a name; done below, after the swap
             input_names=["input_ids", "attention_mask", *names],
-            output_names=["logits", *presents],
+            output_names=["logits", *presents, *streams],
             dynamic_shapes={
                 "input_ids": {0: batch, 1: tokens},
                 "attention_mask": {0: batch, 1: total},
@@ -71,11 +105,14 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int) -> ir.M
     assert program is not None
     graph = program.model.graph
     _keep_last_positions(graph)
-    _swap(graph, weights, accuracy_level)
+    _swap(graph, weights, accuracy_level, half, tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     onnxscript.optimizer.optimize_ir(program.model)
+    del graph.outputs[1 + len(presents) :]  # they keep their names, for exporters/departure.py
     # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
     ClearMetadataAndDocStringPass()(program.model)
-    program.model.metadata_props.update({"edgepress.exporter": "portable", "edgepress.shared_cache": "0"})
+    program.model.metadata_props.update(
+        {"edgepress.exporter": "portable", "edgepress.shared_cache": "0", "edgepress.batch": "left-padded"}
+    )
     return program.model
 
 
@@ -88,18 +125,18 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
         raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
 
 
-def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int) -> None:
+def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, half: bool, tied: bool) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
     wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
     # The tracer keeps one name of a tied matrix, and it may be the head's.
     embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
-    builder, done = Builder(), set[str]()
+    builder, done = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT), set[str]()
     for node in list(graph):
         if node.op_type not in ("MatMul", "Gemm", "Gather"):
             continue
         source = _weight_name(node.inputs[0 if node.op_type == "Gather" else 1])
         module = (source or "").removeprefix("model.").removesuffix(".weight")
-        if module not in wanted and embedding and source and module.endswith(("lm_head", "embed_out")):
+        if module not in wanted and tied and embedding and module.endswith(("lm_head", "embed_out")):
             module = embedding
         if source is None or (packed := weights.packed(module)) is None:
             continue
@@ -153,7 +190,7 @@ def _keep_last_positions(graph: ir.Graph) -> None:
         bounds.append(value)
     start = ir.node("Neg", [keep], name="head.start")
     cut = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds], name="head.positions")
-    cut.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    cut.outputs[0].type = head.inputs[0].type
     graph.insert_before(head, [start, cut])
     head.replace_input_with(0, cut.outputs[0])
     head.outputs[0].shape = None

@@ -108,6 +108,10 @@ def _subjects(source: Artifact, options: BenchOptions) -> list[Subject]:
             raise InputError(f"{other.path / damaged[0]} was changed since {other.path} was written; build that folder again")
     check_references(options)
     artifacts = [source, *others]
+    for artifact in artifacts:
+        made_for = artifact.steps[-1].options.get("target", "cpu") if artifact.steps else "cpu"
+        if options.target == "cuda" and made_for != "cuda":
+            raise InputError(f"{artifact.path} was exported for the CPU; export it with --target cuda to measure it there")
     names = labels([a.path for a in artifacts])
     subjects = [Subject(a, name, stages_of(a) if options.reference else ()) for a, name in zip(artifacts, names, strict=True)]
     if options.stages:

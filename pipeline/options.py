@@ -44,8 +44,7 @@ EXPORTERS = {
     "fused": "GroupQueryAttention, packed QKV, fused gate and up",
     "portable": "standard ONNX operators",
 }
-TARGETS = {"cpu": "onnxruntime on the CPU"}
-BENCH_TARGETS = TARGETS | {"cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
+TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
 def option(
@@ -282,7 +281,7 @@ class ExportOptions:
 class BenchOptions:
     """Measure the artifact as it ships: size, memory, speed and quality."""
 
-    target: str = option("cpu", "what it is measured on", BENCH_TARGETS)
+    target: str = option("cpu", "what it is measured on", TARGETS)
     text: Path = _text()
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")

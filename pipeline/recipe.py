@@ -18,6 +18,7 @@ from edgepress.pipeline.options import BenchOptions, bits_rules, make
 from edgepress.pipeline.source import check_checkpoint, resolve
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import look_up, suggestion
+from edgepress.pipeline.targets import target
 
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
@@ -96,6 +97,8 @@ def _check_inputs(source: Path, steps: Plan) -> None:
     for name, options in steps:
         if name == "quantize" and any(n == "export" for n, _ in steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
+        if name == "bench":
+            target(options.target)
         if name == "prune":
             options.amount(config[layer_count_key(config)])
         for field in ("calibration", "text", "other_text"):

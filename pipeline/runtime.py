@@ -47,8 +47,13 @@ class Decoder:
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime = onnxruntime
         self._device = targets.TARGETS[target].device
-        self._shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
-        self.shared = self.session.get_modelmeta().custom_metadata_map.get("edgepress.shared_cache") == "1"
+        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self._shapes = {i.name: i.shape for i in caches}
+        # Activations, cache and logits: float16 in what is exported for a GPU.
+        self.dtype: type[np.floating[Any]] = np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.shared = metadata.get("edgepress.shared_cache") == "1"
+        self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side on which it takes padding
         try:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
         except (KeyError, TypeError, ValueError) as error:
@@ -100,7 +105,7 @@ class Decoder:
             self._cache = dict(zip(self._cache, outputs[1:], strict=True))
         self.length = total
         logits: np.ndarray = outputs[0].numpy()[0]
-        return logits
+        return logits.astype(np.float32, copy=False)
 
     def greedy(self, ids: np.ndarray, new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Feed a prompt and yield the most likely next id, again and again; ends before an id in ``stop``."""
@@ -125,13 +130,13 @@ class Decoder:
             ids[index, : len(row)] = row
             mask[index, : len(row)] = 1
         feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
-        logits = self.session.run(["logits"], feeds | self._nothing(len(rows)))[0]
+        logits = self.session.run(["logits"], feeds | self.nothing(len(rows)))[0].astype(np.float32, copy=False)
         return [logits[index, : len(row)] for index, row in enumerate(rows)]
 
     def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
         names = [output.name for output in self.session.get_outputs()]
-        cache = self._nothing(len(ids))
+        cache = self.nothing(len(ids))
         total = ids.shape[1]
         while total <= self.context:
             feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
@@ -141,12 +146,27 @@ class Decoder:
             total += 1
             yield ids[:, 0]
 
-    def _nothing(self, batch: int) -> dict[str, np.ndarray]:
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray] | None = None, also: Sequence[str] = ()
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """One run over a batch with a cache of its own, for checks.
+
+        ids int64 (batch, tokens), mask int64 (batch, all tokens so far and these). Returns the logits of all positions and
+        the outputs ``also``, and the cache for the next step.
+        """
+        cache = cache or self.nothing(len(ids))
+        wanted = ["logits", *also, *(name.replace("past_key_values", "present") for name in cache)]
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        found = self.session.run(wanted, feeds | cache)
+        count = 1 + len(also)
+        return found[:count], dict(zip(cache, found[count:], strict=True))
+
+    def nothing(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
-        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32) for name, shape in self._shapes.items()}
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
 
     def _empty(self, shape: list[Any], length: int) -> Any:
-        array = np.zeros((1, shape[1], length, shape[3]), dtype=np.float32)
+        array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
         return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
 
 

@@ -27,12 +27,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 4, "tie_word_embeddings": True},
     "qwen3": _WIDE | {"tie_word_embeddings": True},
     "gemma": _WIDE,
-    "gemma2": _WIDE | {"sliding_window": WINDOW, "query_pre_attn_scalar": 32},
-    "gemma3_text": _WIDE | {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32},
+    # caps that scores and logits of this size come near
+    "gemma2": _WIDE
+    | {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    "gemma3_text": _WIDE | {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
     "phi": _LLAMA | {"num_key_value_heads": 4},
     "phi3": _LLAMA | {"sliding_window": WINDOW},
     "olmo2": _LLAMA,
-    "smollm3": _LLAMA | {"no_rope_layer_interval": 3},
+    "smollm3": _LLAMA | {"no_rope_layer_interval": 2},
     "granite": _LLAMA
     | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0},
     "gpt2": _OLD,

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -24,6 +25,7 @@ from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.runtime import Decoder
 from edgepress.pipeline.tokens import load_tokenizer, text_windows
+from onnxruntime.quantization import quantize_dynamic
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
@@ -176,6 +178,17 @@ def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
     assert found == wanted
+
+
+@pytest.mark.parametrize("exporter", ["fused", "portable"])
+def test_quantize_dynamic_takes_the_float_graph(exporter: str, make: Callable[..., Made], tiny: Path, tmp_path: Path) -> None:
+    """Trap 13: it fails on a graph that declares the shapes of its weights, as onnx_ir writes them by itself."""
+    _, exported = make(tiny, "none", exporter)
+    file = exported.path / "model.onnx"
+    graph = onnx.load(file, load_external_data=False).graph
+    assert not {tensor.name for tensor in graph.initializer} & {value.name for value in graph.value_info}
+    quantize_dynamic(file, tmp_path / "int8.onnx", extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    ort.InferenceSession(tmp_path / "int8.onnx")
 
 
 @pytest.mark.parametrize(
