@@ -150,7 +150,7 @@ def quantize_ends(folder: Path, model: PreTrainedModel, options: QuantizeOptions
         if group is None or weight is None:
             log.info("quantize: %s stays float (its width takes no group size)", name)
             continue
-        found[name] = round_to_nearest(name, weight.float().numpy(), bits, group, symmetric=bits == 8)
+        found[name] = round_to_nearest(name, weight, bits, group, symmetric=bits == 8)
     return found
 
 

@@ -362,6 +362,54 @@ def test_broken_folder(case: str, written: Path, tmp_path: Path, call: Callable[
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 
 
+def shorter(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = f"model.layers.1.mlp.up_proj.{part}"
+        tensors[name] = tensors[name][:-1].copy()
+
+    return change
+
+
+def another_codebook(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight.quant_map"][3] += 1
+
+
+BROKEN_BNB: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "scales missing": ("nf4", shorter("weight.absmax"), "model.layers.1.mlp.up_proj: 3072 bytes and 95 scales do not fit"),
+    "codes missing": ("nf4", shorter("weight"), "model.layers.1.mlp.up_proj: 3071 bytes and 96 scales do not fit"),
+    "another codebook": ("nf4", another_codebook, "model.layers.1.mlp.up_proj has a codebook of its own"),
+    "rows missing": ("int8", shorter("SCB"), "model.layers.1.mlp.up_proj: (96, 64)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BNB)
+def test_broken_bitsandbytes_folder(
+    case: str, bitsandbytes: tuple[Path, dict[str, dict[str, np.ndarray]]], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """As for GPTQ: one line that names the matrix; nothing is written."""
+    name, change, says = BROKEN_BNB[case]
+    shutil.copytree(bitsandbytes[0] / name, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = arrays(bitsandbytes[0] / name)
+    change(tensors)
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    result = call("export", tmp_path / "copy", tmp_path / "out")
+    assert result.code == 2 and says in result.err.splitlines()[-1], result.err
+    assert "Traceback" not in result.err and sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("name", ["optimum-symmetric", "nf4"])
+def test_quantized_folder_of_another_config(
+    name: str, written: Path, bitsandbytes: tuple[Path, Any], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """Codes that fit one another and not the config beside them."""
+    shutil.copytree((written if name in GPTQ else bitsandbytes[0]) / name, tmp_path / "copy")
+    config = read_json(tmp_path / "copy" / "config.json") | {"intermediate_size": 128}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    result = call("export", tmp_path / "copy", tmp_path / "out")
+    assert result.code == 2 and "do not fit its config.json" in result.err.splitlines()[-1], result.err
+    assert "Traceback" not in result.err and sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
 def test_truncated_folder(written: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
     folder = copied(written / "optimum-symmetric", tmp_path / "copy")
     cut(folder)
