@@ -7,7 +7,8 @@
 Prints Markdown. Every row is a run of the quantize stage, kept in --work, so that an interrupted table goes on. Quality is of
 the dequantized weights in torch, float activations. Bits per weight and bytes are those that the operators store: codes,
 scales, zero points, permutations, the head, and what stays float in 32 bits. The change of perplexity has its standard error,
-from the differences of the losses token by token: below about twice that, two perplexities are the same.
+from the differences of the losses token by token: below about twice that, two perplexities are the same. The column "to rtn"
+is the same difference to the row of round-to-nearest that has the same bits, groups and symmetry.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ def main() -> None:
     windows = text_windows(options.text, options.model, budget=options.tokens, skip=options.skip)
     whole = [logits_of(load_model(options.model), row) for row in windows]
     print(f"{options.model.name}, {sum(len(row) - 1 for row in windows):,} tokens of {options.text.name}\n")
-    print("| weights | perplexity | change | KL | top-1 | bits per weight | bytes |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| weights | perplexity | change | to rtn | KL | top-1 | bits per weight | bytes |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     original, truth = quality(windows, whole, whole)
     stored = 4 * sum(math.prod(shape) for shape in shapes_of(options.model).values())
-    line("original, float32", original, 0, 0, 32, stored)
+    line("original, float32", original, difference(truth, truth), "", 32, stored)
+    rounded: dict[tuple[object, ...], np.ndarray] = {}
     for name, settings in recipes():
         if options.only not in name:
             continue
@@ -77,13 +79,16 @@ def main() -> None:
         run("quantize", Artifact.load(options.model), folder, recipe)
         model = load_model(folder)
         found, losses = quality(windows, [logits_of(model, row) for row in windows], whole)
-        change, error = float((losses - truth).mean()), float((losses - truth).std() / math.sqrt(losses.size))
+        setting = (recipe.bits, recipe.group_size, recipe.symmetric, recipe.head_bits)
+        if recipe.method == "rtn":
+            rounded[setting] = losses
+        to_rtn = difference(losses, rounded[setting]) if recipe.method == "gptq" and setting in rounded else ""
         file = PackedFile(folder)
         left = 4 * sum(math.prod(shape) for shape in shapes_of(folder).values())
         linears = [file[n] for n in file]
         stored = sum(linear.nbytes for linear in linears)
         bits = 8 * stored / sum(linear.shape[0] * linear.shape[1] for linear in linears)
-        line(name, found, change, error, bits, stored + left)
+        line(name, found, difference(losses, truth), to_rtn, bits, stored + left)
 
 
 def quality(windows: list[np.ndarray], found: list[np.ndarray], whole: list[np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
@@ -94,12 +99,18 @@ def quality(windows: list[np.ndarray], found: list[np.ndarray], whole: list[np.n
     return scores.figures(), np.concatenate(scores.losses)
 
 
-def line(name: str, found: dict[str, float], change: float, error: float, bits: float, stored: int) -> None:
-    """change: of the mean loss in nats, with its standard error; as a share of the perplexity it is nearly the same."""
+def difference(losses: np.ndarray, others: np.ndarray) -> str:
+    """By how much the perplexity differs, with the standard error of the mean difference in nats, nearly the same share."""
+    apart = losses - others
+    return f"{100 * math.expm1(float(apart.mean())):+.2f} ± {100 * float(apart.std()) / math.sqrt(apart.size):.2f} %"
+
+
+def line(name: str, found: dict[str, float], change: str, to_rtn: str, bits: float, stored: int) -> None:
     cells = (
         name,
         f"{found['perplexity']:.3f}",
-        f"{100 * math.expm1(change):+.2f} ± {100 * error:.2f} %",
+        change,
+        to_rtn,
         f"{found['kl_mean']:.4f}",
         f"{100 * found['top1_agreement']:.1f} %",
         f"{bits:.2f}",

@@ -177,10 +177,16 @@ class HealOptions:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Quantize the matrices of the decoder blocks."""
+    """Quantize the matrices of the decoder blocks.
+
+    OUT is for edgepress export. GPTQ that was interrupted goes on where it stood when the same command is given again (Llama and
+    Qwen3-MoE; for others it says what is lost).
+    """
 
     method: str = option("gptq", "how weights are quantized", METHODS)
-    bits: int | None = option(None, "bits of a weight, for rtn and gptq (default: 4)", (2, 3, 4, 8))
+    bits: int | None = option(
+        None, "bits of a weight, for rtn and gptq (default: 4); 3 are for measuring, export refuses them", (2, 3, 4, 8)
+    )
     group_size: int | None = option(
         None, "weights that share one scale; -1 is a whole row (default: 128; nf4 and fp4 64)", (-1, 16, 32, 64, 128, 256)
     )
@@ -340,7 +346,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
     every = [item for own in fields.values() for item in own]
     for cls in classes:
         hints = _hints(cls)
-        group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
+        group = parser.add_argument_group((cls.__doc__ or "").partition("\n")[0].rstrip("."))
         for item in fields[cls]:
             if item.name in seen:
                 continue

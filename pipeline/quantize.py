@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from edgepress.pipeline import packed
+from edgepress.pipeline.apart import scratch_of
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import (
     block_matrices,
@@ -57,7 +58,7 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
 
     model = meta_model(source.path, options.trust_remote_code)
     with with_full_names(source.path, model, out) as folder:
-        job, used = plan(folder, model, options, out.with_name(out.name.removesuffix(".partial") + ".gptq"))
+        job, used = plan(folder, model, options, scratch_of(out))
         linears = load(look_up(QUANTIZERS, options.method, "method"))(job)
         missing = sorted(set(job.linears) - set(linears))
         if missing:
@@ -149,7 +150,7 @@ def quantize_ends(folder: Path, model: PreTrainedModel, options: QuantizeOptions
         if group is None or weight is None:
             log.info("quantize: %s stays float (its width takes no group size)", name)
             continue
-        found[name] = round_to_nearest(name, weight.float().numpy(), bits, group, symmetric=bits == 8)
+        found[name] = round_to_nearest(name, weight, bits, group, symmetric=bits == 8)
     return found
 
 

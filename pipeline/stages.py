@@ -52,7 +52,7 @@ STAGES: dict[str, Stage] = {
     "heal": Stage(HealOptions, "edgepress.pipeline.heal:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(
         QuantizeOptions,
-        "edgepress.pipeline.quantize:quantize",
+        "edgepress.pipeline.apart:quantize",
         ("hf",),
         "packed",
         (*_BUILD, "gptqmodel", "bitsandbytes"),

@@ -171,6 +171,41 @@ def test_gptq_folder_is_taken_over(name: str, written: Path, source: Path) -> No
     assert len(permuted) == (14 if name == "optimum-act-order" else 2 if name == "gptqmodel-act-order" else 0)
 
 
+def autogptq(folder: Path, target: Path, *, order: bool) -> Path:
+    """A folder as AutoGPTQ 0.2 to 0.7 wrote it: settings beside config.json, one file of that name, biases of zeros.
+
+    Its quantize_config.json knows no format and no method. Before 0.3 it stored no g_idx either (order=False).
+    """
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config, settings = read_json(folder / "config.json"), read_json(folder / "quantize_config.json")
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    known = {key: settings[key] for key in ("bits", "group_size", "desc_act", "sym")}
+    known |= {"damp_percent": 0.01, "static_groups": False, "true_sequential": True}
+    (target / "quantize_config.json").write_text(json.dumps(known | {"model_name_or_path": None, "model_file_base_name": "model"}))
+    tensors = {name: array for name, array in arrays(folder).items() if order or not name.endswith("g_idx")}
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        tensors[name.replace(".scales", ".bias")] = np.zeros(tensors[name].shape[1], np.float16)
+    save_file(tensors, target / f"gptq_model-4bit-{settings['group_size']}g.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("name", V1)
+def test_autogptq_folder_is_taken_over(
+    name: str, written: Path, source: Path, text: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """Act-order with g_idx, and the oldest layout without: array for array, and through export."""
+    folder = autogptq(written / name, tmp_path / "autogptq", order=name == "gptqmodel-act-order")
+    raw, found = arrays(written / name), opened(folder)
+    assert len(list(found)) == 14 and found.described["zero_points"] == "gptq"
+    for module in found:
+        assert np.array_equal(found[module].dequantized(), expected(raw, module, 4, v1=True))
+    result = call("export", folder, tmp_path / "onnx", "--text", text)
+    assert result.code == 0, result.err
+    assert "parity" in Artifact.load(tmp_path / "onnx").steps[-1].facts
+    assert not (tmp_path / "onnx" / "quantize_config.json").exists()
+
+
 def layouts() -> tuple[str, ...]:
     return ("qweight", "qzeros", "scales", "g_idx")
 
@@ -325,6 +360,54 @@ def test_broken_folder(case: str, written: Path, tmp_path: Path, call: Callable[
     result = call("export", folder, tmp_path / "out")
     assert result.code == 2 and says in result.err.splitlines()[-1], result.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def shorter(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = f"model.layers.1.mlp.up_proj.{part}"
+        tensors[name] = tensors[name][:-1].copy()
+
+    return change
+
+
+def another_codebook(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight.quant_map"][3] += 1
+
+
+BROKEN_BNB: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "scales missing": ("nf4", shorter("weight.absmax"), "model.layers.1.mlp.up_proj: 3072 bytes and 95 scales do not fit"),
+    "codes missing": ("nf4", shorter("weight"), "model.layers.1.mlp.up_proj: 3071 bytes and 96 scales do not fit"),
+    "another codebook": ("nf4", another_codebook, "model.layers.1.mlp.up_proj has a codebook of its own"),
+    "rows missing": ("int8", shorter("SCB"), "model.layers.1.mlp.up_proj: (96, 64)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BNB)
+def test_broken_bitsandbytes_folder(
+    case: str, bitsandbytes: tuple[Path, dict[str, dict[str, np.ndarray]]], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """As for GPTQ: one line that names the matrix; nothing is written."""
+    name, change, says = BROKEN_BNB[case]
+    shutil.copytree(bitsandbytes[0] / name, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = arrays(bitsandbytes[0] / name)
+    change(tensors)
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    result = call("export", tmp_path / "copy", tmp_path / "out")
+    assert result.code == 2 and says in result.err.splitlines()[-1], result.err
+    assert "Traceback" not in result.err and sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("name", ["optimum-symmetric", "nf4"])
+def test_quantized_folder_of_another_config(
+    name: str, written: Path, bitsandbytes: tuple[Path, Any], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """Codes that fit one another and not the config beside them."""
+    shutil.copytree((written if name in GPTQ else bitsandbytes[0]) / name, tmp_path / "copy")
+    config = read_json(tmp_path / "copy" / "config.json") | {"intermediate_size": 128}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    result = call("export", tmp_path / "copy", tmp_path / "out")
+    assert result.code == 2 and "do not fit its config.json" in result.err.splitlines()[-1], result.err
+    assert "Traceback" not in result.err and sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 
 
 def test_truncated_folder(written: Path, tmp_path: Path, call: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edgepress.pipeline import apart
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import block_linears, load_model
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
@@ -24,6 +25,7 @@ from edgepress.pipeline.importers import gptq as layout
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.packed import PackedFile, PackedLinear, unpack_bits
 from edgepress.pipeline.quantize import QUANTIZERS
+from edgepress.pipeline.quantize import quantize as stage
 from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
@@ -448,8 +450,8 @@ def test_gptq_failure_has_its_reason(tmp_path: Path, tiny: Path, monkeypatch: py
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(ProofError, match=r"3: RuntimeError: not enough memory for block 3$"):
-        gptq.quantize(dataclasses.replace(job_of(tiny, lambda: [np.arange(16)]), scratch=tmp_path / "scratch"))
-    assert not (tmp_path / "scratch").exists()
+        run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="gptq"))
+    assert [p.name for p in tmp_path.iterdir()] == ["python"]
 
 
 def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -518,7 +520,7 @@ def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(gptq, "remove", lambda _: None)
+        patch.setattr(apart, "remove", lambda _: None)
         packed = run("quantize", Artifact.load(source), folder / "packed", settings)
     return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))
 
@@ -640,12 +642,12 @@ def test_gptq_codes_read_wrongly_are_caught(
     monkeypatch.setitem(QUANTIZERS, "gptq", "unused")
     monkeypatch.setattr("edgepress.pipeline.quantize.load", lambda _: quantize)
     options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
+    (tmp_path / "out").mkdir()
     spoil = False
-    run("quantize", Artifact.load(tiny), tmp_path / "right", options)
+    stage(Artifact.load(tiny), tmp_path / "out", options)
     spoil = True
     with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} came back from GPTQ"):
-        run("quantize", Artifact.load(tiny), tmp_path / "wrong", options)
-    assert not (tmp_path / "wrong").exists()
+        stage(Artifact.load(tiny), tmp_path / "out", options)
 
 
 # What a user's terminal does: start the stage in a process, and end that process alone, without a word.
@@ -667,6 +669,64 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+LOST = {
+    "another family": ("mistral", {}, " (gptqmodel resumes llama and qwen3_moe alone, and this is mistral)"),
+    "bits by module": ("llama", {"model.layers.0.mlp.up_proj": 8}, " (--bits-for cannot be resumed)"),
+    "before the first layer": ("llama", {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_gptq_that_cannot_go_on_says_so(
+    case: str,
+    tiny: Path,
+    copy_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Killed outright it could say nothing: the same command says, when it begins anew, what is lost and why."""
+    family, exceptions, because = LOST[case]
+    job = job_of(copy_of(tiny, model_type=family), lambda: [np.arange(16)])
+    job = dataclasses.replace(job, scratch=tmp_path / "scratch", exceptions=exceptions)
+    caplog.set_level("INFO", "edgepress")
+    for _ in range(2):
+        monkeypatch.setattr(gptq, "_run", lambda job: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gptq.quantize(job)
+    assert caplog.messages == [f"quantize: GPTQ begins anew, what was done before the interruption is lost{because}"]
+    (tmp_path / "scratch" / "checkpoint").mkdir()
+    (tmp_path / "scratch" / "checkpoint" / "CURRENT").touch()
+    with pytest.raises(ZeroDivisionError):
+        gptq.quantize(job)
+    assert "goes on after the last layer" in caplog.messages[-1]
+
+
+def test_gptq_that_ends_early_says_what_is_lost(
+    tiny: Path, copy_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through both processes: the reason is known in the one that dies, and said by the other."""
+    end = "import os; from edgepress.pipeline.quantizers import gptq; gptq._run = lambda job: os._exit(9)\n"
+    monkeypatch.setattr(apart, "CHILD", end + apart.CHILD)
+    caplog.set_level("INFO", "edgepress")
+    with pytest.raises(ProofError, match="exit code 9"):
+        run("quantize", Artifact.load(copy_of(tiny, model_type="mistral")), tmp_path / "out", QuantizeOptions(method="gptq"))
+    lost = "lost (gptqmodel resumes llama and qwen3_moe alone, and this is mistral)"
+    assert caplog.messages[-1] == f"quantize: GPTQ of the layers done so far is {lost}"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_gptq_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint is kept, but not one whose result failed its proof: it would fail again."""
+    caplog.set_level("INFO", "edgepress")
+    (tmp_path / "x" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "x" / "checkpoint" / "CURRENT").touch()
+    apart._leave(tmp_path / "x", {"lost_because": ""}, go_on=True)
+    assert (tmp_path / "x").exists() and "is kept in" in caplog.messages[-1]
+    apart._leave(tmp_path / "x", {"lost_because": ""}, go_on=False)
+    assert not (tmp_path / "x").exists() and len(caplog.messages) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="finds the child in /proc")

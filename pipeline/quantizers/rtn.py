@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from edgepress.pipeline.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantizers import Job
@@ -21,19 +22,19 @@ def quantize(job: Job) -> dict[str, PackedLinear]:
     }
 
 
-def round_to_nearest(name: str, weight: np.ndarray, bits: int, group_size: int, symmetric: bool) -> PackedLinear:
-    """Round a float32 matrix (out, in); the last group may be short, and group_size -1 is one group a row.
+def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, group_size: int, symmetric: bool) -> PackedLinear:
+    """Round a float matrix (out, in); the last group may be short, and group_size -1 is one group a row.
 
     symmetric: scale = absmax / (2^(bits-1) - 1/2), zero point 2^(bits-1), so that both ends of the range lie half
     a step inside the codes. Otherwise scale = (max - min) / (2^bits - 1) over a range that includes 0, which stays exact.
     """
     if weight.shape[0] > _ROWS:  # rows do not meet, and a whole head in float32 would stand in memory several times
-        parts = [
-            round_to_nearest(name, part, bits, group_size, symmetric) for part in np.split(weight, range(_ROWS, len(weight), _ROWS))
-        ]
+        pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
+        parts = [round_to_nearest(name, piece, bits, group_size, symmetric) for piece in pieces]
         arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales")}
         points = None if symmetric else np.concatenate([part.zeros for part in parts if part.zeros is not None])
         return replace(parts[0], shape=(weight.shape[0], weight.shape[1]), zeros=points, **arrays)
+    weight = weight.float().numpy() if isinstance(weight, torch.Tensor) else weight
     rows, columns = weight.shape
     length, group_size = group_size, columns if group_size == -1 else group_size
     groups = -(-columns // group_size)
