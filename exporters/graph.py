@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,18 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def save_at_level_0(model: Path, out: Path) -> None:
-    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file."""
+def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int]) -> None:
+    """Write a graph with the accuracy levels that ``level_of`` gives to its nodes, by name; ``out`` may be ``model``.
+
+    Weights stay references to the same external file.
+    """
     variant = ir.load(model)
     for node in variant.graph:
         if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level_of(node.name or ""))
     ir.save(variant, out)
+
+
+def save_at_level_0(model: Path, out: Path) -> None:
+    """Write a graph with float activations."""
+    save_at_levels(model, out, lambda name: 0)

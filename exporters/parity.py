@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,9 @@ from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
 from transformers import PreTrainedModel
 
-log = logging.getLogger("edgepress")
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
 TOLERANCE = 1e-3
 TOKENS = 512
-# Below this share of unchanged most likely tokens the user is told what int8 activations cost.
-WORRYING = 0.98
 GREEDY_TOKENS = 32
 
 
@@ -44,27 +40,19 @@ class Parity:
         return max(self.difference_whole, self.difference_chunks, self.difference_steps)
 
 
-def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray], level: int) -> list[Parity]:
-    """Compare at float activations, and at ``level`` if that is another; ``graph`` is what ``folder/model.onnx`` was saved from.
+def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray]) -> Parity:
+    """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see levels).
 
     Windows together hold at least TOKENS ids where the text is long enough. Each is read whole, in chunks, and token by token.
     Raises ProofError when a logit at float activations departs by more than TOLERANCE, or greedy tokens differ.
     """
-    found = [measure(model, _float_activations(folder, graph), windows, 0)]
-    exact = found[0]
+    exact = measure(model, _float_activations(folder, graph), windows, 0)
     if not exact.difference <= TOLERANCE or exact.greedy_match_tokens < GREEDY_TOKENS:
         raise ProofError(
             f"the ONNX model departs from the checkpoint: logits differ by {exact.difference:.2g} of their spread "
             f"(allowed {TOLERANCE:g}), {exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree; nothing was written"
         )
-    if level:
-        found.append(measure(model, Decoder(folder), windows, level))
-        if found[-1].top1_agreement < WORRYING:
-            log.warning(
-                "warning: int8 activations change the most likely token at %.1f %% of positions; --accuracy-level 0 is exact",
-                100 * (1 - found[-1].top1_agreement),
-            )
-    return found
+    return exact
 
 
 def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray], level: int) -> Parity:

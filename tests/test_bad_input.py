@@ -301,7 +301,7 @@ OPTIONS = [
     ("quantize --calibration-tokens 3", ("--calibration-tokens must be at least 16",)),
     ("export --exporter fussed", ("unknown exporter 'fussed'", "did you mean 'fused'?")),
     ("export --target gpu", ("unknown target 'gpu'", "cpu")),
-    ("export --accuracy-level 3", ("--accuracy-level", "0, 4")),
+    ("export --accuracy-level 3", ("unknown accuracy level '3'", "auto, 4, 0")),
     ("quantize --methd rtn", ("--methd", "--help")),
     ("build --recipe defalt", ("no recipe 'defalt'", "did you mean 'default'?")),
     ("build --recipe absent.yaml", ("no recipe 'absent.yaml'", "give a YAML file")),

@@ -107,7 +107,7 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
     windows = text_windows(text, packed.path, budget=512, length=200)
     with pytest.raises(ProofError, match="departs"):
-        parity.prove(load_model(packed.path), tmp_path, graph, windows, 4)
+        parity.prove(load_model(packed.path), tmp_path, graph, windows)
 
 
 def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:
