@@ -113,7 +113,8 @@ def _step_seconds(decoder: Decoder, ids: np.ndarray) -> list[float]:
     prompt = ids[: min(PROMPT_TOKENS, len(ids))]
     steps = min(TIMED_TOKENS, decoder.context - len(prompt) - WARM_UP_TOKENS)
     decoder.reset(len(prompt) + WARM_UP_TOKENS + steps)
-    token, seconds = int(decoder.feed(prompt)[-1].argmax()), []
+    token = int(decoder.feed(prompt)[-1].argmax())
+    seconds: list[float] = []
     while len(seconds) < WARM_UP_TOKENS + steps and (len(seconds) <= WARM_UP_TOKENS or sum(seconds) < SECONDS):
         begun = time.perf_counter()
         token = int(decoder.feed(np.array([token]))[-1].argmax())
