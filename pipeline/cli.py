@@ -203,11 +203,11 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from edgepress.pipeline.generate import stream
 
     settings = make(RunOptions, flags)
+    if options.prompt is None and not settings.chat:
+        raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
     folder = _artifact_folder(options.source)
     if settings.chat:
         return _chat(folder, options.prompt, settings)
-    if options.prompt is None:
-        raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
     begun, count = time.monotonic(), 0
     for piece in stream(folder, options.prompt, settings):
         if not count:
