@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families artifact prune quantize export bench report example run show lint types wheel clean
+.PHONY: help demo test test-families test-consumers artifact prune quantize export bench report example run show lint types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,20 @@ test: $(READY) ## the fast tests
 
 test-families: $(READY) ## the slow matrix of architectures and formats
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m families $(ARGS)
+
+test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one folder, several consumers: light base, GenAI, optimum
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)
+
+.venv-light/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-light
+	.venv-light/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu]'
+	@touch $@
+
+.venv-optimum/.ready: constraints-optimum.txt
+	$(PYTHON) -m venv --clear .venv-optimum
+	.venv-optimum/bin/python -m pip install -q $(PIP_ARGS) -c constraints-optimum.txt torch==2.13.0
+	.venv-optimum/bin/python -m pip install -q $(PIP_ARGS) -c constraints-optimum.txt optimum-onnx optimum onnxruntime
+	@touch $@
 
 artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] [ARGS='--remove-layers 4']
 	$(PRESS) build "$(MODEL)" "$(or $(OUT),out/$(NAME))" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgepress.exporters import architecture, fused, parity, portable
+from edgepress.exporters import architecture, fused, levels, older, parity, portable
 from edgepress.exporters.graph import save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
-from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
+from edgepress.pipeline.artifact import Artifact, folder_bytes, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions
@@ -39,19 +39,17 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     model = load_model(source.path, options.trust_remote_code, options.original)
     exporter, reason = choose(options.exporter, config, weights)
     half = options.target == "cuda"  # its GroupQueryAttention knows no float32, and int8 activations are the CPU's
-    level = 0 if half else options.accuracy_level
+    level = 0 if half or options.accuracy_level == "0" else 4
     graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
     save(graph, out / "model.onnx")
     carry_files(source.path, out)
-    content = read_json(source.path / "config.json")
-    write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})
-    _plain_tokenizer_class(out)
+    older.write_configs(source.path, out)
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
 
     length = min(context_length(source.path) - parity.GREEDY_TOKENS, parity.TOKENS)
     windows = text_windows(options.text, source.path, budget=parity.TOKENS + length, length=length)
-    level = level if any(n.op_type == "MatMulNBits" for n in graph.graph) else 0
-    proofs = parity.prove(model, out, graph, windows, level)
+    exact = parity.prove(model, out, graph, windows)
+    chosen, shipped = levels.choose(model, out, graph, windows, options)
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
     facts = {
@@ -59,9 +57,9 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         "target": options.target,
         "activations": "float16" if half else "float32",
         "proven_on": "CPUExecutionProvider",
-        "accuracy_level": level,
         "batch": graph.metadata_props["edgepress.batch"],
-        "parity": [asdict(proof) for proof in proofs],
+        **chosen,
+        "parity": [asdict(proof) for proof in (exact, *shipped)],
         "parameters": model.num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
@@ -83,15 +81,6 @@ def choose(wanted: str, config: PreTrainedConfig, weights: Weights) -> tuple[str
         raise OptionError(f"the fused graph cannot express this model ({reason}); use --exporter portable")
     log.info("export: standard attention operators instead of the fused graph (%s)", reason)
     return "portable", reason
-
-
-def _plain_tokenizer_class(out: Path) -> None:
-    """Name the tokenizer class that every transformers knows; version 5 writes one that version 4 refuses to load."""
-    file = out / "tokenizer_config.json"
-    if file.is_file():
-        content = read_json(file)
-        if content.get("tokenizer_class") == "TokenizersBackend":
-            write_json(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def genai_config(config: PreTrainedConfig, folder: Path, target: str, *, shared: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +168,22 @@ def block_output(index: int) -> str:
     return f"model.layers.{index}.output"
 
 
-def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:
-    """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file.
+def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int], also: Sequence[str] = ()) -> None:
+    """Write a graph with the accuracy levels that ``level_of`` gives to its nodes, by name; ``out`` may be ``model``.
 
-    also: values inside that become outputs.
+    Weights stay references to the same external file. also: values inside that become outputs.
     """
     variant = ir.load(model)
     for node in variant.graph:
         if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level_of(node.name or ""))
         for value in node.outputs:
             if value.name in also:
                 value.type = variant.graph.outputs[0].type
                 variant.graph.outputs.append(value)
     ir.save(variant, out)
+
+
+def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:
+    """Write a graph with float activations; see save_at_levels."""
+    save_at_levels(model, out, lambda name: 0, also)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +17,12 @@ from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
 from transformers import PreTrainedModel
 
-log = logging.getLogger("edgepress")
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
 TOLERANCE = 1e-3
 TOKENS = 512
-# The same in half precision, whose rounding alone moved logits by up to 0.03 of their spread in random models of 11 families.
-TOLERANCE_HALF = 5e-2
-# Below this share of unchanged most likely tokens the user is told what int8 activations cost.
-WORRYING = 0.98
+# The same in half precision, whose rounding alone moved logits by up to 0.03 of their spread in random models of 11 families,
+# and the share of most likely tokens that must stay.
+TOLERANCE_HALF, AGREEMENT_HALF = 5e-2, 0.98
 GREEDY_TOKENS = 32
 
 
@@ -49,19 +46,18 @@ class Parity:
         return max(self.difference_whole, self.difference_chunks, self.difference_steps, self.difference_batch)
 
 
-def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray], level: int) -> list[Parity]:
-    """Compare at float activations, and at ``level`` if that is another; ``graph`` is what ``folder/model.onnx`` was saved from.
+def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray]) -> Parity:
+    """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see levels).
 
     Windows together hold at least TOKENS ids where the text is long enough. Each is read whole, in chunks, and token by token,
     and two of unequal length in one padded batch. Raises ProofError, which names the first layer that departs, when a logit at
     float activations departs by more than TOLERANCE, or greedy tokens differ (in half precision: by more than TOLERANCE_HALF,
-    or the most likely token at more than 1 - WORRYING of the positions).
+    or the most likely token at more than 1 - AGREEMENT_HALF of the positions).
     """
     decoder = _float_activations(folder, graph)
-    half = decoder.dtype == np.float16
-    found = [measure(model, decoder, windows, 0)]
-    exact, limit = found[0], TOLERANCE_HALF if half else TOLERANCE
-    same = exact.top1_agreement >= WORRYING if half else exact.greedy_match_tokens == GREEDY_TOKENS
+    half, limit = decoder.dtype == np.float16, tolerance(decoder)
+    exact = measure(model, decoder, windows, 0)
+    same = exact.top1_agreement >= AGREEMENT_HALF if half else exact.greedy_match_tokens == GREEDY_TOKENS
     if not exact.difference <= limit or not same:
         ids = windows[0]
         where = first_departure(model, folder, [ids] if exact.difference_whole > limit else _chunks(ids), limit)
@@ -70,14 +66,12 @@ def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[n
             f"(allowed {limit:g}), {exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree; nothing was written; "
             + ("the model may need more than float16: use --target cpu" if half else "try the other --exporter")
         )
-    if level:
-        found.append(measure(model, Decoder(folder), windows, level))
-        if found[-1].top1_agreement < WORRYING:
-            log.warning(
-                "warning: int8 activations change the most likely token at %.1f %% of positions; --accuracy-level 0 is exact",
-                100 * (1 - found[-1].top1_agreement),
-            )
-    return found
+    return exact
+
+
+def tolerance(decoder: Decoder) -> float:
+    """What ``Parity.difference`` may be at float activations."""
+    return TOLERANCE_HALF if decoder.dtype == np.float16 else TOLERANCE
 
 
 def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray], level: int) -> Parity:

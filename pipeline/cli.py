@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something the user can mend (one line says what and how), 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -14,15 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact, read_json, write_json
-from edgepress.pipeline.errors import EdgepressError, InputError
-from edgepress.pipeline.options import RunOptions, SensitivityOptions, add_flags, make
+from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions, add_flags, make
 from edgepress.pipeline.source import check_checkpoint, resolve
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.table import double_runtime, load, version
+
+if TYPE_CHECKING:
+    from edgepress.pipeline.chat import Conversation
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,11 +81,15 @@ def parser() -> argparse.ArgumentParser:
     add_flags(sensitivity, SensitivityOptions)
 
     run = verbs.add_parser(
-        "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, tokens streamed."
+        "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, or --chat; tokens are streamed."
     )
     run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
-    run.add_argument("prompt")
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue; with --chat the first message, if given")
     add_flags(run, RunOptions)
+
+    verify = verbs.add_parser("verify", help="check an artifact", description=VerifyOptions.__doc__)
+    verify.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    add_flags(verify, VerifyOptions)
 
     show = verbs.add_parser(
         "show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest."
@@ -195,7 +203,11 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from edgepress.pipeline.generate import stream
 
     settings = make(RunOptions, flags)
+    if options.prompt is None and not settings.chat:
+        raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
     folder = _artifact_folder(options.source)
+    if settings.chat:
+        return _chat(folder, options.prompt, settings)
     begun, count = time.monotonic(), 0
     for piece in stream(folder, options.prompt, settings):
         if not count:
@@ -205,6 +217,64 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     print()
     if count > 2:  # the first piece is the prompt, the second waited for it to be read
         _say(f"{(count - 2) / (time.monotonic() - begun):.1f} tokens/s")
+    return 0
+
+
+def _chat(folder: Path, first: str | None, settings: RunOptions) -> int:
+    talk: Conversation = load("edgepress.pipeline.chat:Conversation")(folder, settings)
+    message = first
+    _say("Ctrl-C ends an answer, /new starts afresh, /bye or Ctrl-D ends the talk")
+    while True:
+        try:
+            if message is None:
+                message = input("> " if sys.stdin.isatty() else "").strip()
+            if message == "/bye":
+                return 0
+            if message == "/new":
+                talk.forget()
+            elif message:
+                _answer(talk, message)
+        except EOFError:
+            return 0
+        except OptionError as error:
+            _say(f"error: {error}")
+        except BaseException:  # native code may swallow the KeyboardInterrupt and fail in its own way
+            if signal.SIGINT not in _signals or len(set(_signals)) > 1:
+                raise
+            _signals.clear()
+            print()
+            if message is None:
+                _say("/bye or Ctrl-D ends the talk")
+        message = None
+
+
+def _answer(talk: Conversation, message: str) -> None:
+    """Stream one answer and tell its speed: from its first piece on, as reading the message is another matter."""
+    begun, count = time.monotonic(), 0
+    with contextlib.closing(talk.answer(message)) as pieces:
+        for piece in pieces:
+            if not count:
+                begun = time.monotonic()
+            print(piece, end="", flush=True)
+            count += 1
+    print()
+    if count > 1:
+        rate = (count - 1) / (time.monotonic() - begun)
+        _say(f"{rate:.1f} tokens/s, {talk.read} tokens read, {talk.decoder.length} in the context")
+    if talk.full:
+        _say(f"the context of {talk.decoder.context} tokens is full, so the answer ends here; /new starts afresh")
+
+
+def _verify(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.verify import verify
+
+    settings = make(VerifyOptions, _resolved(flags))
+    folder, states = _artifact_folder(options.source), []
+    for check in verify(folder, settings):
+        print(f"{check.state:<12} {check.name}: {check.says}", flush=True)
+        states.append(check.state)
+    if failed := states.count("failed"):
+        raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")
     return 0
 
 
@@ -247,7 +317,7 @@ def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show}
+COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show, "verify": _verify}
 
 
 def _artifact_folder(source: str) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,14 +100,7 @@ class _Models:
         folder = Path(row["folder"])
         if row["kind"] == "onnx":
             return _Onnx(Decoder(folder, target=self._target))
-        load("edgepress.exporters.graph:save_at_level_0")(folder / "model.onnx", scratch / "model.onnx")
-        shutil.copyfile(folder / "genai_config.json", scratch / "genai_config.json")
-        for data in folder.glob("model.onnx?*"):  # onnxruntime refuses links that lead out of the folder
-            try:
-                os.link(data, scratch / data.name)
-            except OSError:  # another disk
-                shutil.copyfile(data, scratch / data.name)
-        return _Onnx(Decoder(scratch, target=self._target))
+        return _Onnx(load("edgepress.exporters.recheck:at_level_0")(folder, scratch, self._target))
 
 
 class _Original:

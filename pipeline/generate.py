@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime import Decoder, end_tokens
 from edgepress.pipeline.tokens import load_tokenizer
+from tokenizers import Tokenizer
 
 
 def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
@@ -27,31 +28,43 @@ def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
     if not prompt or not len(ids):
         raise TextError("the prompt is empty; give some text to continue")
     decoder = Decoder(folder, threads=options.threads)
-    room = len(ids) + options.max_new_tokens
+    room = len(ids) + options.limit
     if room > decoder.context:
         raise OptionError(
-            f"{len(ids)} prompt and {options.max_new_tokens} new tokens exceed the context of {decoder.context}; "
+            f"{len(ids)} prompt and {options.limit} new tokens exceed the context of {decoder.context}; "
             "shorten the prompt or give fewer --max-new-tokens"
         )
     decoder.reset(room)
     random = np.random.default_rng(options.seed)
-    stop = end_tokens(folder)
-    new: list[int] = []
-    told = ""
     yield prompt
+    new = tokens(decoder, ids, end_tokens(folder), options.limit, options.temperature, random)
+    yield from pieces(tokenizer, int(ids[-1]), new)
+
+
+def tokens(
+    decoder: Decoder, ids: np.ndarray, stop: frozenset[int], limit: int, temperature: float, random: np.random.Generator
+) -> Iterator[int]:
+    """Feed ids int64 (tokens,) and yield up to ``limit`` new ones, each before it is fed; ends before an id in ``stop``."""
     logits = decoder.feed(ids)[-1]
-    while len(new) < options.max_new_tokens:
-        token = _choose(logits, options.temperature, random)
+    for count in range(limit):
+        token = _choose(logits, temperature, random)
         if token in stop:
             return
-        new.append(token)
-        # With the prompt's last token before it, so that a leading space is kept.
-        whole = tokenizer.decode([int(ids[-1]), *new])[len(tokenizer.decode([int(ids[-1])])) :]
+        yield token
+        if count + 1 < limit:
+            logits = decoder.feed(np.array([token]))[-1]
+
+
+def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[str]:
+    """The text of new tokens after the token ``before`` (so that a leading space is kept), as soon as its characters are whole."""
+    ids: list[int] = []
+    told, start = "", len(tokenizer.decode([before]))
+    for token in new:
+        ids.append(token)
+        whole = tokenizer.decode([before, *ids])[start:]
         if not whole.endswith("\ufffd"):  # a character may take several tokens
             yield whole[len(told) :]
             told = whole
-        if len(new) < options.max_new_tokens:
-            logits = decoder.feed(np.array([token]))[-1]
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

@@ -44,6 +44,11 @@ EXPORTERS = {
     "fused": "GroupQueryAttention, packed QKV, fused gate and up",
     "portable": "standard ONNX operators",
 }
+LEVELS = {
+    "auto": "4 if it is faster on this machine and keeps --min-agreement, else 0",
+    "4": "int8: fast",
+    "0": "float32: exact",
+}
 TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
@@ -248,11 +253,16 @@ def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
         pattern, sign, bits = rule.rpartition("=")
         if not sign or bits not in ("2", "3", "4", "8", "16"):
             raise OptionError(f"--bits-for takes PATTERN=BITS, BITS one of 2, 3, 4, 8, 16, not '{rule}'")
-        try:
-            found.append((re.compile(pattern), int(bits)))
-        except re.error as error:
-            raise OptionError(f"--bits-for: '{pattern}' is no regular expression ({error}); correct it") from error
+        found.append((regular_expression("--bits-for", pattern), int(bits)))
     return found
+
+
+def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
+    """Compiled. Raises OptionError that names the flag."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"{name}: '{pattern}' is no regular expression ({error}); correct it") from error
 
 
 @dataclass(frozen=True)
@@ -275,12 +285,30 @@ class ExportOptions:
 
     target: str = _target()
     exporter: str = option("auto", "which graph to write", EXPORTERS)
-    accuracy_level: int = option(4, "activations of quantized matrices: 4 is int8 (fast), 0 is float32", (0, 4))
+    accuracy_level: str = option("auto", "activations of quantized matrices", LEVELS)
+    exact_layers: str | None = option(
+        None, "matrices that keep float activations at level 4: a number takes those that int8 hurts most, as measured; "
+        "anything else is a regular expression for the whole name, as '.*down_proj'",
+    )  # fmt: skip
+    min_agreement: float = option(
+        0.98, "share of the most likely tokens that int8 activations must keep; below it --accuracy-level auto takes 0, 4 fails",
+        at_least=0,
+    )  # fmt: skip
     text: Path = _text()
     original: Path | None = option(
         None, "for a GPTQ folder of another whose zero points can be read in two ways: the float checkpoint that it was made from"
     )
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        if self.min_agreement > 1:
+            raise OptionError(f"--min-agreement is a share, 1 at most, not {self.min_agreement}")
+        if self.target == "cuda" and self.accuracy_level == "4":
+            raise OptionError("int8 activations are the CPU's, and the target is cuda; leave --accuracy-level out")
+        if self.exact_layers is not None:
+            if self.accuracy_level == "0":
+                raise OptionError("--exact-layers is for int8 activations, and --accuracy-level 0 has none; leave one of them out")
+            regular_expression("--exact-layers", self.exact_layers)
 
 
 @dataclass(frozen=True)
@@ -312,12 +340,34 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Continue a prompt, tokens streamed."""
+    """Continue a prompt, tokens streamed, or keep a conversation."""
 
-    max_new_tokens: int = option(64, "tokens to generate at most", at_least=1)
+    chat: bool = option(False, "keep a conversation: Ctrl-C ends an answer, /new starts afresh, Ctrl-D or /bye ends the talk")
+    system: str | None = option(None, "with --chat: what the model is told before the first message")
+    max_new_tokens: int | None = option(None, "tokens to generate at most (default: 64, and 1024 an answer in --chat)", at_least=1)
     temperature: float = option(0.0, "0 takes the most likely token; about 0.8 varies", at_least=0)
     seed: int = option(0, "of the random choice", at_least=0)
     threads: int = _threads()
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self.chat:
+            raise OptionError("--system is for a conversation; give --chat too, or leave it out")
+
+    @property
+    def limit(self) -> int:
+        """``max_new_tokens``, known."""
+        return self.max_new_tokens or (1024 if self.chat else 64)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Check an artifact: whole, sound, running; and with --original that it computes what its checkpoint computes."""
+
+    original: Path | None = option(
+        None, "the checkpoint that it was exported from: proven equal again; or an earlier one: the difference is measured"
+    )
+    text: Path = option(EVALUATION_TEXT, "text to compare on (default: the shipped evaluation.txt)")
+    trust_remote_code: bool = _trust()
 
 
 def _hints(cls: type) -> dict[str, tuple[Any, bool]]:

@@ -145,6 +145,11 @@ def _beside_others(original: Artifact, out: Path, steps: Plan, done: list[Artifa
     artifact = original
     kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
     log.info("baseline: the same without removal, to compare with (--no-baseline leaves it out)")
+    level = next((step.facts["accuracy_level"] for step in reversed(done[-1].steps) if "accuracy_level" in step.facts), None)
     for number, (name, given) in enumerate(kept, 1):
+        if level is not None and hasattr(given, "accuracy_level"):  # or the two would differ in more than their layers
+            given = dataclasses.replace(
+                given, accuracy_level=str(level), min_agreement=0.0, **({} if level else {"exact_layers": None})
+            )
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
     return dataclasses.replace(options, beside=(*options.beside, artifact.path))

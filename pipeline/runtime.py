@@ -18,6 +18,8 @@ from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.table import load
 
 MODEL = "model.onnx"
+# Tokens that a shared cache has room for at first: one for the whole context may take more memory than the model.
+FIRST_CAPACITY = 1024
 
 
 class Decoder:
@@ -62,15 +64,31 @@ class Decoder:
         self.reset()
 
     def reset(self, capacity: int | None = None) -> None:
-        """Forget the sequence. capacity: tokens to make room for in a shared cache (default: the context)."""
+        """Forget the sequence. capacity: tokens that a shared cache has room for (default: it grows up to the context)."""
         self.length = 0
+        self._limit = capacity or self.context
         if self.shared:
-            capacity = capacity or self._capacity or self.context
+            capacity = capacity or self._capacity or min(FIRST_CAPACITY, self.context)
             if capacity != self._capacity:
                 self._cache = {name: self._empty(shape, capacity) for name, shape in self._shapes.items()}
                 self._capacity = capacity
         else:
             self._cache = {name: self._empty(shape, 0) for name, shape in self._shapes.items()}
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` tokens of the sequence and forget the rest."""
+        if not self.shared and any(value.shape()[2] != length for value in self._cache.values()):
+            self._cache = {name: self._filled(value.numpy()[:, :, :length]) for name, value in self._cache.items()}
+        self.length = length
+
+    def _grow(self, total: int) -> None:
+        """Make room for ``total`` tokens in a shared cache; what is in it stays."""
+        self._capacity = min(self.context, max(total, 2 * self._capacity))
+        for name, value in self._cache.items():  # one after the other: never the whole cache twice
+            array = value.numpy()
+            grown = np.zeros((*array.shape[:2], self._capacity, array.shape[3]), dtype=array.dtype)
+            grown[:, :, : self.length] = array[:, :, : self.length]
+            self._cache[name] = self._filled(grown)
 
     def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Append ids int64 (tokens,); returns float32 logits (kept, vocabulary) of the last ``keep`` positions, 0 for all.
@@ -78,10 +96,12 @@ class Decoder:
         Raises OptionError when the sequence outgrows the context.
         """
         total = self.length + len(ids)
-        if self.shared and total > self._capacity:
+        if self.shared and total > self._limit:
             raise OptionError(
-                f"{total} tokens do not fit into the context of {self._capacity}; use a shorter prompt or fewer new tokens"
+                f"{total} tokens do not fit into the context of {self._limit}; use a shorter prompt or fewer new tokens"
             )
+        if self.shared and total > self._capacity:
+            self._grow(total)
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
@@ -167,7 +187,10 @@ class Decoder:
 
     def _empty(self, shape: list[Any], length: int) -> Any:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
-        return self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
+        return self._filled(array)
+
+    def _filled(self, array: np.ndarray) -> Any:
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
 
 
 def end_tokens(folder: Path) -> frozenset[int]:

@@ -25,6 +25,7 @@ PACKAGES = {
     "gptqmodel": ("gptqmodel", "build"),
     "peft": ("peft", "build"),
     "onnxruntime": ("onnxruntime", "cpu"),
+    "jinja2": ("jinja2", "cpu"),
     "matplotlib": ("matplotlib", "report"),
     "lm_eval": ("lm-eval", "tasks"),
 }

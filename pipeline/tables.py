@@ -216,7 +216,8 @@ def made_by(report: dict[str, Any]) -> list[str]:
             lines.append(f"quantize: {kind}{head}")
         elif step["stage"] == "export":
             because = f" ({facts['not_fused_because']})" if "not_fused_because" in facts else ""
-            lines.append(f"export: {facts['exporter']} graph{because}, accuracy level {facts['accuracy_level']}")
+            exact = f" but for {len(facts['exact_layers'])} matrices at 0" if facts.get("exact_layers") else ""
+            lines.append(f"export: {facts['exporter']} graph{because}, accuracy level {facts['accuracy_level']}{exact}")
         else:
             lines.append(step["stage"])
     return lines

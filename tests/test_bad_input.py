@@ -248,7 +248,7 @@ def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: py
     )
 
 
-@pytest.mark.parametrize("verb", ["bench", "run", "show"])
+@pytest.mark.parametrize("verb", ["bench", "run", "show", "verify"])
 def test_missing_artifact(verb: str, refused: Refused, tmp_path: Path) -> None:
     """The verbs that read artifacts name the folder they were given."""
     refused(verb, tmp_path / "absent", *(["Once"] if verb == "run" else []), says="absent")
@@ -301,7 +301,10 @@ OPTIONS = [
     ("quantize --calibration-tokens 3", ("--calibration-tokens must be at least 16",)),
     ("export --exporter fussed", ("unknown exporter 'fussed'", "did you mean 'fused'?")),
     ("export --target gpu", ("unknown target 'gpu'", "cpu")),
-    ("export --accuracy-level 3", ("--accuracy-level", "0, 4")),
+    ("export --accuracy-level 3", ("unknown accuracy level '3'", "auto, 4, 0")),
+    ("export --min-agreement 1.5", ("--min-agreement is a share", "1.5")),
+    ("export --exact-layers (", ("--exact-layers", "no regular expression", "correct")),
+    ("export --accuracy-level 0 --exact-layers 2", ("--exact-layers is for int8", "leave one")),
     ("quantize --methd rtn", ("--methd", "--help")),
     ("build --recipe defalt", ("no recipe 'defalt'", "did you mean 'default'?")),
     ("build --recipe absent.yaml", ("no recipe 'absent.yaml'", "give a YAML file")),

@@ -20,7 +20,7 @@ from edgepress.pipeline.tokens import load_tokenizer
 
 Call = Callable[..., Any]
 
-VERBS = ["build", "prune", "heal", "quantize", "export", "bench", "report", "run", "sensitivity", "show"]
+VERBS = ["build", "prune", "heal", "quantize", "export", "bench", "report", "run", "sensitivity", "show", "verify"]
 CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
 PROMPT = "Once upon a time"
 
@@ -72,14 +72,18 @@ def test_help_runs_as_a_module_and_names_every_verb(edgepress: Call) -> None:
 def test_table_of_verbs_is_whole() -> None:
     """The lists in this file are complete: a new verb or option class is tested as well."""
     assert set(VERBS) == set(cli.STAGES) | set(cli.COMMANDS)
-    assert {stage.options for stage in cli.STAGES.values()} | {options.RunOptions, options.SensitivityOptions} == set(CLASSES)
+    assert {stage.options for stage in cli.STAGES.values()} | {
+        options.RunOptions,
+        options.SensitivityOptions,
+        options.VerifyOptions,
+    } == set(CLASSES)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
     """Of build and of the verb of its own, with what it means and which values there are."""
     verbs = [name for name, stage in cli.STAGES.items() if stage.options is cls]
-    alone = {options.RunOptions: "run", options.SensitivityOptions: "sensitivity"}
+    alone = {options.RunOptions: "run", options.SensitivityOptions: "sensitivity", options.VerifyOptions: "verify"}
     for shown in [call(verb, "--help") for verb in (["build", *verbs] if verbs else [alone[cls]])]:
         assert shown.code == 0
         text = " ".join(shown.out.split())

@@ -16,6 +16,7 @@ import torch
 from edgepress.exporters import parity
 from edgepress.exporters.graph import Builder
 from edgepress.exporters.matmul_nbits import DOMAIN, operator, stacked
+from edgepress.exporters.older import with_older_keys, with_older_tokenizer
 from edgepress.pipeline import packed, stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model
@@ -109,7 +110,7 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
     windows = text_windows(text, packed.path, budget=512, length=200)
     with pytest.raises(ProofError, match="departs"):
-        parity.prove(load_model(packed.path), tmp_path, graph, windows, 4)
+        parity.prove(load_model(packed.path), tmp_path, graph, windows)
 
 
 def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:
@@ -142,6 +143,7 @@ def test_the_cache_forgets_on_reset(fused: Made, text: Path, capacity: int) -> N
 
 def test_artifact_holds_what_consumers_need(fused: Made) -> None:
     names = {file.name for file in fused[1].path.iterdir()}
+    assert read_json(fused[1].path / "config.json").items() >= {"torch_dtype": "float32", "rope_theta": 10000.0}.items()
     wanted = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"}
     assert wanted | {"tokenizer_config.json", "manifest.json"} <= names
     assert not {name for name in names if name.startswith("parity") or name.endswith(".safetensors")}
@@ -158,6 +160,36 @@ def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fuse
     ids = AutoTokenizer.from_pretrained(tiny)(prose)["input_ids"]
     assert AutoTokenizer.from_pretrained(fused[1].path)(prose)["input_ids"] == ids
     assert load_tokenizer(fused[1].path).encode(prose).ids == ids
+
+
+@pytest.mark.parametrize(
+    ("rope", "older"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+         {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ({"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+          "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+         {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+         {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        (None, {}),
+    ],
+    ids=["default", "scaled", "by layer", "partial", "none"],
+)  # fmt: skip
+def test_config_has_the_keys_of_transformers_4(rope: dict | None, older: dict) -> None:
+    """Beside those of version 5, which stay as they are; a key that is there already is not touched."""
+    config = {"dtype": "bfloat16", "rope_parameters": rope, "model_type": "llama"}
+    assert with_older_keys(config) == config | older | {"torch_dtype": "bfloat16"}
+    assert with_older_keys(config | {"rope_theta": 3.0})["rope_theta"] == 3.0
+
+
+def test_extra_special_tokens_under_the_name_that_both_versions_read() -> None:
+    """Transformers 4 fails on the list that version 5 writes."""
+    found = with_older_tokenizer({"extra_special_tokens": ["<a>", "<b>"], "additional_special_tokens": ["<b>"], "eos_token": "<b>"})
+    assert found == {"additional_special_tokens": ["<b>", "<a>"], "eos_token": "<b>"}
+    named = {"extra_special_tokens": {"image_token": "<a>"}}
+    assert with_older_tokenizer(named) == named
 
 
 def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:

@@ -1,0 +1,51 @@
+"""The configs of an artifact, written so that transformers 4 reads them as version 5 does; optimum's ONNX models need version 4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgepress.pipeline.artifact import read_json, write_json
+from edgepress.pipeline.checkpoint import carry_files
+
+
+def write_configs(source: Path, out: Path) -> None:
+    """Carry the configs and the tokenizer of the checkpoint ``source`` into the artifact ``out``."""
+    carry_files(source, out)
+    config = with_older_keys(read_json(source / "config.json"))
+    write_json(out / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
+    generation = out / "generation_config.json"
+    if not generation.is_file():  # optimum looks for it
+        write_json(generation, {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config})
+    if (out / "tokenizer_config.json").is_file():
+        content = read_json(out / "tokenizer_config.json")
+        write_json(out / "tokenizer_config.json", with_older_tokenizer(content))
+
+
+def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with version 4's keys beside version 5's: torch_dtype, rope_theta, rope_scaling, rope_local_base_freq."""
+    older: dict[str, Any] = {}
+    if "dtype" in config:
+        older["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope or "sliding_attention" in rope:  # one each for global and local layers, as Gemma 3 has
+        if "rope_theta" in rope.get("sliding_attention", {}):
+            older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope.get("full_attention", {})
+    if "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return older | config
+
+
+def with_older_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config with the class that both versions know, and its extra special tokens under the name that both read."""
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content = content | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(extra := content.get("extra_special_tokens"), list):  # version 4 wants a dict under this name
+        content = {key: value for key, value in content.items() if key != "extra_special_tokens"}
+        content["additional_special_tokens"] = list(dict.fromkeys([*content.get("additional_special_tokens", []), *extra]))
+    return content

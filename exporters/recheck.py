@@ -1,0 +1,82 @@
+"""Parity once more, of a finished artifact with a checkpoint at hand; nothing is written into the artifact's folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from edgepress.exporters import parity
+from edgepress.exporters.graph import save_at_level_0
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.losses import logits_of
+from edgepress.pipeline.perplexity import Quality
+from edgepress.pipeline.runtime import Decoder
+
+DONE = {"prune": "pruned", "heal": "healed", "quantize": "quantized"}
+
+
+def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, windows: list[np.ndarray], trust: bool) -> str:
+    """What was found, in one line.
+
+    source: the checkpoint that was exported, where it is at hand: the artifact must equal it at float activations, and keep
+    the share of most likely tokens that its export was held to as it ships. original: measured against, no limit applies.
+    Raises ProofError when the artifact does not compute what its source computes.
+    """
+    said = []
+    if source is not None:
+        said.append(_proven(artifact, source, windows, trust))
+    else:
+        said.append(f"no proof: {original.path.name} is not the checkpoint that was exported, give that one for a proof")
+    if source is None or source.path != original.path:
+        since = [DONE[s.stage] for s in artifact.steps[len(original.steps) :] if s.stage in DONE]
+        quality = Quality()
+        model, decoder = load_model(original.path, trust), Decoder(artifact.path)
+        for ids in windows:
+            decoder.reset()
+            quality.add(ids, decoder.feed(ids, keep=0), logits_of(model, ids))
+        found = quality.figures()
+        changed = f", {' and '.join(since)} since" if since else ""
+        said.append(
+            f"from {original.path.name}{changed}: KL {found['kl_mean']:.3g}, same top token {100 * found['top1_agreement']:.1f} %"
+        )
+    return "; ".join(said)
+
+
+def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], trust: bool) -> str:
+    step = artifact.steps[-1]
+    model = load_model(source.path, trust)
+    with tempfile.TemporaryDirectory(prefix="edgepress-verify-") as scratch:
+        decoder = at_level_0(artifact.path, Path(scratch))
+        exact, limit = parity.measure(model, decoder, windows, 0), parity.tolerance(decoder)
+    if not exact.difference <= limit:
+        raise ProofError(
+            f"at float activations the logits differ from those of {source.path.name} by {exact.difference:.2g} of their spread "
+            f"(allowed {limit:g}); export it again, or give the checkpoint that was exported"
+        )
+    within = f"logits within {exact.difference:.1g} of their spread over {exact.tokens} tokens"
+    said = f"equals {source.path.name} at float activations ({within})"
+    if not step.facts.get("accuracy_level"):
+        return said
+    shipped = parity.measure(model, Decoder(artifact.path), windows, step.facts["accuracy_level"])
+    share, limit = shipped.top1_agreement, step.options.get("min_agreement", 0.0)
+    kept = f"{100 * share:.1f} % of the most likely tokens as it ships, KL {shipped.kl_mean:.2g}"
+    if share < limit:
+        raise ProofError(f"{said}, but keeps {kept} ({100 * limit:g} % is its --min-agreement); export with --accuracy-level 0")
+    return f"{said}, keeps {kept}"
+
+
+def at_level_0(folder: Path, scratch: Path, target: str = "cpu") -> Decoder:
+    """The artifact with float activations: another graph over the same weights, in a folder of its own."""
+    save_at_level_0(folder / "model.onnx", scratch / "model.onnx")
+    shutil.copyfile(folder / "genai_config.json", scratch / "genai_config.json")
+    for data in folder.glob("model.onnx?*"):  # onnxruntime refuses links that lead out of the folder
+        try:
+            os.link(data, scratch / data.name)
+        except OSError:  # another disk
+            shutil.copyfile(data, scratch / data.name)
+    return Decoder(scratch, target=target)

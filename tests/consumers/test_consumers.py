@@ -1,0 +1,198 @@
+"""One artifact folder, several consumers, the same greedy tokens: `make test-consumers`, which makes their environments.
+
+edgepress run in an environment of the light base and onnxruntime alone, onnxruntime-genai, and optimum under transformers 4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+from edgepress.models import REFERENCE
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.tokens import load_tokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+
+pytestmark = pytest.mark.consumers
+ROOT = Path(__file__).parents[2]
+LIGHT, OPTIMUM = (ROOT / name / "bin" / "python" for name in (".venv-light", ".venv-optimum"))
+PROMPT, COUNT = "The old house stood at the end of the lane, and", 24
+MESSAGES = [
+    {"role": "user", "content": "Good morning, Zoë."},
+    {"role": "assistant", "content": "And to you."},
+    {"role": "user", "content": "Thanks"},
+]
+CHATML = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SMALL = {"vocab_size": 5122, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_LLAMA = _SMALL | {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "llama": _LLAMA | {"rope_parameters": _LLAMA3, "tie_word_embeddings": False},
+    "qwen2": _LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True},
+    "gpt2": _SMALL | {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
+}
+
+
+def talking(source: Path, folder: Path) -> Path:
+    """The checkpoint with the marks of turns as extra special tokens, and a chat template."""
+    shutil.copytree(
+        source, folder, ignore=lambda _, names: [n for n in names if n.endswith((".md", ".py", ".png", ".txt", ".jsonl"))]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifacts(random_model: Callable, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every model without its second layer, at 4 bits; in a folder whose name has blanks and letters beyond ASCII."""
+    found = {}
+    for name, settings in MODELS.items():
+        folder = tmp_path_factory.mktemp("consumers") / f"{name} à Zürich"
+        folder.mkdir()
+        source = REFERENCE if not settings else random_model(CONFIG_MAPPING[name](**settings), folder / "source")
+        if settings:  # the embedded model has no room in its vocabulary
+            source = talking(source, folder / "model")
+        made = stages.run("prune", Artifact.load(source), folder / "pruned", PruneOptions(layers=(1,), calibration=text))
+        made = stages.run("quantize", made, folder / "packed", QuantizeOptions(method="rtn", group_size=32))
+        options = ExportOptions(text=text, accuracy_level="0" if settings else "4")
+        found[name] = stages.run("export", made, folder / "onnx", options).path
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(artifacts: dict[str, Path]) -> dict[str, list[int]]:
+    return {name: load_tokenizer(folder).encode(PROMPT).ids for name, folder in artifacts.items()}
+
+
+@pytest.fixture(scope="module")
+def wanted(artifacts: dict[str, Path], prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """What plain onnxruntime generates."""
+    return {name: list(Decoder(folder).greedy(np.array(prompts[name]), COUNT)) for name, folder in artifacts.items()}
+
+
+@pytest.fixture(scope="module")
+def optimum(artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What optimum and transformers 4 answer, all models in one process."""
+    assert OPTIMUM.is_file(), "run make test-consumers, which makes the environment"
+    jobs = [
+        {
+            "folder": str(folder),
+            "text": PROMPT,
+            "messages": MESSAGES if MODELS[name] else None,
+            "ids": prompts[name],
+            "count": COUNT,
+        }
+        for name, folder in artifacts.items()
+    ]
+    file = tmp_path_factory.mktemp("jobs") / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    command = [str(OPTIMUM), str(Path(__file__).with_name("optimum_side.py")), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(artifacts, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def light(*arguments: object, said: str = "") -> str:
+    """What the command line prints where torch, transformers and onnx are not installed."""
+    assert LIGHT.is_file(), "run make test-consumers, which makes the environment"
+    command = [str(LIGHT), "-m", "edgepress.pipeline.cli", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONUTF8": "1"}
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_light_environment_is_light() -> None:
+    """Else the tests beside would prove nothing."""
+    code = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'onnx', 'onnx_ir') if u.find_spec(n)])"
+    assert subprocess.run([LIGHT, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_edgepress_run(name: str, artifacts: dict[str, Path], prompts: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """In the light environment."""
+    told = light("run", artifacts[name], PROMPT, "--max-new-tokens", COUNT)
+    stop = wanted[name].index(0) if 0 in wanted[name] else COUNT
+    whole = load_tokenizer(artifacts[name]).decode([*prompts[name], *wanted[name][:stop]])
+    assert told.rstrip("\n") == whole.rstrip("\ufffd\n")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify_and_chat_in_the_light_environment(name: str, artifacts: dict[str, Path]) -> None:
+    states = [line.split("  ")[0] for line in light("verify", artifacts[name]).splitlines()]
+    assert sorted(states) == ["not checked", *["ok"] * 5]
+    if MODELS[name]:
+        assert light("run", artifacts[name], "--chat", "--max-new-tokens", 8, said="Good day\nAnd now?\n").strip()
+
+
+@pytest.mark.parametrize("name", ["reference", "llama", "qwen2"])
+def test_genai(name: str, artifacts: dict[str, Path], prompts: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """onnxruntime-genai, for the families that it knows."""
+    model = og.Model(str(artifacts[name]))
+    parameters = og.GeneratorParams(model)
+    length = len(prompts[name]) + COUNT
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompts[name], dtype=np.int32))
+    found = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_length forbids it the end token
+    assert found[: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
+    assert og.Tokenizer(model).encode(PROMPT).tolist() in (prompts[name], prompts[name][1:])  # with BOS or without
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_optimum(name: str, optimum: dict[str, Any], wanted: dict[str, list[int]]) -> None:
+    """ORTModelForCausalLM of optimum-onnx."""
+    ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_new_tokens forbids it the end token
+    assert optimum[name]["transformers"].startswith("4.")
+    assert optimum[name]["generated"][: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_versions_read_the_same(name: str, artifacts: dict[str, Path], optimum: dict[str, Any]) -> None:
+    """Tokenizer, special tokens, chat template and config of the same folder under transformers 4 and 5."""
+    folder, older = artifacts[name], optimum[name]
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert older["tokenizer"] == ("Qwen2TokenizerFast" if name == "qwen2" else "PreTrainedTokenizerFast")
+    ids = tokenizer(PROMPT)["input_ids"]
+    assert older["ids"] == ids == load_tokenizer(folder).encode(PROMPT).ids
+    assert older["text"] == PROMPT == tokenizer.decode(ids, skip_special_tokens=True)
+    assert set(older["special"]) == set(tokenizer.all_special_tokens)
+    assert older["layers"] == config.num_hidden_layers == (15 if name == "reference" else 3 if name != "gpt2" else 2)
+    assert older["dtype"] == str(config.dtype).removeprefix("torch.")
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    assert older["rope_theta"] == rope.pop("rope_theta", None)
+    assert older["rope_scaling"] == (None if rope.get("rope_type", "default") == "default" else rope)
+    if MODELS[name]:
+        text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+        assert older["chat"] == text and text.count("<|im_start|>") == 4
+        assert load_tokenizer(folder).encode("<|im_end|>", add_special_tokens=False).ids == [
+            tokenizer.convert_tokens_to_ids("<|im_end|>")
+        ]
