@@ -12,10 +12,11 @@ from edgepress.exporters import fused, parity, portable
 from edgepress.exporters.graph import weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
-from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
+from edgepress.pipeline.checkpoint import carry_files, load_model, meta_model, read_config
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.runtime import end_tokens
+from edgepress.pipeline.streamed import streamed_model
 from edgepress.pipeline.table import require
 from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
 from transformers import PreTrainedConfig
@@ -32,13 +33,15 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     require("onnxruntime")
     config = read_config(source.path, options.trust_remote_code)
     weights = Weights(source.path, options.original)
-    model = load_model(source.path, options.trust_remote_code, options.original)
     exporter, reason = choose(options.exporter, config, weights)
+    load = streamed_model if exporter == "fused" else load_model  # a trace needs all weights at once, a comparison does not
+    model = load(source.path, options.trust_remote_code, options.original)
     if exporter == "fused":
         graph = fused.build(config, weights, options.accuracy_level)
     else:
         graph = portable.build(model, weights, options.accuracy_level)
     ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+    graph = ir.load(out / "model.onnx")  # from here on the weights are on the disk alone
     carry_files(source.path, out)
     content = read_json(source.path / "config.json")
     write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})
@@ -53,7 +56,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         "exporter": exporter,
         "accuracy_level": level,
         "parity": [asdict(proof) for proof in proofs],
-        "parameters": model.num_parameters(),
+        "parameters": meta_model(source.path, options.trust_remote_code).num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }

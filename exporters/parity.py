@@ -12,6 +12,7 @@ import torch
 from edgepress.exporters.graph import save_at_level_0
 from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
 from transformers import PreTrainedModel
@@ -71,8 +72,7 @@ def measure(model: PreTrainedModel, decoder: Decoder, windows: list[np.ndarray],
     """Logits of both over the windows, and greedy tokens after the first half of the first window."""
     quality, whole, chunks, steps, spread = Quality(), 0.0, 0.0, 0.0, []
     for ids in windows:
-        with torch.inference_mode():
-            wanted = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        wanted = logits_of(model, ids)
         spread.append(wanted.std())
         decoder.reset()
         found = decoder.feed(ids, keep=0)
@@ -109,10 +109,14 @@ def _pieces(decoder: Decoder, pieces: list[np.ndarray]) -> np.ndarray:
 
 
 def _greedy_match(model: PreTrainedModel, decoder: Decoder, prompt: np.ndarray) -> int:
-    """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most."""
+    """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most.
+
+    torch reads the decoder's own tokens in one forward: up to the first that it would not have chosen, they are its greedy ones.
+    """
     decoder.reset()
     found = list(decoder.greedy(prompt, GREEDY_TOKENS))
-    wanted = greedy_tokens(model, torch.from_numpy(prompt)[None], GREEDY_TOKENS)
+    ids = np.concatenate([prompt, np.array(found[:-1], dtype=prompt.dtype)])
+    wanted = logits_of(model, ids)[len(prompt) - 1 :].argmax(-1)
     return next((i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b), GREEDY_TOKENS)
 
 

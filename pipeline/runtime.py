@@ -18,6 +18,8 @@ from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.table import load
 
 MODEL = "model.onnx"
+# Positions that a shared cache begins with; it doubles when they are full. A context of 131072 would be gigabytes.
+_FIRST_POSITIONS = 256
 
 
 class Decoder:
@@ -53,18 +55,14 @@ class Decoder:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'genai_config.json'} names no context_length; export again") from error
-        self._capacity = 0
+        self._capacity, self._limit = 0, self.context
         self.reset()
 
     def reset(self, capacity: int | None = None) -> None:
-        """Forget the sequence. capacity: tokens to make room for in a shared cache (default: the context)."""
+        """Forget the sequence. capacity: tokens that the next ones may have at most (default: as before, at first the context)."""
         self.length = 0
-        if self.shared:
-            capacity = capacity or self._capacity or self.context
-            if capacity != self._capacity:
-                self._cache = {name: self._empty(shape, capacity) for name, shape in self._shapes.items()}
-                self._capacity = capacity
-        else:
+        self._limit = capacity or self._limit
+        if not self.shared or not self._capacity:
             self._cache = {name: self._empty(shape, 0) for name, shape in self._shapes.items()}
 
     def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
@@ -73,10 +71,12 @@ class Decoder:
         Raises OptionError when the sequence outgrows the context.
         """
         total = self.length + len(ids)
-        if self.shared and total > self._capacity:
+        if self.shared and total > self._limit:
             raise OptionError(
-                f"{total} tokens do not fit into the context of {self._capacity}; use a shorter prompt or fewer new tokens"
+                f"{total} tokens do not fit into the context of {self._limit}; use a shorter prompt or fewer new tokens"
             )
+        if self.shared and total > self._capacity:
+            self._grow(total)
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
@@ -140,6 +140,15 @@ class Decoder:
             ids = logits[:, -1].argmax(-1)[:, None]
             total += 1
             yield ids[:, 0]
+
+    def _grow(self, total: int) -> None:
+        """Move a shared cache into a buffer that holds ``total`` positions."""
+        self._capacity = max(total, min(self._limit, max(2 * self._capacity, _FIRST_POSITIONS)))
+        for name, shape in self._shapes.items():
+            larger = np.zeros((1, shape[1], self._capacity, shape[3]), dtype=np.float32)
+            if self.length:
+                larger[:, :, : self.length] = self._cache[name].numpy()[:, :, : self.length]
+            self._cache[name] = self._onnxruntime.OrtValue.ortvalue_from_numpy(larger, self._device)
 
     def _nothing(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
