@@ -7,14 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from edgepress.exporters import architecture, fused, levels, older, parity, portable
 from edgepress.exporters.graph import save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, write_json
-from edgepress.pipeline.checkpoint import carry_files, load_model, read_config
+from edgepress.pipeline.checkpoint import carry_files, load_model, meta_model, read_config
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.runtime import end_tokens
+from edgepress.pipeline.streamed import streamed_model
 from edgepress.pipeline.table import require
 from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
 from transformers import PreTrainedConfig
@@ -36,12 +38,14 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     require("onnxruntime")
     config = read_config(source.path, options.trust_remote_code)
     weights = Weights(source.path, options.original)
-    model = load_model(source.path, options.trust_remote_code, options.original)
     exporter, reason = choose(options.exporter, config, weights)
+    load = streamed_model if exporter == "fused" else load_model  # a trace needs all weights at once, a comparison does not
+    model = load(source.path, options.trust_remote_code, options.original)
     half = options.target == "cuda"  # its GroupQueryAttention knows no float32, and int8 activations are the CPU's
     level = 0 if half or options.accuracy_level == "0" else 4
     graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
     save(graph, out / "model.onnx")
+    graph = ir.load(out / "model.onnx")  # from here on the weights are on the disk alone
     carry_files(source.path, out)
     older.write_configs(source.path, out)
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
@@ -60,7 +64,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         "batch": graph.metadata_props["edgepress.batch"],
         **chosen,
         "parity": [asdict(proof) for proof in (exact, *shipped)],
-        "parameters": model.num_parameters(),
+        "parameters": meta_model(source.path, options.trust_remote_code).num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }

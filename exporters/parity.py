@@ -140,10 +140,14 @@ def _pieces(decoder: Decoder, pieces: list[np.ndarray]) -> np.ndarray:
 
 
 def _greedy_match(model: PreTrainedModel, decoder: Decoder, prompt: np.ndarray) -> int:
-    """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most."""
+    """Greedy tokens in common before the first that differs, GREEDY_TOKENS at most.
+
+    torch reads the decoder's own tokens in one forward: up to the first that it would not have chosen, they are its greedy ones.
+    """
     decoder.reset()
     found = list(decoder.greedy(prompt, GREEDY_TOKENS))
-    wanted = greedy_tokens(model, torch.from_numpy(prompt)[None], GREEDY_TOKENS)
+    ids = np.concatenate([prompt, np.array(found[:-1], dtype=prompt.dtype)])
+    wanted = logits_of(model, ids)[len(prompt) - 1 :].argmax(-1)
     return next((i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b), GREEDY_TOKENS)
 
 

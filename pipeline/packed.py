@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ CODEBOOKS = {
 }  # fmt: skip
 
 
+_ROWS = 4096  # of a matrix dequantized at a time
 # Lengths of a block, weights with a common scale, that MatMulNBits carries.
 BLOCKS = (256, 128, 64, 32, 16)
 
@@ -127,6 +128,11 @@ class PackedLinear:
 
     def dequantized(self) -> np.ndarray:
         """The weights that the codes stand for, float32 (out, in)."""
+        if not self.codebook and self.shape[0] > _ROWS:  # rows do not meet, and several float copies of a head are gigabytes
+            whole = np.empty(self.shape, dtype=np.float32)
+            for first in range(0, self.shape[0], _ROWS):
+                whole[first : first + _ROWS] = self._rows(first).dequantized()
+            return whole
         codes = self.unpacked()
         if self.codebook:
             flat = CODEBOOKS[self.codebook][codes].reshape(-1)
@@ -138,6 +144,13 @@ class PackedLinear:
         restored = np.empty_like(weights)
         restored[:, self.permutation] = weights
         return restored
+
+    def _rows(self, first: int) -> PackedLinear:
+        """The next _ROWS rows, or what is left of them."""
+        rows = slice(first, min(first + _ROWS, self.shape[0]))
+        zeros = None if self.zeros is None else self.zeros[rows]
+        shape = (rows.stop - first, self.shape[1])
+        return replace(self, shape=shape, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
     def _spread(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group_size, axis=1)[:, : self.shape[1]]

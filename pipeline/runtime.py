@@ -19,7 +19,7 @@ from edgepress.pipeline.table import load
 
 MODEL = "model.onnx"
 # Tokens that a shared cache has room for at first: one for the whole context may take more memory than the model.
-FIRST_CAPACITY = 1024
+FIRST_CAPACITY = 256
 
 
 class Decoder:

@@ -17,7 +17,7 @@ from edgepress.exporters import parity
 from edgepress.exporters.graph import Builder
 from edgepress.exporters.matmul_nbits import DOMAIN, operator, stacked
 from edgepress.exporters.older import with_older_keys, with_older_tokenizer
-from edgepress.pipeline import packed, stages
+from edgepress.pipeline import packed, runtime, stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.errors import OptionError, ProofError
@@ -25,6 +25,7 @@ from edgepress.pipeline.options import ExportOptions, QuantizeOptions
 from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
 from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.streamed import streamed_model
 from edgepress.pipeline.tokens import load_tokenizer, text_windows
 from onnxruntime.quantization import quantize_dynamic
 from safetensors.torch import load_file, save_file
@@ -69,6 +70,27 @@ def test_parity_with_the_dequantized_checkpoint(method: str, exporter: str, make
     assert exact["accuracy_level"] == 0 and exact["tokens"] >= parity.TOKENS
     assert max(exact["difference_whole"], exact["difference_chunks"], exact["difference_steps"]) < parity.TOLERANCE
     assert exact["greedy_match_tokens"] == parity.GREEDY_TOKENS and exact["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize("method", ["none", "rtn", "nf4"])
+def test_a_streamed_model_is_the_loaded_one(method: str, make: Callable[..., Made], tiny: Path) -> None:
+    """The proof's reference holds one matrix at a time, and its logits are the whole model's, bit for bit."""
+    folder = make(tiny, method)[0].path
+    ids = torch.arange(40)[None]
+    streamed, whole = streamed_model(folder), load_model(folder)
+    with torch.inference_mode():
+        for _ in range(2):  # what one forward drops the next finds again
+            assert torch.equal(streamed(input_ids=ids).logits, whole(input_ids=ids).logits)
+            assert all(parameter.device.type == "meta" for parameter in streamed.parameters())
+
+
+def test_a_large_matrix_is_dequantized_by_parts() -> None:
+    """More rows than are dequantized at a time, the last part short, with zero points and with a permutation."""
+    weight = np.random.default_rng(0).normal(size=(9000, 32)).astype(np.float32)
+    whole = round_to_nearest("m", weight, 4, 32, False)
+    assert np.abs(whole.dequantized() - weight).max() <= whole.scales.max() * 0.51
+    order = np.random.default_rng(1).permutation(32).astype(np.int32)
+    assert np.array_equal(replace(whole, permutation=order).dequantized()[:, order], whole.dequantized())
 
 
 def test_the_quantizers_integers_ship_bit_for_bit(fused: Made) -> None:
@@ -123,6 +145,17 @@ def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:
     assert every.shape == (len(ids), 5120) and last.shape == (1, 5120)
     assert np.allclose(every[-1], last[0], atol=1e-5)
     assert "logits_to_keep" not in [value.name for value in decoder.session.get_inputs()]
+
+
+def test_the_shared_cache_grows(fused: Made, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that outgrows its buffer, token by token and by pieces, computes what one piece computes."""
+    monkeypatch.setattr(runtime, "FIRST_CAPACITY", 32)
+    ids = text_windows(text, fused[1].path, budget=200, length=200)[0]
+    whole = Decoder(fused[1].path).feed(ids, keep=0)
+    decoder = Decoder(fused[1].path)
+    pieces = [decoder.feed(piece, keep=0) for piece in np.split(ids, [30, *range(31, 70), 150])]
+    assert 200 <= decoder._capacity <= decoder.context
+    assert np.allclose(whole, np.concatenate(pieces), atol=0.05 * whole.std())
 
 
 @pytest.mark.parametrize("capacity", [40, 256])
