@@ -195,21 +195,20 @@ def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fuse
     assert load_tokenizer(fused[1].path).encode(prose).ids == ids
 
 
-@pytest.mark.parametrize(
-    ("rope", "older"),
-    [
-        ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
-        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-         {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
-        ({"full_attention": {"rope_type": "default", "rope_theta": 1e6},
-          "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
-         {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
-        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-         {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        (None, {}),
-    ],
-    ids=["default", "scaled", "by layer", "partial", "none"],
-)  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+ROPES: dict[str, tuple[dict | None, dict]] = {
+    "default": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+    "scaled": (LINEAR | {"rope_theta": 1e4}, {"rope_theta": 1e4, "rope_scaling": LINEAR}),
+    "by layer": (
+        {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    ),
+    "partial": ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "none": (None, {}),
+}
+
+
+@pytest.mark.parametrize(("rope", "older"), ROPES.values(), ids=ROPES)
 def test_config_has_the_keys_of_transformers_4(rope: dict | None, older: dict) -> None:
     """Beside those of version 5, which stay as they are; a key that is there already is not touched."""
     config = {"dtype": "bfloat16", "rope_parameters": rope, "model_type": "llama"}
