@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +14,39 @@ from edgepress.pipeline.runtime import Decoder
 from transformers import PreTrainedModel
 
 
-def first_departure(model: PreTrainedModel, folder: Path, pieces: Sequence[np.ndarray], limit: float) -> str:
+def first_departure(model: PreTrainedModel, folder: Path, texts: Sequence[Sequence[np.ndarray]], limit: float) -> str:
     """Words that name the first block whose output is off by more than ``limit`` of its length at some position.
 
-    pieces: ids int64 that follow one another, fed one by one through the cache.
+    texts: sequences as pieces of ids int64 (tokens,), which are fed one after another through the cache.
     """
-    count = model.config.num_hidden_layers
-    names = [block_output(index) for index in range(count)]
+    names = [block_output(index) for index in range(model.config.num_hidden_layers)]
     file = folder / "parity.onnx"
     try:
         save_at_level_0(folder / "model.onnx", file, names)
         decoder = Decoder(folder, model=file.name)
     finally:
         file.unlink(missing_ok=True)
-    found: list[list[np.ndarray]] = []
+    try:
+        blocks = Blocks(model)
+    except ModelError:
+        return "in which layer cannot be told"
+    for pieces in texts:
+        wanted = blocks.states(torch.from_numpy(np.concatenate(pieces))[None], range(1, len(blocks) + 1))
+        for index, found in enumerate(_streams(decoder, pieces, names)):
+            expected = wanted[index + 1][0].numpy()
+            distance, length = np.linalg.norm(found - expected, axis=-1), np.linalg.norm(expected, axis=-1)
+            if not (distance <= limit * length).all():
+                return f"layer {index} is the first to depart" + (", or the embedding before it" if not index else "")
+    return "every layer agrees, so it is the final norm or the head"
+
+
+def _streams(decoder: Decoder, pieces: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    """The values ``names``, float32 (tokens, hidden) each, over all pieces."""
+    found: list[list[np.ndarray]] = [[] for _ in names]
     cache, length = None, 0
     for ids in pieces:
         length += len(ids)
         (_, *states), cache = decoder.step(ids[None], np.ones((1, length), dtype=np.int64), cache, names)
-        found.append([state[0].astype(np.float32) for state in states])
-    with suppress(ModelError):  # blocks of an architecture that cannot be told cannot be named
-        wanted = Blocks(model).states(torch.from_numpy(np.concatenate(pieces))[None], range(1, count + 1))
-        for index, parts in enumerate(zip(*found, strict=True)):
-            expected = wanted[index + 1][0].numpy()
-            lengths = np.linalg.norm(expected, axis=-1)
-            if not (np.linalg.norm(np.concatenate(parts) - expected, axis=-1) <= limit * lengths).all():
-                return f"layer {index} is the first to depart" + (", or the embedding before it" if not index else "")
-        return "every layer agrees, so it is the final norm or the head"
-    return "in which layer cannot be told"
+        for parts, state in zip(found, states, strict=True):
+            parts.append(state[0].astype(np.float32))
+    return [np.concatenate(parts) for parts in found]

@@ -44,13 +44,15 @@ class _Flat(torch.nn.Module):
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within the context ``left`` is filled."""
-        watch = lambda module, args, output: self.left.append(block_output(output))  # noqa: E731
-        handles = [block.register_forward_hook(watch) for block in self.blocks]
+        handles = [block.register_forward_hook(self._note) for block in self.blocks]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self.left.append(block_output(output))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
         self.left.clear()
