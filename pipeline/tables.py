@@ -118,9 +118,9 @@ def artifact_rows(reports: Sequence[dict[str, Any]]) -> Rows:
         ("size", "size.total_bytes"),
         ("bits/weight", "size.bits_per_weight"),
         ("perplexity", "quality.perplexity"),
-        ("KL", "quality.kl_mean"),
+        ("KL, nat", "quality.kl_mean"),
         ("top-1", "quality.top1_agreement"),
-        ("decode", "speed.decode_tokens_per_s"),
+        ("decode, tokens/s", "speed.decode_tokens_per_s"),
         (f"first token of {_length(prompt)}", prompt),
         ("peak memory", "memory.peak_rss_bytes"),
     )
@@ -138,12 +138,18 @@ def artifact_rows(reports: Sequence[dict[str, Any]]) -> Rows:
                 report["artifact"] + (" (failed)" if report["failed"] else ""),
                 str(len(removed_layers(report)) or ""),
                 quantized(report),
-                *("" if cell is None else shown(cell["median"], cell["unit"]) for cell in cells),
+                *("" if cell is None else _short(cell) for cell in cells),
                 ", ".join(kind for kind in best if number in best[kind]),
             ]
         )
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in filled] for row in rows]
+
+
+def _short(figure: dict[str, Any]) -> str:
+    """For a column whose header says the unit."""
+    unit = figure["unit"]
+    return shown(figure["median"], unit if unit.startswith(("byte", "millisecond")) else "bit/byte")
 
 
 def points(reports: Sequence[dict[str, Any]], kind: str) -> dict[int, tuple[float, float]]:
