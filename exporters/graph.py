@@ -160,6 +160,7 @@ def save(model: ir.Model, file: Path) -> None:
     for value in model.graph.initializers.values():
         if value not in model.graph.inputs:
             value.type = value.shape = None
+            value.metadata_props.clear()
     ir.save(model, file, external_data=f"{file.name}.data")
 
 
