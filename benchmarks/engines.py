@@ -125,11 +125,12 @@ def ours(shape: str) -> list[tuple[str, str, int, int, str | None]]:
         rows = [("gptq", group, head) for group, head in ((128, 8), (64, 8), (128, 4))]
         return [(f"edgepress {m} {g}, head {h} bits", m, g, h, None) for m, g, h in rows]
     group = 128 if SHAPES[shape]["hidden_size"] % 128 == 0 else 64
-    return [
-        ("edgepress, head 4 bits", "rtn", group, 4, None),
-        ("edgepress, head 8 bits", "rtn", group, 8, None),
-        ("edgepress, head 8 bits, a quarter of the layers removed", "rtn", group, 8, "removed"),
+    rows: list[tuple[str, str, int, int, str | None]] = [
+        (f"edgepress, head {head} bits", "rtn", group, head, None) for head in (4, 8)
     ]
+    if shape != "llama":  # shown on two shapes
+        rows.append(("edgepress, head 8 bits, a quarter of the layers removed", "rtn", group, 8, "removed"))
+    return rows
 
 
 def once(out: Path, make: Callable[[Path], Any]) -> Path:

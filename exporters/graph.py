@@ -145,6 +145,38 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def save(model: ir.Model, file: Path) -> ir.Model:
+    """Write a model, its weights beside it; returns it as it is on the disk, where the weights then are alone.
+
+    An embedding that is also the head gets a second initializer over the same bytes of the file, in the shape that its rows
+    are read in. A Reshape in the graph would be folded into a copy by onnxruntime; this one stays a mapped file of which
+    only the rows that are read come into memory.
+    """
+    ir.save(model, file, external_data=f"{file.name}.data")
+    written = ir.load(file)
+    for node in [n for n in written.graph if n.op_type == "Reshape"]:
+        matrix, readers = node.inputs[0], [(reader, index) for reader, index in node.outputs[0].uses()]
+        source = matrix.const_value if matrix is not None else None
+        if not isinstance(source, ir.ExternalTensor) or any(reader.op_type != "GatherBlockQuantized" for reader, _ in readers):
+            continue
+        assert matrix is not None and matrix.name and source.length is not None
+        rows = ir.Shape([int(source.shape[0]), source.length // int(source.shape[0])])
+        alone = len(matrix.uses()) == 1
+        name = matrix.name if alone else f"{matrix.name}.rows"
+        view = ir.ExternalTensor(
+            source.location, source.offset, source.length, source.dtype, shape=rows, name=name, base_dir=file.parent
+        )
+        value = ir.Value(name=name, const_value=view, type=ir.TensorType(view.dtype), shape=rows)
+        for reader, index in readers:
+            reader.replace_input_with(index, value)
+        written.graph.remove(node, safe=True)
+        if alone:
+            del written.graph.initializers[matrix.name]
+        written.graph.register_initializer(value)
+    ir.save(written, file)
+    return written
+
+
 def save_at_level_0(model: Path, out: Path) -> None:
     """Write a graph with accuracy level 0 (float activations); weights stay references to the same external file."""
     variant = ir.load(model)
