@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from edgepress.exporters import fused, parity, portable
-from edgepress.exporters.graph import save, weight_bytes_per_token
+from edgepress.exporters.graph import rows_in_place, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, meta_model, read_config
@@ -39,7 +40,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
         graph = fused.build(config, weights, options.accuracy_level)
     else:
         graph = portable.build(model, weights, options.accuracy_level)
-    graph = save(graph, out / "model.onnx")
+    ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+    graph = rows_in_place(out / "model.onnx")
     carry_files(source.path, out)
     content = read_json(source.path / "config.json")
     write_json(out / "config.json", {key: value for key, value in content.items() if key != "quantization_config"})

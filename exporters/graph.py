@@ -145,14 +145,12 @@ def weight_bytes_per_token(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def save(model: ir.Model, file: Path) -> ir.Model:
-    """Write a model, its weights beside it; returns it as it is on the disk, where the weights then are alone.
+def rows_in_place(file: Path) -> ir.Model:
+    """Let a saved model gather embedding rows from where the matrix lies; returns the model, its weights on the disk alone.
 
-    An embedding that is also the head gets a second initializer over the same bytes of the file, in the shape that its rows
-    are read in. A Reshape in the graph would be folded into a copy by onnxruntime; this one stays a mapped file of which
-    only the rows that are read come into memory.
+    The Reshape before a GatherBlockQuantized becomes a second initializer over the same bytes of the weight file: onnxruntime
+    would fold the Reshape into a copy in memory, whereas of a mapped file only the rows that are read come in.
     """
-    ir.save(model, file, external_data=f"{file.name}.data")
     written = ir.load(file)
     for node in [n for n in written.graph if n.op_type == "Reshape"]:
         matrix, readers = node.inputs[0], [(reader, index) for reader, index in node.outputs[0].uses()]
@@ -166,7 +164,7 @@ def save(model: ir.Model, file: Path) -> ir.Model:
         view = ir.ExternalTensor(
             source.location, source.offset, source.length, source.dtype, shape=rows, name=name, base_dir=file.parent
         )
-        value = ir.Value(name=name, const_value=view, type=ir.TensorType(view.dtype), shape=rows)
+        value = ir.Value(name=name, const_value=view)
         for reader, index in readers:
             reader.replace_input_with(index, value)
         written.graph.remove(node, safe=True)

@@ -145,9 +145,9 @@ class Decoder:
         """Move a shared cache into a buffer that holds ``total`` positions."""
         self._capacity = max(total, min(self._limit, max(2 * self._capacity, _FIRST_POSITIONS)))
         for name, shape in self._shapes.items():
-            larger = np.zeros((1, shape[1], self._capacity, shape[3]), dtype=np.float32)
-            if self.length:
-                larger[:, :, : self.length] = self._cache[name].numpy()[:, :, : self.length]
+            old = self._cache[name].numpy()
+            larger = np.zeros((1, shape[1], self._capacity, shape[3]), dtype=old.dtype)
+            larger[:, :, : self.length] = old[:, :, : self.length]
             self._cache[name] = self._onnxruntime.OrtValue.ortvalue_from_numpy(larger, self._device)
 
     def _nothing(self, batch: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from edgepress.exporters import parity
-from edgepress.exporters.graph import Builder, save
+from edgepress.exporters.graph import Builder, rows_in_place
 from edgepress.exporters.matmul_nbits import DOMAIN, operator, stacked
 from edgepress.pipeline import packed, runtime, stages
 from edgepress.pipeline.artifact import Artifact, read_json
@@ -78,7 +78,8 @@ def test_rows_and_matrix_are_the_same_bytes(tied: bool, tmp_path: Path) -> None:
     hidden = b.embedding(b.input("ids", ir.DataType.INT64, ["n"]), matrix, "table")
     result = b.linear(hidden, matrix, "head", 0, weight_name="table") if tied else hidden
     b.output(result, "out", ir.DataType.FLOAT, ["n", 512 if tied else 64])
-    graph = save(b.model({}), tmp_path / "model.onnx").graph
+    ir.save(b.model({}), tmp_path / "model.onnx", external_data="model.onnx.data")
+    graph = rows_in_place(tmp_path / "model.onnx").graph
     assert [n.op_type for n in graph] == ["GatherBlockQuantized", "MatMulNBits"][: 1 + tied]
     if tied:
         assert graph.initializers["table.B.rows"].const_value.offset == graph.initializers["table.B"].const_value.offset
