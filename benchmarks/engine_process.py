@@ -171,16 +171,15 @@ def genai_speed(folder: str, ids: list[int], new_tokens: int, threads: int) -> d
     import onnxruntime_genai as og
 
     config = og.Config(folder)
-    session = {"session_options": {"intra_op_num_threads": threads}}
-    # No id ends the generation: every engine writes the same number of tokens.
-    config.overlay(json.dumps({"model": {"eos_token_id": 1 << 30, "decoder": session}}))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
     generator: Any = None
 
     def start() -> int:
         nonlocal generator
         settings = og.GeneratorParams(model)
-        settings.set_search_options(max_length=CONTEXT, do_sample=False)
+        # min_length: no id ends the generation, for every engine writes the same number of tokens
+        settings.set_search_options(max_length=CONTEXT, min_length=CONTEXT, do_sample=False)
         generator = og.Generator(model, settings)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         generator.generate_next_token()

@@ -22,11 +22,8 @@ import json
 import math
 import os
 import random
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +31,10 @@ import numpy as np
 from edgepress.models import REFERENCE
 from edgepress.pipeline.measure import Journal, measured
 from edgepress.pipeline.stats import ratio
+from engine_files import TITLES, build, process
 
 PROMPT, NEW_TOKENS = 128, 64
 TUNABLES = "glibc.malloc.hugetlb=1"
-COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float16"}
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-SHAPES: dict[str, dict[str, Any]] = {
-    "smol": COMMON | LLAMA | {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 1e5,
-    },
-    "qwen": COMMON | QWEN | {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6,
-    },
-    "llama": COMMON | LLAMA | {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 5e5,
-    },
-}  # fmt: skip
-TITLES = {"smol": "SmolLM2-135M shape", "qwen": "Qwen2.5-0.5B shape", "llama": "Llama-3.2-1B shape", "reference": "reference model"}
-# Removed in the row that shows what removal brings: a quarter of the layers, spread over the model.
-EVERY_FOURTH = 4
-LLAMA_PIP = "pip install llama-cpp-python==0.3.36 --no-binary llama-cpp-python; pip install gguf; then --llama its python"
-GENAI_PIP = "pip install onnxruntime-genai==0.18.0"
 
 
 def main() -> None:
@@ -71,6 +47,9 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=8192)
     parser.add_argument("--work", type=Path, default=Path("out/engines"), help="built files and samples (default: out/engines)")
     parser.add_argument("--build-only", action="store_true", help="build the files, measure nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="where a decoding step of our artifacts spends its time, by operator"
+    )
     options = parser.parse_args()
     os.environ["GLIBC_TUNABLES"] = TUNABLES  # every process below inherits it
     folder = options.work / options.shape
@@ -78,6 +57,8 @@ def main() -> None:
     engines = build(options.shape, folder, options.llama)
     if options.build_only:
         return
+    if options.profile:
+        return profile(engines, options.threads)
     journal = Journal(folder / "samples.jsonl", threads=options.threads, tunables=TUNABLES)
     samples, bandwidth = rounds(engines, options, journal)
     print(f"{TITLES[options.shape]}, {options.threads} threads, GLIBC_TUNABLES={TUNABLES}, medians of {options.repeats} rounds, "
@@ -86,140 +67,6 @@ def main() -> None:
     removal(engines, samples)
     if options.shape == "reference" and options.text:
         quality_table(engines, samples, folder, options)
-
-
-# -- building -------------------------------------------------------------------------------------------------------------------
-
-
-def build(shape: str, folder: Path, llama: str) -> dict[str, dict[str, Any]]:
-    """Engine's row name -> how it is run and what is known of its file; ``missing`` tells how to install one that is not there."""
-    source = REFERENCE if shape == "reference" else once(folder / "checkpoint", lambda out: checkpoint(SHAPES[shape], out))
-    engines: dict[str, dict[str, Any]] = {}
-    for name, method, group, head, kept in ours(shape):
-        start = source if kept is None else once(folder / "fewer-layers", lambda out: fewer_layers(source, out))
-        packed = folder / f"{name}-packed"
-        flags = ["--method", method, "--group-size", str(group), "--head-bits", str(head)]
-        once(packed, lambda out, start=start, flags=flags: press("quantize", str(start), str(out), *flags))  # type: ignore[misc]
-        stage = "export" if shape == "reference" else "unproven export"
-        artifact = once(folder / name, lambda out, packed=packed, stage=stage: press(stage, str(packed), str(out)))  # type: ignore[misc]
-        engines[name] = {"kind": "ours", "file": str(artifact)} | described(artifact)
-    try:
-        import onnxruntime_genai  # noqa: F401
-
-        built = once(folder / "builder-int4", lambda out: builder(source, out))
-        engines["model builder, int4"] = {"kind": "genai", "file": str(built)} | described(built)
-    except ImportError:
-        engines["model builder, int4"] = {"missing": GENAI_PIP}
-    known = subprocess.run([llama, "-c", "import llama_cpp, gguf"], capture_output=True).returncode == 0
-    gguf = once(folder / "gguf", lambda out: convert(source, out, llama)) if known else None
-    found = json.loads((gguf / "files.json").read_text()) if gguf else {}
-    for name in ("Q4_0", "Q4_K_M"):
-        row = {"kind": "llama", "file": str(gguf / f"{name}.gguf")} | found[name] if gguf else {"missing": LLAMA_PIP}
-        engines[f"llama.cpp {name}"] = row
-    return engines
-
-
-def ours(shape: str) -> list[tuple[str, str, int, int, str | None]]:
-    """Name, method, group size, bits of the head, and whether layers are removed."""
-    if shape == "reference":
-        rows = [("gptq", group, head) for group, head in ((128, 8), (64, 8), (128, 4))]
-        return [(f"edgepress {m} {g}, head {h} bits", m, g, h, None) for m, g, h in rows]
-    group = 128 if SHAPES[shape]["hidden_size"] % 128 == 0 else 64
-    return [
-        ("edgepress, head 4 bits", "rtn", group, 4, None),
-        ("edgepress, head 8 bits", "rtn", group, 8, None),
-        ("edgepress, head 8 bits, a quarter of the layers removed", "rtn", group, 8, "removed"),
-    ]
-
-
-def once(out: Path, make: Callable[[Path], Any]) -> Path:
-    """``out``, made if it is not there; cut short, it is not there."""
-    if not out.exists():
-        print(f"building {out}", file=sys.stderr, flush=True)
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        make(part)
-        part.rename(out)
-    return out
-
-
-def checkpoint(shape: dict[str, Any], out: Path) -> None:
-    """Random float16 weights; the embedded model's tokenizer, whose ids are the first of the vocabulary."""
-    import torch
-    from edgepress.pipeline.artifact import write_json
-    from edgepress.pipeline.checkpoint import carry_files, meta_model
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True)
-    carry_files(REFERENCE, out)
-    content = {key: value for key, value in shape.items() if key != "rope_theta"}
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
-    write_json(out / "config.json", content)
-    torch.manual_seed(0)
-    tensors = {
-        name: torch.ones(parameter.shape, dtype=torch.float16)
-        if "norm" in name
-        else torch.empty(parameter.shape, dtype=torch.float16).normal_(std=0.02)
-        for name, parameter in meta_model(out).named_parameters()
-    }
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-
-
-def fewer_layers(source: Path, out: Path) -> None:
-    """The checkpoint without every fourth layer."""
-    from edgepress.pipeline.artifact import read_json
-    from edgepress.pipeline.surgery import pruned_config, remove_blocks
-
-    out.mkdir()
-    count = read_json(source / "config.json")["num_hidden_layers"]
-    kept = [index for index in range(count) if index % EVERY_FOURTH != 2]
-    remove_blocks(source, out, "model.layers", kept, pruned_config(source, kept))
-
-
-def press(stage: str, *arguments: str) -> None:
-    """A stage of edgepress. "unproven export" leaves out the proof: minutes for random weights, and export_memory.py has it."""
-    skip = "from edgepress.exporters import parity; parity.prove = lambda *a, **k: []; " if stage == "unproven export" else ""
-    start = f"import sys; {skip}from edgepress.pipeline.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", start, stage.split()[-1], *arguments]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        sys.exit(f"failed: {' '.join(command)}")
-
-
-def builder(source: Path, out: Path) -> None:
-    """The model builder's default: int4, round to nearest, for the CPU."""
-    with tempfile.TemporaryDirectory(prefix="edgepress-builder-") as cache:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out, "-p", "int4", "-e", "cpu"]
-        if subprocess.run([*map(str, command), "-c", cache], stdout=sys.stderr).returncode:
-            sys.exit(f"the model builder failed on {source}")
-
-
-def convert(source: Path, out: Path, llama: str) -> None:
-    out.mkdir()
-    (out / "files.json").write_text(json.dumps(process(llama, "convert", {"folder": str(source), "out": str(out)})))
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """Bytes a token, bits of the blocks, and the head of an ONNX file."""
-    import onnx_ir as ir
-    from edgepress.exporters.graph import weight_bytes_per_token
-
-    model = ir.load(folder / "model.onnx")
-    vocabulary = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
-    bits, weights, head = 0, 0, "float"
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            rows, columns = (node.attributes[key].as_int() for key in ("N", "K"))
-            width, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
-            if rows == vocabulary:
-                head = f"{width} bits, block {block}"
-            else:
-                weights += rows * columns
-                bits += 8 * sum(v.const_value.nbytes for v in node.inputs[1:] if v is not None and v.const_value is not None)
-    size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    return {"bytes_per_token": weight_bytes_per_token(model), "head": head, "block_bits": bits / weights, "file_bytes": size}
-
-
-# -- measuring ------------------------------------------------------------------------------------------------------------------
 
 
 def rounds(
@@ -253,19 +100,6 @@ def speed(engine: dict[str, Any], ids: list[int], options: argparse.Namespace) -
         one = process(options.llama, "llama_speed", common | {"file": engine["file"]})
     steps = one["inter_token_ms"]
     return {"prefill": PROMPT / one["prefill_s"], "decode": 1000 * len(steps) / sum(steps), "rss": one["peak_rss_bytes"]}
-
-
-def process(python: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What a process of an engine answers."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        command = [python, str(Path(__file__).with_name("engine_process.py")), kind, file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{kind} failed: {done.stderr.strip().splitlines()[-1:]}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
 
 
 def median(samples: list[dict[str, Any]], figure: str) -> float:
@@ -305,6 +139,43 @@ def removal(engines: dict[str, dict[str, Any]], samples: dict[str, list[dict[str
         found = ratio([s["decode"] for s in samples[name]], [s["decode"] for s in samples[whole]])
         print(f"\n{cut}: decode {found.value:.3f} times ({found.low:.3f} to {found.high:.3f}); "
               f"bytes promise {promised:.3f}; {found.value / promised:.3f} of it")  # fmt: skip
+
+
+def profile(engines: dict[str, dict[str, Any]], threads: int) -> None:
+    """Milliseconds a token by operator, as onnxruntime's profiler has them; the profiler itself costs some."""
+    import onnxruntime
+    from edgepress.pipeline.runtime import Decoder
+
+    plain, ids = onnxruntime.SessionOptions, np.random.default_rng(0).integers(1, 5000, PROMPT)
+
+    def profiled() -> Any:
+        options = plain()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "edgepress-profile")
+        return options
+
+    for name, engine in engines.items():
+        if engine.get("kind") != "ours":
+            continue
+        onnxruntime.SessionOptions = profiled
+        decoder = Decoder(Path(engine["file"]), threads=threads)
+        onnxruntime.SessionOptions = plain
+        decoder.feed(ids)
+        for _ in range(NEW_TOKENS):
+            decoder.feed(ids[:1])
+        file = Path(decoder.session.end_profiling())
+        events = json.loads(file.read_text())
+        file.unlink()
+        runs = sorted((e["ts"], e["dur"]) for e in events if e["name"] == "model_run")[-NEW_TOKENS:]
+        spent: dict[str, float] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= runs[0][0]:
+                kind = "head" if event["name"].startswith("lm_head") else event["args"]["op_name"]
+                spent[kind] = spent.get(kind, 0) + event["dur"] / 1000 / NEW_TOKENS
+        whole = sum(duration for _, duration in runs) / 1000 / NEW_TOKENS
+        spent["outside any kernel"] = whole - sum(spent.values())
+        shares = ", ".join(f"{kind} {ms:.2f} ({100 * ms / whole:.0f} %)" for kind, ms in sorted(spent.items(), key=lambda x: -x[1]))
+        print(f"{name}: {whole:.2f} ms a token: {shares}")
 
 
 def quality_table(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engines import SHAPES, TITLES, checkpoint, once, ours, press
+from engine_files import SHAPES, TITLES, checkpoint, once, ours, press
 
 EXPORT = """
 import json, sys, time

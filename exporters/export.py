@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from edgepress.exporters import architecture, fused, levels, older, parity, portable
-from edgepress.exporters.graph import save, weight_bytes_per_token
+from edgepress.exporters.graph import rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, write_json
 from edgepress.pipeline.checkpoint import carry_files, load_model, meta_model, read_config
@@ -45,7 +44,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     level = 0 if half or options.accuracy_level == "0" else 4
     graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
     save(graph, out / "model.onnx")
-    graph = ir.load(out / "model.onnx")  # from here on the weights are on the disk alone
+    graph = rows_in_place(out / "model.onnx")
     carry_files(source.path, out)
     older.write_configs(source.path, out)
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))

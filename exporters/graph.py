@@ -164,6 +164,36 @@ def save(model: ir.Model, file: Path) -> None:
     ir.save(model, file, external_data=f"{file.name}.data")
 
 
+def rows_in_place(file: Path) -> ir.Model:
+    """Let a saved model gather embedding rows from where the matrix lies; returns the model, its weights on the disk alone.
+
+    The Reshape before a GatherBlockQuantized becomes a second initializer over the same bytes of the weight file: onnxruntime
+    would fold the Reshape into a copy in memory, whereas of a mapped file only the rows that are read come in.
+    """
+    written = ir.load(file)
+    for node in [n for n in written.graph if n.op_type == "Reshape"]:
+        matrix, readers = node.inputs[0], [(reader, index) for reader, index in node.outputs[0].uses()]
+        source = matrix.const_value if matrix is not None else None
+        if not isinstance(source, ir.ExternalTensor) or any(reader.op_type != "GatherBlockQuantized" for reader, _ in readers):
+            continue
+        assert matrix is not None and matrix.name and source.length is not None
+        rows = ir.Shape([int(source.shape[0]), source.length // int(source.shape[0])])
+        alone = len(matrix.uses()) == 1
+        name = matrix.name if alone else f"{matrix.name}.rows"
+        view = ir.ExternalTensor(
+            source.location, source.offset, source.length, source.dtype, shape=rows, name=name, base_dir=file.parent
+        )
+        value = ir.Value(name=name, const_value=view)
+        for reader, index in readers:
+            reader.replace_input_with(index, value)
+        written.graph.remove(node, safe=True)
+        if alone:
+            del written.graph.initializers[matrix.name]
+        written.graph.register_initializer(value)
+    ir.save(written, file)
+    return written
+
+
 def block_output(index: int) -> str:
     """Name of the residual stream (batch, tokens, hidden) that a decoder block leaves, in every graph."""
     return f"model.layers.{index}.output"
