@@ -641,6 +641,7 @@ def test_gptq_codes_read_wrongly_are_caught(
 
     monkeypatch.setitem(QUANTIZERS, "gptq", "unused")
     monkeypatch.setattr("edgepress.pipeline.quantize.load", lambda _: quantize)
+    monkeypatch.setattr("edgepress.pipeline.quantize._ROWS_PROVEN", 16)  # of 32 to 96
     options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
     (tmp_path / "out").mkdir()
     spoil = False

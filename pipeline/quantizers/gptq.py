@@ -7,9 +7,11 @@ gptqmodel writes is read from its checkpoint.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def quantize(job: Job) -> dict[str, PackedLinear]:
         log.info("quantize: GPTQ begins anew, what was done before the interruption is lost%s", _why_lost(job))
     with contextlib.chdir(folder):  # it leaves a folder of logs where it stands
         _run(order)
-    gc.collect()
+    _give_back()
     return read_checkpoint(folder / "model", job.linears)
 
 
@@ -101,6 +103,15 @@ def _run(job: dict[str, Any]) -> None:
     checkpoint = CheckpointConfig(path=str(here / "checkpoint")) if job["resumable"] else None
     model.quantize(rows, batch_size=4, checkpoint=checkpoint)
     model.save(str(here / "model"))
+    model.model = None  # gptqmodel holds on to the object around it
+
+
+def _give_back() -> None:
+    """Hand free memory back to the system: glibc keeps what gptqmodel has freed, and the stage goes on in this process."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:
