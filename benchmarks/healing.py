@@ -3,14 +3,16 @@
     python benchmarks/healing.py models/reference SCRATCH_FOLDER --calibration NOVEL.txt --text BOOK.txt --other wiki.test.raw
         [--calibration-tokens 262144] [--lora-tokens 262144] [--amounts 1,4] [--criteria bi,greedy]
 
-Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back. Layers are chosen on the shipped
-calibration text; healing learns from ``--calibration``, neither sees ``--text`` or ``--other``. Each row is a checkpoint
-that the command line's own stages wrote; folders that are there already are kept, so an interrupted run goes on.
+Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back; the last two columns judge the same
+checkpoint after GPTQ at its defaults. Layers are chosen and GPTQ is calibrated on the shipped calibration text; healing learns from
+``--calibration``, and nothing sees ``--text`` or ``--other``. Each row is a checkpoint that the command line's own stages wrote;
+folders that are there already are kept, so an interrupted run goes on (their CPU time is then not known).
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.losses import logits_of
-from edgepress.pipeline.options import HealOptions, PruneOptions
+from edgepress.pipeline.options import HealOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.tokens import text_windows
 
@@ -44,9 +46,11 @@ def main() -> None:
     other = text_windows(options.other, options.model, budget=budget)
     whole = Blocks(load_model(options.model))
     base = judged(whole, whole, own), judged(whole, whole, other)
-    print("| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | seconds |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    print(f"| none | | | {np.exp(base[0][0]):.2f} | | 0 | 100 % | {np.exp(base[1][0]):.1f} | | |")
+    print("| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | CPU seconds | GPTQ | its KL |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    packed = judged(whole, quantized(Artifact.load(options.model), options.scratch / "whole-gptq"), own)
+    cells = ["none", "", "", f"{np.exp(base[0][0]):.2f}", "", "0", "100 %", f"{np.exp(base[1][0]):.1f}", "", ""]
+    print("| " + " | ".join([*cells, f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]) + " |", flush=True)
     for amount in map(int, options.amounts.split(",")):
         for criterion in options.criteria.split(","):
             rows(whole, options, amount, criterion, own, other, (base[0][0], base[1][0]))
@@ -66,14 +70,15 @@ def rows(
     pruned = stages.run("prune", Artifact.load(options.model), folder / "pruned", choice)
     lost: tuple[float, float] | None = None
     for method in ("", *options.methods.split(",")):
-        artifact, seconds = pruned, 0.0
+        artifact, seconds = pruned, ""
         if method:
             settings = HealOptions(
                 method=method, original=options.model, calibration=options.calibration,
                 calibration_tokens=options.calibration_tokens, lora_tokens=options.lora_tokens,
             )  # fmt: skip
+            kept, before = (folder / method).is_dir(), time.process_time()
             artifact = stages.run("heal", pruned, folder / method, settings)
-            seconds = artifact.steps[-1].seconds
+            seconds = "" if kept else f"{time.process_time() - before:.0f}"
         blocks = Blocks(load_model(artifact.path))
         found, foreign = judged(whole, blocks, own), judged(whole, blocks, other)
         lost = lost or (found[0] - base[0], foreign[0] - base[1])
@@ -84,9 +89,16 @@ def rows(
             f"{100 * found[2]:.1f} %",
             f"{np.exp(foreign[0]):.1f}",
             won[1] if method else "",
-            f"{seconds:.0f}" if method else "",
+            seconds,
         ]
+        packed = judged(whole, quantized(artifact, folder / f"{method or 'pruned'}-gptq"), own)
+        cells += [f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def quantized(source: Artifact, folder: Path) -> Blocks:
+    """The checkpoint after GPTQ at its defaults, its codes seen as floats."""
+    return Blocks(load_model(stages.run("quantize", source, folder, QuantizeOptions()).path))
 
 
 def judged(whole: Blocks, blocks: Blocks, windows: list[np.ndarray]) -> tuple[float, float, float]:
