@@ -79,6 +79,10 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: b
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
+        raise ModelError(
+            "some layers keep another state than keys and values (linear attention); this architecture cannot be exported yet"
+        )
     past = [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     names = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
     presents = [f"present.{i}.{part}" for i in range(layers) for part in ("key", "value")]
@@ -123,7 +127,10 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
     try:
         return torch.onnx.export(*arguments, **settings)
     except Exception as error:  # the tracer's errors share no base class
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the tracer wraps what went wrong in advice
+            cause = cause.__cause__
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
 
 
