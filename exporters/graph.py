@@ -153,7 +153,7 @@ def weight_bytes_per_token(model: ir.Model) -> int:
 
 
 def save(model: ir.Model, file: Path) -> None:
-    """Write ``file`` and, beside it, its weights in ``file.data``.
+    """Write ``file`` and, beside it, its weights in ``file.data``; those that lie in a file already stay there.
 
     Declared shapes of weights are left out: onnxruntime's quantize_dynamic transposes weights and then stumbles over them.
     """
@@ -161,7 +161,8 @@ def save(model: ir.Model, file: Path) -> None:
         if value not in model.graph.inputs:
             value.type = value.shape = None
             value.metadata_props.clear()
-    ir.save(model, file, external_data=f"{file.name}.data")
+    known = any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
+    ir.save(model, file, external_data=None if known else f"{file.name}.data")
 
 
 def rows_in_place(file: Path) -> ir.Model:
@@ -190,7 +191,7 @@ def rows_in_place(file: Path) -> ir.Model:
         if alone:
             del written.graph.initializers[matrix.name]
         written.graph.register_initializer(value)
-    ir.save(written, file)
+    save(written, file)
     return written
 
 
@@ -212,7 +213,7 @@ def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int], also:
             if value.name in also:
                 value.type = variant.graph.outputs[0].type
                 variant.graph.outputs.append(value)
-    ir.save(variant, out)
+    save(variant, out)
 
 
 def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:

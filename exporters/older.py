@@ -38,6 +38,9 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if "partial_rotary_factor" in rope:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":  # names of its own
+        names = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"}
+        older |= {name: rope[key] for key, name in names.items() if key in rope}
     return older | config
 
 

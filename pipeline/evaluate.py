@@ -65,9 +65,7 @@ class _Torch:
         return found
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]:
-        import torch
-
-        tokens: list[int] = load("edgepress.exporters.parity:greedy_tokens")(self.model, torch.from_numpy(ids)[None], count)
+        tokens: list[int] = load("edgepress.pipeline.losses:greedy_tokens")(self.model, ids, count)
         return tokens
 
 

@@ -28,6 +28,19 @@ def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     return found
 
 
+def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[int]:
+    """Plain greedy continuation of ids (tokens,) with the cache: no penalty or stop token of a generation config interferes."""
+    tokens: list[int] = []
+    new, past = torch.from_numpy(ids)[None], None
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(input_ids=new, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            new = output.logits[:, -1:].argmax(-1)
+            tokens.append(int(new))
+    return tokens
+
+
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats, float32 (batch, tokens - 1), of every id after the first of its window."""
     losses = torch.empty(ids.shape[0], ids.shape[1] - 1)

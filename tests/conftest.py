@@ -120,6 +120,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     from edgepress.pipeline.cli import main
 
     def run(*arguments: object) -> Result:
+        capsys.readouterr()  # what earlier stages of the test said is not this call's
         try:
             code = main([str(a) for a in arguments])
         except SystemExit as stop:
