@@ -43,9 +43,9 @@ class Patient:
     options: HealOptions
     scratch: Path
 
-    def losses(self) -> list[float]:
-        """The student's loss on each text of ``selection``, in nats a token."""
-        return [mean_loss(self.student.model, windows) for windows in self.selection]
+    def loss(self) -> float:
+        """Mean over the texts of ``selection`` of the student's loss, in nats a token."""
+        return float(np.mean([mean_loss(self.student.model, windows) for windows in self.selection]))
 
     def starts(self) -> np.ndarray:
         """Where each window begins among the rows of ``teacher``, and where the last one ends."""
