@@ -124,8 +124,13 @@ def fewer_layers(source: Path, out: Path) -> None:
 
 
 def press(stage: str, *arguments: str) -> None:
-    """A stage of edgepress. "unproven export" leaves out the proof: minutes for random weights, and export_memory.py has it."""
-    skip = "from edgepress.exporters import parity; parity.prove = lambda *a, **k: []; " if stage == "unproven export" else ""
+    """A stage of edgepress. "unproven export" leaves out proof and choice of level: minutes for random weights, and export_memory.py has it."""
+    skip = (
+        "from edgepress.exporters import levels, parity; "
+        "parity.prove = lambda *a: parity.Parity(*[0] * 9); levels.choose = lambda *a: ({'accuracy_level': 4}, []); "
+        if stage == "unproven export"
+        else ""
+    )
     start = f"import sys; {skip}from edgepress.pipeline.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", start, stage.split()[-1], *arguments]
     if subprocess.run(command, stdout=sys.stderr).returncode:

@@ -128,7 +128,7 @@ class Decoder:
         return found.astype(np.float32, copy=False)
 
     def _bound_cache(self) -> Any:
-        """A binding of the cache; a shared one stays bound until it grows, which on small models saves a twentieth of a token."""
+        """A binding of the cache; a shared one stays bound until it grows, for binding costs small models time at every token."""
         binding = self.session.io_binding()
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
