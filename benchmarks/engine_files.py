@@ -124,7 +124,7 @@ def fewer_layers(source: Path, out: Path) -> None:
 
 
 def press(stage: str, *arguments: str) -> None:
-    """A stage of edgepress. "unproven export" leaves out proof and choice of level: minutes for random weights, and export_memory.py has it."""
+    """A stage of edgepress. "unproven export" leaves out proof and choice of level: minutes for random weights."""
     skip = (
         "from edgepress.exporters import levels, parity; "
         "parity.prove = lambda *a: parity.Parity(*[0] * 9); levels.choose = lambda *a: ({'accuracy_level': 4}, []); "
