@@ -221,12 +221,14 @@ def logits(engine: dict[str, Any], windows: list[np.ndarray], folder: Path, opti
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(Path(engine["file"]) / "model.onnx"))
+    decoder = json.loads((Path(engine["file"]) / "genai_config.json").read_text())["model"]["decoder"]
+    nothing = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype=np.float32)
     found = []
     for ids in windows:
         feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), dtype=np.int64)}
         for one in session.get_inputs():
             if one.name.startswith("past_key_values."):
-                feeds[one.name] = np.zeros((1, one.shape[1], 0, one.shape[3]), dtype=np.float32)
+                feeds[one.name] = nothing
         if engine["kind"] == "ours":
             feeds["logits_to_keep"] = np.zeros(1, dtype=np.int64)
         found.append(session.run(["logits"], feeds)[0][0])
