@@ -11,7 +11,7 @@ from edgepress.exporters import architecture, fused, levels, older, parity, port
 from edgepress.exporters.graph import rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, write_json
-from edgepress.pipeline.checkpoint import carry_files, load_model, meta_model, read_config
+from edgepress.pipeline.checkpoint import load_model, meta_model, read_config
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.runtime import end_tokens
@@ -45,7 +45,6 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
-    carry_files(source.path, out)
     older.write_configs(source.path, out)
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
 
@@ -56,6 +55,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
     facts = {
+        "source": source.identity(),
         "exporter": exporter,
         "target": options.target,
         "activations": "float16" if half else "float32",

@@ -49,7 +49,10 @@ def choose(
         "int8 is the CPU's": options.target == "cuda",
         "no matrix has integer weights": not names,
     }
+    if options.exact_layers is not None and not names:
+        raise OptionError("--exact-layers: no matrix here has integer weights, so all are at float activations; leave it out")
     if why := next((why for why, holds in reasons.items() if holds), None):
+        log.info("export: accuracy level 0 (%s)", why)
         return {"accuracy_level": 0, "accuracy_level_because": why}, []
     exact = exact_layers(folder, names, windows[0], options.exact_layers)
     if exact:

@@ -29,9 +29,9 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
         older["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope or "sliding_attention" in rope:  # one each for global and local layers, as Gemma 3 has
-        if "rope_theta" in rope.get("sliding_attention", {}):
+        if "rope_theta" in (rope.get("sliding_attention") or {}):
             older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope.get("full_attention", {})
+        rope = rope.get("full_attention") or {}
     if "rope_theta" in rope:
         older["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
@@ -50,5 +50,7 @@ def with_older_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
         content = content | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(extra := content.get("extra_special_tokens"), list):  # version 4 wants a dict under this name
         content = {key: value for key, value in content.items() if key != "extra_special_tokens"}
-        content["additional_special_tokens"] = list(dict.fromkeys([*content.get("additional_special_tokens", []), *extra]))
+        every = [*(content.get("additional_special_tokens") or []), *extra]
+        texts = [one.get("content") if isinstance(one, dict) else one for one in every]
+        content["additional_special_tokens"] = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
     return content

@@ -167,7 +167,9 @@ def child(shared: str) -> None:
         answer = load("edgepress.pipeline.quantize:quantize")(*pickle.loads((_shared / ASKED).read_bytes()))
     except (EdgepressError, OSError, MemoryError) as error:
         answer = error
-    (_shared / ANSWER).write_bytes(pickle.dumps(answer))
+    part = _shared / f"{ANSWER}.part"
+    part.write_bytes(pickle.dumps(answer))
+    part.replace(_shared / ANSWER)
 
 
 def _end_with_parent() -> None:

@@ -50,8 +50,11 @@ class Conversation:
 
         Raises OptionError when the conversation no longer fits into the context; it then goes on as if nothing was said.
         """
+        generate.check_text(text + (self._options.system or ""))
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.encode(self._template.render(asked), add_special_tokens=False).ids
+        if not ids:
+            raise InputError("the chat template makes nothing of this message; correct it, or run without --chat")
         room = self.decoder.context - len(ids)
         if room < 1:
             raise OptionError(

@@ -19,10 +19,7 @@ def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
     temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature).
     Raises TextError for a prompt without text, OptionError when prompt and new tokens exceed the context.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise TextError("the prompt is not UTF-8 text; check the terminal's encoding") from error
+    check_text(prompt)
     tokenizer = load_tokenizer(folder)
     ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
     if not prompt or not len(ids):
@@ -39,6 +36,14 @@ def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
     yield prompt
     new = tokens(decoder, ids, end_tokens(folder), options.limit, options.temperature, random)
     yield from pieces(tokenizer, int(ids[-1]), new)
+
+
+def check_text(text: str) -> None:
+    """Raises TextError for what a terminal gave that is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError("the prompt is not UTF-8 text; check the terminal's encoding") from error
 
 
 def tokens(

@@ -305,6 +305,8 @@ class ExportOptions:
             raise OptionError(f"--min-agreement is a share, 1 at most, not {self.min_agreement}")
         if self.target == "cuda" and self.accuracy_level == "4":
             raise OptionError("int8 activations are the CPU's, and the target is cuda; leave --accuracy-level out")
+        if self.target == "cuda" and self.exact_layers is not None:
+            raise OptionError("--exact-layers is for int8 activations, which are the CPU's; leave it out for --target cuda")
         if self.exact_layers is not None:
             if self.accuracy_level == "0":
                 raise OptionError("--exact-layers is for int8 activations, and --accuracy-level 0 has none; leave one of them out")

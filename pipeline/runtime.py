@@ -47,7 +47,7 @@ class Decoder:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
-        self._onnxruntime = onnxruntime
+        self._onnxruntime, self._file = onnxruntime, folder / model
         self._device = targets.TARGETS[target].device
         caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._shapes = {i.name: i.shape for i in caches}
@@ -87,12 +87,14 @@ class Decoder:
     def _grow(self, total: int) -> None:
         """Make room for ``total`` tokens in a shared cache; what is in it stays."""
         self._binding = None
-        self._capacity = min(self.context, max(total, 2 * self._capacity))
+        capacity = min(self.context, max(total, 2 * self._capacity, FIRST_CAPACITY))
+        self._capacity = 0  # interrupted in the middle, the next one begins anew: both sizes hold what was read
         for name, value in self._cache.items():  # one after the other: never the whole cache twice
             array = value.numpy()
-            grown = np.zeros((*array.shape[:2], self._capacity, array.shape[3]), dtype=array.dtype)
+            grown = np.zeros((*array.shape[:2], capacity, array.shape[3]), dtype=array.dtype)
             grown[:, :, : self.length] = array[:, :, : self.length]
             self._cache[name] = self._filled(grown)
+        self._capacity = capacity
 
     def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Append ids int64 (tokens,); returns float32 logits (kept, vocabulary) of the last ``keep`` positions, 0 for all.
@@ -100,7 +102,7 @@ class Decoder:
         Raises OptionError when the sequence outgrows the context.
         """
         total = self.length + len(ids)
-        if self.shared and total > self._limit:
+        if total > self._limit:
             raise OptionError(
                 f"{total} tokens do not fit into the context of {self._limit}; use a shorter prompt or fewer new tokens"
             )
@@ -118,7 +120,10 @@ class Decoder:
             binding.bind_ortvalue_output("logits", value(logits))
         else:  # another shape than the declared one only where onnxruntime makes the array
             binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # as when a token is none of the model's
+            raise InputError(f"onnxruntime cannot run {self._file}: {str(error).splitlines()[0]}; export again") from error
         binding.synchronize_outputs()  # a GPU may still be at work when the call returns
         if not self.shared:
             self._cache = dict(zip(self._cache, binding.get_outputs()[1:], strict=True))

@@ -32,7 +32,7 @@ class ChatTemplate:
         self._name, self._special = name, special
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # a stranger's program: anything may go wrong in it
             raise InputError(f"the chat template in {name} cannot be read ({error}); correct it or fetch it again") from error
 
     def render(self, messages: list[Message], answer: bool = True) -> str:
@@ -42,7 +42,7 @@ class ChatTemplate:
         """
         try:
             text: str = self._template.render(messages=messages, add_generation_prompt=answer, **self._special)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:
             raise InputError(f"the chat template in {self._name} refuses this conversation ({error})") from error
         return text
 
@@ -52,9 +52,12 @@ def read_template(folder: Path) -> ChatTemplate | None:
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     source, name = settings.get("chat_template"), "tokenizer_config.json"
     if isinstance(source, list):  # several by name
-        source = next((one.get("template") for one in source if one.get("name") == "default"), None)
+        source = next((one.get("template") for one in source if isinstance(one, dict) and one.get("name") == "default"), None)
     if (folder / FILE).is_file():
-        source, name = (folder / FILE).read_text(encoding="utf-8"), FILE
+        try:
+            source, name = (folder / FILE).read_text(encoding="utf-8"), FILE
+        except UnicodeDecodeError as error:
+            raise InputError(f"{folder / FILE} is not UTF-8 text ({error.reason}); fetch it again") from error
     if not source:
         return None
     return ChatTemplate(str(source), special_tokens(settings), name)
@@ -63,11 +66,15 @@ def read_template(folder: Path) -> ChatTemplate | None:
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like of a tokenizer_config."""
     named = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)}
-    return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **settings: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **settings)  # jinja's own escapes HTML
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own escapes HTML; json's other settings would run what the template gives them outside the sandbox."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

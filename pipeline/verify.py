@@ -70,6 +70,8 @@ def _files(folder: Path) -> str:
     artifact = Artifact.load(folder)
     if artifact.format != "onnx":
         raise InputError(f"the manifest is of a folder of the kind {artifact.format}; copy the complete folder or export again")
+    if MODEL not in artifact.files:
+        raise InputError(f"the manifest lists no {MODEL}; copy the complete folder or export again")
     if damaged := artifact.damaged():
         there = "is not what was written" if (folder / damaged[0]).is_file() else "is missing"
         more = f", {len(damaged) - 1} more too" if len(damaged) > 1 else ""
@@ -168,11 +170,14 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
     for package in ("torch", "transformers", "onnx_ir", "safetensors"):
         require(package)
     artifact = Artifact.load(folder)
+    if artifact.format != "onnx" or not artifact.steps:
+        raise InputError(f"no {MANIFEST} tells what {folder} was made from; copy the complete folder or export again")
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
         raise ProofError(f"{original.path} has another tokenizer; give the checkpoint that it was made from")
     room = context_length(folder) - GREEDY_TOKENS
-    windows = text_windows(options.text, folder, budget=TOKENS + room, length=min(room, TOKENS))
+    length = min(room, TOKENS)  # the windows of the export's own proof, or its --min-agreement would judge others
+    windows = text_windows(options.text, folder, budget=TOKENS + length, length=length)
     candidates = [original, *map(Artifact.load, load("edgepress.pipeline.bench:stages_of")(artifact))]
-    source = next((a for a in candidates if a.steps == artifact.steps[:-1]), None)
+    source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
     said: str = load("edgepress.exporters.recheck:recheck")(artifact, original, source, windows, options.trust_remote_code)
     return said

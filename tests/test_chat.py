@@ -16,7 +16,7 @@ from edgepress.pipeline.chat import Conversation
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions
 from edgepress.pipeline.runtime import Decoder, end_tokens
-from edgepress.pipeline.template import read_template
+from edgepress.pipeline.template import ChatTemplate, read_template, special_tokens
 from edgepress.pipeline.tokens import load_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -121,6 +121,53 @@ def test_the_cache_is_kept_between_turns(template: str, talker: Path, monkeypatc
         assert "".join(talk.answer(asked[0])) == told[0]
     finally:
         (talker / "chat_template.jinja").write_text(kept)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ range(1000000) }}",
+        "{{ 1//0 }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ messages|tojson(cls=namespace) }}",
+    ],
+)
+def test_whatever_a_template_does_is_one_line(template: str) -> None:
+    """A template is a stranger's program."""
+    with pytest.raises(InputError, match="refuses this conversation"):
+        ChatTemplate(template, {}, "t").render([{"role": "user", "content": "x"}])
+
+
+def test_odd_special_tokens_are_left_out() -> None:
+    assert special_tokens({"eos_token": {}, "bos_token": {"content": "<s>"}, "pad_token": None}) == {"bos_token": "<s>"}
+
+
+def test_growing_may_be_interrupted(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between two layers: what was read stays, and the next tokens are read as if nothing had happened."""
+    monkeypatch.setattr(runtime, "FIRST_CAPACITY", 8)
+    decoder, ids = Decoder(talker), np.arange(3, 23)
+    wanted = Decoder(talker).feed(ids)
+    decoder.feed(ids[:8])
+    filled, calls = Decoder._filled, []
+
+    def interrupted(self: Decoder, array: np.ndarray) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return filled(self, array)
+
+    if decoder.shared:
+        monkeypatch.setattr(Decoder, "_filled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.feed(ids[8:])
+    assert np.allclose(decoder.feed(ids[8:]), wanted, atol=0.05 * wanted.std())
+    decoder.reset()
+    assert np.allclose(decoder.feed(ids), wanted, atol=0.05 * wanted.std())
+
+
+def test_text_that_is_no_utf8_is_one_line(talker: Path, call: Callable) -> None:
+    result = call("run", talker, "caf\udce9", "--chat")
+    assert result.code == 2 and "not UTF-8" in result.err.splitlines()[-1]
 
 
 def test_full_context_is_said_and_survived(talker: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

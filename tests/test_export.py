@@ -217,6 +217,11 @@ def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fuse
     assert load_tokenizer(fused[1].path).encode(prose).ids == ids
 
 
+def test_extra_tokens_of_any_form_are_carried() -> None:
+    content = {"extra_special_tokens": [{"content": "<a>"}, "<b>"], "additional_special_tokens": None}
+    assert with_older_tokenizer(content) == {"additional_special_tokens": ["<a>", "<b>"]}
+
+
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 ROPES: dict[str, tuple[dict | None, dict]] = {
     "default": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),

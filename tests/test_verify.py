@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,24 @@ def test_an_earlier_checkpoint_is_measured_not_proven(made: tuple[Artifact, Arti
         (alone / file.name).write_bytes(file.read_bytes())
     state, says = outcome(alone, original=original, text=text)["parity"]
     assert state == "ok" and says.startswith("no proof: ") and "equals" not in says
+
+
+def test_another_checkpoint_without_a_manifest_is_measured_too(made: tuple[Artifact, Artifact], text: Path, tmp_path: Path) -> None:
+    """Exported straight from a stranger's folder, and verified with the float model that it was made from: no proof, no blame."""
+    plain = made[0].path.parent / "model"
+    artifact = stages.run("export", Artifact.load(plain), tmp_path / "onnx", ExportOptions(text=text))
+    stranger = tmp_path / "stranger"
+    shutil.copytree(plain, stranger)
+    (stranger / "README").write_text("not the folder that was exported")
+    state, says = outcome(artifact.path, original=stranger, text=text)["parity"]
+    assert state == "ok" and "no proof" in says
+    assert "equals model" in outcome(artifact.path, original=plain, text=text)["parity"][1]
+
+
+def test_parity_needs_a_manifest(copied: Path, made: tuple[Artifact, Artifact], text: Path) -> None:
+    (copied / "manifest.json").unlink()
+    state, says = outcome(copied, original=made[0].path, text=text)["parity"]
+    assert state == "failed" and "manifest" in says
 
 
 def test_a_wrong_scale_is_caught_though_the_files_are_whole(made: tuple[Artifact, Artifact], copied: Path, text: Path) -> None:
