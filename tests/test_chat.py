@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,10 +205,12 @@ def test_answers_end_at_the_end_tokens(talker: Path, monkeypatch: pytest.MonkeyP
     assert len(told) < len(whole) and whole.startswith(told) and new[5] not in later._fed[-5:]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_talk(talker: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_answer_and_not_the_talk(
+    talker: Path, call: Callable, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """What was told until then belongs to the conversation."""
-    import signal
-
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     lines, fed = iter(["Good day", "Go on", "/bye"]), []
     real = generate.tokens
 
