@@ -56,8 +56,8 @@ def fused(make: Callable[..., Made], tiny: Path) -> Made:
     return make(tiny, "rtn")
 
 
-CASES = [(m, "fused") for m in ("none", "rtn", "nf4", "fp4", "int8")] + [("none", "portable"), ("rtn", "portable")]
-SLOW = [pytest.param(m, "portable", marks=pytest.mark.families) for m in ("nf4", "fp4", "int8")]
+CASES = [(m, "fused") for m in ("none", "rtn", "nf4", "fp4", "int8")] + [("rtn", "portable")]
+SLOW = [pytest.param(m, "portable", marks=pytest.mark.families) for m in ("none", "nf4", "fp4", "int8")]
 
 
 @pytest.mark.parametrize(("method", "exporter"), [*CASES, *SLOW])

@@ -73,7 +73,7 @@ def test_truncation_in_the_tokenizer_file_cuts_no_text(tiny: Path, copy_of: Call
     assert load_tokenizer(source).encode(prose).ids == load_tokenizer(tiny).encode(prose).ids
 
 
-@pytest.mark.parametrize("exporter", ["fused", "portable"])
+@pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])
 def test_a_tied_head_stored_twice_is_packed_once(
     exporter: str, random_model: Callable[..., Path], tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_tied_head_stored_twice_is_packed_once(
     stages.run("export", packed, tmp_path / "onnx", ExportOptions(text=text, exporter=exporter))
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("prefix", ["transformer.", pytest.param("", marks=pytest.mark.families)])
 def test_conv1d_is_quantized_the_right_way_round(
     prefix: str, random_model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
