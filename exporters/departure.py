@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.exporters.graph import block_output, save_at_level_0
+from edgepress.exporters.graph import block_output, variant
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.runtime import Decoder
@@ -20,12 +20,8 @@ def first_departure(model: PreTrainedModel, folder: Path, texts: Sequence[Sequen
     texts: sequences as pieces of ids int64 (tokens,), which are fed one after another through the cache.
     """
     names = [block_output(index) for index in range(model.config.num_hidden_layers)]
-    file = folder / "parity.onnx"
-    try:
-        save_at_level_0(folder / "model.onnx", file, names)
-        decoder = Decoder(folder, model=file.name)
-    finally:
-        file.unlink(missing_ok=True)
+    with variant(folder, also=names) as file:
+        decoder = Decoder(folder, model=file)
     try:
         blocks = Blocks(model)
     except ModelError:

@@ -17,7 +17,7 @@ from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.runtime import end_tokens
 from edgepress.pipeline.streamed import streamed_model
 from edgepress.pipeline.table import require
-from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
+from edgepress.pipeline.tokens import context_length, load_tokenizer
 from transformers import PreTrainedConfig
 
 log = logging.getLogger("edgepress")
@@ -48,8 +48,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     older.write_configs(source.path, out)
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
 
-    length = min(context_length(source.path) - parity.GREEDY_TOKENS, parity.TOKENS)
-    windows = text_windows(options.text, source.path, budget=parity.TOKENS + length, length=length)
+    windows = parity.proof_windows(options.text, source.path)
     exact = parity.prove(model, out, graph, windows)
     chosen, shipped = levels.choose(model, out, graph, windows, options)
     if half:

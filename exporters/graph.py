@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,12 @@ def block_output(index: int) -> str:
     return f"model.layers.{index}.output"
 
 
-def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int], also: Sequence[str] = ()) -> None:
-    """Write a graph with the accuracy levels that ``level_of`` gives to its nodes, by name; ``out`` may be ``model``.
+def _float_activations(node: str) -> int:
+    return 0
+
+
+def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int] = _float_activations, also: Sequence[str] = ()) -> None:
+    """Write a graph with the accuracy levels that ``level_of`` gives to its nodes, by name (0 to all); ``out`` may be ``model``.
 
     Weights stay references to the same external file. also: values inside that become outputs.
     """
@@ -216,6 +221,12 @@ def save_at_levels(model: Path, out: Path, level_of: Callable[[str], int], also:
     save(variant, out)
 
 
-def save_at_level_0(model: Path, out: Path, also: Sequence[str] = ()) -> None:
-    """Write a graph with float activations; see save_at_levels."""
-    save_at_levels(model, out, lambda name: 0, also)
+@contextmanager
+def variant(folder: Path, level_of: Callable[[str], int] = _float_activations, also: Sequence[str] = ()) -> Iterator[str]:
+    """File name of the graph in ``folder`` as ``save_at_levels`` changes it; gone afterwards."""
+    file = folder / "parity.onnx"
+    try:
+        save_at_levels(folder / "model.onnx", file, level_of, also)
+        yield file.name
+    finally:
+        file.unlink(missing_ok=True)

@@ -8,15 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters import parity
-from edgepress.exporters.graph import save_at_levels
+from edgepress.exporters.graph import save_at_levels, variant
 from edgepress.exporters.parity import Parity
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import ExportOptions
@@ -67,7 +66,7 @@ def choose(
     level, why = (4, "asked for") if forced else _rule(proof, rates, options)
     log.info("export: accuracy level %d (%s)", level, why)
     if level == 0:
-        save_at_levels(folder / MODEL, folder / MODEL, lambda name: 0)
+        save_at_levels(folder / MODEL, folder / MODEL)
     facts: dict[str, Any] = {"accuracy_level": level, "accuracy_level_because": why}
     figures = {"top1_agreement": proof.top1_agreement, "kl_mean": proof.kl_mean}
     tried: dict[str, dict[str, float]] = {"4": figures}
@@ -109,7 +108,7 @@ def _too_different(proof: Parity, options: ExportOptions) -> str:
 def decode_rates(folder: Path, ids: np.ndarray) -> dict[int, float]:
     """Decoded tokens a second at levels 0 and 4: medians of steps in several sessions of their own, in turn (0 4, 4 0, 0 4)."""
     seconds: dict[int, list[float]] = {0: [], 4: []}
-    with variant(folder, lambda name: 0) as level_0:
+    with variant(folder) as level_0:
         for pair in range(PAIRS):
             for level in (0, 4) if pair % 2 == 0 else (4, 0):
                 seconds[level] += _step_seconds(Decoder(folder, model=MODEL if level else level_0), ids)
@@ -163,14 +162,3 @@ def _only(name: str) -> Callable[[str], int]:
 def _logits(folder: Path, ids: np.ndarray, level_of: Callable[[str], int]) -> np.ndarray:
     with variant(folder, level_of) as file:
         return Decoder(folder, model=file).feed(ids, keep=0)
-
-
-@contextmanager
-def variant(folder: Path, level_of: Callable[[str], int]) -> Iterator[str]:
-    """File name of the artifact's graph at other levels, over the same weights; gone afterwards."""
-    file = folder / "levels.onnx"
-    try:
-        save_at_levels(folder / MODEL, file, level_of)
-        yield file.name
-    finally:
-        file.unlink(missing_ok=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.departure import first_departure
-from edgepress.exporters.graph import save_at_level_0
+from edgepress.exporters.graph import variant
 from edgepress.exporters.matmul_nbits import DOMAIN
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.tokens import context_length, text_windows
 from transformers import PreTrainedModel
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
@@ -43,6 +44,12 @@ class Parity:
     def difference(self) -> float:
         """The largest of the four."""
         return max(self.difference_whole, self.difference_chunks, self.difference_steps, self.difference_batch)
+
+
+def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
+    """What the proof reads of a text with the tokenizer in ``folder``: TOKENS ids or a few more, each window within the context."""
+    length = min(context_length(folder) - GREEDY_TOKENS, TOKENS)
+    return text_windows(text, folder, budget=TOKENS + length, length=length)
 
 
 def prove(model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray]) -> Parity:
@@ -163,9 +170,5 @@ def _float_activations(folder: Path, graph: ir.Model) -> Decoder:
     levels = [node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
     if not any(level.as_int() for level in levels):
         return Decoder(folder)
-    file = folder / "parity.onnx"
-    try:
-        save_at_level_0(folder / "model.onnx", file)
-        return Decoder(folder, model=file.name)
-    finally:
-        file.unlink(missing_ok=True)
+    with variant(folder) as file:
+        return Decoder(folder, model=file)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.exporters import parity
-from edgepress.exporters.graph import save_at_level_0
+from edgepress.exporters.graph import save_at_levels
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.errors import ProofError
@@ -72,7 +72,7 @@ def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], tru
 
 def at_level_0(folder: Path, scratch: Path, target: str = "cpu") -> Decoder:
     """The artifact with float activations: another graph over the same weights, in a folder of its own."""
-    save_at_level_0(folder / "model.onnx", scratch / "model.onnx")
+    save_at_levels(folder / "model.onnx", scratch / "model.onnx")
     shutil.copyfile(folder / "genai_config.json", scratch / "genai_config.json")
     for data in folder.glob("model.onnx?*"):  # onnxruntime refuses links that lead out of the folder
         try:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,11 @@ class Artifact:
         ]
 
     def identity(self) -> str:
-        """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file."""
+        """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file (read once)."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         if self.files:
             content = {name: known["sha256"] for name, known in self.files.items()}
         else:

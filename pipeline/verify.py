@@ -17,14 +17,13 @@ from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackage
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.runtime import MODEL, Decoder, end_tokens
 from edgepress.pipeline.table import load, require
-from edgepress.pipeline.tokens import context_length, load_tokenizer, text_windows
+from edgepress.pipeline.tokens import load_tokenizer
 
 State = Literal["ok", "failed", "not checked"]
 PROMPT, NEW_TOKENS = "The old house stood", 8
 # Largest difference of a logit between the two ways to read a prompt, as a share of the logits' standard deviation. Int8
 # activations may round the other way now and then; a cache that is wrong gives differences of the size of the logits.
 CACHE_TOLERANCE = 0.1
-TOKENS, GREEDY_TOKENS = 512, 32  # of the proof, as in exporters/parity.py, which needs torch
 SPOKEN = [{"role": "user", "content": "Good morning."}]
 
 
@@ -174,9 +173,7 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
         raise InputError(f"no {MANIFEST} tells what {folder} was made from; copy the complete folder or export again")
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
         raise ProofError(f"{original.path} has another tokenizer; give the checkpoint that it was made from")
-    room = context_length(folder) - GREEDY_TOKENS
-    length = min(room, TOKENS)  # the windows of the export's own proof, or its --min-agreement would judge others
-    windows = text_windows(options.text, folder, budget=TOKENS + length, length=length)
+    windows = load("edgepress.exporters.parity:proof_windows")(options.text, folder)
     candidates = [original, *map(Artifact.load, load("edgepress.pipeline.bench:stages_of")(artifact))]
     source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
     said: str = load("edgepress.exporters.recheck:recheck")(artifact, original, source, windows, options.trust_remote_code)
