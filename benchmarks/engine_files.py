@@ -127,7 +127,7 @@ def press(stage: str, *arguments: str) -> None:
     """A stage of edgepress. "unproven export" leaves out proof and choice of level: minutes for random weights."""
     skip = (
         "from edgepress.exporters import levels, parity; "
-        "parity.prove = lambda *a: parity.Parity(*[0] * 9); levels.choose = lambda *a: ({'accuracy_level': 4}, []); "
+        "parity.prove = lambda *a: parity.Parity(*[0] * 10); levels.choose = lambda *a: ({'accuracy_level': 4}, []); "
         if stage == "unproven export"
         else ""
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.exporters import architecture, fused, levels, older, parity, portable
+from edgepress.exporters.expected import expected
 from edgepress.exporters.graph import rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.weights import Weights
 from edgepress.pipeline.artifact import Artifact, folder_bytes, write_json
@@ -49,8 +50,9 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any
     write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
 
     windows = parity.proof_windows(options.text, source.path)
-    exact = parity.prove(model, out, graph, windows)
-    chosen, shipped = levels.choose(model, out, graph, windows, options)
+    with expected(model, windows, out) as wanted:
+        exact = parity.prove(wanted, out, graph)
+        chosen, shipped = levels.choose(wanted, out, graph, options)
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
     facts = {

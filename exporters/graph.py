@@ -17,6 +17,7 @@ OPSET = 21
 # GenAI reads models up to this; 10 came with opset 21.
 IR_VERSION = 10
 LAST = np.iinfo(np.int64).max
+SMALL = 256  # bytes; shorter constants stay in the graph's own file
 
 
 class Builder:
@@ -156,6 +157,9 @@ def weight_bytes_per_token(model: ir.Model) -> int:
 def save(model: ir.Model, file: Path) -> None:
     """Write ``file`` and, beside it, its weights in ``file.data``; those that lie in a file already stay there.
 
+    Afterwards the weights are on the disk alone: an onnx_ir graph refers to itself, and would hold them until Python's garbage
+    collector comes by.
+
     Declared shapes of weights are left out: onnxruntime's quantize_dynamic transposes weights and then stumbles over them.
     """
     for value in model.graph.initializers.values():
@@ -163,7 +167,9 @@ def save(model: ir.Model, file: Path) -> None:
             value.type = value.shape = None
             value.metadata_props.clear()
     known = any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
-    ir.save(model, file, external_data=None if known else f"{file.name}.data")
+    if not known:
+        ir.external_data.unload_from_model(model, file.parent, f"{file.name}.data", size_threshold_bytes=SMALL)
+    ir.save(model, file)
 
 
 def rows_in_place(file: Path) -> ir.Model:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters import parity
+from edgepress.exporters.expected import Expected
 from edgepress.exporters.graph import save_at_levels, variant
 from edgepress.exporters.parity import Parity
 from edgepress.pipeline.errors import OptionError, ProofError
@@ -22,7 +23,6 @@ from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.runtime import MODEL, Decoder
-from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 # Int8 activations cost a little accuracy, so they have to pay for it; it also keeps noise from deciding where both are alike.
@@ -34,12 +34,10 @@ SECONDS = 2.0  # of a session at most: some widths have no fast kernel at level 
 TRIAL_TOKENS = 128
 
 
-def choose(
-    model: PreTrainedModel, folder: Path, graph: ir.Model, windows: list[np.ndarray], options: ExportOptions
-) -> tuple[dict[str, Any], list[Parity]]:
+def choose(wanted: Expected, folder: Path, graph: ir.Model, options: ExportOptions) -> tuple[dict[str, Any], list[Parity]]:
     """Settle the accuracy levels of ``folder/model.onnx``, which ``graph`` at level 4 was saved as (at 0 where 0 is forced).
 
-    windows: int64 ids (tokens,) of real text. Returns the facts for the manifest and the proof at level 4, if that ships.
+    Returns the facts for the manifest and the proof at level 4, if that ships.
     Raises ProofError when level 4 is forced and agreement is below the limit, OptionError for --exact-layers that match nothing.
     """
     names = matrices(graph)
@@ -53,16 +51,16 @@ def choose(
     if why := next((why for why, holds in reasons.items() if holds), None):
         log.info("export: accuracy level 0 (%s)", why)
         return {"accuracy_level": 0, "accuracy_level_because": why}, []
-    exact = exact_layers(folder, names, windows[0], options.exact_layers)
+    exact = exact_layers(folder, names, wanted.windows[0], options.exact_layers)
     if exact:
         log.info("export: at float activations: %s", ", ".join(exact))
         save_at_levels(folder / MODEL, folder / MODEL, lambda name: 0 if matrix(name) in exact else 4)
-    proof = parity.measure(model, Decoder(folder), windows, 4)
+    proof = parity.measure(wanted, lambda: Decoder(folder), 4)
     forced = options.accuracy_level == "4"
     agreed = proof.top1_agreement >= options.min_agreement
     if not agreed and forced:
         raise ProofError(_too_different(proof, options))
-    rates = decode_rates(folder, windows[0]) if agreed and not forced else {}
+    rates = decode_rates(folder, wanted.windows[0]) if agreed and not forced else {}
     level, why = (4, "asked for") if forced else _rule(proof, rates, options)
     log.info("export: accuracy level %d (%s)", level, why)
     if level == 0:

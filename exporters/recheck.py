@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.exporters import parity
+from edgepress.exporters.expected import Expected
 from edgepress.exporters.graph import save_at_levels
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import load_model
@@ -49,20 +50,20 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
 
 def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], trust: bool) -> str:
     step = artifact.steps[-1]
-    model = load_model(source.path, trust)
+    limit = parity.tolerance(step.facts.get("activations") == "float16")
     with tempfile.TemporaryDirectory(prefix="edgepress-verify-") as scratch:
-        decoder = at_level_0(artifact.path, Path(scratch))
-        exact, limit = parity.measure(model, decoder, windows, 0), parity.tolerance(decoder)
-    if not exact.difference <= limit:
-        raise ProofError(
-            f"at float activations the logits differ from those of {source.path.name} by {exact.difference:.2g} of their spread "
-            f"(allowed {limit:g}); export it again, or give the checkpoint that was exported"
-        )
-    within = f"logits within {exact.difference:.1g} of their spread over {exact.tokens} tokens"
-    said = f"equals {source.path.name} at float activations ({within})"
-    if not step.facts.get("accuracy_level"):
-        return said
-    shipped = parity.measure(model, Decoder(artifact.path), windows, step.facts["accuracy_level"])
+        wanted = Expected(load_model(source.path, trust), windows, Path(scratch))
+        exact = parity.measure(wanted, lambda: at_level_0(artifact.path, Path(scratch)), 0)
+        if not exact.difference <= limit:
+            raise ProofError(
+                f"at float activations the logits differ from those of {source.path.name} by {exact.difference:.2g} of their "
+                f"spread (allowed {limit:g}); export it again, or give the checkpoint that was exported"
+            )
+        within = f"logits within {exact.difference:.1g} of their spread over {exact.tokens} tokens"
+        said = f"equals {source.path.name} at float activations ({within})"
+        if not step.facts.get("accuracy_level"):
+            return said
+        shipped = parity.measure(wanted, lambda: Decoder(artifact.path), step.facts["accuracy_level"])
     share, limit = shipped.top1_agreement, step.options.get("min_agreement", 0.0)
     kept = f"{100 * share:.1f} % of the most likely tokens as it ships, KL {shipped.kl_mean:.2g}"
     if share < limit:

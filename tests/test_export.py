@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from edgepress.exporters import parity
+from edgepress.exporters.expected import Expected
 from edgepress.exporters.graph import Builder, rows_in_place
 from edgepress.exporters.matmul_nbits import DOMAIN, operator, stacked
 from edgepress.exporters.older import with_older_keys, with_older_tokenizer
@@ -154,7 +155,7 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
     windows = text_windows(text, packed.path, budget=512, length=200)
     with pytest.raises(ProofError, match="departs"):
-        parity.prove(load_model(packed.path), tmp_path, graph, windows)
+        parity.prove(Expected(load_model(packed.path), windows, tmp_path), tmp_path, graph)
 
 
 def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:

@@ -82,7 +82,7 @@ def test_auto_measures_both_levels(export: Callable) -> None:
 @pytest.mark.parametrize(("rates", "level"), [({}, 0), ({0: 100, 4: 104}, 0), ({0: 100, 4: 106}, 4), ({0: 100, 4: 50}, 0)])
 def test_the_rule(rates: dict[int, float], level: int) -> None:
     """4, unless agreement is under the limit (no rates then) or it is not faster by more than noise."""
-    assert levels._rule(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32), rates, ExportOptions())[0] == level
+    assert levels._rule(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32, 0), rates, ExportOptions())[0] == level
 
 
 def test_float_by_choice_measures_nothing(export: Callable) -> None:

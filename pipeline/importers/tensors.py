@@ -11,16 +11,16 @@ from safetensors import SafetensorError, safe_open
 
 
 class Tensors:
-    """Name -> torch tensor over several safetensors files. Raises ModelError for a damaged file or a missing name."""
+    """Name -> torch tensor over several safetensors files. Raises ModelError for a damaged file or a missing name.
+
+    A file is mapped as long as a tensor of it lives: what was read of a mapping counts as memory.
+    """
 
     def __init__(self, shards: list[Path]) -> None:
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Path] = {}
         for shard in shards:
-            try:
-                file = safe_open(shard, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
-            self._where |= {name: file for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            with _opened(shard) as file:
+                self._where |= dict.fromkeys(file.keys(), shard)
 
     @property
     def names(self) -> set[str]:
@@ -30,5 +30,13 @@ class Tensors:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._where:
             raise ModelError(f"the checkpoint lacks {name}; fetch it again")
-        tensor: torch.Tensor = self._where[name].get_tensor(name)
+        with _opened(self._where[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error

@@ -1,0 +1,53 @@
+"""What the torch model answers to the texts of the proof, computed once and kept in files."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.losses import logits_of
+from transformers import PreTrainedModel
+
+ROWS = 64  # positions at a time: the logits of a window of a large vocabulary take a quarter of a gigabyte
+
+
+class Expected:
+    """Logits of ``model`` over ``windows`` and whatever else is asked for; files in ``scratch``.
+
+    They stay on the disk because the torch model and an onnxruntime session, side by side, would be what an export takes
+    most memory for; and every accuracy level is compared with the same ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: list[np.ndarray], scratch: Path) -> None:
+        self.model, self.windows, self._scratch = model, windows, scratch
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Float32 (tokens, vocabulary) of every position of ids int64 (tokens,), mapped from a file."""
+        file = self._scratch / f"{hashlib.sha256(ids.tobytes()).hexdigest()}.npy"
+        if not file.exists():
+            np.save(file, logits_of(self.model, ids))
+        found: np.ndarray = np.load(file, mmap_mode="r")
+        return found
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the logits of a window, the mean over all windows."""
+        return float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
+
+
+@contextmanager
+def expected(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) -> Iterator[Expected]:
+    """An Expected whose files lie in ``folder`` and are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield Expected(model, windows, Path(scratch))
+
+
+def _deviation(logits: np.ndarray) -> float:
+    blocks = [slice(first, first + ROWS) for first in range(0, len(logits), ROWS)]
+    mean = sum(logits[rows].sum(dtype=np.float64) for rows in blocks) / logits.size
+    return float(np.sqrt(sum(np.square(logits[rows] - mean).sum() for rows in blocks) / logits.size))
