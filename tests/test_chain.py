@@ -10,13 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.losses import mean_loss
+from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.tokens import text_windows
-from transformers import AutoModelForCausalLM
+from edgepress.pipeline.verify import verify
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from .conftest import TINY
 
 SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
 
@@ -110,3 +116,21 @@ def test_shared_models_through_gptq(
     assert found["gptq"]["original"]["perplexity"] == pytest.approx(full, rel=2e-3)
     assert found["gptq"]["quantized"]["perplexity"] <= found["rtn"]["quantized"]["perplexity"]
     assert found["gptq"]["onnx"]["kl_mean"] <= found["rtn"]["onnx"]["kl_mean"] * 1.02
+
+
+@pytest.mark.families
+def test_more_than_two_gigabytes(random_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """No ONNX message holds as much: the weights lie beside the graph, some of them past the 2**31st byte."""
+    large = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 7, "num_attention_heads": 24}
+    source = random_model(LlamaConfig(**{**TINY, **large}), tmp_path / "großes Modell")
+    options = PruneOptions(layers=(2,), calibration=text, calibration_tokens=300)
+    pruned = stages.run("prune", Artifact.load(source), tmp_path / "01 ohne 2", options)
+    made = stages.run("export", pruned, tmp_path / "02 onnx", ExportOptions(exporter="fused", text=text))
+    data = made.path / "model.onnx.data"
+    assert data.stat().st_size > 2**31 and (made.path / "model.onnx").stat().st_size < 2**20
+    values = ir.load(made.path / "model.onnx").graph.initializers.values()
+    assert max(value.const_value.offset for value in values if isinstance(value.const_value, ir.ExternalTensor)) > 2**31
+    assert {check.state for check in verify(made.path, VerifyOptions())} <= {"ok", "not checked"}
+    packed = stages.run("quantize", pruned, tmp_path / "03 packed", QuantizeOptions(method="rtn"))
+    small = stages.run("export", packed, tmp_path / "04 onnx", ExportOptions(text=text))
+    assert small.steps[-1].facts["parity"][0]["greedy_match_tokens"] == 32
