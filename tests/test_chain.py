@@ -31,7 +31,8 @@ SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
 def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model through all stages, round to nearest for speed."""
     out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
-    result = edgepress("build", "reference", out, "--method", "rtn", "--text-tokens", 1500, "--calibration-tokens", 3000, *SHORT)
+    few = ["--text-tokens", 1500, "--calibration-tokens", 2400, "--shortlist", 4, "--greedy-tokens", 512]
+    result = edgepress("build", "reference", out, "--method", "rtn", *few, *SHORT)
     assert result.code == 0, result.err
     assert "ONNX as shipped" in result.out and str(out / "04-export") in result.out
     return out

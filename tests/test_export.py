@@ -272,7 +272,7 @@ def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:
     assert found == wanted
 
 
-@pytest.mark.parametrize("exporter", ["fused", "portable"])
+@pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])
 def test_quantize_dynamic_takes_the_float_graph(exporter: str, make: Callable[..., Made], tiny: Path, tmp_path: Path) -> None:
     """Trap 13: it fails on a graph that declares the shapes of its weights, as onnx_ir writes them by itself."""
     _, exported = make(tiny, "none", exporter)

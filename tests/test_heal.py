@@ -356,7 +356,9 @@ def test_training_that_diverges_is_rejected(
     assert sha256(healed.path / "model.safetensors") == sha256(pruned.path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "mixtral", *(pytest.param(n, marks=pytest.mark.families) for n in ("qwen3_moe", "gpt_neox"))]
+)
 def test_lora_merges_in_other_families(name: str, text: Path, tmp_path: Path, random_model: Callable[..., Path]) -> None:
     """Transposed matrices and biases; experts that peft cannot leave alone are refused before any training."""
     folder = random_model(family_config(name), tmp_path / name)

@@ -232,10 +232,14 @@ def interrupted(
     return process.returncode, err
 
 
-KILLS = [(stage, "SIGINT") for stage in STAGES] + [("04-bench", "SIGTERM"), ("04-bench", "SIGKILL")]
+KILLS = [
+    *((stage, "SIGINT") for stage in STAGES),
+    ("04-bench", "SIGKILL"),
+    pytest.param("04-bench", "SIGTERM", marks=pytest.mark.families),
+]
 
 
-@pytest.mark.parametrize(("stage", "name"), KILLS, ids=[f"{stage}-{name}" for stage, name in KILLS])
+@pytest.mark.parametrize(("stage", "name"), KILLS)
 def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     """No half-written folder under a final name, a polite end cleans up, and the same command finishes what was begun."""
     before = STAGES[: STAGES.index(stage)]
