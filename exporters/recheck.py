@@ -50,14 +50,15 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
 
 def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], trust: bool) -> str:
     step = artifact.steps[-1]
-    limit = parity.tolerance(step.facts.get("activations") == "float16")
+    half = step.facts.get("activations") == "float16"
     with tempfile.TemporaryDirectory(prefix="edgepress-verify-") as scratch:
         wanted = Expected(load_model(source.path, trust), windows, Path(scratch))
         exact = parity.measure(wanted, lambda: at_level_0(artifact.path, Path(scratch)), 0)
-        if not exact.difference <= limit:
+        if not parity.proven(exact, half):
             raise ProofError(
                 f"at float activations the logits differ from those of {source.path.name} by {exact.difference:.2g} of their "
-                f"spread (allowed {limit:g}); export it again, or give the checkpoint that was exported"
+                f"spread (allowed {parity.tolerance(half):g}), {exact.greedy_match_tokens} of {parity.GREEDY_TOKENS} greedy tokens "
+                f"agree; export it again, or give the checkpoint that was exported"
             )
         within = f"logits within {exact.difference:.1g} of their spread over {exact.tokens} tokens"
         said = f"equals {source.path.name} at float activations ({within})"

@@ -158,6 +158,17 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
         parity.prove(Expected(load_model(packed.path), windows, tmp_path), tmp_path, graph)
 
 
+def test_another_most_likely_token_is_no_proof() -> None:
+    """However near the logits are, but for positions where torch's own two best are nearer still."""
+    truth = np.array([[0, 1, 0.9], [3, 2.9999, 0], [0, 0, 1]], dtype=np.float32)
+    found = truth[:, [0, 2, 1]].copy()
+    assert [parity._flipped(f[None], t[None], 1e-3) for f, t in zip(found, truth, strict=True)] == [1, 0, 1]
+    assert parity._flipped(truth[:, [1, 0, 2]], truth, 1e-3) == 1  # the middle row's two best are 1e-4 apart
+    exact = parity.Parity(0, 512, 1e-5, 1e-5, 1e-5, 1e-5, 1.0, 0.0, parity.GREEDY_TOKENS, 0)
+    assert parity.proven(exact, half=False) and parity.proven(exact, half=True)
+    assert not parity.proven(replace(exact, flipped=1), half=False)
+
+
 def test_one_file_gives_last_or_all_positions(fused: Made, text: Path) -> None:
     """logits_to_keep: 1 by default, 0 is all; a consumer that does not know it never sees it."""
     decoder = Decoder(fused[1].path)
