@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from edgepress.pipeline.artifact import check_disk
+from edgepress.pipeline.errors import OutputError, ProofError
 from edgepress.pipeline.losses import logits_of
 from transformers import PreTrainedModel
 
@@ -30,21 +32,31 @@ class Expected:
         """Float32 (tokens, vocabulary) of every position of ids int64 (tokens,), mapped from a file."""
         file = self._scratch / f"{hashlib.sha256(ids.tobytes()).hexdigest()}.npy"
         if not file.exists():
-            np.save(file, logits_of(self.model, ids))
-        found: np.ndarray = np.load(file, mmap_mode="r")
-        return found
+            found = logits_of(self.model, ids)
+            try:
+                np.save(file, found)
+            except OSError as error:
+                raise OutputError(f"cannot keep torch's logits in {self._scratch} ({error}); free some disk space") from error
+        kept: np.ndarray = np.load(file, mmap_mode="r")
+        return kept
 
     @cached_property
     def spread(self) -> float:
-        """Standard deviation of the logits of a window, the mean over all windows."""
-        return float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
+        """Standard deviation of the logits of a window, the mean over all windows. Raises ProofError when all are the same."""
+        spread = float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
+        if spread == 0:
+            raise ProofError("the logits are all the same; the checkpoint is broken, fetch or build it again")
+        return spread
 
 
 @contextmanager
 def expected(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) -> Iterator[Expected]:
-    """An Expected whose files lie in ``folder`` and are gone afterwards."""
+    """An Expected whose files lie in ``folder`` and are gone afterwards. Raises OutputError when the disk is too full for them."""
+    check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
     with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
         yield Expected(model, windows, Path(scratch))
+    if Path(scratch).exists():
+        raise OutputError(f"{scratch} cannot be deleted and must not ship; export again, to a local disk")
 
 
 def _deviation(logits: np.ndarray) -> float:

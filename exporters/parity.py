@@ -13,7 +13,8 @@ from edgepress.exporters.departure import first_departure
 from edgepress.exporters.expected import ROWS, Expected
 from edgepress.exporters.graph import variant
 from edgepress.exporters.matmul_nbits import DOMAIN
-from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.errors import ModelError, ProofError
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import MODEL, Decoder
 from edgepress.pipeline.tokens import context_length, text_windows
@@ -26,6 +27,9 @@ TOKENS = 512
 TOLERANCE_HALF, AGREEMENT_HALF = 5e-2, 0.98
 GREEDY_TOKENS = 32
 STEPS = 64  # tokens that are read one by one
+SHORTEST = 8  # window
+# Rounding may exchange two tokens whose logits are nearer than this share of the spread.
+TIE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Parity:
     top1_agreement: float
     kl_mean: float
     greedy_match_tokens: int
-    flipped: int  # positions with another most likely token, where torch's logits of the two are more than TOLERANCE apart
+    flipped: int | None  # positions with another most likely token though no tie; None where activations are not float32
 
     @property
     def difference(self) -> float:
@@ -50,44 +54,53 @@ class Parity:
 
 
 def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
-    """What the proof reads of a text with the tokenizer in ``folder``: TOKENS ids or a few more, each window within the context."""
-    length = min(context_length(folder) - GREEDY_TOKENS, TOKENS)
-    return text_windows(text, folder, budget=TOKENS + length, length=length, shortest=min(length, STEPS))
+    """What the proof reads of a text with the tokenizer in ``folder``: at least TOKENS ids where the text has as many.
+
+    The windows leave room in the context for greedy tokens; a last one of a few ids is left out where it is not needed. Raises
+    ModelError for a context that is too short.
+    """
+    context = context_length(folder)
+    length = min(context - GREEDY_TOKENS, TOKENS)
+    if length < SHORTEST:
+        raise ModelError(f"a context of {context} tokens is too short for a proof, it takes {SHORTEST + GREEDY_TOKENS}")
+    windows = text_windows(text, folder, budget=TOKENS + length, length=length)
+    return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= TOKENS else windows
 
 
 def prove(wanted: Expected, folder: Path, graph: ir.Model) -> Parity:
     """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see levels).
 
-    Windows together hold at least TOKENS ids where the text is long enough. Each is read whole and in chunks, the first one's
-    beginning also token by token, and two of unequal length in one padded batch. Raises ProofError, which names the first layer
-    that departs, when a logit at float activations departs by more than TOLERANCE, the most likely token of a position is
-    another, or greedy tokens differ (in half precision: by more than TOLERANCE_HALF, or the most likely token at more than
-    1 - AGREEMENT_HALF of the positions).
+    Windows together hold at least TOKENS ids where the text is long enough. Each is read whole and in chunks, STEPS tokens of
+    them one by one, and two of unequal length in one padded batch. Raises ProofError, which names the first layer that departs,
+    when there are ``faults``.
     """
-    half = graph.graph.outputs[0].dtype == ir.DataType.FLOAT16
     with _float_activations(folder, graph) as file:
         exact = measure(wanted, lambda: Decoder(folder, model=file), 0)
-    if not proven(exact, half):
-        where = _where(wanted, folder, exact, tolerance(half))
-        raise ProofError(
-            f"the ONNX model departs from the checkpoint: {where}; logits differ by {exact.difference:.2g} of their spread "
-            f"(allowed {tolerance(half):g}), {exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree; "
-            + "nothing was written; "
-            + ("the model may need more than float16: use --target cpu" if half else "try the other --exporter")
-        )
+    half = any(value.dtype == ir.DataType.FLOAT16 for value in graph.graph.inputs)
+    if found := faults(exact, half):
+        where = _where(wanted, folder, exact, TOLERANCE_HALF if half else TOLERANCE)
+        other = "the model may need more than float16: use --target cpu" if half else "try the other --exporter"
+        raise ProofError(f"the ONNX model departs from the checkpoint: {where}; {found}; nothing was written; {other}")
     return exact
 
 
-def proven(exact: Parity, half: bool) -> bool:
-    """Whether what was measured at float activations is as near as ``prove`` asks for."""
-    if half:
-        return exact.difference <= TOLERANCE_HALF and exact.top1_agreement >= AGREEMENT_HALF
-    return exact.difference <= TOLERANCE and not exact.flipped and exact.greedy_match_tokens == GREEDY_TOKENS
+def faults(exact: Parity, half: bool) -> str:
+    """What is wrong at float activations, in words; "" for a proof.
 
-
-def tolerance(half: bool) -> float:
-    """What ``Parity.difference`` may be at float activations, or in half precision."""
-    return TOLERANCE_HALF if half else TOLERANCE
+    In float32 a logit is off by more than TOLERANCE, the most likely token of a position is another, but for ties, or a greedy
+    token. In half precision: by more than TOLERANCE_HALF, or too few of the most likely tokens agree, AGREEMENT_HALF of them.
+    """
+    limit = TOLERANCE_HALF if half else TOLERANCE
+    found = []
+    if not exact.difference <= limit:
+        found.append(f"logits differ by {exact.difference:.2g} of their spread (allowed {limit:g})")
+    if exact.flipped:
+        found.append(f"{exact.flipped} of {exact.tokens} positions have another most likely token")
+    if half and exact.top1_agreement < AGREEMENT_HALF:
+        found.append(f"{100 * exact.top1_agreement:.1f} % of the most likely tokens agree (asked for {100 * AGREEMENT_HALF:g} %)")
+    if not half and exact.greedy_match_tokens < GREEDY_TOKENS:
+        found.append(f"{exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree")
+    return ", ".join(found)
 
 
 def _where(wanted: Expected, folder: Path, found: Parity, limit: float) -> str:
@@ -109,18 +122,23 @@ def measure(wanted: Expected, open_decoder: Callable[[], Decoder], level: int) -
     first = wanted.windows[0]
     for ids in (*wanted.windows, *_unequal(first)):
         wanted.logits(ids)
-    decoder, quality, whole, chunks, flipped = open_decoder(), Quality(), 0.0, 0.0, 0
+    decoder, quality, left = open_decoder(), Quality(), STEPS
+    whole = chunks = steps = 0.0
+    flipped = 0 if level == 0 and decoder.dtype == np.float32 else None
     for ids in wanted.windows:
         truth = wanted.logits(ids)
         decoder.reset()
         found = decoder.feed(ids, keep=0)
         whole = max(whole, _difference(found, truth))
-        flipped += _flipped(found, truth, TOLERANCE * wanted.spread)
+        if flipped is not None:
+            flipped += int((~_as_likely(truth, found.argmax(-1), TIE * wanted.spread)).sum())
         quality.add(ids, found, truth)
         del found
         chunks = max(chunks, _difference_in_pieces(decoder, _chunks(ids), truth))
-    few = first[:STEPS]
-    steps = _difference_in_pieces(decoder, np.split(few, len(few)), wanted.logits(first)[: len(few)])
+        if left:
+            few = ids[:left]
+            steps = max(steps, _difference_in_pieces(decoder, np.split(few, len(few)), truth))
+            left -= len(few)
     batch = padded_batch(wanted, decoder, first)
     decoder.reset()
     prompt = first[: len(first) // 2]
@@ -152,10 +170,10 @@ def _difference(found: np.ndarray, truth: np.ndarray) -> float:
     return worst
 
 
-def _flipped(found: np.ndarray, truth: np.ndarray, margin: float) -> int:
-    """Positions whose most likely token is another, though torch's logits of the two are further apart than ``margin``."""
-    positions, ours = np.arange(len(truth)), found.argmax(-1)
-    return int((truth.max(-1) - truth[positions, ours] > margin).sum())
+def _as_likely(truth: np.ndarray, tokens: np.ndarray, margin: float) -> np.ndarray:
+    """Which of ``tokens`` (positions,) are torch's most likely ones, or within ``margin`` of them: bool (positions,)."""
+    likely: np.ndarray = truth.max(-1) - truth[np.arange(len(truth)), tokens] <= margin
+    return likely
 
 
 def _chunks(ids: np.ndarray) -> list[np.ndarray]:
@@ -200,13 +218,14 @@ def padded_batch(wanted: Expected, decoder: Decoder, ids: np.ndarray) -> float:
 
 
 def _greedy_match(wanted: Expected, prompt: np.ndarray, continued: list[int]) -> int:
-    """Tokens of the decoder's before the first that is not torch's own greedy one.
+    """Tokens of the decoder's before the first that is neither torch's own greedy one nor as likely.
 
     torch reads the decoder's tokens in one forward: up to the first that it would not have chosen, they are its greedy ones.
     """
     ids = np.concatenate([prompt, np.array(continued[:-1], dtype=prompt.dtype)])
-    chosen = wanted.logits(ids)[len(prompt) - 1 :].argmax(-1)
-    return next((i for i, (a, b) in enumerate(zip(continued, chosen, strict=True)) if a != b), len(continued))
+    truth = logits_of(wanted.model, ids)[len(prompt) - 1 :]
+    likely = _as_likely(truth, np.array(continued), TIE * wanted.spread)
+    return len(continued) if likely.all() else int(likely.argmin())
 
 
 @contextmanager

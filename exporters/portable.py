@@ -136,7 +136,7 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
 
 def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, half: bool, tied: bool) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
-    wanted = {name.removesuffix(".weight") for name in weights.names if weights.packed(name.removesuffix(".weight"))}
+    wanted = weights.matrices
     # The tracer keeps one name of a tied matrix, and it may be the head's.
     embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
     builder, done = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT), set[str]()

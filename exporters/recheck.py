@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,9 @@ from edgepress.exporters.graph import save_at_levels
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.errors import ProofError
-from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.streamed import streamed_model
 
 DONE = {"prune": "pruned", "heal": "healed", "quantize": "quantized"}
 
@@ -35,11 +37,7 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
         said.append(f"no proof: {original.path.name} is not the checkpoint that was exported, give that one for a proof")
     if source is None or source.path != original.path:
         since = [DONE[s.stage] for s in artifact.steps[len(original.steps) :] if s.stage in DONE]
-        quality = Quality()
-        model, decoder = load_model(original.path, trust), Decoder(artifact.path)
-        for ids in windows:
-            decoder.reset()
-            quality.add(ids, decoder.feed(ids, keep=0), logits_of(model, ids))
+        quality = _distance(original, artifact, windows, trust)
         found = quality.figures()
         changed = f", {' and '.join(since)} since" if since else ""
         said.append(
@@ -48,17 +46,31 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
     return "; ".join(said)
 
 
+def _distance(original: Artifact, artifact: Artifact, windows: list[np.ndarray], trust: bool) -> Quality:
+    quality = Quality()
+    with _scratch() as scratch:
+        wanted = Expected(load_model(original.path, trust), windows, scratch)
+        for ids in windows:
+            wanted.logits(ids)
+        del wanted.model  # before the decoder takes memory
+        decoder = Decoder(artifact.path)
+        for ids in windows:
+            decoder.reset()
+            quality.add(ids, decoder.feed(ids, keep=0), wanted.logits(ids))
+    return quality
+
+
 def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], trust: bool) -> str:
     step = artifact.steps[-1]
     half = step.facts.get("activations") == "float16"
-    with tempfile.TemporaryDirectory(prefix="edgepress-verify-") as scratch:
-        wanted = Expected(load_model(source.path, trust), windows, Path(scratch))
-        exact = parity.measure(wanted, lambda: at_level_0(artifact.path, Path(scratch)), 0)
-        if not parity.proven(exact, half):
+    with _scratch() as scratch:
+        load = streamed_model if step.facts.get("exporter") == "fused" else load_model
+        wanted = Expected(load(source.path, trust), windows, scratch)
+        exact = parity.measure(wanted, lambda: at_level_0(artifact.path, scratch), 0)
+        if found := parity.faults(exact, half):
             raise ProofError(
-                f"at float activations the logits differ from those of {source.path.name} by {exact.difference:.2g} of their "
-                f"spread (allowed {parity.tolerance(half):g}), {exact.greedy_match_tokens} of {parity.GREEDY_TOKENS} greedy tokens "
-                f"agree; export it again, or give the checkpoint that was exported"
+                f"not what {source.path.name} computes at float activations: {found}; "
+                "export it again, or give the checkpoint that was exported"
             )
         within = f"logits within {exact.difference:.1g} of their spread over {exact.tokens} tokens"
         said = f"equals {source.path.name} at float activations ({within})"
@@ -70,6 +82,12 @@ def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], tru
     if share < limit:
         raise ProofError(f"{said}, but keeps {kept} ({100 * limit:g} % is its --min-agreement); export with --accuracy-level 0")
     return f"{said}, keeps {kept}"
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="edgepress-verify-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def at_level_0(folder: Path, scratch: Path, target: str = "cpu") -> Decoder:

@@ -31,6 +31,11 @@ class Weights:
         return name in self._floats or (self._packed is not None and name.removesuffix(".weight") in self._packed)
 
     @property
+    def matrices(self) -> set[str]:
+        """The linear modules whose matrices are packed."""
+        return set(self._packed or ())
+
+    @property
     def names(self) -> set[str]:
         """Names of all weights, packed ones as ``....weight``."""
         return self._floats | {f"{name}.weight" for name in self._packed or ()}

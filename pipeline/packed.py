@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError
+from edgepress.pipeline.shards import Places
 
 FILE = "packed.safetensors"
 
@@ -207,6 +208,9 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
         ) from error
 
 
+_STORED = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
+
+
 class PackedFile:
     """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole.
 
@@ -222,7 +226,7 @@ class PackedFile:
         try:
             with safe_open(self.path, "np") as file:
                 self._described = json.loads(file.metadata()["linears"])
-                self._keys = set(file.keys())
+            self._places = Places([self.path])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
 
@@ -233,14 +237,16 @@ class PackedFile:
         return name in self._described
 
     def __getitem__(self, name: str) -> PackedLinear:
-        from safetensors import SafetensorError, safe_open
-
         row = self._described[name]
-        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._keys))
-        try:
-            with safe_open(self.path, "np") as file:  # open as long as it is read: what was read of a mapped file counts as memory
-                arrays = {part: file.get_tensor(f"{name}.{part}") for part in parts}
-        except SafetensorError as error:
-            raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
+        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._places))
+        arrays = {part: self._array(f"{name}.{part}") for part in parts}
         shape = (row["shape"][0], row["shape"][1])
         return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._places:
+            raise ModelError(f"{self.path} is damaged (it lacks {name}); quantize again")
+        content, kind, shape = self._places.read(name)
+        if kind not in _STORED:
+            raise ModelError(f"{self.path} is damaged ({name} is of the type {kind}); quantize again")
+        return np.frombuffer(content, dtype=_STORED[kind]).reshape(shape)

@@ -38,6 +38,39 @@ def header(shard: Path) -> tuple[dict[str, Any], int]:
     return content, 8 + length
 
 
+class Places:
+    """Where the tensors of safetensors files lie. Raises ModelError when a file is damaged.
+
+    They are read, not mapped: of a mapped file, what was read once counts as memory until the last tensor of it is gone.
+    """
+
+    def __init__(self, shards: list[Path]) -> None:
+        self._rows: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for shard in shards:
+            content, begin = header(shard)
+            content.pop("__metadata__", None)
+            self._rows |= {name: (shard, begin, row) for name, row in content.items()}
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._rows)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def read(self, name: str) -> tuple[bytearray, str, list[int]]:
+        """Bytes of a tensor, its type as safetensors calls it, and its shape."""
+        shard, begin, row = self._rows[name]
+        first, end = row["data_offsets"]
+        content = bytearray(end - first)
+        with shard.open("rb") as file:
+            file.seek(begin + first)
+            if file.readinto(content) != len(content):
+                raise ModelError(f"{shard} is cut short; fetch or build it again")
+        return content, row["dtype"], row["shape"]
+
+
 def rewrite(sources: list[Path], out: Path, rename: Callable[[str], str | None]) -> int:
     """Copy every tensor that ``rename`` gives a name to into ``out``, one new shard a source; returns the bytes of tensors kept.
 

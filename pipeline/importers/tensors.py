@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.shards import Places
 from safetensors import SafetensorError, safe_open
+
+TYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class Tensors:
-    """Name -> torch tensor over several safetensors files. Raises ModelError for a damaged file or a missing name.
-
-    A file is mapped as long as a tensor of it lives: what was read of a mapping counts as memory.
-    """
+    """Name -> torch tensor over several safetensors files. Raises ModelError for a damaged file or a missing name."""
 
     def __init__(self, shards: list[Path]) -> None:
-        self._where: dict[str, Path] = {}
         for shard in shards:
-            with _opened(shard) as file:
-                self._where |= dict.fromkeys(file.keys(), shard)
+            try:
+                with safe_open(shard, "pt"):  # it checks types, shapes and places against each other
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
+        self._places = Places(shards)
 
     @property
     def names(self) -> set[str]:
         """All of them."""
-        return set(self._where)
+        return self._places.names
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._where:
+        if name not in self._places:
             raise ModelError(f"the checkpoint lacks {name}; fetch it again")
-        with _opened(self._where[name]) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _opened(shard: Path) -> Any:
-    try:
-        return safe_open(shard, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
+        content, kind, shape = self._places.read(name)
+        if kind not in TYPES:
+            raise ModelError(f"{name} is of the type {kind}, which cannot be read; convert the checkpoint to bfloat16 first")
+        return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape) if content else torch.empty(shape, dtype=TYPES[kind])
