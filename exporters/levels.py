@@ -86,7 +86,7 @@ def matrix(node: str | None) -> str:
 
 
 def _rule(proof: Parity, rates: dict[int, float], options: ExportOptions) -> tuple[int, str]:
-    kept = f"keeps {100 * proof.top1_agreement:.1f} % of the most likely tokens, KL {proof.kl_mean:.2g}"
+    kept = f"keeps {100 * proof.top1_agreement:.4g} % of the most likely tokens, KL {proof.kl_mean:.2g}"
     if not rates:
         return 0, f"level 4 {kept}; --min-agreement is {100 * options.min_agreement:g} %"
     ratio = rates[4] / rates[0]
@@ -96,7 +96,7 @@ def _rule(proof: Parity, rates: dict[int, float], options: ExportOptions) -> tup
 
 def _too_different(proof: Parity, options: ExportOptions) -> str:
     return (
-        f"int8 activations keep {100 * proof.top1_agreement:.1f} % of the most likely tokens (KL {proof.kl_mean:.2g}), and "
+        f"int8 activations keep {100 * proof.top1_agreement:.4g} % of the most likely tokens (KL {proof.kl_mean:.2g}), and "
         f"--min-agreement asks for {100 * options.min_agreement:g} %; "
         f"give --accuracy-level 0 (float activations), --exact-layers 4 "
         f"(float for the 4 worst matrices), or --min-agreement {int(100 * proof.top1_agreement) / 100}"

@@ -13,21 +13,18 @@ from edgepress.exporters.departure import first_departure
 from edgepress.exporters.expected import ROWS, Expected
 from edgepress.exporters.graph import variant
 from edgepress.exporters.matmul_nbits import DOMAIN
-from edgepress.pipeline.errors import ModelError, ProofError
+from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.runtime import MODEL, Decoder
-from edgepress.pipeline.tokens import context_length, text_windows
+from edgepress.pipeline.tokens import GREEDY_TOKENS, PROOF_TOKENS, proof_window, text_windows
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
 TOLERANCE = 1e-3
-TOKENS = 512
 # The same in half precision, and the share of most likely tokens that must stay; rounding alone moves logits by up to 0.03 of their
 # spread in the random models of tests/families.py.
 TOLERANCE_HALF, AGREEMENT_HALF = 5e-2, 0.98
-GREEDY_TOKENS = 32
 STEPS = 64  # tokens that are read one by one
-SHORTEST = 8  # window
 # Rounding may exchange two tokens whose logits are nearer than this share of the spread.
 TIE = 1e-4
 
@@ -54,23 +51,20 @@ class Parity:
 
 
 def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
-    """What the proof reads of a text with the tokenizer in ``folder``: at least TOKENS ids where the text has as many.
+    """What the proof reads of a text with the tokenizer in ``folder``: at least PROOF_TOKENS ids where the text has as many.
 
     The windows leave room in the context for greedy tokens; a last one of a few ids is left out where it is not needed. Raises
     ModelError for a context that is too short.
     """
-    context = context_length(folder)
-    length = min(context - GREEDY_TOKENS, TOKENS)
-    if length < SHORTEST:
-        raise ModelError(f"a context of {context} tokens is too short for a proof, it takes {SHORTEST + GREEDY_TOKENS}")
-    windows = text_windows(text, folder, budget=TOKENS + length, length=length)
-    return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= TOKENS else windows
+    length = proof_window(folder)
+    windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length)
+    return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= PROOF_TOKENS else windows
 
 
 def prove(wanted: Expected, folder: Path, graph: ir.Model) -> Parity:
     """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see levels).
 
-    Windows together hold at least TOKENS ids where the text is long enough. Each is read whole and in chunks, STEPS tokens of
+    Windows together hold at least PROOF_TOKENS ids where the text is long enough. Each is read whole and in chunks, STEPS tokens of
     them one by one, and two of unequal length in one padded batch. Raises ProofError, which names the first layer that departs,
     when there are ``faults``.
     """

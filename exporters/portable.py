@@ -7,6 +7,7 @@ MatMul that reads a packed weight becomes the operator that carries its codes.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -124,6 +125,9 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: b
 
 def _trace(*arguments: Any, **settings: Any) -> Any:
     """torch.onnx.export; what it cannot trace ends in one line instead of hundreds. Raises ModelError."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells that torchvision is not there
     try:
         return torch.onnx.export(*arguments, **settings)
     except Exception as error:  # the tracer's errors share no base class
@@ -132,6 +136,8 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
             cause = cause.__cause__
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, half: bool, tied: bool) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 EXACT = 1e-4
 # Perplexity that int8 activations may add before the report warns.
 ACTIVATIONS = 1.02
+# Perplexity that grows by this factor leaves a model of little use.
+WORRYING = 1.5
 # Below this much loss in all, in nats a token, shares of it would be noise.
 LEAST = 1e-3
 

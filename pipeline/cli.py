@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -122,7 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Native code may swallow the KeyboardInterrupt and fail in its own way: what was asked for was to stop.
         if not _signals and not isinstance(error, KeyboardInterrupt):
             return _failed(error)
-    _say("interrupted; nothing half-written is left, and the same command goes on after the last finished stage")
+    if options.verb == "run":
+        print()  # after the words so far
+    goes_on = options.verb == "build" or options.verb in STAGES
+    more = "; nothing half-written is left, and the same command goes on after the last finished stage" if goes_on else ""
+    _say(f"interrupted{more}")
     return 130
 
 
@@ -165,7 +170,7 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
     artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
-    print(f'\nartifact: {artifact.path}\ntry:      edgepress run {artifact.path} "Once upon a time"')
+    print(f'\nartifact: {artifact.path}\ntry:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
     return 0
 
 

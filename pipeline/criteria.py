@@ -63,8 +63,9 @@ def choose(
             with blocks.without(wanted):
                 growth = mean_loss(blocks.model, held_out) - before
             path.append({"layers": wanted, "held_out_loss_growth": round(growth, 6)})
-            log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, wanted)), growth)
-            if growth > limit:
+            over = f", more than --max-loss {limit:g}: the last one stays" if growth > limit else ""
+            log.info("without layers %s the held-out loss grows by %.4f nats%s", ", ".join(map(str, wanted)), growth, over)
+            if over:
                 break
         removed = wanted
     if limit is None and options.how == "greedy" and amount > 1:

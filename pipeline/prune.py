@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from edgepress.models.families import layer_count_key
 from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, sha256, write_json
+from edgepress.pipeline.attribution import WORRYING
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.criteria import Choice, choose
@@ -24,7 +25,6 @@ from edgepress.pipeline.tokens import context_length, text_windows
 
 log = logging.getLogger("edgepress")
 # Perplexity that grows by more than this factor is a broken model rather than a smaller one.
-WORRYING = 1.5
 # Longer windows tell the blocks apart no better, and their logits fill the memory of a laptop.
 LONGEST_WINDOW = 1024
 SHORTEST_WINDOW = 8
@@ -130,11 +130,11 @@ def _others(layers: int, removed: tuple[int, ...] | list[int]) -> list[int]:
 
 
 def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
-    names = ", ".join(map(str, removed)) or "none"
+    what = f"layers {', '.join(map(str, removed))}" if removed else "no layer"
     before, after = perplexities
-    log.info("prune: removed layers %s of %d; perplexity of held-out calibration text %.4g -> %.4g", names, layers, before, after)
+    log.info("prune: removed %s of %d; perplexity of held-out calibration text %.4g -> %.4g", what, layers, before, after)
     if after > WORRYING * before:
-        log.warning("warning: without these layers the model is badly hurt; remove fewer, or set a limit with --max-loss 0.1")
+        log.warning("warning: without these layers the model is badly hurt; remove fewer or none, or set a limit: --max-loss 0.1")
 
 
 def write_influence(out: Path, facts: dict[str, Any], influence: Influence, choice: Choice) -> None:

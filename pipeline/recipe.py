@@ -91,7 +91,12 @@ def _bits(options: Any) -> list[int]:
 
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
-    from edgepress.pipeline.tokens import read_text  # numpy and tokenizers, which --help does without
+    from edgepress.pipeline.tokens import (  # numpy and tokenizers, which --help does without
+        context_length,
+        proof_window,
+        read_text,
+        text_windows,
+    )
 
     config = read_json(source / "config.json")
     for name, options in steps:
@@ -104,6 +109,9 @@ def _check_inputs(source: Path, steps: Plan) -> None:
         for field in ("calibration", "text", "other_text"):
             if hasattr(options, field):
                 read_text(getattr(options, field))
+        if name in ("export", "bench"):
+            length = context_length(source) if name == "bench" else proof_window(source)
+            text_windows(options.text, source, budget=getattr(options, "text_tokens", length), length=length)
 
 
 def _resolved(options: Any) -> Any:

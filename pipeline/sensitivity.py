@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from edgepress.pipeline.tokens import text_windows
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+log = logging.getLogger("edgepress")
+
 
 def measure(folder: Path, options: SensitivityOptions) -> dict[str, Any]:
     """One row for each sublayer (attention, mlp) of each block, and a proposal of ``bits_for`` rules.
@@ -34,8 +37,9 @@ def measure(folder: Path, options: SensitivityOptions) -> dict[str, Any]:
     )
     model = load_model(folder, options.trust_remote_code)
     whole = [logits_of(model, ids) for ids in windows]
-    rows = []
-    for name, modules in progress(_groups(model).items(), "sensitivity", "group"):
+    rows, groups = [], _groups(model)
+    log.info("sensitivity: %d groups, each rounded alone and read over %d tokens", len(groups), sum(map(len, windows)))
+    for name, modules in progress(groups.items(), "sensitivity", "group"):
         with _rounded(modules, options):
             scores = Quality()
             for ids, truth in zip(windows, whole, strict=True):

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 
 # Longer windows would need minutes a window on a laptop; the models that reach this are told apart by far less.
 LONGEST_WINDOW = 2048
+# Of the proof of an export: tokens that it reads at least, and that it generates.
+PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 
 
 def read_text(path: Path) -> str:
@@ -65,6 +67,14 @@ def context_length(folder: Path) -> int:
     if not all(isinstance(value, int) for value in known):
         raise ModelError(f"{folder / 'config.json'} gives its context as {known[0]!r}; it must be a whole number")
     return int(min([LONGEST_WINDOW, *known]))
+
+
+def proof_window(folder: Path) -> int:
+    """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it. Raises ModelError."""
+    context = context_length(folder)
+    if context < GREEDY_TOKENS + 8:
+        raise ModelError(f"a context of {context} tokens is too short for the proof of an export, it takes {GREEDY_TOKENS + 8}")
+    return min(context - GREEDY_TOKENS, PROOF_TOKENS)
 
 
 def text_windows(

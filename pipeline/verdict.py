@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from edgepress.pipeline.attribution import WORRYING
 from edgepress.pipeline.comparison import compare, losing, loss, quantized_as, removed_layers
 from edgepress.pipeline.stats import Ratio
 from edgepress.pipeline.tables import shown
 
 FEW = 3
+HURT = {
+    "pruned": "pruned; remove fewer layers or none, and heal with text of its own kind",
+    "healed": "healed; heal with text of its own kind",
+    "quantized": "quantized; give more bits, or calibrate GPTQ with text of its own kind",
+}
 LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
 
 def verdict(reports: Sequence[dict[str, Any]]) -> list[str]:
     """One line a finding, the worst first."""
-    return [*_failures(reports), *_suspects(reports), *_pruning(reports), *_pressed(reports)]
+    return [*_failures(reports), *_suspects(reports), *_hurt(reports), *_pruning(reports), *_pressed(reports)]
 
 
 def _failures(reports: Sequence[dict[str, Any]]) -> list[str]:
@@ -30,6 +36,21 @@ def _suspects(reports: Sequence[dict[str, Any]]) -> list[str]:
         for row in r["stages"]
         if "suspect" in row
     ]
+
+
+def _hurt(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """What nobody should ship, and the stage that it comes from."""
+    lines = []
+    for report in reports:
+        rows = [row for row in report["stages"] if "failed" not in row]
+        if len(rows) < 2 or rows[0]["name"] != "original" or not rows[-1]["perplexity"] > WORRYING * rows[0]["perplexity"]:
+            continue
+        guilty = max(rows[1:], key=lambda row: row.get("share", 0.0))["name"]
+        lines.append(
+            f"{report['artifact']} is badly hurt, too much to be of use: perplexity {rows[0]['perplexity']:.4g} to "
+            f"{rows[-1]['perplexity']:.4g}, most of it lost where it was {HURT.get(guilty, 'exported; choose float activations')}"
+        )
+    return lines
 
 
 def _pruning(reports: Sequence[dict[str, Any]]) -> list[str]:
@@ -91,7 +112,7 @@ def _times(report: dict[str, Any], other: dict[str, Any]) -> str:
 
 def times(ratio: Ratio) -> str:
     """``1.12x, 1.05 to 1.20``."""
-    interval = f", {ratio.low:.3g} to {ratio.high:.3g}" if ratio.rounds > 1 else ", one round: no interval"
+    interval = f", {ratio.low:.4g} to {ratio.high:.4g}" if ratio.rounds > 1 else ", one round: no interval"
     return f"{ratio.value:.3g}x{interval}"
 
 

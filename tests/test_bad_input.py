@@ -637,6 +637,14 @@ def test_empty_prompt(refused: Refused, made: Path, tmp_path: Path) -> None:
     refused("run", tmp_path / "onnx", "", says=("prompt is empty", "give"))
 
 
+def test_build_finds_a_short_text_before_its_first_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Only a few words.")
+    refused(
+        "build", tiny, tmp_path / "out", "--remove-layers", 1, "--text", tmp_path / "a.txt", says=("too short", "give a longer")
+    )
+    assert not (tmp_path / "out").exists()
+
+
 BENCH = [
     (["--prompt-lengths", "0"], ("--prompt-lengths",)),
     (["--prompt-lengths", "-4"], ("--prompt-lengths",)),

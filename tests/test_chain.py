@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path
     few = ["--text-tokens", 1500, "--calibration-tokens", 2400, "--shortlist", 4, "--greedy-tokens", 512]
     result = edgepress("build", "reference", out, "--method", "rtn", *few, *SHORT)
     assert result.code == 0, result.err
-    assert "ONNX as shipped" in result.out and str(out / "04-export") in result.out
+    assert "ONNX as shipped" in result.out and shlex.join(["edgepress", "run", str(out / "04-export")]) in result.out
     return out
 
 

@@ -72,7 +72,7 @@ def test_parity_with_the_dequantized_checkpoint(method: str, exporter: str, make
     facts = exported.steps[-1].facts
     assert facts["exporter"] == exporter
     exact = facts["parity"][0]
-    assert exact["accuracy_level"] == 0 and exact["tokens"] >= parity.TOKENS
+    assert exact["accuracy_level"] == 0 and exact["tokens"] >= parity.PROOF_TOKENS
     assert max(exact["difference_whole"], exact["difference_chunks"], exact["difference_steps"]) < parity.TOLERANCE
     assert exact["greedy_match_tokens"] == parity.GREEDY_TOKENS and exact["top1_agreement"] == 1
 
@@ -229,12 +229,12 @@ def test_tokens_one_by_one_from_as_many_windows_as_it_takes(fused: Made, text: P
 
 @pytest.mark.parametrize(("tokens", "whole", "rest"), [(500, 2, True), (690, 3, False), (5000, 3, True)])
 def test_what_the_proof_reads(tokens: int, whole: int, rest: bool, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """All of a short text, at least 512 tokens of a longer one but no short rest, with room for greedy tokens in a context of 256."""
+    """All of a short text, at least 512 tokens of a longer one but no short rest; greedy tokens fit into the context."""
     ids = text_windows(text, tiny, budget=tokens, length=tokens + 1)[0]
     (tmp_path / "text.txt").write_text(load_tokenizer(tiny).decode(ids.tolist()))
     lengths = [len(window) for window in parity.proof_windows(tmp_path / "text.txt", tiny)]
     assert lengths[:whole] == [256 - parity.GREEDY_TOKENS] * whole and len(lengths) == whole + rest
-    assert sum(lengths) >= min(tokens, parity.TOKENS) and min(lengths) >= 32
+    assert sum(lengths) >= min(tokens, parity.PROOF_TOKENS) and min(lengths) >= 32
 
 
 def test_a_context_too_short_for_a_proof(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_context_too_short_for_a_proof(tiny: Path, text: Path, tmp_path: Path)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 33}))
-    with pytest.raises(ModelError, match="33 tokens is too short for a proof, it takes 40"):
+    with pytest.raises(ModelError, match="33 tokens is too short for the proof of an export, it takes 40"):
         parity.proof_windows(text, tmp_path)
 
 

@@ -76,7 +76,7 @@ def check(name: str, pruned: bool, source: Artifact, artifact: Artifact) -> None
     """Proven in every reading, each layer with its own window, and the quantizer's integers bit for bit."""
     facts = artifact.steps[-1].facts
     exact = facts["parity"][0]
-    assert facts["exporter"] == "fused" and facts["batch"] == "right-padded" and exact["tokens"] >= parity.TOKENS
+    assert facts["exporter"] == "fused" and facts["batch"] == "right-padded" and exact["tokens"] >= parity.PROOF_TOKENS
     assert all(exact[f"difference_{reading}"] < parity.TOLERANCE for reading in ("whole", "chunks", "steps", "batch"))
     graph = ir.load(artifact.path / "model.onnx").graph
     attention = [node for node in graph if node.op_type == "GroupQueryAttention"]

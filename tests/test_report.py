@@ -217,6 +217,17 @@ def test_crash_and_suspect_come_first() -> None:
     assert "could not be measured (speed): killed by the system" in found[0] and "is suspect" in found[1]
 
 
+def test_a_model_that_is_of_no_use_any_more_is_told_first() -> None:
+    """However small and fast it is, and where that happened."""
+    hurt = copy.deepcopy(PRUNED)
+    hurt["stages"][1:1] = [{"name": "pruned", "bytes": 3e7, "perplexity": 45.0, "share": 0.9}]
+    hurt["stages"][2] |= {"perplexity": 50.0, "share": 0.1}
+    (first, second, *_) = verdict([hurt, WHOLE])
+    assert first.startswith("pruned is badly hurt") and "perplexity 20 to 50" in first and "remove fewer layers or none" in first
+    assert second.startswith("pruned: without 1 layer")
+    assert not any("hurt" in line for line in verdict([PRUNED, WHOLE]))
+
+
 def test_comparisons_say_which_is_faster() -> None:
     found = {c["figure"]: c for c in comparisons([PRUNED, WHOLE])}
     assert found["speed.decode_tokens_per_s"]["verdict"] == "slower" and found["speed.decode_tokens_per_s"][
