@@ -101,7 +101,9 @@ def _where(wanted: Expected, folder: Path, found: Parity, limit: float) -> str:
     """In which reading and in which layer, in words."""
     if not found.difference_whole <= limit:
         return first_departure(wanted.model, folder, [[ids] for ids in wanted.windows], limit)
-    if not max(found.difference_chunks, found.difference_steps) <= limit:
+    if not found.difference_steps <= limit and found.difference_chunks <= limit:
+        return "token by token only"
+    if not found.difference_chunks <= limit:
         return "through the cache only, where " + first_departure(
             wanted.model, folder, [_chunks(ids) for ids in wanted.windows], limit
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.exporters import parity
-from edgepress.exporters.expected import Expected
+from edgepress.exporters.expected import expected
 from edgepress.exporters.graph import save_at_levels
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import load_model
@@ -48,8 +48,7 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
 
 def _distance(original: Artifact, artifact: Artifact, windows: list[np.ndarray], trust: bool) -> Quality:
     quality = Quality()
-    with _scratch() as scratch:
-        wanted = Expected(load_model(original.path, trust), windows, scratch)
+    with _scratch() as scratch, expected(load_model(original.path, trust), windows, scratch) as wanted:
         for ids in windows:
             wanted.logits(ids)
         del wanted.model  # before the decoder takes memory
@@ -63,9 +62,8 @@ def _distance(original: Artifact, artifact: Artifact, windows: list[np.ndarray],
 def _proven(artifact: Artifact, source: Artifact, windows: list[np.ndarray], trust: bool) -> str:
     step = artifact.steps[-1]
     half = step.facts.get("activations") == "float16"
-    with _scratch() as scratch:
-        load = streamed_model if step.facts.get("exporter") == "fused" else load_model
-        wanted = Expected(load(source.path, trust), windows, scratch)
+    load = streamed_model if step.facts.get("exporter") == "fused" else load_model
+    with _scratch() as scratch, expected(load(source.path, trust), windows, scratch) as wanted:
         exact = parity.measure(wanted, lambda: at_level_0(artifact.path, scratch), 0)
         if found := parity.faults(exact, half):
             raise ProofError(

@@ -155,13 +155,7 @@ def size(subject: Subject) -> dict[str, Measurement]:
 def _jobs(subjects: list[Subject], options: BenchOptions) -> list[dict[str, Any]]:
     """What the speed process of each subject is told. Raises OptionError when nothing fits the shortest context."""
     room = min(context_length(s.path) for s in subjects)
-    lengths = [n for n in options.prompt_lengths if n <= room]
-    if not lengths:
-        raise OptionError(f"no prompt length fits the context of {room} tokens; give shorter --prompt-lengths")
-    if min(lengths) + options.new_tokens + 8 > room:
-        raise OptionError(
-            f"{min(lengths)} prompt and {options.new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
-        )
+    lengths = options.fitting(room)
     jobs = []
     for subject in subjects:
         for length in set(options.prompt_lengths) - set(lengths):

@@ -17,9 +17,9 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.importers import open_quantized
 from edgepress.pipeline.importers.bnb import BnbFolder
 from edgepress.pipeline.importers.gptq import GptqFolder
+from edgepress.pipeline.importers.tensors import Tensors
 from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.shards import header, rewrite
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -99,24 +99,19 @@ def open_packed(folder: Path, original: Path | None = None) -> PackedFile | Gptq
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every float tensor of a checkpoint, shard by shard. Raises ModelError for a damaged file."""
     for shard in shards(folder):
-        try:
-            with safe_open(shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
-                        raise ModelError(f"{name} in {shard} holds NaN or Inf; the checkpoint is broken there, fetch it again")
-                    yield name, tensor
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shard} is damaged or cut short ({error}); fetch or build it again") from error
+        tensors = Tensors([shard])
+        for name in sorted(tensors.names):
+            tensor = tensors[name]
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+                raise ModelError(f"{name} in {shard} holds NaN or Inf; the checkpoint is broken there, fetch it again")
+            yield name, tensor
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
     """One tensor of a checkpoint, None where it has no such name."""
     for shard in shards(folder):
         if name in header(shard)[0]:
-            with safe_open(shard, "pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
+            return Tensors([shard])[name]
     return None
 
 

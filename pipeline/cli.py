@@ -124,10 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _signals and not isinstance(error, KeyboardInterrupt):
             return _failed(error)
     if options.verb == "run":
-        print()  # after the words so far
-    goes_on = options.verb == "build" or options.verb in STAGES
-    more = "; nothing half-written is left, and the same command goes on after the last finished stage" if goes_on else ""
-    _say(f"interrupted{more}")
+        with contextlib.suppress(OSError):
+            print()  # after the words so far
+    more = "; nothing half-written is left" if options.verb == "build" or options.verb in STAGES else ""
+    goes_on = ", and the same command goes on after the last finished stage" if options.verb == "build" else ""
+    _say(f"interrupted{more}{goes_on}")
     return 130
 
 
@@ -170,7 +171,9 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
     artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
-    print(f'\nartifact: {artifact.path}\ntry:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
+    print(f"\nartifact: {artifact.path}")
+    if artifact.format == "onnx":
+        print(f'try:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
     return 0
 
 

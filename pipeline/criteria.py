@@ -63,9 +63,10 @@ def choose(
             with blocks.without(wanted):
                 growth = mean_loss(blocks.model, held_out) - before
             path.append({"layers": wanted, "held_out_loss_growth": round(growth, 6)})
-            over = f", more than --max-loss {limit:g}: the last one stays" if growth > limit else ""
-            log.info("without layers %s the held-out loss grows by %.4f nats%s", ", ".join(map(str, wanted)), growth, over)
-            if over:
+            log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, wanted)), growth)
+            if growth > limit:
+                kept = f"layers {', '.join(map(str, removed))}" if removed else "no layer"
+                log.info("that is more than --max-loss %g: %s will be removed", limit, kept)
                 break
         removed = wanted
     if limit is None and options.how == "greedy" and amount > 1:

@@ -339,6 +339,17 @@ class BenchOptions:
         if self.task_files and len(self.task_files) != len(self.tasks):
             raise OptionError(f"--task-files gives {len(self.task_files)} files for {len(self.tasks)} --tasks; give one for each")
 
+    def fitting(self, room: int) -> list[int]:
+        """The prompt lengths that fit a context of ``room`` tokens. Raises OptionError when nothing does."""
+        lengths = [length for length in self.prompt_lengths if length <= room]
+        if not lengths:
+            raise OptionError(f"no prompt length fits the context of {room} tokens; give shorter --prompt-lengths")
+        if min(lengths) + self.new_tokens + 8 > room:
+            raise OptionError(
+                f"{min(lengths)} prompt and {self.new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
+            )
+        return lengths
+
 
 @dataclass(frozen=True)
 class RunOptions:

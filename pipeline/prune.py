@@ -24,7 +24,6 @@ from edgepress.pipeline.table import load
 from edgepress.pipeline.tokens import context_length, text_windows
 
 log = logging.getLogger("edgepress")
-# Perplexity that grows by more than this factor is a broken model rather than a smaller one.
 # Longer windows tell the blocks apart no better, and their logits fill the memory of a laptop.
 LONGEST_WINDOW = 1024
 SHORTEST_WINDOW = 8

@@ -109,9 +109,11 @@ def _check_inputs(source: Path, steps: Plan) -> None:
         for field in ("calibration", "text", "other_text"):
             if hasattr(options, field):
                 read_text(getattr(options, field))
-        if name in ("export", "bench"):
-            length = context_length(source) if name == "bench" else proof_window(source)
-            text_windows(options.text, source, budget=getattr(options, "text_tokens", length), length=length)
+        if name == "export":
+            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source))
+        if name == "bench":
+            longest = max(options.fitting(context_length(source)))
+            text_windows(options.text, source, budget=max(options.text_tokens, longest))
 
 
 def _resolved(options: Any) -> Any:

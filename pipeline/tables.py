@@ -180,7 +180,7 @@ def comparison_rows(content: dict[str, Any]) -> Rows:
         prefix, length = re.sub(r"\.\d+$", "", c["figure"]), re.search(r"\.(\d+)$", c["figure"])
         label = names[prefix] + (f", prompt of {length[1]}" if length else "")
         interval = f"{c['low']:.4g} to {c['high']:.4g}" if "low" in c else "one round"
-        rows.append([c["artifact"], label, f"{c['ratio']:.3g}x", interval, c["verdict"]])
+        rows.append([c["artifact"], label, f"{c['ratio']:.4g}x", interval, c["verdict"]])
     return rows
 
 

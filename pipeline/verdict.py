@@ -12,9 +12,9 @@ from edgepress.pipeline.tables import shown
 
 FEW = 3
 HURT = {
-    "pruned": "pruned; remove fewer layers or none, and heal with text of its own kind",
-    "healed": "healed; heal with text of its own kind",
-    "quantized": "quantized; give more bits, or calibrate GPTQ with text of its own kind",
+    "pruned": "where layers were removed: remove fewer or none, and heal with text of its own kind",
+    "healed": "in healing: heal with text of its own kind",
+    "quantized": "in quantization: give more bits, or calibrate GPTQ with text of its own kind",
 }
 LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
@@ -42,13 +42,19 @@ def _hurt(reports: Sequence[dict[str, Any]]) -> list[str]:
     """What nobody should ship, and the stage that it comes from."""
     lines = []
     for report in reports:
-        rows = [row for row in report["stages"] if "failed" not in row]
-        if len(rows) < 2 or rows[0]["name"] != "original" or not rows[-1]["perplexity"] > WORRYING * rows[0]["perplexity"]:
+        rows = {row["name"].rstrip("'"): row for row in report["stages"] if "failed" not in row}
+        if not {"original", "onnx"} <= set(rows) or not rows["onnx"]["perplexity"] > WORRYING * rows["original"]["perplexity"]:
             continue
-        guilty = max(rows[1:], key=lambda row: row.get("share", 0.0))["name"]
+        guilty = max(rows, key=lambda name: rows[name].get("share", 0.0))
+        if guilty == "onnx" and "onnx_level_0" in rows:
+            where = "most of it to int8 activations: export with --accuracy-level 0"
+        elif guilty in HURT:
+            where = f"most of it {HURT[guilty]}"
+        else:  # a row that stands for several stages
+            where = "and the checkpoints in between (--stages) would show where"
         lines.append(
-            f"{report['artifact']} is badly hurt, too much to be of use: perplexity {rows[0]['perplexity']:.4g} to "
-            f"{rows[-1]['perplexity']:.4g}, most of it lost where it was {HURT.get(guilty, 'exported; choose float activations')}"
+            f"{report['artifact']} is badly hurt, too much to be of use: perplexity {rows['original']['perplexity']:.4g} to "
+            f"{rows['onnx']['perplexity']:.4g}, {where}"
         )
     return lines
 
@@ -113,7 +119,7 @@ def _times(report: dict[str, Any], other: dict[str, Any]) -> str:
 def times(ratio: Ratio) -> str:
     """``1.12x, 1.05 to 1.20``."""
     interval = f", {ratio.low:.4g} to {ratio.high:.4g}" if ratio.rounds > 1 else ", one round: no interval"
-    return f"{ratio.value:.3g}x{interval}"
+    return f"{ratio.value:.4g}x{interval}"
 
 
 def _losses(first: dict[str, Any], second: dict[str, Any]) -> str:

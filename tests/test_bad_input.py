@@ -637,11 +637,11 @@ def test_empty_prompt(refused: Refused, made: Path, tmp_path: Path) -> None:
     refused("run", tmp_path / "onnx", "", says=("prompt is empty", "give"))
 
 
-def test_build_finds_a_short_text_before_its_first_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+def test_build_finds_what_bench_would_refuse_before_its_first_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Only a few words.")
-    refused(
-        "build", tiny, tmp_path / "out", "--remove-layers", 1, "--text", tmp_path / "a.txt", says=("too short", "give a longer")
-    )
+    build = ("build", tiny, tmp_path / "out", "--remove-layers", 1)
+    refused(*build, "--text", tmp_path / "a.txt", says=("too short", "give a longer"))
+    refused(*build, "--prompt-lengths", 300, says=("context of 256", "shorter --prompt-lengths"))
     assert not (tmp_path / "out").exists()
 
 

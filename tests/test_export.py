@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from edgepress.pipeline import packed, runtime, stages
 from edgepress.pipeline.artifact import Artifact, read_json
 from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
+from edgepress.pipeline.losses import logits_of
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.packed import PackedFile
 from edgepress.pipeline.quantizers.rtn import round_to_nearest
@@ -192,26 +194,35 @@ def test_another_most_likely_token_is_no_proof(
 
 
 def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """While a session is open, in the proof and in `verify`, the torch model has no weight in memory."""
+    """In the proof and in `verify`: no session is open while torch computes, and between its turns torch holds no weight."""
     packed, exported = fused
-    models, opened, init = [], [], Decoder.__init__
+    models, decoders, torch_ran, init = [], WeakSet(), [], Decoder.__init__
 
-    def streamed(*arguments: object) -> object:
-        models.append(streamed_model(*arguments))  # type: ignore[arg-type]
+    def streamed(*arguments: Any) -> object:
+        models.append(streamed_model(*arguments))
         return models[-1]
 
-    def checked(self: Decoder, *arguments: object, **settings: object) -> None:
-        opened.append([name for model in models for name, parameter in model.named_parameters() if not parameter.is_meta])
-        init(self, *arguments, **settings)  # type: ignore[arg-type]
+    def opened(self: Decoder, *arguments: Any, **settings: Any) -> None:
+        assert not [name for model in models for name, parameter in model.named_parameters() if not parameter.is_meta]
+        init(self, *arguments, **settings)
+        decoders.add(self)
+
+    def computed(model: Any, ids: np.ndarray) -> np.ndarray:
+        assert not decoders
+        torch_ran.append(len(ids))
+        return logits_of(model, ids)
 
     for module in ("export", "recheck"):
         monkeypatch.setattr(f"edgepress.exporters.{module}.streamed_model", streamed)
-    monkeypatch.setattr(Decoder, "__init__", checked)
+    for module in ("expected", "parity"):
+        monkeypatch.setattr(f"edgepress.exporters.{module}.logits_of", computed)
+    monkeypatch.setattr(Decoder, "__init__", opened)
     stages.run("export", packed, tmp_path / "onnx", ExportOptions(exporter="fused", text=text))
-    assert len(models) == 1 and len(opened) >= 2 and not any(opened)
+    windows = len(parity.proof_windows(text, packed.path))
+    assert len(models) == 1 and len(torch_ran) == windows + 2 + 2  # two rows of a batch, and greedy tokens at both levels
     assert not list((tmp_path / "onnx").glob("proof*"))
     (check,) = [c for c in verify(exported.path, VerifyOptions(original=packed.path, text=text)) if c.name == "parity"]
-    assert check.state == "ok" and len(models) == 2 and not any(opened)
+    assert check.state == "ok" and len(models) == 2, check.says
 
 
 def test_tokens_one_by_one_from_as_many_windows_as_it_takes(fused: Made, text: Path, tmp_path: Path, monkeypatch: Any) -> None:

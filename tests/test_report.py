@@ -16,9 +16,9 @@ from edgepress.pipeline.comparison import comparisons, labels, losing
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.report import gather, markdown, save, terminal
 from edgepress.pipeline.report_html import html
-from edgepress.pipeline.stats import Measurement, frontier, ratio
+from edgepress.pipeline.stats import Measurement, Ratio, frontier, ratio
 from edgepress.pipeline.tables import reports_of
-from edgepress.pipeline.verdict import verdict
+from edgepress.pipeline.verdict import times, verdict
 
 # --- statistics
 
@@ -217,15 +217,31 @@ def test_crash_and_suspect_come_first() -> None:
     assert "could not be measured (speed): killed by the system" in found[0] and "is suspect" in found[1]
 
 
-def test_a_model_that_is_of_no_use_any_more_is_told_first() -> None:
-    """However small and fast it is, and where that happened."""
+STAGES_HURT = [
+    ({"pruned": (45.0, 0.9), "onnx": (50.0, 0.1)}, "most of it where layers were removed: remove fewer or none"),
+    ({"pruned'": (21.0, 0.1), "quantized'": (49.0, 0.8), "onnx": (50.0, 0.1)}, "most of it in quantization: give more bits"),
+    ({"onnx_level_0": (21.0, 0.1), "onnx": (50.0, 0.9)}, "most of it to int8 activations: export with --accuracy-level 0"),
+    ({"onnx_level_0": (50.0, 0.99), "onnx": (50.1, 0.01)}, "the checkpoints in between (--stages) would show where"),
+    ({"onnx": (50.0, 1.0)}, "the checkpoints in between (--stages) would show where"),
+]
+
+
+@pytest.mark.parametrize(("stages", "says"), STAGES_HURT, ids=[" ".join(stages) for stages, _ in STAGES_HURT])
+def test_a_model_that_is_of_no_use_any_more_is_told_first(stages: dict[str, tuple[float, float]], says: str) -> None:
+    """However small and fast it is, and where that happened, if that was measured."""
     hurt = copy.deepcopy(PRUNED)
-    hurt["stages"][1:1] = [{"name": "pruned", "bytes": 3e7, "perplexity": 45.0, "share": 0.9}]
-    hurt["stages"][2] |= {"perplexity": 50.0, "share": 0.1}
+    rows = [{"name": name, "bytes": 3e7, "perplexity": p, "share": share} for name, (p, share) in stages.items()]
+    hurt["stages"][1:] = rows
     (first, second, *_) = verdict([hurt, WHOLE])
-    assert first.startswith("pruned is badly hurt") and "perplexity 20 to 50" in first and "remove fewer layers or none" in first
+    assert first.startswith("pruned is badly hurt") and "perplexity 20 to 50" in first and says in first
     assert second.startswith("pruned: without 1 layer")
     assert not any("hurt" in line for line in verdict([PRUNED, WHOLE]))
+    rows[-1]["failed"] = "killed"
+    assert not any("hurt" in line for line in verdict([hurt, WHOLE]))
+
+
+def test_a_ratio_lies_in_its_interval() -> None:
+    assert times(Ratio(1.0254, 1.0232, 1.0278, 5)) == "1.025x, 1.023 to 1.028"
 
 
 def test_comparisons_say_which_is_faster() -> None:
