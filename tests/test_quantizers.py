@@ -384,6 +384,14 @@ def test_gptq_padded_rows(bits: int, format: str) -> None:
     assert np.array_equal(linear.dequantized(), expected)
 
 
+@pytest.mark.parametrize(("bits", "words"), [(2, (11, 12)), (3, (17, 18)), (4, (22, 24)), (8, (43, 48))])
+def test_width_of_rows_that_are_padded_or_not(bits: int, words: tuple[int, int]) -> None:
+    """Trap 11: 172 codes a row, as AutoGPTQ stores them and as gptqmodel pads them to 192."""
+    assert [layout.width("m", count, 172) for count in words] == [bits, bits]
+    with pytest.raises(ModelError, match="cannot hold 172 codes"):
+        layout.width("m", words[1] + 2, 172)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
 def test_gptq_symmetric_needs_no_zeros(bits: int, format: str) -> None:
