@@ -54,7 +54,9 @@ def expected(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) ->
     """An Expected whose files lie in ``folder`` and are gone afterwards. Raises OutputError when the disk is too full for them."""
     check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
     with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
-        yield Expected(model, windows, Path(scratch))
+        wanted = Expected(model, windows, Path(scratch))
+        del model  # whoever is done with it can let go of wanted.model
+        yield wanted
     if Path(scratch).exists():
         raise OutputError(f"{scratch} cannot be deleted and must not ship; export again, to a local disk")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,13 +65,17 @@ def choose(
             path.append({"layers": wanted, "held_out_loss_growth": round(growth, 6)})
             log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, wanted)), growth)
             if growth > limit:
-                kept = f"layers {', '.join(map(str, removed))}" if removed else "no layer"
-                log.info("that is more than --max-loss %g: %s will be removed", limit, kept)
+                log.info("that is more than --max-loss %g: %s will be removed", limit, listed(removed))
                 break
         removed = wanted
     if limit is None and options.how == "greedy" and amount > 1:
         removed = _best_of(search, removed)
     return Choice(removed, path, search.rounds, search.evaluations, search.seconds)
+
+
+def listed(layers: Sequence[int]) -> str:
+    """``layers 2, 10`` or ``no layer``."""
+    return f"layers {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def bi(search: Search, amount: int) -> Iterator[list[int]]:

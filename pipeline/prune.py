@@ -14,7 +14,7 @@ from edgepress.pipeline.artifact import Artifact, folder_bytes, read_json, sha25
 from edgepress.pipeline.attribution import WORRYING
 from edgepress.pipeline.blocks import Blocks
 from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.criteria import Choice, choose
+from edgepress.pipeline.criteria import Choice, choose, listed
 from edgepress.pipeline.errors import ProofError, TextError
 from edgepress.pipeline.influence import Influence, measure_influence
 from edgepress.pipeline.losses import mean_loss, perplexity
@@ -129,9 +129,9 @@ def _others(layers: int, removed: tuple[int, ...] | list[int]) -> list[int]:
 
 
 def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
-    what = f"layers {', '.join(map(str, removed))}" if removed else "no layer"
     before, after = perplexities
-    log.info("prune: removed %s of %d; perplexity of held-out calibration text %.4g -> %.4g", what, layers, before, after)
+    said = "prune: removed %s of %d; perplexity of held-out calibration text %.4g -> %.4g"
+    log.info(said, listed(removed), layers, before, after)
     if after > WORRYING * before:
         log.warning("warning: without these layers the model is badly hurt; remove fewer or none, or set a limit: --max-loss 0.1")
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from edgepress.pipeline import stages, verify
 from edgepress.pipeline.artifact import Artifact, read_json, write_json, write_manifest
+from edgepress.pipeline.checkpoint import load_model
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
+from edgepress.pipeline.runtime import Decoder
 from transformers import LlamaConfig
 
 from .conftest import TINY
@@ -104,6 +108,27 @@ def test_parity_needs_a_manifest(copied: Path, made: tuple[Artifact, Artifact], 
     (copied / "manifest.json").unlink()
     state, says = outcome(copied, original=made[0].path, text=text)["parity"]
     assert state == "failed" and "manifest" in says
+
+
+def test_the_original_is_out_of_memory_before_a_session_opens(
+    made: tuple[Artifact, Artifact], copied: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, opened, init = [], [], Decoder.__init__
+
+    def loaded(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def checked(self: Decoder, *arguments: Any, **settings: Any) -> None:
+        opened.append([model() for model in models])
+        init(self, *arguments, **settings)
+
+    monkeypatch.setattr("edgepress.exporters.recheck.load_model", loaded)
+    monkeypatch.setattr(Decoder, "__init__", checked)
+    state, says = outcome(copied, original=made[0].path.parent / "model", text=text)["parity"]
+    assert state == "ok" and says.startswith("no proof: ")
+    assert opened[-1] == [None]
 
 
 def test_a_wrong_scale_is_caught_though_the_files_are_whole(made: tuple[Artifact, Artifact], copied: Path, text: Path) -> None:
