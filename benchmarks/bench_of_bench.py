@@ -14,11 +14,12 @@ import shutil
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.source import resolve
+from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import BenchOptions
-from edgepress.pipeline.report import table
-from edgepress.pipeline.source import resolve
-from edgepress.pipeline.tables import COMPARISON_HEADER, comparison_rows
+from edgepress.pipeline.report.tables import COMPARISON_HEADER, comparison_rows
+from edgepress.pipeline.report.text import table
 
 
 def main() -> None:

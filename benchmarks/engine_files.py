@@ -93,8 +93,9 @@ def once(out: Path, make: Callable[[Path], Any]) -> Path:
 def checkpoint(shape: dict[str, Any], out: Path) -> None:
     """Random float16 weights; the embedded model's tokenizer, whose ids are the first of the vocabulary."""
     import torch
-    from edgepress.pipeline.artifact import write_json
-    from edgepress.pipeline.checkpoint import carry_files, meta_model
+    from edgepress.pipeline.checkpoint.load import meta_model
+    from edgepress.pipeline.checkpoint.update import carry_files
+    from edgepress.pipeline.files import write_json
     from safetensors.torch import save_file
 
     out.mkdir(parents=True)
@@ -114,8 +115,8 @@ def checkpoint(shape: dict[str, Any], out: Path) -> None:
 
 def fewer_layers(source: Path, out: Path) -> None:
     """The checkpoint without every fourth layer."""
-    from edgepress.pipeline.artifact import read_json
-    from edgepress.pipeline.surgery import pruned_config, remove_blocks
+    from edgepress.pipeline.files import read_json
+    from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 
     out.mkdir()
     count = read_json(source / "config.json")["num_hidden_layers"]
@@ -153,7 +154,7 @@ def convert(source: Path, out: Path, llama: str) -> None:
 def described(folder: Path) -> dict[str, Any]:
     """Bytes a token, bits of the blocks, and the head of an ONNX file."""
     import onnx_ir as ir
-    from edgepress.exporters.graph import weight_bytes_per_token
+    from edgepress.exporters.graph.files import weight_bytes_per_token
 
     model = ir.load(folder / "model.onnx")
     vocabulary = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-WARM_UP_TOKENS, PREFILLS = 8, 3  # as edgepress.pipeline.worker has them
+WARM_UP_TOKENS, PREFILLS = 8, 3  # as edgepress.pipeline.bench.worker has them
 CONTEXT = 512
 FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}  # enum llama_ftype
 
@@ -156,7 +156,7 @@ class _Llama:
 
 
 def llama_speed(file: str, ids: list[int], new_tokens: int, threads: int) -> dict[str, Any]:
-    """One sample of each figure, taken as edgepress.pipeline.worker.speed takes it."""
+    """One sample of each figure, taken as edgepress.pipeline.bench.worker.speed takes it."""
     engine, prompt = _Llama(file, threads), np.array(ids)
 
     def start() -> int:

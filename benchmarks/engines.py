@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 from edgepress.models import REFERENCE
-from edgepress.pipeline.measure import Journal, measured
-from edgepress.pipeline.stats import ratio
+from edgepress.pipeline.bench.journal import Journal
+from edgepress.pipeline.bench.process import measured
+from edgepress.pipeline.report.stats import ratio
 from engine_files import TITLES, build, process
 
 PROMPT, NEW_TOKENS = 128, 64
@@ -144,7 +145,7 @@ def removal(engines: dict[str, dict[str, Any]], samples: dict[str, list[dict[str
 def profile(engines: dict[str, dict[str, Any]], threads: int) -> None:
     """Milliseconds a token by operator, as onnxruntime's profiler has them; the profiler itself costs some."""
     import onnxruntime
-    from edgepress.pipeline.runtime import Decoder
+    from edgepress.pipeline.runtime.decoder import Decoder
 
     plain, ids = onnxruntime.SessionOptions, np.random.default_rng(0).integers(1, 5000, PROMPT)
 
@@ -182,9 +183,9 @@ def quality_table(
     engines: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]], folder: Path, options: argparse.Namespace
 ) -> None:
     """KL against the original's logits, and perplexity, of each engine's own file over the same tokens."""
-    from edgepress.pipeline.checkpoint import load_model
-    from edgepress.pipeline.losses import logits_of
-    from edgepress.pipeline.tokens import text_windows
+    from edgepress.pipeline.checkpoint.load import load_model
+    from edgepress.pipeline.metrics.torch_scores import logits_of
+    from edgepress.pipeline.text.windows import text_windows
 
     windows = text_windows(options.text, REFERENCE, budget=options.text_tokens)
     original = load_model(REFERENCE)
@@ -203,7 +204,7 @@ def quality_table(
 
 
 def quality(windows: list[np.ndarray], found: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, float]:
-    from edgepress.pipeline.perplexity import Quality
+    from edgepress.pipeline.metrics.scores import Quality
 
     scores = Quality()
     for ids, own, original in zip(windows, found, truth, strict=True):

@@ -23,7 +23,7 @@ from pathlib import Path
 def peak():  # of this process alone: ru_maxrss would begin with the parent's
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 begun = time.perf_counter()
-from edgepress.exporters.export import export
+from edgepress.exporters.stage import export
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import ExportOptions
 imported, ready = peak(), time.perf_counter()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from edgepress.models import CALIBRATION_TEXT, REFERENCE
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 PLAIN = """

@@ -19,12 +19,12 @@ import numpy as np
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.losses import logits_of
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import HealOptions, PruneOptions, QuantizeOptions
-from edgepress.pipeline.perplexity import Quality
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import torch
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import batches
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.metrics.torch_scores import batches
+from edgepress.pipeline.prune.influence import measure_influence
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 

@@ -13,15 +13,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.criteria import choose
-from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import logits_of
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.perplexity import Quality
-from edgepress.pipeline.prune import calibration
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.prune.criteria import choose
+from edgepress.pipeline.prune.influence import measure_influence
+from edgepress.pipeline.text.calibration import calibration
+from edgepress.pipeline.text.windows import text_windows
 
 
 def main() -> None:

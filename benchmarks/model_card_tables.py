@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.models import CALIBRATION_TEXT
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import block_linears, load_model
-from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import mean_loss
-from edgepress.pipeline.quantizers.rtn import round_to_nearest
-from edgepress.pipeline.tokens import load_tokenizer, text_windows
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.metrics.torch_scores import mean_loss
+from edgepress.pipeline.prune.influence import measure_influence
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.text.windows import load_tokenizer, text_windows
 from transformers import AutoTokenizer, PreTrainedModel
 
 PROMPTS = ("The old house stood", '"I cannot think," said Margaret,', "It was a cold morning in November, and")

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.losses import divergences
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.metrics.torch_scores import divergences
+from edgepress.pipeline.text.windows import text_windows
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from pathlib import Path
 import numpy as np
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint import load_model, shapes_of
-from edgepress.pipeline.losses import logits_of
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.packed import PackedFile
+from edgepress.pipeline.checkpoint.shards import shapes_of
+from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.packed import PackedFile
-from edgepress.pipeline.perplexity import Quality
 from edgepress.pipeline.stages import run
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 
 GROUPS = (128, 64, 32)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 def peak():  # of this process alone: ru_maxrss would begin with the parent's
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 begun = time.perf_counter()
-from edgepress.pipeline.surgery import pruned_config, remove_blocks
+from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 source, out, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 imported = peak()
 config = pruned_config(source, kept)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from edgepress.exporters.architecture import EMBEDDING, FAMILIES, head_size, rotary_kind, rotary_tables, window
-from edgepress.exporters.graph import Builder, block_output, last_positions
-from edgepress.exporters.matmul_nbits import DOMAIN, stacked
-from edgepress.exporters.weights import Weights
-from edgepress.pipeline.packed import PackedLinear
+from edgepress.exporters.architecture import EMBEDDING, rotary_kind, rotary_tables, window
+from edgepress.exporters.graph.builder import Builder, block_output, last_positions
+from edgepress.exporters.graph.operators import DOMAIN, stacked
+from edgepress.models.families import FAMILIES, head_size
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.weights import Weights
 from transformers import PreTrainedConfig
 
 INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32

@@ -17,12 +17,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from edgepress.exporters.graph import LAST, Builder
-from edgepress.exporters.graph import block_output as name_of_block_output
-from edgepress.exporters.matmul_nbits import DOMAIN
-from edgepress.exporters.weights import Weights
-from edgepress.pipeline.blocks import block_output
-from edgepress.pipeline.checkpoint import decoder_blocks
+from edgepress.exporters.graph.builder import LAST, Builder
+from edgepress.exporters.graph.builder import block_output as name_of_block_output
+from edgepress.exporters.graph.operators import DOMAIN
+from edgepress.pipeline.checkpoint.blocks import block_output, decoder_blocks
+from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import DynamicCache, PreTrainedModel

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from edgepress.pipeline.errors import InputError, OutputError
+from edgepress.pipeline.files import MANIFEST, files_below, read_json, sha256, write_json
 
-MANIFEST = "manifest.json"
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
-
 Format = Literal["hf", "packed", "onnx", "report"]
 
 
@@ -107,40 +102,6 @@ class Artifact:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError names the file when it is absent or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}; give the complete folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); correct it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; correct it or fetch it again")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON with two spaces of indent and a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder except its manifest, sorted."""
-    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, the manifest left out."""
-    return sum(p.stat().st_size for p in files_below(folder))
-
-
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:
     """Describe a finished folder; last act before the rename."""
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_below(folder)}
@@ -155,45 +116,6 @@ def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], finger
         "files": files,
     }
     write_json(folder / MANIFEST, content)
-
-
-@contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
-    """A fresh folder beside ``out`` to write into; renamed to ``out`` on success, removed on any failure.
-
-    A former ``out`` is replaced only when it is one of ours (it has a manifest) or empty.
-    Raises OutputError when ``out`` is occupied by something else or cannot be written.
-    """
-    check_free(out)
-    partial = out.parent / f".{out.name}.partial"
-    created = [parent for parent in out.absolute().parents if not parent.exists()]
-    try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            remove(partial)  # left by a killed run
-            partial.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from error
-        yield partial
-        former = out.parent / f".{out.name}.former"
-        remove(former)
-        if out.exists():
-            out.rename(former)
-        partial.rename(out)
-        remove(former)
-    except BaseException:
-        with suppress(OSError):  # what went wrong is said, not that its traces cannot be removed
-            remove(partial)
-        for parent in created:
-            with suppress(OSError):  # other stages may have written there
-                parent.rmdir()
-        raise
-
-
-def journal_of(out: Path) -> Path:
-    """Where a stage that measures keeps what is finished, beside ``out`` (or its partial folder), until ``out`` is whole."""
-    name = out.name.removeprefix(".").removesuffix(".partial")
-    return out.parent / f".{name}.measured.jsonl"
 
 
 def check_free(out: Path) -> None:
@@ -212,22 +134,3 @@ def check_free(out: Path) -> None:
     foreign = next((name for name in names if name not in known), None)
     if not known or foreign:
         raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
-
-
-def check_disk(out: Path, needed: int) -> None:
-    """Raise OutputError when the disk that will hold ``out`` has fewer than ``needed`` bytes free."""
-    parent = next(p for p in [out, *out.absolute().parents] if p.is_dir())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write to {parent}: no permission; choose another output folder")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"not enough disk space at {parent}: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "free some or choose another output folder"
-        )
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 from edgepress.models import RECIPES
-from edgepress.models.families import layer_count_key
+from edgepress.models.config import layer_count_key
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import MANIFEST, Artifact, check_disk, folder_bytes, read_json
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.options import BenchOptions, bits_rules, make
-from edgepress.pipeline.source import check_checkpoint, resolve
+from edgepress.pipeline.files import MANIFEST, check_disk, folder_bytes, read_json
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.options import BenchOptions, bits_rules
+from edgepress.pipeline.registry import look_up, suggestion
+from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
-from edgepress.pipeline.table import look_up, suggestion
-from edgepress.pipeline.targets import target
 
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
@@ -91,12 +93,7 @@ def _bits(options: Any) -> list[int]:
 
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
-    from edgepress.pipeline.tokens import (  # numpy and tokenizers, which --help does without
-        context_length,
-        proof_window,
-        read_text,
-        text_windows,
-    )
+    from edgepress.pipeline.text.windows import context_length, proof_window, read_text, text_windows
 
     config = read_json(source / "config.json")
     for name, options in steps:

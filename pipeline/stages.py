@@ -11,22 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepress.pipeline.artifact import (
-    Artifact,
-    Format,
-    Step,
-    check_disk,
-    check_free,
-    folder_bytes,
-    journal_of,
-    sha256,
-    write_manifest,
-    written_beside,
-)
+from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
+from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
-from edgepress.pipeline.source import check_checkpoint
-from edgepress.pipeline.table import load, versions
+from edgepress.pipeline.registry import load, versions
 
 log = logging.getLogger("edgepress")
 
@@ -48,11 +38,11 @@ class Stage:
 
 _BUILD = ("torch", "transformers", "numpy")
 STAGES: dict[str, Stage] = {
-    "prune": Stage(PruneOptions, "edgepress.pipeline.prune:prune", ("hf",), "hf", _BUILD, 1.0),
-    "heal": Stage(HealOptions, "edgepress.pipeline.heal:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
+    "prune": Stage(PruneOptions, "edgepress.pipeline.prune.stage:prune", ("hf",), "hf", _BUILD, 1.0),
+    "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(
         QuantizeOptions,
-        "edgepress.pipeline.apart:quantize",
+        "edgepress.pipeline.quantize.isolated:quantize",
         ("hf",),
         "packed",
         (*_BUILD, "gptqmodel", "bitsandbytes"),
@@ -61,13 +51,13 @@ STAGES: dict[str, Stage] = {
     # a float export is float32, twice the bytes of a 16-bit checkpoint
     "export": Stage(
         ExportOptions,
-        "edgepress.exporters.export:export",
+        "edgepress.exporters.stage:export",
         ("hf", "packed"),
         "onnx",
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
         2.2,
     ),
-    "bench": Stage(BenchOptions, "edgepress.pipeline.bench:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
+    "bench": Stage(BenchOptions, "edgepress.pipeline.bench.stage:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
 }
 
 
@@ -96,7 +86,7 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
     function = load(stage.run)
     log.info("%s: %s -> %s", name, source.path, out)
     begun = time.monotonic()
-    with written_beside(out) as folder:
+    with atomic_folder(out) as folder:
         facts = function(source, folder, options)
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*stage.packages))

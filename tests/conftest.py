@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
-from edgepress.pipeline.checkpoint import quiet
+from edgepress.pipeline.checkpoint.load import quiet
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 # Two workers with a thread each: more threads than cores, spinning at barriers, made these tests ten times slower.

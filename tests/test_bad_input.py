@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgepress.pipeline import artifact, cli, stages
+from edgepress.pipeline import files, stages
+from edgepress.pipeline.cli import commands as cli
 from safetensors.torch import load_file, save_file
 from transformers import XLMConfig
 
@@ -444,7 +445,7 @@ def test_output_cannot_be_made(verb: str, refused: Refused, tiny: Path) -> None:
 
 def test_output_without_permission(refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked before the work, not found out after it."""
-    monkeypatch.setattr(artifact.os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(files.os, "access", lambda *_, **__: False)
     refused(*command("quantize", tiny, tmp_path / "out"), says=("no permission", "choose another output folder"))
 
 
@@ -488,7 +489,7 @@ def test_own_folder_that_holds_more(inside: str, refused: Refused, call: Callabl
 def test_too_little_disk(verb: str, refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known before the first byte is written."""
     usage = shutil._ntuple_diskusage(1 << 40, (1 << 40) - 1024, 1024)
-    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     refused(*command(verb, tiny, tmp_path / "out"), says=("not enough disk space", str(tmp_path), "free some"))
 
 

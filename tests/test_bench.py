@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
-from edgepress.pipeline.perplexity import Quality
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 from transformers import AutoModelForCausalLM
 
 
@@ -86,7 +87,7 @@ def test_memory_is_the_measured_process_alone() -> None:
     """A child of a big process must not report its parent's peak (ru_maxrss would: it survives exec)."""
     code = (
         "import subprocess, sys; ballast = bytearray(b'x' * (300 << 20));"
-        "child = 'from edgepress.pipeline.worker import memory; print(memory()[\"peak_rss_bytes\"])';"
+        "child = 'from edgepress.pipeline.bench.worker import memory; print(memory()[\"peak_rss_bytes\"])';"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -95,7 +96,7 @@ def test_memory_is_the_measured_process_alone() -> None:
 
 def test_the_measuring_process_loads_neither_torch_nor_transformers() -> None:
     """Its peak memory is reported as the artifact's: nothing else may be in it."""
-    code = "import sys, edgepress.pipeline.worker; print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    code = "import sys, edgepress.pipeline.bench.worker; print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

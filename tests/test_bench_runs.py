@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from edgepress.pipeline import stages, targets
-from edgepress.pipeline.artifact import Artifact, read_json, sha256
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.journal import Journal
+from edgepress.pipeline.bench.process import measured
 from edgepress.pipeline.errors import InputError, MissingPackageError
-from edgepress.pipeline.measure import Journal, measured
+from edgepress.pipeline.files import read_json, sha256
 from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.runtime import targets
 
 SHORT = ["--repeats", "2", "--prompt-lengths", "8", "--new-tokens", "4", "--text-tokens", "256"]
 Call = Callable[..., Any]
@@ -58,7 +61,7 @@ def compared(build: Path, tiny: Path, text: Path, edgepress: Call, tmp_path_fact
 
     def one_scale(copy: Path) -> None:
         """The scale of one group of one matrix, found by its value, is halved."""
-        from edgepress.pipeline.packed import PackedFile
+        from edgepress.pipeline.checkpoint.packed import PackedFile
 
         packed = PackedFile(build / "03-quantize")
         scales = packed["model.layers.1.mlp.down_proj"].scales
@@ -87,7 +90,7 @@ def killer(folder: Path, name: str) -> dict[str, str]:
             def watch(event, arguments):
                 if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)) and "/{name}/" in str(arguments[0]):
                     os.kill(os.getpid(), signal.SIGKILL)
-            if "edgepress.pipeline.worker" in sys.orig_argv:
+            if "edgepress.pipeline.bench.worker" in sys.orig_argv:
                 sys.addaudithook(watch)
         """)
     )
@@ -154,7 +157,8 @@ def test_killed_benchmark_goes_on(build: Path, tiny: Path, text: Path, tmp_path:
     """Killed after its second round: the rounds done are not measured again, and the figures have all samples."""
     code = """
 import os, signal, sys
-from edgepress.pipeline import bench, cli, measure
+from edgepress.pipeline.bench import speed as bench, journal as measure
+from edgepress.pipeline.cli import commands as cli
 real, rounds = bench._round, []
 def counted(*arguments):
     rounds.append(1)
@@ -200,7 +204,7 @@ def test_peak_memory_is_what_an_outside_measure_says(build: Path, tmp_path: Path
     """/usr/bin/time -v, or the kernel's account of the child where that is absent; to 5 %."""
     job = {"folder": str(build / "04-export"), "ids": list(range(3, 35)), "prompt_lengths": [32], "new_tokens": 8, "threads": 1}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "edgepress.pipeline.worker", "speed", str(tmp_path / "job.json")]
+    command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", "speed", str(tmp_path / "job.json")]
     if Path("/usr/bin/time").exists():
         done = subprocess.run(["/usr/bin/time", "-v", *command], capture_output=True, text=True, check=True)
         line = next(line for line in done.stderr.splitlines() if "Maximum resident set size" in line)

@@ -15,12 +15,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, read_json
-from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.losses import mean_loss
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions, VerifyOptions
-from edgepress.pipeline.tokens import text_windows
-from edgepress.pipeline.verify import verify
+from edgepress.pipeline.text.windows import text_windows
+from edgepress.pipeline.verify.checks import verify
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from .conftest import TINY

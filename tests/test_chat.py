@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgepress.pipeline import cli, generate, runtime, stages
-from edgepress.pipeline.artifact import Artifact, read_json, write_json
-from edgepress.pipeline.chat import Conversation
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.cli import terminal
 from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions
-from edgepress.pipeline.runtime import Decoder, end_tokens
-from edgepress.pipeline.template import ChatTemplate, read_template, special_tokens
-from edgepress.pipeline.tokens import load_tokenizer
+from edgepress.pipeline.runtime import decoder as runtime
+from edgepress.pipeline.runtime import generate
+from edgepress.pipeline.runtime.chat import Conversation
+from edgepress.pipeline.runtime.chat_template import ChatTemplate, read_template, special_tokens
+from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.text.windows import load_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
 from .conftest import TINY
@@ -226,7 +230,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(
     result = call("run", talker, "--chat", "--max-new-tokens", 5)
     assert result.code == 0 and len(fed) == 2, result.err
     assert sum("tokens/s" in line for line in result.err.splitlines()) == 1
-    assert not cli._signals
+    assert not terminal.signals
 
 
 def test_no_template_is_said(reference: Path, talker: Path, copy_of: Callable, call: Callable) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgepress.pipeline import cli, options
-from edgepress.pipeline.generate import stream
-from edgepress.pipeline.runtime import Decoder, end_tokens
-from edgepress.pipeline.tokens import load_tokenizer
+from edgepress.pipeline import options
+from edgepress.pipeline.cli import commands as cli
+from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.runtime.generate import stream
+from edgepress.pipeline.text.windows import load_tokenizer
 
 Call = Callable[..., Any]
 
@@ -150,14 +151,14 @@ def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pyte
     assert len(dragon) > 1
     forced = [*tokenizer.encode(" dog", add_special_tokens=False).ids, dragon[0]]
     tokens = iter(forced)
-    monkeypatch.setattr("edgepress.pipeline.generate._choose", lambda *_: next(tokens))
+    monkeypatch.setattr("edgepress.pipeline.runtime.generate._choose", lambda *_: next(tokens))
     told = stream(exported, PROMPT, options.RunOptions(max_new_tokens=len(forced)))
     assert "".join(told) == PROMPT + " dog"
 
 
 def test_run_shows_the_prompt_when_the_model_ends_at_once(call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An end token first is an answer too: an empty line would look like a failure."""
-    monkeypatch.setattr("edgepress.pipeline.generate._choose", lambda *_: 0)
+    monkeypatch.setattr("edgepress.pipeline.runtime.generate._choose", lambda *_: 0)
     assert 0 in end_tokens(exported)
     result = call("run", exported, PROMPT)
     assert result.code == 0 and result.out == PROMPT + "\n"
@@ -174,12 +175,12 @@ def test_temperature_varies_by_seed_alone(call: Call, exported: Path) -> None:
 
 def test_double_runtime_is_named(call: Call, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both onnxruntime and onnxruntime-gpu installed overwrite each other's files; nothing else would tell."""
-    monkeypatch.setattr("edgepress.pipeline.table.version", lambda name: "1.0")
+    monkeypatch.setattr("edgepress.pipeline.registry.version", lambda name: "1.0")
     result = call("show", tiny)
     assert result.code == 0
     (line,) = result.err.splitlines()
     assert line.startswith("warning: ") and "onnxruntime and onnxruntime-gpu" in line and "pip uninstall -y" in line
-    monkeypatch.setattr("edgepress.pipeline.table.version", lambda name: None if name == "onnxruntime-gpu" else "1.0")
+    monkeypatch.setattr("edgepress.pipeline.registry.version", lambda name: None if name == "onnxruntime-gpu" else "1.0")
     assert not call("show", tiny).err
 
 

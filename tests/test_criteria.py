@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from edgepress.models import CALIBRATION_TEXT
-from edgepress.pipeline.artifact import read_json
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import load_model
-from edgepress.pipeline.criteria import Choice, choose, kl_without
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.losses import mean_loss
-from edgepress.pipeline.options import PruneOptions, make
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.metrics.torch_scores import mean_loss
+from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.prune.criteria import Choice, choose, kl_without
+from edgepress.pipeline.prune.influence import measure_influence
 from edgepress.pipeline.recipe import plan, read
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 
 OPTIONS = PruneOptions(remove_layers=2, calibration=CALIBRATION_TEXT, calibration_tokens=600, greedy_tokens=300)
 

@@ -17,23 +17,27 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from edgepress.exporters import parity
-from edgepress.exporters.expected import Expected
-from edgepress.exporters.graph import Builder, rows_in_place
-from edgepress.exporters.matmul_nbits import DOMAIN, operator, stacked
-from edgepress.exporters.older import with_older_keys, with_older_tokenizer
-from edgepress.pipeline import packed, runtime, stages
-from edgepress.pipeline.artifact import Artifact, read_json
-from edgepress.pipeline.checkpoint import load_model
+from edgepress.exporters.configs import with_older_keys, with_older_tokenizer
+from edgepress.exporters.graph.builder import Builder
+from edgepress.exporters.graph.files import rows_in_place
+from edgepress.exporters.graph.operators import DOMAIN, operator, stacked
+from edgepress.exporters.proof import parity
+from edgepress.exporters.proof.reference import ReferenceLogits
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import packed
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.offloaded import offloaded_model
+from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
-from edgepress.pipeline.losses import logits_of
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
-from edgepress.pipeline.packed import PackedFile
-from edgepress.pipeline.quantizers.rtn import round_to_nearest
-from edgepress.pipeline.runtime import Decoder
-from edgepress.pipeline.streamed import streamed_model
-from edgepress.pipeline.tokens import load_tokenizer, text_windows
-from edgepress.pipeline.verify import verify
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.runtime import decoder as runtime
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.text.windows import load_tokenizer, text_windows
+from edgepress.pipeline.verify.checks import verify
 from onnxruntime.quantization import quantize_dynamic
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
@@ -105,7 +109,7 @@ def test_a_streamed_model_is_the_loaded_one(method: str, make: Callable[..., Mad
     """The proof's reference holds one matrix at a time, and its logits are the whole model's, bit for bit."""
     folder = make(tiny, method)[0].path
     ids = torch.arange(40)[None]
-    streamed, whole = streamed_model(folder), load_model(folder)
+    streamed, whole = offloaded_model(folder), load_model(folder)
     with torch.inference_mode():
         for _ in range(2):  # what one forward drops the next finds again
             assert torch.equal(streamed(input_ids=ids).logits, whole(input_ids=ids).logits)
@@ -161,7 +165,7 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
     windows = text_windows(text, packed.path, budget=512, length=200)
     with pytest.raises(ProofError, match="departs"):
-        parity.prove(Expected(load_model(packed.path), windows, tmp_path), tmp_path, graph)
+        parity.prove(ReferenceLogits(load_model(packed.path), windows, tmp_path), tmp_path, graph)
 
 
 def test_another_most_likely_token_is_no_proof(
@@ -170,7 +174,7 @@ def test_another_most_likely_token_is_no_proof(
     """However near the logits are, but for ties: here two are exchanged at one position, by a hundredth of what may differ."""
     packed, exported = make(tiny, "none")
     windows, feed = text_windows(text, packed.path, budget=120, length=40), Decoder.feed
-    wanted = Expected(load_model(packed.path), windows, tmp_path)
+    wanted = ReferenceLogits(load_model(packed.path), windows, tmp_path)
     truth = wanted.logits(windows[1]).copy()
     first, second = np.argsort(truth[7])[::-1][:2]
 
@@ -199,7 +203,7 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
     models, decoders, torch_ran, init = [], WeakSet(), [], Decoder.__init__
 
     def streamed(*arguments: Any) -> object:
-        models.append(streamed_model(*arguments))
+        models.append(offloaded_model(*arguments))
         return models[-1]
 
     def opened(self: Decoder, *arguments: Any, **settings: Any) -> None:
@@ -212,9 +216,9 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
         torch_ran.append(len(ids))
         return logits_of(model, ids)
 
-    for module in ("export", "recheck"):
-        monkeypatch.setattr(f"edgepress.exporters.{module}.streamed_model", streamed)
-    for module in ("expected", "parity"):
+    for module in ("stage", "proof.recheck"):
+        monkeypatch.setattr(f"edgepress.exporters.{module}.offloaded_model", streamed)
+    for module in ("proof.reference", "proof.parity"):
         monkeypatch.setattr(f"edgepress.exporters.{module}.logits_of", computed)
     monkeypatch.setattr(Decoder, "__init__", opened)
     stages.run("export", packed, tmp_path / "onnx", ExportOptions(exporter="fused", text=text))
@@ -234,7 +238,7 @@ def test_tokens_one_by_one_from_as_many_windows_as_it_takes(fused: Made, text: P
         return feed(self, ids, keep)
 
     monkeypatch.setattr(Decoder, "feed", counted)
-    parity.measure(Expected(load_model(packed.path), windows, tmp_path), lambda: Decoder(exported.path), 0)
+    parity.measure(ReferenceLogits(load_model(packed.path), windows, tmp_path), lambda: Decoder(exported.path), 0)
     assert sum(single) == parity.STEPS + len(windows)  # the chunks hold one of one token a window
 
 

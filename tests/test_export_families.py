@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgepress.exporters import architecture, fused, parity
-from edgepress.exporters.expected import Expected
-from edgepress.exporters.matmul_nbits import operator, stacked
-from edgepress.exporters.weights import Weights
-from edgepress.pipeline import stages, targets
-from edgepress.pipeline.artifact import Artifact, read_json
-from edgepress.pipeline.checkpoint import load_model, read_config
+from edgepress.exporters import architecture, fused
+from edgepress.exporters.graph.operators import operator, stacked
+from edgepress.exporters.proof import parity
+from edgepress.exporters.proof.reference import ReferenceLogits
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.load import load_model, read_config
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
+from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError, ProofError
+from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
-from edgepress.pipeline.packed import PackedFile, PackedLinear
-from edgepress.pipeline.runtime import Decoder
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.runtime import targets
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.text.windows import text_windows
 from families import FAMILIES, LAYERS, WINDOW, family_config
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, PreTrainedConfig
@@ -263,7 +266,7 @@ def test_the_side_of_the_padding_is_proven(tiny: Path, text: Path, tmp_path: Pat
     artifact = stages.run("export", Artifact.load(tiny), tmp_path / "onnx", ExportOptions(exporter="fused", text=text))
     decoder = Decoder(artifact.path)
     ids = text_windows(text, tiny, budget=64, length=64)[0]
-    wanted = Expected(load_model(tiny), [ids], tmp_path)
+    wanted = ReferenceLogits(load_model(tiny), [ids], tmp_path)
     assert parity.padded_batch(wanted, decoder, ids) < 1e-4
     decoder.left_padding = True
     assert parity.padded_batch(wanted, decoder, ids) > 0.1

@@ -12,17 +12,19 @@ import pytest
 import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, read_json, sha256
-from edgepress.pipeline.blocks import Blocks, block_output
-from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_output
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import ModelError, OptionError, TextError
-from edgepress.pipeline.heal import Texts, heal_folder, kept_layers, record, split
-from edgepress.pipeline.healers import Cut, Patient, cuts, linear
-from edgepress.pipeline.healers.lora import contrast, sentences
-from edgepress.pipeline.losses import mean_loss
+from edgepress.pipeline.files import read_json, sha256
+from edgepress.pipeline.heal import linear
+from edgepress.pipeline.heal.job import Gap, HealJob, gaps_of
+from edgepress.pipeline.heal.lora import contrast, sentences
+from edgepress.pipeline.heal.stage import heal_folder, kept_layers, record
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import HealOptions, PruneOptions
-from edgepress.pipeline.prune import calibration
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.calibration import Texts, calibration, split
+from edgepress.pipeline.text.windows import text_windows
 from families import family_config
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +41,7 @@ def pruned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 @pytest.fixture
 def short_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """For healings that are refused: reading all of the shipped other text takes most of their time."""
-    monkeypatch.setattr("edgepress.pipeline.heal.OTHER_TOKENS", 1600)
+    monkeypatch.setattr("edgepress.pipeline.text.calibration.OTHER_TEXT_TOKENS", 1600)
 
 
 def options(original: Path, **changes: Any) -> HealOptions:
@@ -48,9 +50,9 @@ def options(original: Path, **changes: Any) -> HealOptions:
 
 def test_gaps_are_seen_from_both_models() -> None:
     """Each gap: the block that stands before it now, and the old block whose input it must give."""
-    assert cuts([0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 15], 16) == [Cut(3, 6), Cut(6, 10)]
-    assert cuts([2, 3], 6) == [Cut(-1, 2), Cut(1, 6)]
-    assert cuts([0, 1], 2) == []
+    assert gaps_of([0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 15], 16) == [Gap(3, 6), Gap(6, 10)]
+    assert gaps_of([2, 3], 6) == [Gap(-1, 2), Gap(1, 6)]
+    assert gaps_of([0, 1], 2) == []
 
 
 def test_layers_removed_twice_are_counted_in_the_original(pruned: Artifact, reference: Path, tiny: Path, tmp_path: Path) -> None:
@@ -107,10 +109,10 @@ def test_statistics_are_those_of_least_squares(pruned: Artifact, reference: Path
     windows = text_windows(CALIBRATION_TEXT, reference, budget=900, length=150)
     teacher = record(reference, windows, [6, 16], tmp_path, False)
     blocks = Blocks(load_model(pruned.path))
-    patient = Patient(blocks, [Cut(3, 6)], windows, teacher, [windows], options(reference), tmp_path)
+    job = HealJob(blocks, [Gap(3, 6)], windows, teacher, [windows], options(reference), tmp_path)
     name, matrix, factor = linear._last_matrix(blocks, 3, windows[0])
     assert (name, factor) == ("model.layers.3.mlp.down_proj", pytest.approx(1, abs=1e-4))
-    gram, cross = linear._statistics(patient, Cut(3, 6), matrix)
+    gram, cross = linear._statistics(job, Gap(3, 6), matrix)
     found = linear._solve(gram, cross, 0.1).numpy()
 
     entering, leaving = [], []
@@ -178,9 +180,9 @@ def test_the_matrix_is_found_by_what_it_does(name: str, text: Path, tmp_path: Pa
             with pytest.raises(ModelError, match="no single matrix"):
                 linear._last_matrix(blocks, 2, windows[0])
             return
-        patient = Patient(blocks, [Cut(2, 4)], windows, teacher, [windows[:2]], options(folder), tmp_path)
+        job = HealJob(blocks, [Gap(2, 4)], windows, teacher, [windows[:2]], options(folder), tmp_path)
         matrix_name, matrix, factor = linear._last_matrix(blocks, 2, windows[0])
-        gram, cross = linear._statistics(patient, Cut(2, 4), matrix)
+        gram, cross = linear._statistics(job, Gap(2, 4), matrix)
         bias = None if getattr(matrix, "bias", None) is None else matrix.bias.detach().clone()
 
         def gap() -> float:
@@ -207,8 +209,8 @@ def test_a_gap_at_the_beginning_goes_into_an_untied_embedding(
     assert factor == pytest.approx(scale)
     teacher = record(folder, windows, [1, 7], tmp_path, False)
     with blocks.without([0]):
-        patient = Patient(blocks, [Cut(-1, 1)], windows, teacher, [windows[:2]], options(folder), tmp_path)
-        gram, cross = linear._statistics(patient, Cut(-1, 1), table)
+        job = HealJob(blocks, [Gap(-1, 1)], windows, teacher, [windows[:2]], options(folder), tmp_path)
+        gram, cross = linear._statistics(job, Gap(-1, 1), table)
         wanted = torch.from_numpy(np.array(teacher[1]))
 
         def gap() -> float:
@@ -268,7 +270,7 @@ def test_a_stored_type_is_kept_and_judged(tmp_path: Path, reference: Path) -> No
 @pytest.mark.families
 def test_lora_helps_merges_and_goes_on(pruned: Artifact, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after a checkpoint, the same call trains the steps that are left and ends where it would have."""
-    from edgepress.pipeline.healers import lora
+    from edgepress.pipeline.heal import lora
 
     changes = {"method": "lora", "lora_tokens": 12 * 128 * 2, "lora_rank": 4, "contrastive": 0.05, "calibration_tokens": 3000}
     seen: list[int] = []
@@ -282,7 +284,7 @@ def test_lora_helps_merges_and_goes_on(pruned: Artifact, reference: Path, tmp_pa
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(lora, "BATCH", 2)
-    monkeypatch.setattr("edgepress.pipeline.prune.LONGEST_WINDOW", 128)
+    monkeypatch.setattr("edgepress.pipeline.text.calibration.LONGEST_WINDOW", 128)
     monkeypatch.setattr(lora, "_Bar", Counting)
     with pytest.raises(KeyboardInterrupt):
         stages.run("heal", pruned, tmp_path / "healed", options(reference, **changes))

@@ -15,12 +15,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from edgepress.pipeline.artifact import Artifact, read_json
-from edgepress.pipeline.checkpoint import load_model, open_packed
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.importers.bnb import BnbFolder
+from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.weights import open_packed
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.importers.bnb import BnbFolder
-from edgepress.pipeline.importers.gptq import GptqFolder
-from edgepress.pipeline.packed import PackedLinear
+from edgepress.pipeline.files import read_json
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 

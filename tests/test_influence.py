@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgepress.pipeline.artifact import read_json
-from edgepress.pipeline.blocks import Blocks
-from edgepress.pipeline.checkpoint import decoder_blocks, load_model
+from edgepress.pipeline.checkpoint.blocks import Blocks, decoder_blocks
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.influence import measure_influence
-from edgepress.pipeline.tokens import padded, text_windows
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.prune.influence import measure_influence
+from edgepress.pipeline.text.windows import padded, text_windows
 from transformers import LlamaConfig
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from edgepress.exporters import levels
-from edgepress.exporters.parity import Parity
+from edgepress.exporters.proof import accuracy_level as levels
+from edgepress.exporters.proof.parity import Parity
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
-from edgepress.pipeline.tables import made_by
+from edgepress.pipeline.report.tables import made_by
 from safetensors.torch import load_file, save_file
 
 RTN = QuantizeOptions(method="rtn", group_size=32)

@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from edgepress.exporters.graph import Builder
-from edgepress.exporters.matmul_nbits import operator, stacked
+from edgepress.exporters.graph.builder import Builder
+from edgepress.exporters.graph.operators import operator, stacked
+from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.packed import PackedLinear
 
 ROWS = 24
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgepress.exporters.matmul_nbits import operator
-from edgepress.pipeline import packed
+from edgepress.exporters.graph.operators import operator
+from edgepress.pipeline.checkpoint import packed
+from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedFile, PackedLinear, pack_bits, unpack_bits
+from edgepress.pipeline.checkpoint.shards import PACKED
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.packed import CODEBOOKS, PackedFile, PackedLinear, pack_bits, unpack_bits
 
 BITS = (2, 3, 4, 8)
 # (columns, group): whole groups, one short group, several groups with the last one short
@@ -172,7 +173,7 @@ DAMAGES = {
 def test_damaged_file(tmp_path: Path, damage: str) -> None:
     """A download or copy that stopped half way gets one clear line and no traceback."""
     packed.save({"m": random_linear(4, 96, 64, zeros=True)[0]}, tmp_path)
-    file = tmp_path / packed.FILE
+    file = tmp_path / PACKED
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage](whole))
     assert file.read_bytes() != whole
@@ -185,7 +186,7 @@ def test_file_that_is_not_ours(tmp_path: Path, metadata: dict[str, str] | None) 
     """A sound safetensors file under our name, without our description."""
     from safetensors.numpy import save_file
 
-    save_file({"m.codes": np.zeros(4, np.uint8)}, tmp_path / packed.FILE, metadata=metadata)
+    save_file({"m.codes": np.zeros(4, np.uint8)}, tmp_path / PACKED, metadata=metadata)
     with pytest.raises(ModelError):
         PackedFile(tmp_path)
 
@@ -201,7 +202,7 @@ def test_file_lacks_an_array(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     described = {"m": {"shape": [4, 64], "bits": 4, "group_size": 64, "codebook": None}}
-    save_file({"m.codes": np.zeros((4, 1, 32), np.uint8)}, tmp_path / packed.FILE, metadata={"linears": json.dumps(described)})
+    save_file({"m.codes": np.zeros((4, 1, 32), np.uint8)}, tmp_path / PACKED, metadata={"linears": json.dumps(described)})
     with pytest.raises(ModelError, match=r"packed\.safetensors"):
         PackedFile(tmp_path)["m"]
 

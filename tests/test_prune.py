@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgepress.models.families import pruned_configs, renamed
-from edgepress.pipeline.artifact import Artifact, read_json
-from edgepress.pipeline.checkpoint import decoder_blocks, load_model
+from edgepress.models.config import pruned_configs, renamed
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.blocks import decoder_blocks
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import ModelError, ProofError
+from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.prune import calibration, prune
-from edgepress.pipeline.surgery import pruned_config
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.prune.stage import prune
+from edgepress.pipeline.prune.surgery import pruned_config
+from edgepress.pipeline.text.calibration import calibration
+from edgepress.pipeline.text.windows import text_windows
 from families import FAMILIES, LAYERS, family_config
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, JambaConfig, LlamaConfig, Qwen2Config
 
@@ -169,7 +172,7 @@ def test_the_proof_finds_what_the_structure_does_not_show(
     tmp_path: Path, text: Path, random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the check of the config, a sliding window on the wrong layers must still not pass."""
-    import edgepress.pipeline.prune as module
+    from edgepress.pipeline.prune import stage as module
 
     folder = random_model(gemma2(), tmp_path / "gemma2")
     content = read_json(folder / "config.json")
@@ -212,7 +215,7 @@ def test_the_manifest_says_how_layers_were_chosen(tiny: Path, text: Path, tmp_pa
     ranking, held_out = calibration(tiny, PruneOptions(remove_layers=2, calibration=text, calibration_tokens=1000))
     assert positions["held_out_positions"] == sum(map(len, held_out)) and positions["ranking_positions"] == sum(map(len, ranking))
     assert not {row.tobytes() for row in ranking} & {row.tobytes() for row in held_out}
-    from edgepress.pipeline.losses import mean_loss
+    from edgepress.pipeline.metrics.torch_scores import mean_loss
 
     assert facts["held_out_perplexity"] == pytest.approx(
         [np.exp(mean_loss(load_model(f), held_out)) for f in (tiny, out)], rel=1e-4
@@ -240,7 +243,7 @@ def test_names_outside_the_blocks_stay() -> None:
 
 def test_a_layer_of_foreign_names_is_refused(tmp_path: Path, tiny: Path) -> None:
     """Tensors that go by other names than the architecture's would all be kept, and the config would lie about them."""
-    from edgepress.pipeline.surgery import remove_blocks
+    from edgepress.pipeline.prune.surgery import remove_blocks
 
     with pytest.raises(ModelError, match="no tensor in"):
         remove_blocks(tiny, tmp_path, "model.decoder.blocks", [0, 1], {})
@@ -248,8 +251,8 @@ def test_a_layer_of_foreign_names_is_refused(tmp_path: Path, tiny: Path) -> None
 
 def test_known_perplexities(shared_model: Callable[[str], Path], tinystories: Path) -> None:
     """The measured values that came with the shared models, by their protocol: full, and without single layers."""
-    from edgepress.pipeline.blocks import Blocks
-    from edgepress.pipeline.losses import mean_loss
+    from edgepress.pipeline.checkpoint.blocks import Blocks
+    from edgepress.pipeline.metrics.torch_scores import mean_loss
 
     known = {"stories260k": (4.27, [102, 14.6, 9.09, 9.74, 10.1]), "babyllama-361": (2.20, [30.3, 21.4, 9.49, 8.77, 4.81])}
     for name, (full, without) in known.items():

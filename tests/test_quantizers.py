@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgepress.pipeline import apart
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint import block_linears, load_model
+from edgepress.pipeline.checkpoint.blocks import block_linears
+from edgepress.pipeline.checkpoint.importers import gptq as layout
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear, unpack_bits
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
-from edgepress.pipeline.importers import gptq as layout
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.packed import PackedFile, PackedLinear, unpack_bits
-from edgepress.pipeline.quantize import QUANTIZERS
-from edgepress.pipeline.quantize import quantize as stage
-from edgepress.pipeline.quantizers import Job, bnb, gptq, rtn
-from edgepress.pipeline.quantizers.rtn import round_to_nearest
+from edgepress.pipeline.quantize import bnb, gptq, rtn
+from edgepress.pipeline.quantize import isolated as apart
+from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.quantize.stage import QUANTIZERS
+from edgepress.pipeline.quantize.stage import quantize as stage
 from edgepress.pipeline.stages import run
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 from safetensors.numpy import load_file
 from transformers import LlamaConfig
 
@@ -46,9 +48,9 @@ def no_windows() -> list[np.ndarray]:
     raise AssertionError("this quantizer needs no calibration")
 
 
-def job_of(folder: Path, windows: Callable[[], list[np.ndarray]] = no_windows, **options: Any) -> Job:
+def job_of(folder: Path, windows: Callable[[], list[np.ndarray]] = no_windows, **options: Any) -> QuantizeJob:
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices(folder).items()}
-    return Job(folder, shapes, windows, QuantizeOptions(**options), folder.with_name(f"{folder.name}-scratch"))
+    return QuantizeJob(folder, shapes, windows, QuantizeOptions(**options), folder.with_name(f"{folder.name}-scratch"))
 
 
 # ---------------------------------------------------------------------------------------------- round to nearest
@@ -446,7 +448,7 @@ def test_gptq_per_channel(bits: int, columns: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 172), (64, 16), (16, 64)], ids=str)
 def test_gptq_three_bits(shape: tuple[int, int]) -> None:
     """No 3 bits by gptqmodel unless 32 divides input and output: said at once, not after the calibration."""
-    job = Job(Path("nowhere"), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3), Path("nowhere"))
+    job = QuantizeJob(Path("nowhere"), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3), Path("nowhere"))
     with pytest.raises(OptionError, match="bad"):
         gptq.quantize(job)
 
@@ -643,13 +645,13 @@ def test_gptq_codes_read_wrongly_are_caught(
     """What comes back from GPTQ must be near what rounding gives, or the stage says which matrix is wrong and writes nothing."""
     wrong = "model.layers.2.self_attn.v_proj"
 
-    def quantize(job: Job) -> dict[str, PackedLinear]:
+    def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         found = rtn.quantize(job)
         return found | ({wrong: fault(found[wrong])} if spoil else {})
 
     monkeypatch.setitem(QUANTIZERS, "gptq", "unused")
-    monkeypatch.setattr("edgepress.pipeline.quantize.load", lambda _: quantize)
-    monkeypatch.setattr("edgepress.pipeline.quantize._ROWS_PROVEN", 16)  # of 32 to 96
+    monkeypatch.setattr("edgepress.pipeline.quantize.stage.load", lambda _: quantize)
+    monkeypatch.setattr("edgepress.pipeline.quantize.stage._ROWS_PROVEN", 16)  # of 32 to 96
     options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
     (tmp_path / "out").mkdir()
     spoil = False
@@ -717,7 +719,7 @@ def test_gptq_that_ends_early_says_what_is_lost(
     tiny: Path, copy_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through both processes: the reason is known in the one that dies, and said by the other."""
-    end = "import os; from edgepress.pipeline.quantizers import gptq; gptq._run = lambda job: os._exit(9)\n"
+    end = "import os; from edgepress.pipeline.quantize import gptq; gptq._run = lambda job: os._exit(9)\n"
     monkeypatch.setattr(apart, "CHILD", end + apart.CHILD)
     caplog.set_level("INFO", "edgepress")
     with pytest.raises(ProofError, match="exit code 9"):

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgepress.pipeline.attribution import attribute
-from edgepress.pipeline.comparison import comparisons, labels, losing
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.report import gather, markdown, save, terminal
-from edgepress.pipeline.report_html import html
-from edgepress.pipeline.stats import Measurement, Ratio, frontier, ratio
-from edgepress.pipeline.tables import reports_of
-from edgepress.pipeline.verdict import times, verdict
+from edgepress.pipeline.report.attribution import attribute
+from edgepress.pipeline.report.comparison import comparisons, labels, losing
+from edgepress.pipeline.report.files import gather, save
+from edgepress.pipeline.report.html import html
+from edgepress.pipeline.report.stats import Measurement, Ratio, frontier, ratio
+from edgepress.pipeline.report.tables import reports_of
+from edgepress.pipeline.report.text import markdown, terminal
+from edgepress.pipeline.report.verdict import times, verdict
 
 # --- statistics
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgepress.pipeline import cli
-from edgepress.pipeline.artifact import MANIFEST, read_json, sha256
+from edgepress.pipeline.cli import commands as cli
+from edgepress.pipeline.files import MANIFEST, read_json, sha256
 
 STAGES = ["01-prune", "02-quantize", "03-export", "04-bench"]
 Call = Callable[..., Any]
@@ -201,7 +201,8 @@ def test_damaged_stage_of_a_build(call: Call, built: Path, tiny: Path, text: Pat
 # The stage whose folder is named waits before its manifest, so that no signal comes too late; the rest is the real thing.
 WAITING = """
 import signal, sys, time
-from edgepress.pipeline import cli, stages
+from edgepress.pipeline.cli import commands as cli
+from edgepress.pipeline import stages
 stage, seconds, interrupt, *arguments = sys.argv[1:]
 signal.signal(signal.SIGINT, getattr(signal, interrupt, signal.default_int_handler))
 write_manifest = stages.write_manifest

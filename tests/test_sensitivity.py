@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.metrics.scores import log_softmax
 from edgepress.pipeline.options import QuantizeOptions, SensitivityOptions
-from edgepress.pipeline.perplexity import log_softmax
-from edgepress.pipeline.sensitivity import measure, propose
+from edgepress.pipeline.quantize.sensitivity import measure, propose
 from edgepress.pipeline.stages import run
-from edgepress.pipeline.tokens import text_windows
+from edgepress.pipeline.text.windows import text_windows
 
 
 @pytest.fixture(scope="module")

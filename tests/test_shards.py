@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgepress.pipeline.checkpoint import shards
+from edgepress.pipeline.checkpoint.shards import INDEX, header, rewrite, shards
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.shards import INDEX, header, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -204,7 +203,7 @@ def test_one_damaged_shard_stops_all(tmp_path: Path, tensors: dict[str, torch.Te
 MEASURE = """
 import sys
 from pathlib import Path
-from edgepress.pipeline.shards import rewrite
+from edgepress.pipeline.checkpoint.shards import rewrite
 
 def peak():
     return 1024 * next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))

@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import InputError, ModelError, ProofError
+from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
-from edgepress.pipeline.packed import PackedFile
-from edgepress.pipeline.quantizers.rtn import round_to_nearest
-from edgepress.pipeline.tokens import load_tokenizer, read_text
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.text.windows import load_tokenizer, read_text
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, read_json
+from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
 
 pytest.importorskip("lm_eval")
@@ -55,7 +56,7 @@ def exported(reference: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def models(exported: Artifact, reference: Path) -> tuple[Any, Any]:
     """Ours on the ONNX files and the harness's on the checkpoint."""
-    from edgepress.pipeline.tasks import OnnxLM
+    from edgepress.pipeline.bench.tasks import OnnxLM
     from lm_eval.models.huggingface import HFLM
 
     return OnnxLM(exported.path, threads=1), HFLM(pretrained=str(reference), dtype="float32", device="cpu", batch_size=4)
@@ -101,7 +102,7 @@ def test_generation_agrees(models: tuple[Any, Any]) -> None:
 
 def test_tasks_agree(models: tuple[Any, Any], files: list[Path]) -> None:
     """The harness's prompts and metrics on local documents, through both."""
-    from edgepress.pipeline.tasks import run
+    from edgepress.pipeline.bench.tasks import run
 
     ours, theirs = (run(model, ["arc_easy", "lambada_openai"], [str(f) for f in files], 0) for model in models)
     assert set(ours) == {"arc_easy.acc", "arc_easy.acc_norm", "lambada_openai.perplexity", "lambada_openai.acc"}
@@ -112,7 +113,7 @@ def test_tasks_agree(models: tuple[Any, Any], files: list[Path]) -> None:
 
 def test_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch, files: list[Path]) -> None:
     """With the nearest that the harness has; its whole index takes long to read, so here it is a short one."""
-    from edgepress.pipeline import tasks
+    from edgepress.pipeline.bench import tasks
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_defaults=False)

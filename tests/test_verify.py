@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgepress.pipeline import stages, verify
-from edgepress.pipeline.artifact import Artifact, read_json, write_json, write_manifest
-from edgepress.pipeline.checkpoint import load_model
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact, write_manifest
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
-from edgepress.pipeline.runtime import Decoder
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.verify import checks as verify
 from transformers import LlamaConfig
 
 from .conftest import TINY
@@ -124,7 +126,7 @@ def test_the_original_is_out_of_memory_before_a_session_opens(
         opened.append([model() for model in models])
         init(self, *arguments, **settings)
 
-    monkeypatch.setattr("edgepress.exporters.recheck.load_model", loaded)
+    monkeypatch.setattr("edgepress.exporters.proof.recheck.load_model", loaded)
     monkeypatch.setattr(Decoder, "__init__", checked)
     state, says = outcome(copied, original=made[0].path.parent / "model", text=text)["parity"]
     assert state == "ok" and says.startswith("no proof: ")

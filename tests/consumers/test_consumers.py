@@ -20,8 +20,8 @@ from edgepress.models import REFERENCE
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
-from edgepress.pipeline.runtime import Decoder
-from edgepress.pipeline.tokens import load_tokenizer
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.text.windows import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 pytestmark = pytest.mark.consumers

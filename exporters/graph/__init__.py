@@ -1,0 +1,1 @@
+"""ONNX graphs: written node by node, saved, and changed on the disk."""

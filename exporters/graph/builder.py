@@ -1,0 +1,145 @@
+"""A small builder over onnx_ir: nodes by name, weights, and the inputs and outputs that every artifact has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from edgepress.exporters.graph.operators import DOMAIN, operator
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+
+OPSET = 21
+# GenAI reads models up to this; 10 came with opset 21.
+IR_VERSION = 10
+LAST = np.iinfo(np.int64).max
+
+
+class Builder:
+    """Collects nodes and initializers; ``op`` returns the node's first output.
+
+    float: FLOAT or FLOAT16, what float arrays are stored as.
+    """
+
+    def __init__(self, float: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.float = float
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._gathered: dict[tuple[ir.Value, str], ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A graph input."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value a graph output under ``name``."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer; a second one of the same name is the first."""
+        if name not in self.initializers:
+            if array.dtype == np.float32:
+                with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and fails the proof
+                    array = array.astype(self.float.numpy(), copy=False)
+            tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+            self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        return self.initializers[name]
+
+    def integers(self, *values: int) -> ir.Value:
+        """A one-dimensional int64 constant."""
+        return self.constant("int64." + ".".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: Sequence[str] | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node. outputs: names of all its outputs, "" for one left out; default: one, named after the node."""
+        values = [ir.Value(name=output or "") for output in (outputs or [name])]
+        node = ir.node(kind, inputs, attributes, domain=domain, outputs=values, name=name)
+        self.nodes.append(node)
+        return values[0]
+
+    def linear(
+        self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, accuracy_level: int, weight_name: str | None = None
+    ) -> ir.Value:
+        """``x @ weight.T`` for a weight (out, in), packed or float32; weight_name: its initializers' (default: the node's)."""
+        weight_name = weight_name or name
+        if isinstance(weight, np.ndarray):
+            return self.op("MatMul", [x, self.constant(f"{weight_name}.weight", weight.T)], name)
+        kind, constants, attributes = operator(weight, accuracy_level)
+        if weight.permutation is not None:
+            x = self._permuted(x, weight.permutation, weight_name)
+        inputs = [x, *(self.constant(f"{weight_name}.{part}", array) for part, array in constants.items())]
+        return self.op(kind, inputs, name, domain=DOMAIN, **attributes)
+
+    def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
+        """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""
+        key = (x, hashlib.sha256(permutation.tobytes()).hexdigest())
+        if key not in self._gathered:
+            order = self.constant(f"{name}.permutation", permutation.astype(np.int32))
+            self._gathered[key] = self.op("Gather", [x, order], f"{name}.permuted", axis=-1)
+        return self._gathered[key]
+
+    def embedding(self, ids: ir.Value, weight: PackedLinear | np.ndarray, name: str) -> ir.Value:
+        """Rows of a matrix (vocabulary, hidden), packed or float32, by ids.
+
+        The codes of a packed one are the initializer that ``linear`` of the same name reads, seen in another shape: a
+        matrix that serves as embedding and head is stored once.
+        """
+        if isinstance(weight, np.ndarray):
+            return self.op("Gather", [self.constant(f"{name}.weight", weight), ids], name)
+        _, constants, _ = operator(weight, 0)
+        codes = self.constant(f"{name}.B", constants["B"])
+        flat = self.op("Reshape", [codes, self.integers(weight.shape[0], -1)], f"{name}.rows")
+        others = [self.constant(f"{name}.{part}", constants[part]) for part in ("scales", "zero_points") if part in constants]
+        return self.op(
+            "GatherBlockQuantized",
+            [flat, ids, *others],
+            name,
+            domain=DOMAIN,
+            bits=weight.bits,
+            block_size=weight.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def model(self, metadata: dict[str, str]) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, DOMAIN: 1},
+            name="edgepress",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepress", metadata_props=metadata)
+
+
+def last_positions(builder: Builder, hidden: ir.Value) -> ir.Value:
+    """The positions whose logits are wanted: the last ``logits_to_keep`` of hidden (batch, tokens, hidden), 0 for all.
+
+    ``logits_to_keep`` is an overridable initializer with default 1: a consumer that does not know it never sees it,
+    generates with one row of logits a step, and evaluation reads all rows from the same file.
+    """
+    keep = builder.constant("logits_to_keep", np.array([1], dtype=np.int64))
+    builder.inputs.append(keep)
+    start = builder.op("Neg", [keep], "head.start")  # -0 is 0: from the first position on
+    return builder.op("Slice", [hidden, start, builder.integers(LAST), builder.integers(1)], "head.positions")
+
+
+def block_output(index: int) -> str:
+    """Name of the residual stream (batch, tokens, hidden) that a decoder block leaves, in every graph."""
+    return f"model.layers.{index}.output"

@@ -1,0 +1,77 @@
+"""PackedLinear as onnxruntime operators: MatMulNBits and MatMulBnb4, codes and scales exactly as the quantizer chose them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from edgepress.pipeline.checkpoint.packed import PackedLinear, pack_bits
+from edgepress.pipeline.errors import OptionError
+
+DOMAIN = "com.microsoft"
+_BNB_TYPES = {"fp4": 0, "nf4": 1}
+
+
+def operator(linear: PackedLinear, accuracy_level: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """Operator name, its constant inputs by their names in the operator's schema, in order, and its attributes.
+
+    MatMulNBits: B uint8 (N, ceil(K / block), block * bits / 8), scales float32 (N, blocks), zero_points uint8
+    (N, ceil(blocks * bits / 8)), left out when every zero point is 2 ** (bits - 1).
+    MatMulBnb4: B uint8 (ceil(N * K / 2),), absmax float32, both flat.
+    The operator's own g_idx is never used: beside packed zero points the CPU kernel ignores the zero points (silently),
+    and beside float ones it is 30-50 times slower. Where the codes are permuted, the caller permutes the input instead.
+    Raises OptionError for a width that no operator carries.
+    """
+    rows, columns = linear.shape
+    if linear.codebook:
+        attributes = {"K": columns, "N": rows, "block_size": linear.group_size, "quant_type": _BNB_TYPES[linear.codebook]}
+        return "MatMulBnb4", {"B": linear.codes, "absmax": linear.scales}, attributes
+    if linear.bits not in (2, 4, 8):
+        raise OptionError(f"no onnxruntime operator carries {linear.bits}-bit weights; quantize with --bits 2, 4 or 8 to export")
+    inputs = {"B": linear.codes, "scales": linear.scales}
+    if linear.zeros is not None:
+        inputs["zero_points"] = pack_bits(linear.zeros, linear.bits)
+    attributes = {
+        "K": columns,
+        "N": rows,
+        "bits": linear.bits,
+        "block_size": linear.group_size,
+        "accuracy_level": accuracy_level,
+    }
+    return "MatMulNBits", inputs, attributes
+
+
+def stacked(name: str, linears: list[PackedLinear]) -> PackedLinear | None:
+    """Matrices with the same input as one, their rows in order; None when their layouts, or the orders of their input, differ.
+
+    Groups lie along the input, so stacking rows keeps every group of codes as it is. Codebook groups run over the
+    flattened matrix: they too stay whole, provided that each matrix ends on a group.
+    """
+    first = linears[0]
+    layout = (first.shape[1], first.bits, first.group_size, first.codebook)
+    if any((x.shape[1], x.bits, x.group_size, x.codebook) != layout for x in linears):
+        return None
+    if not all(_same_order(first.permutation, x.permutation) for x in linears):
+        return None
+    if first.codebook and any(x.shape[0] * x.shape[1] % x.group_size for x in linears[:-1]):
+        return None
+    zeros = None
+    if any(x.zeros is not None for x in linears):  # a matrix without stored zero points means 2 ** (bits - 1)
+        zeros = np.concatenate(
+            [np.full((x.shape[0], x.groups), 1 << (x.bits - 1), np.uint8) if x.zeros is None else x.zeros for x in linears]
+        )
+    return PackedLinear(
+        name,
+        (sum(x.shape[0] for x in linears), first.shape[1]),
+        first.bits,
+        first.group_size,
+        np.concatenate([x.codes for x in linears]),
+        np.concatenate([x.scales for x in linears]),
+        zeros,
+        first.codebook,
+        first.permutation,
+    )
+
+
+def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b is None or (a is not None and b is not None and np.array_equal(a, b))

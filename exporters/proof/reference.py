@@ -1,0 +1,67 @@
+"""What the torch model answers to the texts of the proof, computed once and kept in files."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.errors import OutputError, ProofError
+from edgepress.pipeline.files import check_disk
+from edgepress.pipeline.metrics.torch_scores import logits_of
+from transformers import PreTrainedModel
+
+ROWS = 64  # positions at a time: the logits of a window of a large vocabulary take a quarter of a gigabyte
+
+
+class ReferenceLogits:
+    """Logits of ``model`` over ``windows`` and whatever else is asked for; files in ``scratch``.
+
+    They stay on the disk because the torch model and an onnxruntime session, side by side, would be what an export takes
+    most memory for; and every accuracy level is compared with the same ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: list[np.ndarray], scratch: Path) -> None:
+        self.model, self.windows, self._scratch = model, windows, scratch
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Float32 (tokens, vocabulary) of every position of ids int64 (tokens,), mapped from a file."""
+        file = self._scratch / f"{hashlib.sha256(ids.tobytes()).hexdigest()}.npy"
+        if not file.exists():
+            found = logits_of(self.model, ids)
+            try:
+                np.save(file, found)
+            except OSError as error:
+                raise OutputError(f"cannot keep torch's logits in {self._scratch} ({error}); free some disk space") from error
+        kept: np.ndarray = np.load(file, mmap_mode="r")
+        return kept
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the logits of a window, the mean over all windows. Raises ProofError when all are the same."""
+        spread = float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
+        if spread == 0:
+            raise ProofError("the logits are all the same; the checkpoint is broken, fetch or build it again")
+        return spread
+
+
+@contextmanager
+def reference_logits(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) -> Iterator[ReferenceLogits]:
+    """Reference logits whose files lie in ``folder`` and are gone afterwards. Raises OutputError when the disk is too full."""
+    check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
+    with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        reference = ReferenceLogits(model, windows, Path(scratch))
+        del model  # whoever is done with it can let go of reference.model
+        yield reference
+    if Path(scratch).exists():
+        raise OutputError(f"{scratch} cannot be deleted and must not ship; export again, to a local disk")
+
+
+def _deviation(logits: np.ndarray) -> float:
+    blocks = [slice(first, first + ROWS) for first in range(0, len(logits), ROWS)]
+    mean = sum(logits[rows].sum(dtype=np.float64) for rows in blocks) / logits.size
+    return float(np.sqrt(sum(np.square(logits[rows] - mean).sum() for rows in blocks) / logits.size))

@@ -1,0 +1,60 @@
+"""Measuring processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgepress.pipeline.errors import WorkerError
+from edgepress.pipeline.files import write_json
+
+
+def events(kind: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a fresh measuring process answers, object by object. Raises WorkerError when it crashes or is killed."""
+    with (
+        tempfile.TemporaryDirectory(prefix="edgepress-bench-") as scratch,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+    ):
+        file = Path(scratch) / "job.json"
+        write_json(file, job)
+        command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8")
+        error = None
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                if "error" in event:
+                    error = event["error"]
+                else:
+                    yield event
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if code:
+            stderr.seek(0)
+            raise WorkerError(error or _reason(code, stderr.read()))
+
+
+def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The one answer of a measuring process."""
+    return list(events(kind, job))[-1]
+
+
+def _reason(code: int, stderr: str) -> str:
+    if os.name == "posix" and code == -signal.SIGKILL:
+        return "killed by the system, most likely for want of memory (SIGKILL)"
+    if code < 0:
+        return f"crashed ({signal.Signals(-code).name})"
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    return f"failed: {lines[-1].strip()}" if lines else f"failed with exit code {code}"

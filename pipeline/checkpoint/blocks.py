@@ -1,0 +1,158 @@
+"""The decoder blocks of a torch model, run with some of them left out or started again from a recorded state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from edgepress.pipeline.errors import ModelError
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """Name and list of the decoder blocks: the one ModuleList as long as the config's layer count. Raises ModelError."""
+    count = model.config.num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    # Experts or heads may be as many as layers: the outermost list is the blocks'.
+    lists = [pair for pair in lists if not any(pair[0].startswith(other + ".") for other, _ in lists)]
+    if len(lists) != 1:
+        raise ModelError(
+            f"cannot tell the decoder blocks of {type(model).__name__}: it keeps no one list of them; give a model of another kind"
+        )
+    return lists[0]
+
+
+def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The linear layers inside the decoder blocks, by full name; GPT-2's Conv1D holds its weight as (in, out)."""
+    prefix, blocks = decoder_blocks(model)
+    return {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+
+
+def block_matrices(model: PreTrainedModel) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+    """Name -> (out, in) of the linear layers inside the blocks, and the names of those that are stored as (in, out)."""
+    linears = block_linears(model)
+    transposed = frozenset(name for name, module in linears.items() if isinstance(module, Conv1D))
+    shapes = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in linears.items()}
+    return {name: (b, a) if name in transposed else (a, b) for name, (a, b) in shapes.items()}, transposed
+
+
+class _Enough(Exception):
+    """All that was asked for is computed."""
+
+
+class Blocks:
+    """The residual stream of a model: what enters and leaves each decoder block.
+
+    Blocks are replaced, not hooked, so that what is left out costs no time. Raises ModelError when the blocks of the
+    architecture cannot be told.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name, self.modules = decoder_blocks(model)
+        self._extras = self._outputs_beside_the_hidden_states()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary) of token ids (batch, tokens), without a cache."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def without(self, removed: Sequence[int]) -> Iterator[None]:
+        """Within the context the blocks ``removed`` hand their input on unchanged."""
+        with self._replaced(dict.fromkeys(removed)):
+            yield
+
+    @contextmanager
+    def entering(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Within the context the model computes nothing before block ``index``, which is given ``hidden`` (batch, tokens, hidden).
+
+        index may be the number of blocks: then only what follows the blocks is computed.
+        """
+        with self._replaced({i: hidden if i == index - 1 else None for i in range(index)}):
+            yield
+
+    def states(self, ids: torch.Tensor, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """What enters the blocks ``wanted``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
+
+        Nothing is computed after the last of them.
+        """
+        states: dict[int, torch.Tensor] = {}
+        end = max(wanted)
+
+        def entering(index: int) -> Any:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states[index] = block_input(args, kwargs)
+                if index == end:
+                    raise _Enough
+
+            return hook
+
+        def leaving(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states[len(self)] = block_output(output)
+            raise _Enough
+
+        handles = [self.modules[i].register_forward_pre_hook(entering(i), with_kwargs=True) for i in wanted if i < len(self)]
+        if end == len(self):
+            handles.append(self.modules[-1].register_forward_hook(leaving))
+        try:
+            with suppress(_Enough):
+                self.logits(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states
+
+    @contextmanager
+    def _replaced(self, given: Mapping[int, torch.Tensor | None]) -> Iterator[None]:
+        def hand_on(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = given[index]
+                hidden = block_input(args, kwargs) if hidden is None else hidden
+                extras = self._extras[index]
+                return hidden if extras is None else (hidden, *[None] * extras)
+
+            return forward
+
+        changed = [index for index in given if "forward" not in self.modules[index].__dict__]  # contexts may be nested
+        for index in changed:
+            self.modules[index].forward = hand_on(index)
+        try:
+            yield
+        finally:
+            for index in changed:
+                del self.modules[index].forward
+
+    def _outputs_beside_the_hidden_states(self) -> list[int | None]:
+        """For each block the length of its output tuple less one, None where it returns a bare tensor."""
+        found: list[int | None] = []
+
+        def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+            found.append(len(output) - 1 if isinstance(output, tuple) else None)
+
+        handles = [block.register_forward_hook(look) for block in self.modules]
+        try:
+            self.logits(torch.zeros((1, 2), dtype=torch.long))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states given to a block, (batch, tokens, hidden)."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, (batch, tokens, hidden)."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,0 +1,86 @@
+"""bitsandbytes checkpoints, as transformers' save_pretrained writes them: NF4 and FP4, single or double quantized, and LLM.int8.
+
+Read from the file, before any forward: on CPUs with AVX512 a bitsandbytes module repacks its absmax in the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear
+from edgepress.pipeline.checkpoint.tensors import Tensors
+from edgepress.pipeline.errors import ModelError
+
+_STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(nf4|fp4)")
+_PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+class BnbFolder:
+    """Module name -> PackedLinear of a folder. parts: names of the tensors behind them, which are no float weights."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Path],
+        settings: dict[str, Any],
+        original: Callable[[str], np.ndarray | None] | None = None,
+    ) -> None:
+        self._tensors = Tensors(shards)
+        names = self._tensors.names
+        self._kinds = {match[1]: match[2] for name in sorted(names) if (match := _STATE.fullmatch(name))}
+        self._kinds |= {name.removesuffix(".SCB"): "int8" for name in sorted(names) if name.endswith(".SCB")}
+        if not self._kinds:
+            raise ModelError(f"{folder} says bitsandbytes and holds no matrix of it; give the complete checkpoint")
+        self.parts = {name for name in names if self._module(name) in self._kinds}
+        self.described = {"quant_method": "bitsandbytes", "kinds": sorted(set(self._kinds.values()))}
+
+    @staticmethod
+    def _module(name: str) -> str:
+        """The module behind ``M.weight``, ``M.weight.absmax``, ``M.SCB`` and so on."""
+        return re.sub(r"\.(weight(\..+)?|SCB|weight_format)$", "", name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kinds
+
+    def __getitem__(self, name: str) -> PackedLinear:
+        kind = self._kinds[name]
+        return self._int8(name) if kind == "int8" else self._codebook(name, "nf4" if kind == "nf4" else "fp4")
+
+    def _codebook(self, name: str, kind: Literal["nf4", "fp4"]) -> PackedLinear:
+        """Codes as they are; absmax too, or dequantized where it is quantized itself (Dettmers et al. 2023, section 3)."""
+        state = json.loads(bytes(self._tensors[f"{name}.weight.quant_state.bitsandbytes__{kind}"].tolist()))
+        if not np.array_equal(self._tensors[f"{name}.weight.quant_map"].float().numpy(), CODEBOOKS[kind]):
+            raise ModelError(f"{name} has a codebook of its own, which no operator carries; give the original float checkpoint")
+        rows, columns = state["shape"]
+        block = int(state["blocksize"])
+        codes = self._tensors[f"{name}.weight"].contiguous().view(torch.uint8).flatten().numpy()  # whatever type stored the bytes
+        absmax = self._tensors[f"{name}.weight.absmax"].numpy()
+        if absmax.dtype == np.uint8:
+            table = self._tensors[f"{name}.weight.nested_quant_map"].float().numpy()
+            outer = self._tensors[f"{name}.weight.nested_absmax"].float().numpy()
+            spread = np.repeat(outer, int(state["nested_blocksize"]))[: absmax.size]
+            absmax = table[absmax] * spread + np.float32(state["nested_offset"])
+        if codes.size != -(-rows * columns // 2) or absmax.size != -(-rows * columns // block):
+            raise ModelError(
+                f"{name}: {codes.size} bytes and {absmax.size} scales do not fit a matrix of {rows} x {columns}; fetch it again"
+            )
+        return PackedLinear(name, (rows, columns), 4, block, codes, absmax.astype(np.float32), codebook=kind)
+
+    def _int8(self, name: str) -> PackedLinear:
+        """Row-wise int8 (Dettmers et al. 2022): code = q + 128, scale = SCB / 127, repeated for every block of the operator."""
+        q, absmax = self._tensors[f"{name}.weight"], self._tensors[f"{name}.SCB"].float().numpy()
+        if q.dtype != torch.int8 or q.ndim != 2 or absmax.shape != (q.shape[0],):
+            raise ModelError(f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are no LLM.int8 matrix; fetch it again")
+        if f"{name}.weight_format" in self._tensors.names and int(self._tensors[f"{name}.weight_format"]):
+            raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a bitsandbytes of today")
+        codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
+        return PackedLinear.from_codes(name, codes, (absmax / np.float32(127))[:, None], None, 8, -1)

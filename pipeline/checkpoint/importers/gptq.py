@@ -1,0 +1,200 @@
+"""GPTQ checkpoints: gptqmodel's, AutoGPTQ's, and those of transformers and optimum; act-order included.
+
+qweight int32 (in * bits / 32, out) holds codes along ``in``, lower index in the lower bits; its rows may be padded.
+qzeros int32 (groups, out * bits / 32) holds zero points along ``out``: format v1 ("gptq") stores zero - 1, v2 ("gptq_v2") the
+zero itself. scales float16 (groups, out). g_idx int32 (in,): the group of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear
+from edgepress.pipeline.checkpoint.tensors import Tensors
+from edgepress.pipeline.errors import ModelError
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+FORMATS = ("gptq", "gptq_v2")
+_LOOKED_AT = 24  # matrices that vote on the format
+
+
+class GptqFolder:
+    """Module name -> PackedLinear of a folder. parts: names of the tensors behind them, which are no float weights.
+
+    Bits and group size are read from the arrays of each matrix, not from the config: they may differ from one to the next.
+    format: how zero points are stored, where the caller knows it; else it is found from the values, for labels lie.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Path],
+        settings: dict[str, Any],
+        original: Callable[[str], np.ndarray | None] | None = None,
+        format: str | None = None,
+    ) -> None:
+        self._tensors, self._settings = Tensors(shards), settings
+        names = self._tensors.names
+        self._modules = [name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight")]
+        if not self._modules:
+            raise ModelError(f"{folder} says GPTQ and holds no matrix of it; give the complete checkpoint")
+        self.parts = {f"{module}.{part}" for module in self._modules for part in PARTS} & names
+        self.format, evidence = (format, "known") if format else self._find_format(folder, original)
+        self.described = {"quant_method": "gptq", "zero_points": self.format, "zero_points_by": evidence}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.qweight" in self.parts
+
+    def __getitem__(self, name: str) -> PackedLinear:
+        return self._read(name, self.format)
+
+    def _read(self, name: str, format: str) -> PackedLinear:
+        arrays = {part: self._tensors[f"{name}.{part}"].numpy() for part in ("qweight", "qzeros", "scales")}
+        words, rows = arrays["qweight"].shape
+        length = int(self._settings.get("group_size", -1))
+        if f"{name}.g_idx" in self.parts:
+            order = self._tensors[f"{name}.g_idx"].numpy().astype(np.int64)
+            counts = np.bincount(order) if order.size and order.min() >= 0 else np.zeros(1, np.int64)
+            # the length of a group, where there are several, stands in g_idx
+            if counts.size > 1:
+                length = int(counts.max())
+            elif length not in BLOCKS:
+                length = -1
+        else:  # AutoGPTQ before 0.3
+            columns = words * 32 // int(self._settings.get("bits", 4))
+            order = np.zeros(columns, np.int64) if length == -1 else np.arange(columns) // length
+        bits = width(name, words, order.size)
+        return convert(name, (rows, order.size), arrays | {"g_idx": order}, bits, length, format)
+
+    def _find_format(self, folder: Path, original: Callable[[str], np.ndarray | None] | None) -> tuple[str, str]:
+        """Format of the zero points, and what told it. Raises ModelError when nothing does."""
+        chosen = self._modules[:: max(1, len(self._modules) // _LOOKED_AT)]
+        if original is not None:
+            weights = {name: weight for name in chosen if (weight := original(name)) is not None}
+            if not weights:
+                raise ModelError(f"the folder given as --original lacks {chosen[0]}.weight; give the checkpoint that was quantized")
+            votes: list[str | None] = [self._nearest(name, weight) for name, weight in weights.items()]
+            source = "the original weights"
+        else:
+            votes = [self._plausible(name) for name in chosen]
+            source = "the values"
+        for format in FORMATS:
+            if votes.count(format) >= 0.9 * len(votes):
+                return format, source
+        raise ModelError(
+            f"the zero points of {folder} can be read in two ways (v1, v2), and its values do not tell which; "
+            "give the float checkpoint that it was made from with --original DIR"
+        )
+
+    def _nearest(self, name: str, weight: np.ndarray) -> str:
+        """The format that restores the original weights (out, in) best. Raises ModelError when neither restores them."""
+        errors = {}
+        for format in FORMATS:
+            restored = self._read(name, format).dequantized()
+            if restored.shape != weight.shape:
+                raise ModelError(
+                    f"{name} is {restored.shape} here and {weight.shape} in --original; give the checkpoint that was quantized"
+                )
+            errors[format] = float(np.linalg.norm(restored - weight)) / (float(np.linalg.norm(weight)) or 1.0)
+        best = min(errors, key=lambda format: errors[format])
+        if errors[best] > 0.9:  # an unrelated matrix is 1 or more away
+            raise ModelError(f"{name} is not what --original was quantized to; give the checkpoint that this one was made from")
+        return best
+
+    def _plausible(self, name: str) -> str | None:
+        """The format by the zero points themselves, None when they do not tell.
+
+        Symmetric ones are all 2^(bits-1), so stored as that or one less. Else: the weights of a matrix average to about
+        nothing, and the wrong reading moves every one of them by a whole step.
+        """
+        read = {format: self._read(name, format) for format in FORMATS}
+        for format, linear in read.items():
+            if linear.zeros is None:
+                return format
+        means = {format: abs(_mean_step(linear)) for format, linear in read.items()}
+        best = min(means, key=lambda format: means[format])
+        return best if means[best] < 0.25 else None
+
+
+def _mean_step(linear: PackedLinear) -> float:
+    """Average of code - zero point over a matrix."""
+    assert linear.zeros is not None
+    columns = linear.shape[1]
+    lengths = np.full(linear.groups, linear.group_size)
+    lengths[-1] -= linear.groups * linear.group_size - columns
+    return float(linear.unpacked().mean() - (linear.zeros * lengths).sum(1).mean() / columns)
+
+
+def width(name: str, words: int, columns: int) -> int:
+    """Bits of a code, from the int32 words that hold ``columns`` of them (and what they were padded to).
+
+    Read from the file because a folder's one "bits" is not that of every matrix. Raises ModelError when no width fits.
+    """
+    padded = -(-columns // 32)
+    for bits in (2, 3, 4, 8):
+        if words in (padded * bits, -(-columns * bits // 32)):
+            return bits
+    raise ModelError(f"{name}: {words} words cannot hold {columns} codes of 2, 3, 4 or 8 bits; fetch it again")
+
+
+def convert(
+    name: str, shape: tuple[int, int], tensors: dict[str, np.ndarray], bits: int, group_size: int, format: str
+) -> PackedLinear:
+    """GPTQ tensors to PackedLinear, code for code.
+
+    Where the rows are not in order of their groups (act-order) they are sorted by group, stably, and ``permutation`` says
+    where each came from: an operator that is given g_idx beside packed zero points would ignore the zero points.
+    group_size -1: one group. Raises ModelError for a layout that is not known.
+    """
+    rows, columns = shape
+    length = columns if group_size == -1 else group_size
+    order = np.argsort(tensors["g_idx"], kind="stable")
+    if not np.array_equal(tensors["g_idx"][order], np.arange(columns) // length):
+        raise ModelError(f"{name}: its g_idx does not put {length} rows in every group; give the original float checkpoint")
+    if format not in FORMATS:
+        raise ModelError(f"{name}: checkpoint format '{format}' is not known; give the original float checkpoint")
+    groups = -(-columns // length)
+    if tensors["scales"].shape != (groups, rows) or tensors["qzeros"].shape != (groups, -(-rows * bits // 32)):
+        found = f"scales {tensors['scales'].shape} and qzeros {tensors['qzeros'].shape}"
+        raise ModelError(f"{name}: {found} do not fit {groups} groups of {rows} rows at {bits} bits; fetch it again")
+    in_order = np.array_equal(order, np.arange(columns))
+    codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
+    zeros = unpack_zeros(tensors["qzeros"], bits, format)[:, :rows].T
+    scales = tensors["scales"].astype(np.float32).T
+    symmetric = bool((zeros == 1 << (bits - 1)).all())  # the operator's own zero point: none need be stored
+    return PackedLinear.from_codes(
+        name,
+        codes if in_order else codes[:, order],
+        scales,
+        None if symmetric else np.ascontiguousarray(zeros),
+        bits,
+        group_size,
+        None if in_order else order.astype(np.int32),
+    )
+
+
+def unpack_zeros(stored: np.ndarray, bits: int, format: str) -> np.ndarray:
+    """Zero points uint8 (groups, out or a little more) from qzeros."""
+    if format == "gptq_v2":
+        return unpack_int32(stored, bits)
+    if bits == 3:  # fields run across words here, and the writer took 1 from each by itself
+        return (unpack_int32(stored, bits) + np.uint8(1)) & np.uint8(7)
+    # v1 was written by taking 1 from every field of the whole word: a zero point of 0 borrowed from the field above
+    # it, so the 1s must be given back to the whole word as well.
+    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    return unpack_int32((stored.view(np.uint32) + ones).view(np.int32), bits)
+
+
+def unpack_int32(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the last axis of int32 words, lower bits first, as uint8. 3-bit codes run across the words."""
+    words = np.ascontiguousarray(packed).view(np.uint8).reshape(*packed.shape[:-1], -1)  # little endian: low byte first
+    if bits == 8:
+        return words
+    stream = np.unpackbits(words, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return np.packbits(stream, axis=-1, bitorder="little")[..., 0]

@@ -1,0 +1,248 @@
+"""PackedLinear: one quantized matrix, in the layout that the ONNX operators read. Quantizers return it, exporters read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from edgepress.pipeline.checkpoint.shards import PACKED, Places
+from edgepress.pipeline.errors import ModelError, OptionError, OutputError
+
+# Dettmers et al. 2023 (QLoRA), appendix E, and bitsandbytes' FP4, in the order of their codes.
+# The tests compare both with bitsandbytes' own tables.
+CODEBOOKS = {
+    "nf4": np.array(
+        [
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ],
+        dtype=np.float32,
+    ),
+    "fp4": np.array(
+        [
+            0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
+            0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
+        ],
+        dtype=np.float32,
+    ),
+}  # fmt: skip
+_ROWS = 256  # of a matrix dequantized at a time: several times as fast while the steps stay in the processor's cache
+# Lengths of a block, weights with a common scale, that MatMulNBits carries.
+BLOCKS = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A matrix of shape (out, in) as integer codes.
+
+    Without codebook, groups lie along ``in`` and the last is padded with the code that means zero:
+        codes   uint8 (out, groups, group_size * bits / 8), lower k in the lower bits (``B`` of MatMulNBits)
+        scales  float32 (out, groups)
+        zeros   uint8 (out, groups), one zero point each; None means 2 ** (bits - 1)
+        weight = (code - zero) * scale
+    3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
+
+    permutation int32 (in,), or None: act-order. Column k of the codes is column permutation[k] of the matrix, so that
+    ``weight @ x`` is the codes' matrix times ``x[permutation]``. Groups lie along the permuted columns.
+
+    With codebook ("nf4", "fp4"), groups run over the flattened matrix (``B`` of MatMulBnb4):
+        codes   uint8 (ceil(out * in / 2),), even index in the high nibble
+        scales  float32 (ceil(out * in / group_size),), the absmax of each group
+        weight = codebook[code] * scale
+
+    A matrix that the checkpoint stores as (in, out), as GPT-2's Conv1D does, is (out, in) here. Biases stay with the float
+    weights of the checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
+    codebook: Literal["nf4", "fp4"] | None = None
+    permutation: np.ndarray | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return -(-self.shape[1] // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed)."""
+        zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
+        order = 0 if self.permutation is None else self.permutation.nbytes
+        codes = self.codes.nbytes + zeros
+        return (codes * 3 // 8 if self.bits == 3 else codes) + self.scales.nbytes + order
+
+    @classmethod
+    def from_codes(
+        cls,
+        name: str,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | None,
+        bits: int,
+        group_size: int,
+        permutation: np.ndarray | None = None,
+    ) -> PackedLinear:
+        """Pack integer codes (out, in), their columns in permuted order if there is one; scales and zeros are (out, groups).
+
+        group_size: of any length, -1 for one group a row. A length that no operator carries is stored as shorter blocks with
+        the scale and zero point of their group repeated. Raises OptionError when no block divides it.
+        """
+        rows, columns = codes.shape
+        block = block_for(group_size, columns)
+        if block != group_size:
+            group = np.arange(0, columns, block) // (columns if group_size == -1 else group_size)
+            scales, zeros, group_size = scales[:, group], None if zeros is None else zeros[:, group], block
+        groups = -(-columns // group_size)
+        padded = np.empty((rows, groups * group_size), dtype=np.uint8)
+        padded[:, :columns] = codes
+        # A padded weight must mean zero, or an operator that reads it adds noise.
+        last_zero = np.full(rows, 1 << (bits - 1), dtype=np.uint8) if zeros is None else zeros[:, -1]
+        padded[:, columns:] = last_zero[:, None]
+        packed = pack_bits(padded.reshape(rows, groups, group_size), bits)
+        scales = np.ascontiguousarray(scales, dtype=np.float32)
+        return cls(name, (rows, columns), bits, group_size, packed, scales, zeros, permutation=permutation)
+
+    def unpacked(self) -> np.ndarray:
+        """The integer codes, uint8 (out, in), columns in the order in which they are stored."""
+        rows, columns = self.shape
+        if self.codebook:
+            codes = np.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(-1)
+            return np.array(codes[: rows * columns]).reshape(rows, columns)
+        codes = unpack_bits(self.codes, self.bits, self.group_size)
+        return np.array(codes.reshape(rows, -1)[:, :columns])
+
+    def dequantized(self) -> np.ndarray:
+        """The weights that the codes stand for, float32 (out, in)."""
+        if self.codebook:
+            flat = CODEBOOKS[self.codebook][self.unpacked()].reshape(-1)
+            return np.asarray(flat * np.repeat(self.scales, self.group_size)[: flat.size]).reshape(self.shape)
+        weights = np.empty(self.shape, dtype=np.float32)
+        for first in range(0, self.shape[0], _ROWS):
+            rows = slice(first, first + _ROWS)
+            values = unpack_bits(self.codes[rows], self.bits, self.group_size).astype(np.float32)  # (rows, groups, group_size)
+            values -= np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[rows].astype(np.float32)[..., None]
+            values *= self.scales[rows][..., None]
+            weights[rows] = values.reshape(len(values), -1)[:, : self.shape[1]]
+        if self.permutation is None:
+            return weights
+        restored = np.empty_like(weights)
+        restored[:, self.permutation] = weights
+        return restored
+
+
+def block_for(group_size: int, columns: int) -> int:
+    """The operator's block for groups of a length, -1 for whole rows: the longest that divides it.
+
+    A whole row takes the block that costs fewest bytes at 4 bits, padding and repeated scales counted. Raises OptionError.
+    """
+    if group_size == -1:
+        return min(BLOCKS, key=lambda block: -(-columns // block) * (block // 2 + 4))
+    for block in BLOCKS:
+        if group_size % block == 0:
+            return block
+    raise OptionError(f"no operator carries groups of {group_size}; use a multiple of 16")
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack the last axis, lower index in the lower bits; a short last byte is filled with zeros. 3 bits stay one a byte."""
+    if bits in (3, 8):
+        return np.ascontiguousarray(codes, dtype=np.uint8)
+    per_byte = 8 // bits
+    short = -codes.shape[-1] % per_byte
+    if short:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], short), dtype=np.uint8)], axis=-1)
+    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(parts.shape[:-1], dtype=np.uint8)
+    for index in range(per_byte):
+        packed |= parts[..., index] << np.uint8(bits * index)
+    return packed
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Inverse of pack_bits: the first ``count`` codes of the last axis."""
+    if bits in (3, 8):
+        return packed[..., :count]
+    per_byte = 8 // bits
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), dtype=np.uint8)
+    for index in range(per_byte):
+        codes[..., index::per_byte] = (packed >> np.uint8(bits * index)) & np.uint8((1 << bits) - 1)
+    return codes[..., :count]
+
+
+def save(linears: dict[str, PackedLinear], folder: Path) -> None:
+    """Write ``packed.safetensors``; the fields that are no arrays go into its metadata."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    arrays, described = {}, {}
+    for name, linear in linears.items():
+        arrays[f"{name}.codes"], arrays[f"{name}.scales"] = linear.codes, linear.scales
+        if linear.zeros is not None:
+            arrays[f"{name}.zeros"] = np.ascontiguousarray(linear.zeros)
+        if linear.permutation is not None:
+            arrays[f"{name}.permutation"] = np.ascontiguousarray(linear.permutation)
+        described[name] = {
+            "shape": list(linear.shape), "bits": linear.bits, "group_size": linear.group_size, "codebook": linear.codebook
+        }  # fmt: skip
+    try:
+        save_file(arrays, folder / PACKED, metadata={"linears": json.dumps(described)})
+    except SafetensorError as error:
+        raise OutputError(
+            f"cannot write {folder / PACKED} ({error}); free some disk space or choose another output folder"
+        ) from error
+
+
+_STORED = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
+
+
+class PackedFile:
+    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole.
+
+    parts: names among the folder's float weights that are no such weights; none here, for packed matrices have their own file.
+    """
+
+    parts: frozenset[str] = frozenset()
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = folder / PACKED
+        try:
+            with safe_open(self.path, "np") as file:
+                self._described = json.loads(file.metadata()["linears"])
+            self._places = Places([self.path])
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._described
+
+    def __getitem__(self, name: str) -> PackedLinear:
+        row = self._described[name]
+        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._places))
+        arrays = {part: self._array(f"{name}.{part}") for part in parts}
+        shape = (row["shape"][0], row["shape"][1])
+        return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._places:
+            raise ModelError(f"{self.path} is damaged (it lacks {name}); quantize again")
+        content, kind, shape = self._places.read(name)
+        if kind not in _STORED:
+            raise ModelError(f"{self.path} is damaged ({name} is of the type {kind}); quantize again")
+        return np.frombuffer(content, dtype=_STORED[kind]).reshape(shape)

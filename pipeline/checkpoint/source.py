@@ -1,0 +1,82 @@
+"""What a user may call a source: a local folder, a hub id, or ``reference``; and whether it can be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from edgepress.models import REFERENCE
+from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.files import read_json
+
+READABLE = ("gptq", "bitsandbytes")  # what export takes from others: pipeline/importers
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(source: str) -> Path:
+    """The local folder of a source, downloaded from the hub when it is a hub id. Raises InputError."""
+    if source == "reference":
+        return REFERENCE
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
+    if path.exists() or looks_local:
+        raise InputError(f"no such folder: {source}; give a folder with config.json, a hub id (name/model), or 'reference'")
+    return _download(source)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except Exception as error:  # every failure of the hub client (offline, absent, gated) means the same here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"no folder '{name}' here, and it could not be downloaded ({reason}); give a local folder, or go online"
+        ) from error
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """How a folder says it was quantized: config.json, or the quantize_config.json of AutoGPTQ; None for a float one.
+
+    ``quant_method`` is always there, "?" where the folder does not say.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not settings and (folder / "quantize_config.json").is_file():
+        settings = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder / 'config.json'}: quantization_config must be an object; correct it or fetch it again")
+    return {"quant_method": "?"} | settings
+
+
+def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
+    """Refuse, before anything is written, a folder that is no causal language model in safetensors. Raises ModelError.
+
+    quantized: whether one that GPTQ or bitsandbytes quantized will do.
+    """
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ModelError(f"{folder} holds {architectures[0]}, which is no causal language model; give a ...ForCausalLM checkpoint")
+    if "model_type" not in config:
+        raise ModelError(f"{folder / 'config.json'} names no model_type, so it is no Hugging Face model; give another folder")
+    if config.get("auto_map") and not trust_remote_code:
+        raise ModelError(f"{folder} runs Python code of its own; read it, and allow it with --trust-remote-code")
+    if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
+        method = settings["quant_method"]
+        way = ", or export it as it is" if method in READABLE else ""
+        raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ModelError(
+            f"{folder} holds pickled weights, which can run code when read; convert them once, if you trust them: "
+            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"M.from_pretrained('{folder}').save_pretrained('NEW'); T.from_pretrained('{folder}').save_pretrained('NEW')\""
+        )
+    raise ModelError(f"{folder} has no weights (*.safetensors); give the complete checkpoint")

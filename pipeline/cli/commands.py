@@ -1,0 +1,212 @@
+"""The command line: the only module that prints, and the only one that turns errors into exit codes.
+
+Exit codes: 0 done, 2 something the user can mend (one line says what and how), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgepress.pipeline import recipe, stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
+from edgepress.pipeline.cli.conversation import chat
+from edgepress.pipeline.cli.parser import parser
+from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say, signals, stop
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
+from edgepress.pipeline.registry import double_runtime, load
+from edgepress.pipeline.stages import STAGES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    log_to_terminal()
+    signals.clear()
+    for name in ("SIGINT", "SIGTERM"):  # a polite kill cleans up as Ctrl-C does; a Ctrl-C that the shell ignores stays ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), stop)
+    if warning := double_runtime():
+        say(f"warning: {warning}")
+    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "prompt")
+    flags = {k: v for k, v in vars(options).items() if k not in own}
+    command = COMMANDS.get(options.verb, _stage)
+    if options.debug:
+        return command(options, flags)
+    try:
+        return command(options, flags)
+    except BaseException as error:
+        # Native code may swallow the KeyboardInterrupt and fail in its own way: what was asked for was to stop.
+        if not signals and not isinstance(error, KeyboardInterrupt):
+            return exit_code(error)
+    if options.verb == "run":
+        with contextlib.suppress(OSError):
+            print()  # after the words so far
+    more = "; nothing half-written is left" if options.verb == "build" or options.verb in STAGES else ""
+    goes_on = ", and the same command goes on after the last finished stage" if options.verb == "build" else ""
+    say(f"interrupted{more}{goes_on}")
+    return 130
+
+
+def _resolved(flags: dict[str, Any]) -> dict[str, Any]:
+    """--reference and --original may be anything that SRC may be."""
+    return flags | {name: resolve(flags[name]) for name in ("reference", "original") if name in flags}
+
+
+def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    chosen = options.recipe or ("reference" if options.source == "reference" else "default")
+    steps = recipe.plan(recipe.read(chosen), _resolved(flags))
+    source = resolve(options.source)
+    out = options.out or Path("out") / Path(options.source).name
+    done = recipe.build(source, out, steps)
+    _print_report(done[-1])
+    artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
+    print(f"\nartifact: {artifact.path}")
+    if artifact.format == "onnx":
+        print(f'try:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
+    return 0
+
+
+def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    stage = STAGES[options.verb]
+    if options.verb == "bench" and options.others:
+        flags = {**flags, "beside": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("beside")])]}
+    values: Any = make(stage.options, _resolved(flags))
+    if options.verb == "bench":
+        folder = _artifact_folder(options.source)
+        out = options.out or folder.parent / f"{folder.resolve().name}-bench"
+        artifact = stages.run("bench", Artifact.load(folder), out, values)
+    else:
+        artifact = stages.run(options.verb, Artifact.load(resolve(options.source)), options.out, values)
+    if artifact.format == "report":
+        _print_report(artifact)
+        return 0
+    if options.verb == "prune":
+        from edgepress.pipeline.report.text import influence_table
+
+        print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
+    print(artifact.path)
+    return 0
+
+
+def _report(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.report.files import gather, save
+
+    save(gather([Path(source).expanduser() for source in options.sources]), options.out)
+    print(options.out)
+    return 0
+
+
+def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.runtime.generate import stream
+
+    settings = make(RunOptions, flags)
+    if options.prompt is None and not settings.chat:
+        raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
+    folder = _artifact_folder(options.source)
+    if settings.chat:
+        return chat(folder, options.prompt, settings)
+    begun, count = time.monotonic(), 0
+    for piece in stream(folder, options.prompt, settings):
+        if not count:
+            begun = time.monotonic()
+        print(piece, end="", flush=True)
+        count += 1
+    print()
+    if count > 2:  # the first piece is the prompt, the second waited for it to be read
+        say(f"{(count - 2) / (time.monotonic() - begun):.1f} tokens/s")
+    return 0
+
+
+def _verify(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from edgepress.pipeline.verify.checks import verify
+
+    settings = make(VerifyOptions, _resolved(flags))
+    folder, states = _artifact_folder(options.source), []
+    for check in verify(folder, settings):
+        print(f"{check.state:<12} {check.name}: {check.says}", flush=True)
+        states.append(check.state)
+    if failed := states.count("failed"):
+        raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    values = make(SensitivityOptions, flags)
+    folder = Artifact.load(resolve(options.source)).path
+    check_checkpoint(folder, values.trust_remote_code)
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    found = load("edgepress.pipeline.quantize.sensitivity:measure")(folder, values)
+    write_json(options.out, {"model": folder.name, **found})
+    print(load("edgepress.pipeline.quantize.sensitivity:table")(found))
+    return 0
+
+
+def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    folder = Path(options.source).expanduser()
+    if not folder.is_dir():
+        folder = resolve(options.source)
+    if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
+        folder = _artifact_folder(options.source)
+    artifact = Artifact.load(folder)
+    if not artifact.steps:
+        print(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress")
+        return 0
+    print(f"{folder}: {artifact.format}, {len(artifact.files)} files")
+    for number, step in enumerate(artifact.steps, 1):
+        print(f"\n{number}. {step.stage}  ({step.seconds:.1f} s; {', '.join(f'{k} {v}' for k, v in step.versions.items())})")
+        for title, content in (("options", step.options), ("facts", step.facts)):
+            print(f"   {title}:")
+            for key, value in content.items():
+                text = json.dumps(value)
+                print(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}")
+    print("\nfiles:")
+    for name, known in artifact.files.items():
+        print(f"   {known['bytes']:>12,}  {known['sha256'][:16]}  {name}")
+    damaged = artifact.damaged()
+    if damaged:
+        raise InputError(f"{damaged[0]} is not what the manifest says; build the folder again")
+    return 0
+
+
+COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show, "verify": _verify}
+
+
+def _artifact_folder(source: str) -> Path:
+    """The folder with model.onnx: given itself, or the OUT of a build that holds it. Raises InputError."""
+    folder = Path(source).expanduser()
+    if (folder / "model.onnx").is_file():
+        return folder
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {source}; give the folder that edgepress export or build wrote")
+    found = sorted(folder.glob("*/model.onnx"))
+    if not found:
+        raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
+    return found[-1].parent
+
+
+def _artifact_folders(sources: Sequence[str]) -> list[Path]:
+    return [_artifact_folder(source) for source in sources]
+
+
+def _print_report(artifact: Artifact) -> None:
+    from edgepress.pipeline.report.tables import made_by
+    from edgepress.pipeline.report.text import terminal
+
+    if artifact.format != "report":
+        return
+    content = read_json(artifact.path / "report.json")
+    print("\n".join(["", *made_by(content), "", terminal(content)]))
+    print(f"\nreport:   {artifact.path / 'report.md'}")

@@ -1,0 +1,89 @@
+"""The command line's grammar: one sub-parser a command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from edgepress.pipeline.flags import add_flags
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
+from edgepress.pipeline.registry import version
+from edgepress.pipeline.stages import STAGES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(prog="edgepress", description="Press a language model into a small, fast ONNX folder, and measure what was lost.")
+    top.add_argument("--version", action="version", version=f"edgepress {version('edgepress')}")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
+
+    build = verbs.add_parser("build", help="all stages, from checkpoint to report", description=(
+        "Run all stages of a recipe into OUT/01-prune, OUT/03-quantize, ... Started again after an interruption, or with some "
+        "options changed, it keeps what is done and unchanged. Flags override the recipe."))  # fmt: skip
+    build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=SOURCE)
+    build.add_argument("out", metavar="OUT", nargs="?", type=Path, help="output folder (default: out/NAME)")
+    build.add_argument(
+        "--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)"
+    )
+    add_flags(build, *(stage.options for stage in STAGES.values()))
+
+    for name, stage in STAGES.items():
+        verb = verbs.add_parser(name, help=first_line(stage.options), description=stage.options.__doc__)
+        if name == "bench":
+            verb.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+            verb.add_argument(
+                "others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first"
+            )
+            verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
+        else:
+            verb.add_argument("source", metavar="SRC", help=SOURCE if "hf" in stage.takes else "artifact folder")
+            verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
+        add_flags(verb, stage.options)
+
+    report = verbs.add_parser("report", help="one page of several benchmarks", description=(
+        "Gather what bench measured into one page. Speeds are compared within one bench, which measures in turn."))  # fmt: skip
+    report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"
+    )
+    sensitivity = verbs.add_parser("sensitivity", help="which matrices need more bits", description=SensitivityOptions.__doc__)
+    sensitivity.add_argument("source", metavar="SRC", help=SOURCE)
+    sensitivity.add_argument(
+        "--out", type=Path, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
+    )
+    add_flags(sensitivity, SensitivityOptions)
+
+    run = verbs.add_parser(
+        "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, or --chat; tokens are streamed."
+    )
+    run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue; with --chat the first message, if given")
+    add_flags(run, RunOptions)
+
+    verify = verbs.add_parser("verify", help="check an artifact", description=VerifyOptions.__doc__)
+    verify.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    add_flags(verify, VerifyOptions)
+
+    show = verbs.add_parser(
+        "show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest."
+    )
+    show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    return top
+
+
+SOURCE = "folder with config.json and safetensors, a hub id, or 'reference' (the embedded model)"
+
+
+def first_line(cls: type) -> str:
+    """The first line of a class's docstring, as argparse writes help: without the full stop."""
+    return (cls.__doc__ or "").splitlines()[0].rstrip(".").lower()

@@ -1,0 +1,55 @@
+"""What the terminal hears: the log, one line for an error, and Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from edgepress.pipeline.errors import EdgepressError
+
+
+def exit_code(error: BaseException) -> int:
+    """One line and exit code 2 for what the user can mend; anything else is a bug, and raised again."""
+    try:
+        raise error
+    except EdgepressError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = "out of memory; close other programs or press a smaller model"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # the disk, or a path: nothing that a traceback would explain
+        where = f" {error.filename}" if error.filename else ""
+        reason = f"cannot write{where}: {error.strerror or error}; free some disk space or choose another output folder"
+    say(f"error: {reason}")
+    return 2
+
+
+signals: list[object] = []
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """Handle a signal: note it, and interrupt what runs."""
+    signals.append(number)
+    raise KeyboardInterrupt
+
+
+def log_to_terminal() -> None:
+    """Send edgepress's log to stderr, plain, and keep other libraries' advice away."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("edgepress")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # Libraries that report at import, or at each graph, what a user can do nothing about.
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx", "onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr)

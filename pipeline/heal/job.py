@@ -1,0 +1,58 @@
+"""What a way of healing is given: the model with its gaps, and the whole model's states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.metrics.torch_scores import mean_loss
+from edgepress.pipeline.options import HealOptions
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A run of removed blocks, as the model without them sees it.
+
+    before: position of the block that now stands before the gap, -1 for the embedding. target: index of the block in the
+    whole model that follows the run (the number of its blocks when the run was the last): what enters it is what should leave
+    ``before``.
+    """
+
+    before: int
+    target: int
+
+
+@dataclass(frozen=True)
+class HealJob:
+    """The model to heal, and what it may learn from.
+
+    student: the model without the layers, in memory, changed in place by a healer. teacher: states of the whole model over
+    ``windows``: index of a block -> (tokens of all windows, hidden), float32, what enters that block; the greatest index is the
+    number of its blocks. selection: texts that strengths are chosen on, of the same kind and of another, part of no other set;
+    without the other kind, a short calibration text is learnt by heart. scratch: a folder for checkpoints of long work, kept
+    when the work is interrupted.
+    """
+
+    student: Blocks
+    gaps: list[Gap]
+    windows: list[np.ndarray]
+    teacher: dict[int, np.ndarray]
+    selection: list[list[np.ndarray]]
+    options: HealOptions
+    scratch: Path
+
+    def loss(self) -> float:
+        """Mean over the texts of ``selection`` of the student's loss, in nats a token."""
+        return float(np.mean([mean_loss(self.student.model, windows) for windows in self.selection]))
+
+    def starts(self) -> np.ndarray:
+        """Where each window begins among the rows of ``teacher``, and where the last one ends."""
+        return np.cumsum([0, *map(len, self.windows)])
+
+
+def gaps_of(kept: list[int], layers: int) -> list[Gap]:
+    """The gaps in a list of kept block indices of a model with ``layers``."""
+    ends = [-1, *kept, layers]
+    return [Gap(place - 1, ends[place + 1]) for place in range(len(kept) + 1) if ends[place + 1] - ends[place] > 1]

@@ -1,0 +1,1 @@
+"""The prune stage: how layers are measured, chosen and cut out."""

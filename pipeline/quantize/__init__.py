@@ -1,0 +1,1 @@
+"""The quantize stage: one file a quantizer, each QuantizeJob -> {name: PackedLinear}."""

@@ -1,0 +1,1 @@
+"""The report: its values, and pure functions from them to tables, text, plots and pages."""

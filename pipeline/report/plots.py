@@ -1,0 +1,146 @@
+"""The report's plots as SVG text that stands inside a page: no file, no script, no network."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from edgepress.pipeline.report.comparison import removed_layers
+from edgepress.pipeline.report.tables import STAGES, best_of, points, quantized
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 6.4  # inches, about the width of a column of text
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe and Ito, safe for colour blindness
+_MARKERS = "osD^vP*X"
+_REMOVED, _KEPT = _COLOURS[1], "#9aa7b3"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def against_quality(reports: Sequence[dict[str, Any]], kind: str) -> str:
+    """Size or speed against quality, a numbered point an artifact, the frontier as a line; "" without two points."""
+    found = points(reports, kind)
+    if len(found) < 2:
+        return ""
+    figure, axes = _figure(3.6)
+    methods = list(dict.fromkeys(quantized(r) for r in reports))
+    removals = sorted({len(removed_layers(r)) for r in reports})
+    for number, (x, y) in found.items():
+        report = reports[number]
+        colour = _COLOURS[methods.index(quantized(report)) % len(_COLOURS)]
+        marker = _MARKERS[removals.index(len(removed_layers(report))) % len(_MARKERS)]
+        axes.plot(x, y, marker, color=colour, markersize=8)
+        axes.annotate(str(number + 1), (x, y), xytext=(6, 5), textcoords="offset points")
+    best = [found[number] for number in best_of(reports, kind)]
+    axes.plot([x for x, _ in best], [y for _, y in best], "-", color="#444444", linewidth=1, zorder=0)
+    kl = all("quality.kl_mean" in r["figures"] for r in reports)
+    axes.set_ylabel("KL from the original, nat" if kl else "perplexity")
+    axes.set_xlabel("size of the folder, MB" if kind == "size" else "decode, tokens/s")
+    axes.margins(0.1)
+    handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=m)[0] for i, m in enumerate(methods)]
+    handles += [
+        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n or 'no'} layer{'s' if n > 1 else ''} removed")[0]
+        for i, n in enumerate(removals)
+    ]
+    handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="frontier")[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return _svg(figure, f"{kind} against quality")
+
+
+def influences(values: Sequence[float], removed: Sequence[int]) -> str:
+    """The picture of ``influence_figure``."""
+    return _svg(influence_figure(values, removed), "influence of each layer")
+
+
+def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
+    """Block Influence of every layer, the removed ones in another colour."""
+    figure, axes = _figure(2.4)
+    colours = [_REMOVED if i in removed else _KEPT for i in range(len(values))]
+    axes.bar(range(len(values)), values, color=colours)
+    if max(values) > 20 * sorted(values)[len(values) // 2] > 0:
+        axes.set_yscale("log")
+    axes.set_xticks(range(0, len(values), max(1, len(values) // 16)))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("Block Influence")
+    axes.bar([0], [0], color=_REMOVED, label="removed")
+    axes.bar([0], [0], color=_KEPT, label="kept")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def losses(reports: Sequence[dict[str, Any]]) -> str:
+    """What each stage added to the loss, nats a token, stacked; "" where no stages were measured."""
+    reports = [r for r in reports if any("change_nats" in row for row in r["stages"])]
+    if not reports:
+        return ""
+    longest = sorted(reports, key=lambda r: -len(r["stages"]))  # it has the stages in their order
+    names = list(dict.fromkeys(row["name"] for r in longest for row in r["stages"] if "change_nats" in row))
+    figure, axes = _figure(0.9 + 0.32 * len(reports))
+    for index, name in enumerate(names):
+        for place, report in enumerate(reports):
+            rows = {row["name"]: row.get("change_nats", 0.0) for row in report["stages"]}
+            value = rows.get(name, 0.0)
+            # those of the same sign stand one behind the other
+            start = sum(v for n in names[:index] if (v := rows.get(n, 0.0)) * value > 0)
+            axes.barh(
+                place, value, left=start, color=_COLOURS[index % len(_COLOURS)], label=STAGES.get(name, name) if not place else None
+            )
+    _artifacts(axes, reports)
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.set_xlabel("loss added, nats a token")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return _svg(figure, "loss by stage")
+
+
+def spread(reports: Sequence[dict[str, Any]], figure_name: str, label: str, scale: float = 1.0) -> str:
+    """Samples of a figure, a box an artifact: median, quartiles, whiskers at percentiles 1 and 99; "" where none has it."""
+    reports = [r for r in reports if figure_name in r["figures"]]
+    if not reports:
+        return ""
+    figure, axes = _figure(0.8 + 0.32 * len(reports))
+    samples = [[scale * v for v in r["figures"][figure_name]["values"]] for r in reports]
+    axes.boxplot(
+        samples, orientation="horizontal", positions=range(len(reports)), whis=(1, 99), widths=0.6, showfliers=False,
+        medianprops={"color": _COLOURS[1], "linewidth": 2},
+    )  # fmt: skip
+    _artifacts(axes, reports)
+    axes.set_xlabel(label)
+    return _svg(figure, label)
+
+
+def _artifacts(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
+    axes.set_yticks(range(len(reports)), [r["artifact"][-28:] for r in reports])
+    axes.invert_yaxis()
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """An svg element that fills its container; the same content gives the same text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|legend|[xy]tick|LineCollection|PathCollection)_\d+"', "", text
+    )
+    text = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

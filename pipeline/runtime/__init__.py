@@ -1,0 +1,1 @@
+"""Running an artifact: the light base, which needs onnxruntime and no torch."""

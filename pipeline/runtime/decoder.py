@@ -1,0 +1,220 @@
+"""Run an artifact with plain onnxruntime: the light base is enough, no torch and no transformers.
+
+A Decoder keeps the key-value cache between calls. Where the graph allows it (``edgepress.shared_cache``), past and
+present are one buffer, so that a step writes one position instead of copying the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.registry import load
+from edgepress.pipeline.runtime import targets
+
+MODEL = "model.onnx"
+# Tokens that a shared cache has room for at first: one for the whole context may take more memory than the model.
+FIRST_CAPACITY = 256
+
+
+class Decoder:
+    """One session and one sequence (batch of one).
+
+    ``feed`` appends tokens and gives logits; ``reset`` forgets the sequence. Raises InputError when the folder
+    holds no model that onnxruntime can load.
+    """
+
+    def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL, target: str = "cpu") -> None:
+        load("onnxruntime:__name__")
+        import onnxruntime
+
+        if not (folder / model).is_file():
+            raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
+        if threads > (os.cpu_count() or threads):
+            raise OptionError(f"{threads} threads are more than this machine's {os.cpu_count()} processors; give at most those")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
+        options.log_severity_level = 3
+        try:
+            self.session = targets.session(str(folder / model), options, target)
+        except EdgepressError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
+        self._onnxruntime, self._file = onnxruntime, folder / model
+        self._device = targets.TARGETS[target].device
+        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self._shapes = {i.name: i.shape for i in caches}
+        # Activations, cache and logits: float16 in what is exported for a GPU.
+        self.dtype: type[np.floating[Any]] = np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.shared = metadata.get("edgepress.shared_cache") == "1"
+        self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side on which it takes padding
+        try:
+            self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / 'genai_config.json'} names no context_length; export again") from error
+        self._vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
+        self._binding: Any = None  # of the cache, as long as it stays where it is
+        self._capacity = 0
+        self.reset()
+
+    def reset(self, capacity: int | None = None) -> None:
+        """Forget the sequence. capacity: tokens that a shared cache has room for (default: it grows up to the context)."""
+        self.length = 0
+        self._limit = capacity or self.context
+        if self.shared:
+            capacity = capacity or self._capacity or min(FIRST_CAPACITY, self.context)
+            if capacity != self._capacity:
+                self._binding = None
+                self._cache = {name: self._empty(shape, capacity) for name, shape in self._shapes.items()}
+                self._capacity = capacity
+        else:
+            self._cache = {name: self._empty(shape, 0) for name, shape in self._shapes.items()}
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` tokens of the sequence and forget the rest."""
+        if not self.shared and any(value.shape()[2] != length for value in self._cache.values()):
+            self._cache = {name: self._filled(value.numpy()[:, :, :length]) for name, value in self._cache.items()}
+        self.length = length
+
+    def _grow(self, total: int) -> None:
+        """Make room for ``total`` tokens in a shared cache; what is in it stays."""
+        self._binding = None
+        capacity = min(self.context, max(total, 2 * self._capacity, FIRST_CAPACITY))
+        self._capacity = 0  # interrupted in the middle, the next one begins anew: both sizes hold what was read
+        for name, value in self._cache.items():  # one after the other: never the whole cache twice
+            array = value.numpy()
+            grown = np.zeros((*array.shape[:2], capacity, array.shape[3]), dtype=array.dtype)
+            grown[:, :, : self.length] = array[:, :, : self.length]
+            self._cache[name] = self._filled(grown)
+        self._capacity = capacity
+
+    def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
+        """Append ids int64 (tokens,); returns float32 logits (kept, vocabulary) of the last ``keep`` positions, 0 for all.
+
+        Raises OptionError when the sequence outgrows the context.
+        """
+        total = self.length + len(ids)
+        if total > self._limit:
+            raise OptionError(
+                f"{total} tokens do not fit into the context of {self._limit}; use a shorter prompt or fewer new tokens"
+            )
+        if self.shared and total > self._capacity:
+            self._grow(total)
+        binding = self._binding or self._bound_cache()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64)[None])
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        # bind_cpu_input knows only the required inputs, not an overridable initializer
+        value = self._onnxruntime.OrtValue.ortvalue_from_numpy
+        binding.bind_ortvalue_input("logits_to_keep", value(np.array([keep], dtype=np.int64)))
+        logits = np.empty((1, 1, self._vocabulary), dtype=self.dtype)
+        one = 1 in (keep, len(ids))
+        if one:  # asking the binding for its outputs would wrap the whole cache at every token
+            binding.bind_ortvalue_output("logits", value(logits))
+        else:  # another shape than the declared one only where onnxruntime makes the array
+            binding.bind_output("logits", "cpu")
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # as when a token is none of the model's
+            raise InputError(f"onnxruntime cannot run {self._file}: {str(error).splitlines()[0]}; export again") from error
+        binding.synchronize_outputs()  # a GPU may still be at work when the call returns
+        if not self.shared:
+            self._cache = dict(zip(self._cache, binding.get_outputs()[1:], strict=True))
+        found: np.ndarray = (logits if one else binding.get_outputs()[0].numpy())[0]
+        self._binding = binding if self.shared else None
+        self.length = total
+        return found.astype(np.float32, copy=False)
+
+    def _bound_cache(self) -> Any:
+        """A binding of the cache; a shared one stays bound until it grows, for binding costs small models time at every token."""
+        binding = self.session.io_binding()
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")  # takes the first place among the outputs
+        for name, value in self._cache.items():
+            present = name.replace("past_key_values", "present")
+            if self.shared:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, self._device)
+        return binding
+
+    def greedy(self, ids: np.ndarray, new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Feed a prompt and yield the most likely next id, again and again; ends before an id in ``stop``."""
+        logits = self.feed(ids)
+        for count in range(new_tokens):
+            token = int(logits[-1].argmax())
+            if token in stop:
+                return
+            yield token
+            if count + 1 < new_tokens:
+                logits = self.feed(np.array([token]))
+
+    def forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Logits float32 (tokens, vocabulary) of every position of several sequences int64 (tokens,), each from its beginning.
+
+        One run, padded on the right; the sequence that ``feed`` builds is left alone.
+        """
+        length = max(map(len, rows))
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        logits = self.session.run(["logits"], feeds | self.nothing(len(rows)))[0].astype(np.float32, copy=False)
+        return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+    def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
+        names = [output.name for output in self.session.get_outputs()]
+        cache = self.nothing(len(ids))
+        total = ids.shape[1]
+        while total <= self.context:
+            feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
+            logits, *present = self.session.run(names, feeds | cache)
+            cache = dict(zip(cache, present, strict=True))
+            ids = logits[:, -1].argmax(-1)[:, None]
+            total += 1
+            yield ids[:, 0]
+
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray] | None = None, also: Sequence[str] = ()
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """One run over a batch with a cache of its own, for checks.
+
+        ids int64 (batch, tokens), mask int64 (batch, all tokens so far and these). Returns the logits of all positions and
+        the outputs ``also``, and the cache for the next step.
+        """
+        cache = cache or self.nothing(len(ids))
+        wanted = ["logits", *also, *(name.replace("past_key_values", "present") for name in cache)]
+        feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
+        found = self.session.run(wanted, feeds | cache)
+        count = 1 + len(also)
+        return found[:count], dict(zip(cache, found[count:], strict=True))
+
+    def nothing(self, batch: int) -> dict[str, np.ndarray]:
+        """An empty cache for a batch."""
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
+
+    def _empty(self, shape: list[Any], length: int) -> Any:
+        array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
+        return self._filled(array)
+
+    def _filled(self, array: np.ndarray) -> Any:
+        return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Ids that end a generation, from generation_config.json or config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (found := read_json(folder / name).get("eos_token_id")) is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

@@ -1,0 +1,136 @@
+"""From a text to windows of token ids: the same ids for calibration, for the original and for the artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.errors import ModelError, TextError
+from edgepress.pipeline.files import read_json
+from tokenizers import Tokenizer
+
+# Longer windows would need minutes a window on a laptop; the models that reach this are told apart by far less.
+LONGEST_WINDOW = 2048
+# Of the proof of an export: tokens that it reads at least, and that it generates.
+PROOF_TOKENS, GREEDY_TOKENS = 512, 32
+
+
+def read_text(path: Path) -> str:
+    """Text of a .txt file, or of the 'text' fields of a .jsonl file joined by blank lines. Raises TextError."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TextError(f"cannot read the text {path}: {error.strerror}; give a UTF-8 .txt or .jsonl file") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
+    if path.suffix == ".jsonl":
+        try:
+            content = "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
+    return content
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(
+            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
+    # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The special ids that the tokenizer puts before a text: BOS for most models, nothing for some."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    marked = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(marked) - len(plain) + 1):
+        if marked[start : start + len(plain)] == plain:
+            return list(marked[:start])
+    return []
+
+
+def context_length(folder: Path) -> int:
+    """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
+    config = read_json(folder / "config.json")
+    known = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
+    if not all(isinstance(value, int) for value in known):
+        raise ModelError(f"{folder / 'config.json'} gives its context as {known[0]!r}; it must be a whole number")
+    return int(min([LONGEST_WINDOW, *known]))
+
+
+def proof_window(folder: Path) -> int:
+    """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it. Raises ModelError."""
+    context = context_length(folder)
+    if context < GREEDY_TOKENS + 8:
+        raise ModelError(f"a context of {context} tokens is too short for the proof of an export, it takes {GREEDY_TOKENS + 8}")
+    return min(context - GREEDY_TOKENS, PROOF_TOKENS)
+
+
+def text_windows(
+    path: Path,
+    folder: Path,
+    *,
+    budget: int,
+    skip: int = 0,
+    length: int | None = None,
+    shortest: int = 2,
+    seed: int | None = None,
+    exact: bool = False,
+) -> list[np.ndarray]:
+    """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
+
+    Every window is an int64 array of at most ``length`` ids (default: the context) that begins with the
+    tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
+    No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
+    the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
+    Raises TextError when not one full window is there, or (``exact``) less than the budget.
+    """
+    tokenizer = load_tokenizer(folder)
+    length = length or context_length(folder)
+    # Enough characters for the budget is found by doubling: a long novel need not be tokenized to its end.
+    text = read_text(path)
+    characters = 8 * (skip + budget)
+    ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+    while (len(ids) <= skip + budget or seed is not None) and characters < len(text):
+        characters = characters * 2 if seed is None else len(text)
+        ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+    ids = ids[skip : skip + budget] if seed is None else ids[skip:]
+    start = beginning(tokenizer)
+    body = length - len(start)
+    if len(ids) < min(body, budget):
+        after = f" after the {skip} skipped" if skip else ""
+        raise TextError(f"{path} is too short: {len(ids)} tokens{after}, one window takes {body}; give a longer text")
+    if exact and len(ids) < budget:
+        raise TextError(f"{path} is too short: {len(ids)} tokens, {budget} were asked for; give a longer text or ask for fewer")
+    if seed is not None and len(ids) > budget:
+        firsts = np.random.default_rng(seed).permutation(len(ids) // body)[: max(1, budget // body)] * body
+        return [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in firsts]
+    rows = [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in range(0, len(ids), body)]
+    return [row for row in rows if len(row) >= max(shortest, 2)]
+
+
+def padded(windows: list[np.ndarray], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Windows stacked in order, at most ``size`` at a time: ids (batch, longest) and which of them are real, not padding.
+
+    Padding stands on the right, where no real token of a causal model sees it; its id means nothing.
+    """
+    stacked = []
+    for first in range(0, len(windows), size):
+        rows = windows[first : first + size]
+        ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+        real = np.zeros(ids.shape, dtype=bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], real[number, : len(row)] = row, True
+        stacked.append((ids, real))
+    return stacked

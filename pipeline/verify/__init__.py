@@ -1,0 +1,1 @@
+"""Checks of a finished artifact, wherever it was copied to."""
