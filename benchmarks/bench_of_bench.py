@@ -36,7 +36,7 @@ def main() -> None:
     again = options.work / "whole-again"
     shutil.rmtree(again, ignore_errors=True)
     shutil.copytree(made["whole"], again)
-    bench = BenchOptions(beside=(again, made["three-quarters"]), repeats=options.repeats, text_tokens=1000)
+    bench = BenchOptions(compare_with=(again, made["three-quarters"]), repeats=options.repeats, text_tokens=1000)
     report = stages.run("bench", Artifact.load(made["whole"]), options.work / "bench", bench)
     print(table([COMPARISON_HEADER, *comparison_rows(read_json(report.path / "report.json"))]))
 

@@ -39,7 +39,7 @@ def main() -> None:
     artifacts = [pressed(options.work, name, share) for share in SHARES for name in FORMATS]
     bench = BenchOptions(
         reference=REFERENCE,
-        beside=tuple(artifacts[1:]),
+        compare_with=tuple(artifacts[1:]),
         prompt_lengths=(32, 128, 384),
         repeats=options.repeats,
         threads=options.threads,

@@ -66,7 +66,7 @@ def rows(
     base: tuple[float, float],
 ) -> None:
     folder = options.scratch / f"{criterion}-{amount}"
-    choice = PruneOptions(criterion=criterion, remove_layers=amount, calibration=CALIBRATION_TEXT)
+    choice = PruneOptions(criterion=criterion, remove_count=amount, calibration=CALIBRATION_TEXT)
     pruned = stages.run("prune", Artifact.load(options.model), folder / "pruned", choice)
     lost: tuple[float, float] | None = None
     for method in ("", *options.methods.split(",")):

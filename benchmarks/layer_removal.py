@@ -50,7 +50,7 @@ def main() -> None:
 def row_by_criterion(blocks: Blocks, windows: list[np.ndarray], amount: int, options: argparse.Namespace) -> None:
     found = {}
     for name in ("bi", "angular", "greedy"):
-        settings = PruneOptions(criterion=name, remove_layers=amount, calibration=options.calibration)
+        settings = PruneOptions(criterion=name, remove_count=amount, calibration=options.calibration)
         ranking, held_out = calibration(options.model, settings)
         influence = measure_influence(blocks, ranking, [amount])
         choice = choose(settings, amount, blocks, influence, ranking, held_out)

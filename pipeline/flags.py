@@ -7,25 +7,30 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.registry import look_up, suggestion
 
-Options = TypeVar("Options")
+Some = TypeVar("Some", bound="Options")
+# Former spelling -> the present one.
+RENAMED = {"layers": "remove_layers", "heal": "healer", "method": "healer", "beside": "compare_with"}
 
 
-def option(
-    default: Any,
-    help: str,
-    choices: Mapping[str, str] | tuple[int, ...] | None = None,
-    at_least: int | None = None,
-    alone: bool = False,
-) -> Any:
-    """A dataclass field that is also a flag and a recipe key. alone: no flag of ``build``, where another stage has the name."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "optional": default is None, "alone": alone}
+@dataclass(frozen=True)
+class Options:
+    """Base of every option class: frozen dataclasses, one field an option."""
+
+    def resolved(self) -> Self:
+        """The same with every default that depends on another option filled in."""
+        return self
+
+
+def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
+    """A dataclass field that is also a flag and a recipe key."""
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "optional": default is None}
     return field(default=default, metadata=metadata)
 
 
@@ -48,15 +53,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
+def add_flags(parser: argparse.ArgumentParser, *classes: type[Options]) -> None:
     """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
     seen: set[str] = set()
-    fields = {cls: [f for f in dataclasses.fields(cls) if len(classes) == 1 or not f.metadata["alone"]] for cls in classes}
-    every = [item for own in fields.values() for item in own]
+    every = [item for cls in classes for item in dataclasses.fields(cls)]
     for cls in classes:
         hints = _hints(cls)
         group = parser.add_argument_group((cls.__doc__ or "").partition("\n")[0].rstrip("."))
-        for item in fields[cls]:
+        for item in dataclasses.fields(cls):
             if item.name in seen:
                 continue
             seen.add(item.name)
@@ -81,16 +85,18 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             group.add_argument(flag(item.name), dest=item.name, **settings)
 
 
-def make(cls: type[Options], values: Mapping[str, Any], where: str = "option") -> Options:
+def make(cls: type[Some], values: Mapping[str, Any], where: str = "option") -> Some:
     """An options object from flags or recipe keys, every value converted and checked.
 
     Raises OptionError that names the flag, the value and what is allowed.
     """
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(cls)}
     hints = _hints(cls)
     checked = {}
     for raw_name, value in values.items():
         name = str(raw_name).replace("-", "_")
+        if name not in fields and RENAMED.get(name) in fields:
+            raise OptionError(f"{flag(name)} is now {flag(RENAMED[name])}")
         if name not in fields:
             raise OptionError(f"unknown {where} '{raw_name}'{suggestion(name, fields)}; there are: {', '.join(fields)}")
         kind, many = hints[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +10,16 @@ from typing import Any
 
 from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.flags import flag, option
+from edgepress.pipeline.flags import Options, flag, option
+from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.registry import look_up
 
 PRUNE_TOKENS = 32768
-METHODS = {
-    "none": "keep the weights as they are",
-    "rtn": "round to nearest, no calibration",
-    "gptq": "GPTQ through gptqmodel, calibrated",
-    "nf4": "bitsandbytes NormalFloat 4 (small, but slow on CPU)",
-    "fp4": "bitsandbytes float 4 (small, but slow on CPU)",
-    "int8": "bitsandbytes LLM.int8 weights (outlier handling is lost)",
-}
 CRITERIA = {
     "greedy": "one after another, of those of lowest Block Influence the one whose removal costs the least KL divergence",
     "bi": "the lowest Block Influence, as in ShortGPT",
     "angular": "the contiguous run of least angular distance",
-    "list": "those named by --layers",
+    "list": "those named by --remove-layers",
 }
 HEALERS = {
     "none": "leave it as it is",
@@ -83,19 +78,16 @@ def _target() -> Any:
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(Options):
     """Remove decoder blocks: those of least Block Influence, or of least measured cost."""
 
-    criterion: str | None = option(None, "how layers are chosen (default: greedy, or list with --layers)", CRITERIA)
-    remove_layers: int | None = option(None, "decoder blocks to remove", at_least=0)
+    criterion: str | None = option(None, "how layers are chosen (default: greedy, or list with --remove-layers)", CRITERIA)
+    remove_count: int | None = option(None, "how many decoder blocks to remove", at_least=0)
     remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
     max_loss: float | None = option(
         None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
     )
-    layers: tuple[int, ...] = option((), "the very blocks to remove, counted from 0, separated by commas", at_least=0)
-    heal: str | None = option(
-        None, "heal what is left, as edgepress heal --method does (a build: how its heal stage does it)", HEALERS
-    )
+    remove_layers: tuple[int, ...] = option((), "which blocks to remove: indices from 0, separated by commas", at_least=0)
     shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
     greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
@@ -104,32 +96,35 @@ class PruneOptions:
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
-        amounts = [flag(name) for name in ("remove_layers", "remove_fraction") if getattr(self, name) is not None]
-        if self.layers and (amounts or self.max_loss is not None):
-            raise OptionError(f"--layers names the layers already; leave out {(*amounts, '--max-loss')[0]}")
-        if self.criterion == "list" and not self.layers:
-            raise OptionError("--criterion list needs to be told them; give --layers 4,5")
-        if self.layers and self.criterion not in (None, "list"):
-            raise OptionError(f"--layers names the layers already; leave out --criterion {self.criterion}")
-        if len(set(self.layers)) != len(self.layers):
-            raise OptionError(f"--layers names a layer twice: {', '.join(map(str, self.layers))}; leave one out")
+        amounts = [flag(name) for name in ("remove_count", "remove_fraction") if getattr(self, name) is not None]
+        named = self.remove_layers
+        if named and (amounts or self.max_loss is not None):
+            raise OptionError(f"--remove-layers names the layers already; leave out {(*amounts, '--max-loss')[0]}")
+        if self.criterion == "list" and not named:
+            raise OptionError("--criterion list needs to be told them; give --remove-layers 4,5")
+        if named and self.criterion not in (None, "list"):
+            raise OptionError(f"--remove-layers names the layers already; leave out --criterion {self.criterion}")
+        if len(set(named)) != len(named):
+            raise OptionError(f"--remove-layers names a layer twice: {', '.join(map(str, named))}; leave one out")
         if len(amounts) == 2:
-            raise OptionError("give --remove-layers or --remove-fraction, not both")
-        if not (amounts or self.layers or self.max_loss is not None):
-            raise OptionError("say how much to remove: --remove-layers N, --remove-fraction F, --max-loss NATS or --layers 4,5")
+            raise OptionError("give --remove-count or --remove-fraction, not both")
+        if not (amounts or named or self.max_loss is not None):
+            raise OptionError(
+                "say how much to remove: --remove-count N, --remove-fraction F, --max-loss NATS, or --remove-layers 4,5"
+            )
         if self.remove_fraction is not None and not 0 < self.remove_fraction < 1:
             raise OptionError(f"--remove-fraction must lie between 0 and 1, not {self.remove_fraction}")
 
-    @property
-    def how(self) -> str:
-        """The criterion in force."""
-        return self.criterion or ("list" if self.layers else "greedy")
+    def resolved(self) -> PruneOptions:
+        """The same with the criterion in force, as it is recorded."""
+        return dataclasses.replace(self, criterion=self.criterion or ("list" if self.remove_layers else "greedy"))
 
     def amount(self, layers: int) -> int:
         """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""
-        if self.layers and max(self.layers) >= layers:
-            raise OptionError(f"there is no layer {max(self.layers)} in a model of {layers}; give numbers from 0 to {layers - 1}")
-        count = len(self.layers) if self.layers else self.remove_layers
+        named = self.remove_layers
+        if named and max(named) >= layers:
+            raise OptionError(f"there is no layer {max(named)} in a model of {layers}; give indices from 0 to {layers - 1}")
+        count = len(named) if named else self.remove_count
         if count is None:
             count = layers - 1 if self.remove_fraction is None else max(1, int(layers * self.remove_fraction))
         if count >= layers:
@@ -138,10 +133,10 @@ class PruneOptions:
 
 
 @dataclass(frozen=True)
-class HealOptions:
-    """Win back what the removal of layers cost, without a parameter more; kept only if two texts say that it helped."""
+class HealOptions(Options):
+    """Recover what layer removal cost, with no new parameter; kept only if perplexity improves on two held-out texts."""
 
-    method: str = option("linear", "how the model is healed", HEALERS, alone=True)
+    healer: str = option("linear", "how the model is healed", HEALERS)
     original: Path | None = option(None, "the checkpoint before layers were removed (a build knows it)")
     calibration: Path = _calibration()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
@@ -162,14 +157,14 @@ class HealOptions:
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(Options):
     """Quantize the matrices of the decoder blocks.
 
     OUT is for edgepress export. GPTQ that was interrupted goes on where it stood when the same command is given again (Llama and
     Qwen3-MoE; for others it says what is lost).
     """
 
-    method: str = option("gptq", "how weights are quantized", METHODS)
+    method: str = option("gptq", "how weights are quantized", {name: row.help for name, row in METHODS.items()})
     bits: int | None = option(
         None, "bits of a weight, for rtn and gptq (default: 4); 3 are for measuring, export refuses them", (2, 3, 4, 8)
     )
@@ -199,32 +194,35 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         """Refuse what the method would ignore."""
-        method, fixed = self.method, {"nf4": 4, "fp4": 4, "int8": 8}.get(self.method)
-        if fixed and self.bits not in (None, fixed):
-            raise OptionError(f"{method} weights have {fixed} bits, not {self.bits}; leave --bits out, or use --method rtn or gptq")
-        if fixed and (self.bits_for or self.symmetric):
-            raise OptionError(f"{method} takes no {'--bits-for' if self.bits_for else '--symmetric'}; use --method rtn or gptq")
-        if self.act_order and method != "gptq":
-            raise OptionError(f"--act-order is for gptq, and the method is {method}; leave it out, or use --method gptq")
-        if method in ("nf4", "fp4") and self.group_size not in (None, 64, 128, 256):
-            raise OptionError(f"{method} has blocks of 64, 128 or 256; give one of these for --group-size, not {self.group_size}")
+        name, row = self.method, look_up(METHODS, self.method, "method")
+        if self.bits is not None and self.bits not in row.bits:
+            raise OptionError(
+                f"{name} weights have {row.bits[0]} bits, not {self.bits}; leave --bits out, or use --method rtn or gptq"
+            )
+        if not row.adjustable and row.run and (self.bits_for or self.symmetric):
+            raise OptionError(f"{name} takes no {'--bits-for' if self.bits_for else '--symmetric'}; use --method rtn or gptq")
+        if self.act_order and not row.act_order:
+            raise OptionError(f"--act-order is for gptq, and the method is {name}; leave it out, or use --method gptq")
+        if self.group_size is not None and self.group_size not in row.groups:
+            *some, last = map(str, sorted(row.groups))
+            raise OptionError(
+                f"{name} has blocks of {', '.join(some)} or {last}; give one of these for --group-size, not {self.group_size}"
+            )
         bits_rules(self.bits_for)
-        if self.group_size is None:
-            object.__setattr__(self, "group_size", 64 if method in ("nf4", "fp4") else 128)
-        if self.bits is None:
-            object.__setattr__(self, "bits", fixed or 4)
+
+    def resolved(self) -> QuantizeOptions:
+        """The same with the method's defaults where nothing was said, as they are recorded."""
+        return dataclasses.replace(self, bits=self.weight_bits, group_size=self.group)
 
     @property
     def weight_bits(self) -> int:
-        """``bits``, known."""
-        assert self.bits is not None
-        return self.bits
+        """``bits``, or the method's default."""
+        return METHODS[self.method].bits[0] if self.bits is None else self.bits
 
     @property
     def group(self) -> int:
-        """``group_size``, known; -1 for a whole row."""
-        assert self.group_size is not None
-        return self.group_size
+        """``group_size``, or the method's default; -1 for a whole row."""
+        return METHODS[self.method].groups[0] if self.group_size is None else self.group_size
 
 
 def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
@@ -247,7 +245,7 @@ def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class SensitivityOptions:
+class SensitivityOptions(Options):
     """Measure what each group of matrices costs when it alone is rounded, and propose where more bits are best spent."""
 
     bits: int = option(4, "bits that every group in turn is rounded to", (2, 3, 4))
@@ -261,7 +259,7 @@ class SensitivityOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """Write the ONNX artifact and prove that it computes what the checkpoint computes."""
 
     target: str = _target()
@@ -276,9 +274,7 @@ class ExportOptions:
         at_least=0,
     )  # fmt: skip
     text: Path = _text()
-    original: Path | None = option(
-        None, "for a GPTQ folder of another whose zero points can be read in two ways: the float checkpoint that it was made from"
-    )
+    original: Path | None = option(None, "float original of a third-party GPTQ checkpoint with ambiguous zero points")
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -295,7 +291,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Options):
     """Measure the artifact as it ships: size, memory, speed and quality."""
 
     target: str = option("cpu", "what it is measured on", TARGETS)
@@ -303,7 +299,7 @@ class BenchOptions:
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
-    beside: tuple[Path, ...] = option((), "further artifact folders: measured in turn with the first, and compared with it")
+    compare_with: tuple[Path, ...] = option((), "more artifact folders, measured in turn with the first and compared with it")
     baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
     tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, by its names (arc_easy,lambada_openai) or as .yaml files")
     task_files: tuple[Path, ...] = option(
@@ -320,7 +316,7 @@ class BenchOptions:
         if self.task_files and len(self.task_files) != len(self.tasks):
             raise OptionError(f"--task-files gives {len(self.task_files)} files for {len(self.tasks)} --tasks; give one for each")
 
-    def fitting(self, room: int) -> list[int]:
+    def lengths_within(self, room: int) -> list[int]:
         """The prompt lengths that fit a context of ``room`` tokens. Raises OptionError when nothing does."""
         lengths = [length for length in self.prompt_lengths if length <= room]
         if not lengths:
@@ -333,7 +329,7 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """Continue a prompt, tokens streamed, or keep a conversation."""
 
     chat: bool = option(False, "keep a conversation: Ctrl-C ends an answer, /new starts afresh, Ctrl-D or /bye ends the talk")
@@ -354,7 +350,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(Options):
     """Check an artifact: whole, sound, running; and with --original that it computes what its checkpoint computes."""
 
     original: Path | None = option(

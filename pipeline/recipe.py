@@ -24,7 +24,7 @@ from edgepress.pipeline.stages import STAGES
 
 log = logging.getLogger("edgepress")
 Plan = list[tuple[str, Any]]
-_AMOUNTS = {"remove_layers", "remove_fraction", "max_loss", "layers"}
+_AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 OF_A_METHOD = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order")
 
 
@@ -72,13 +72,12 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
             )
         format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}
-        alone = {item.name for item in dataclasses.fields(stage.options) if item.metadata["alone"]}
-        own = {key: value for key, value in flags.items() if key in names - alone}
+        own = {key: value for key, value in flags.items() if key in names}
         unused -= set(own)
-        if "heal" in flags and "heal" in recipe:  # then healing is a stage of its own
-            own = own | {"method": flags["heal"]} if name == "heal" else {k: v for k, v in own.items() if k != "heal"}
         if not _AMOUNTS.isdisjoint(own):  # ways to say what to remove exclude each other: a flag replaces them all
-            given = {k: v for k, v in given.items() if k not in _AMOUNTS and not (k == "criterion" and "layers" in own)}
+            given = {k: v for k, v in given.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in own)}
+        if type(count := given.get("remove_layers")) is int:  # the former spelling of a count
+            raise OptionError(f"remove_layers takes indices, as [4, 5]; for a count write remove_count: {count}")
         if own.get("method", given.get("method")) != given.get("method"):  # another method's settings say nothing of this one
             given = {k: v for k, v in given.items() if k not in OF_A_METHOD}
         chosen.append((name, make(stage.options, {**given, **own}, f"option of {name}")))
@@ -88,7 +87,7 @@ def plan(recipe: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]) -> P
 
 
 def _bits(options: Any) -> list[int]:
-    return [options.bits, *(bits for _, bits in bits_rules(options.bits_for))]
+    return [options.weight_bits, *(bits for _, bits in bits_rules(options.bits_for))]
 
 
 def _check_inputs(source: Path, steps: Plan) -> None:
@@ -109,7 +108,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
         if name == "export":
             text_windows(options.text, source, budget=proof_window(source), length=proof_window(source))
         if name == "bench":
-            longest = max(options.fitting(context_length(source)))
+            longest = max(options.lengths_within(context_length(source)))
             text_windows(options.text, source, budget=max(options.text_tokens, longest))
 
 
@@ -159,4 +158,4 @@ def _beside_others(original: Artifact, out: Path, steps: Plan, done: list[Artifa
                 given, accuracy_level=str(level), min_agreement=0.0, **({} if level else {"exact_layers": None})
             )
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
-    return dataclasses.replace(options, beside=(*options.beside, artifact.path))
+    return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))

@@ -15,6 +15,8 @@ from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, writ
 from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, journal_of, sha256
+from edgepress.pipeline.flags import Options
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.registry import load, versions
 
@@ -45,7 +47,7 @@ STAGES: dict[str, Stage] = {
         "edgepress.pipeline.quantize.isolated:quantize",
         ("hf",),
         "packed",
-        (*_BUILD, "gptqmodel", "bitsandbytes"),
+        _BUILD,
         1.0,
     ),
     # a float export is float32, twice the bytes of a 16-bit checkpoint
@@ -74,8 +76,9 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one
+    options = options.resolved()
     recorded = record(options)
-    found = fingerprint(name, recorded, source)
+    found = fingerprint(name, options, source)
     if (done := finished(out, found)) is not None:
         log.info("%s: already done, kept %s", name, out)
         return done
@@ -89,7 +92,7 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
     with atomic_folder(out) as folder:
         facts = function(source, folder, options)
         seconds = round(time.monotonic() - begun, 2)
-        step = Step(name, recorded, facts, seconds, versions(*stage.packages))
+        step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, stage.gives, (*source.steps, step), found)
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
@@ -118,9 +121,15 @@ def record(options: Any) -> dict[str, Any]:
     return {item.name: plain(getattr(options, item.name)) for item in dataclasses.fields(options)}
 
 
-def fingerprint(name: str, recorded: dict[str, Any], source: Artifact) -> str:
+def packages(name: str, options: Options) -> tuple[str, ...]:
+    """The distributions whose versions decide what a stage writes: its own, and its quantization method's."""
+    method = METHODS[options.method].packages if isinstance(options, QuantizeOptions) else ()
+    return *STAGES[name].packages, *method
+
+
+def fingerprint(name: str, options: Options, source: Artifact) -> str:
     """Hash of everything that decides what a stage writes."""
-    ingredients = [name, recorded, source.identity(), versions(*STAGES[name].packages)]
+    ingredients = [name, record(options), source.identity(), versions(*packages(name, options))]
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 

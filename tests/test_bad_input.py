@@ -32,10 +32,10 @@ ADVICE = re.compile(
 )
 LOG = re.compile(r"(prune|greedy|quantize|export|bench): ")
 COMMANDS = {
-    "prune": ("prune", "SRC", "OUT", "--remove-layers", "1", "--calibration-tokens", "64"),
+    "prune": ("prune", "SRC", "OUT", "--remove-count", "1", "--calibration-tokens", "64"),
     "quantize": ("quantize", "SRC", "OUT", "--method", "rtn"),
     "export": ("export", "SRC", "OUT"),
-    "build": ("build", "SRC", "OUT", "--method", "rtn", "--remove-layers", "1", "--calibration-tokens", "64"),
+    "build": ("build", "SRC", "OUT", "--method", "rtn", "--remove-count", "1", "--calibration-tokens", "64"),
 }
 
 
@@ -134,7 +134,14 @@ def test_blocks_that_cannot_be_told(refused: Refused, tmp_path: Path, random_mod
     config = XLMConfig(vocab_size=5120, emb_dim=64, n_layers=4, n_heads=4, max_position_embeddings=128, causal=True)
     folder = random_model(config, tmp_path / "xlm")
     refused(
-        "prune", folder, tmp_path / "out", "--layers", "1", "--calibration", text, says=("cannot tell the decoder blocks", "XLM")
+        "prune",
+        folder,
+        tmp_path / "out",
+        "--remove-layers",
+        "1",
+        "--calibration",
+        text,
+        says=("cannot tell the decoder blocks", "XLM"),
     )
 
 
@@ -259,31 +266,32 @@ def test_missing_artifact(verb: str, refused: Refused, tmp_path: Path) -> None:
 
 
 OPTIONS = [
-    ("prune --remove-layers 4", ("cannot remove 4 of 4", "at most 3")),
-    ("prune --remove-layers 9", ("cannot remove 9 of 4", "at most 3")),
-    ("prune --remove-layers -1", ("--remove-layers must be at least 0",)),
-    ("prune --remove-layers 1.5", ("--remove-layers takes a whole number", "1.5")),
+    ("prune --remove-count 4", ("cannot remove 4 of 4", "at most 3")),
+    ("prune --remove-count 9", ("cannot remove 9 of 4", "at most 3")),
+    ("prune --remove-count -1", ("--remove-count must be at least 0",)),
+    ("prune --remove-count 1.5", ("--remove-count takes a whole number", "1.5")),
     ("prune --remove-fraction 0", ("--remove-fraction", "between 0 and 1")),
     ("prune --remove-fraction 1", ("--remove-fraction", "between 0 and 1")),
     ("prune --remove-fraction 1.5", ("--remove-fraction", "between 0 and 1", "1.5")),
     ("prune --remove-fraction nan", ("--remove-fraction", "takes a number")),
-    ("prune --remove-layers 1 --remove-fraction 0.5", ("not both",)),
-    ("prune", ("--remove-layers", "--remove-fraction")),
-    ("prune --criterion lowest --remove-layers 1", ("unknown criterion 'lowest'", "greedy, bi, angular, list")),
-    ("prune --criterion list", ("--criterion list needs", "--layers 4,5")),
-    ("prune --criterion bi --layers 1", ("--layers names the layers already", "--criterion bi")),
-    ("prune --layers 1,2 --remove-layers 2", ("--layers names the layers already", "--remove-layers")),
-    ("prune --layers 1 --max-loss 0.1", ("--layers names the layers already", "--max-loss")),
-    ("prune --layers 2,1,2", ("--layers names a layer twice", "2, 1, 2")),
-    ("prune --layers 1,4", ("no layer 4 in a model of 4", "0 to 3")),
-    ("prune --layers -1", ("--layers must be at least 0",)),
-    ("prune --layers 0,1,2,3", ("cannot remove 4 of 4", "at most 3")),
-    ("prune --layers two", ("--layers takes a whole number", "two")),
+    ("prune --remove-count 1 --remove-fraction 0.5", ("not both",)),
+    ("prune", ("--remove-count", "--remove-fraction")),
+    ("prune --criterion lowest --remove-count 1", ("unknown criterion 'lowest'", "greedy, bi, angular, list")),
+    ("prune --criterion list", ("--criterion list needs", "--remove-layers 4,5")),
+    ("prune --criterion bi --remove-layers 1", ("--remove-layers names the layers already", "--criterion bi")),
+    ("prune --remove-layers 1,2 --remove-count 2", ("--remove-layers names the layers already", "--remove-count")),
+    ("prune --layers 1,2", ("--layers is now --remove-layers",)),
+    ("prune --remove-layers 1 --max-loss 0.1", ("--remove-layers names the layers already", "--max-loss")),
+    ("prune --remove-layers 2,1,2", ("--remove-layers names a layer twice", "2, 1, 2")),
+    ("prune --remove-layers 1,4", ("no layer 4 in a model of 4", "0 to 3")),
+    ("prune --remove-layers -1", ("--remove-layers must be at least 0",)),
+    ("prune --remove-layers 0,1,2,3", ("cannot remove 4 of 4", "at most 3")),
+    ("prune --remove-layers two", ("--remove-layers takes a whole number", "two")),
     ("prune --max-loss -0.1", ("--max-loss must be at least 0",)),
     ("prune --max-loss nan", ("--max-loss takes a number",)),
     ("prune --remove-layers 1 --shortlist 0", ("--shortlist must be at least 1",)),
     ("prune --remove-layers 1 --calibration-tokens 9000000", ("too short", "9000000 were asked for", "ask for fewer")),
-    ("build --layers 1,7", ("no layer 7 in a model of 4",)),
+    ("build --remove-layers 1,7", ("no layer 7 in a model of 4",)),
     ("quantize --method gtpq", ("unknown method 'gtpq'", "did you mean 'gptq'?")),
     ("quantize --bits 5", ("--bits", "2, 3, 4, 8", "5")),
     ("quantize --bits four", ("--bits takes a whole number", "four")),
@@ -309,7 +317,7 @@ OPTIONS = [
     ("quantize --methd rtn", ("--methd", "--help")),
     ("build --recipe defalt", ("no recipe 'defalt'", "did you mean 'default'?")),
     ("build --recipe absent.yaml", ("no recipe 'absent.yaml'", "give a YAML file")),
-    ("build --remove-layers 4 --method rtn", ("cannot remove 4 of 4", "at most 3")),
+    ("build --remove-count 4 --method rtn", ("cannot remove 4 of 4", "at most 3")),
     ("build --bits 5", ("--bits", "2, 3, 4, 8")),
 ]
 
@@ -328,7 +336,7 @@ def test_bad_command_line(arguments: list[str], refused: Refused) -> None:
 
 
 RECIPES = [
-    ("prun: {remove_layers: 1}", ("unknown stage 'prun'", "did you mean 'prune'?")),
+    ("prun: {remove_count: 1}", ("unknown stage 'prun'", "did you mean 'prune'?")),
     ("quantize: {bitz: 4}", ("unknown option of quantize 'bitz'", "did you mean 'bits'?")),
     ("quantize: {4: 4}", ("unknown option of quantize '4'", "bits")),
     ("quantize: {bits: 5}", ("--bits", "2, 3, 4, 8")),
@@ -338,10 +346,10 @@ RECIPES = [
     ("quantize: {symmetric: maybe}", ("--symmetric is true or false", "maybe")),
     ("quantize: {method: [rtn]}", ("method",)),
     ("export: {text: 5}", ("--text", "5")),
-    ("prune: {remove_layers: 1, remove_fraction: 0.5}", ("not both",)),
+    ("prune: {remove_count: 1, remove_fraction: 0.5}", ("not both",)),
     ("bench: {}", ("bench cannot follow", "onnx")),
     ("export: {}\nquantize: {method: rtn}", ("quantize cannot follow", "hf", "onnx")),
-    ("quantize: {method: rtn}\nprune: {remove_layers: 1}", ("prune cannot follow", "hf", "packed")),
+    ("quantize: {method: rtn}\nprune: {remove_count: 1}", ("prune cannot follow", "hf", "packed")),
     ("quantize: {method: rtn", ("not valid YAML",)),
     ("quantize: &a [*b]", ("not valid YAML",)),
     ("\x00", ("not valid YAML",)),
@@ -363,7 +371,7 @@ def test_odd_recipe_keys_beside_flags(refused: Refused, tiny: Path, tmp_path: Pa
     """A flag is merged with the recipe's keys, whatever these are."""
     (tmp_path / "own.yaml").write_text("prune: {4: 2}")
     refused(
-        "build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", "--remove-layers", 1, says="unknown option of prune '4'"
+        "build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", "--remove-count", 1, says="unknown option of prune '4'"
     )
 
 
@@ -467,12 +475,12 @@ def test_output_here(call: Callable[..., Any], tiny: Path, tmp_path: Path, monke
 
 def test_output_is_the_source(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     """A stage that replaced what it reads would lose it when it fails."""
-    assert call(*COMMANDS["prune"][:1], tiny, tmp_path / "pruned", "--remove-layers", 1, "--calibration-tokens", 64).code == 0
+    assert call(*COMMANDS["prune"][:1], tiny, tmp_path / "pruned", "--remove-count", 1, "--calibration-tokens", 64).code == 0
     refused(
         *command("quantize", tmp_path / "pruned", tmp_path / "pruned"),
         says=("overwrite its own source", "choose another output folder"),
     )
-    refused("prune", tiny, tiny, "--remove-layers", 1, says=("did not write", "choose another output folder"))
+    refused("prune", tiny, tiny, "--remove-count", 1, says=("did not write", "choose another output folder"))
 
 
 @pytest.mark.parametrize("inside", ["source", "thesis.txt"])
@@ -640,7 +648,7 @@ def test_empty_prompt(refused: Refused, made: Path, tmp_path: Path) -> None:
 
 def test_build_finds_what_bench_would_refuse_before_its_first_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Only a few words.")
-    build = ("build", tiny, tmp_path / "out", "--remove-layers", 1)
+    build = ("build", tiny, tmp_path / "out", "--remove-count", 1)
     refused(*build, "--text", tmp_path / "a.txt", says=("too short", "give a longer"))
     refused(*build, "--prompt-lengths", 300, says=("context of 256", "shorter --prompt-lengths"))
     assert not (tmp_path / "out").exists()

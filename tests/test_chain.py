@@ -101,7 +101,7 @@ def test_shared_models_through_gptq(
 ) -> None:
     """Calibrated on TinyStories after its first 16,000 tokens, judged on those; GPTQ no worse than rounding at the same bits."""
     source = shared_model(name)
-    common = ["--remove-layers", 1, "--bits", 4, "--group-size", 32, "--calibration", tinystories, "--calibration-skip", 16000]
+    common = ["--remove-count", 1, "--bits", 4, "--group-size", 32, "--calibration", tinystories, "--calibration-skip", 16000]
     common += ["--text", tinystories, "--text-tokens", 16000, *SHORT]
     found = {}
     for method in ("gptq", "rtn"):
@@ -126,7 +126,7 @@ def test_more_than_two_gigabytes(random_model: Callable[..., Path], text: Path, 
     """No ONNX message holds as much: the weights lie beside the graph, some of them past the 2**31st byte."""
     large = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 7, "num_attention_heads": 24}
     source = random_model(LlamaConfig(**{**TINY, **large}), tmp_path / "großes Modell")
-    options = PruneOptions(layers=(2,), calibration=text, calibration_tokens=300)
+    options = PruneOptions(remove_layers=(2,), calibration=text, calibration_tokens=300)
     pruned = stages.run("prune", Artifact.load(source), tmp_path / "01 ohne 2", options)
     made = stages.run("export", pruned, tmp_path / "02 onnx", ExportOptions(exporter="fused", text=text))
     data = made.path / "model.onnx.data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from edgepress.pipeline.prune.influence import measure_influence
 from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.text.windows import text_windows
 
-OPTIONS = PruneOptions(remove_layers=2, calibration=CALIBRATION_TEXT, calibration_tokens=600, greedy_tokens=300)
+OPTIONS = PruneOptions(remove_count=2, calibration=CALIBRATION_TEXT, calibration_tokens=600, greedy_tokens=300)
 
 
 class Setting:
@@ -36,7 +37,7 @@ class Setting:
 
     def choose(self, **changes: object) -> Choice:
         """The choice under changed options."""
-        options = replace(OPTIONS, **changes)
+        options = replace(OPTIONS, **changes).resolved()
         return choose(options, options.amount(16), self.blocks, self.influence, self.ranking, self.held_out)
 
 
@@ -70,11 +71,11 @@ def test_bi_takes_the_lowest(setting: Setting) -> None:
 
 def test_angular_takes_the_best_run(setting: Setting) -> None:
     first = int(np.argmin(setting.influence.angular_distance(3)))
-    assert setting.choose(criterion="angular", remove_layers=3).removed == [first, first + 1, first + 2]
+    assert setting.choose(criterion="angular", remove_count=3).removed == [first, first + 1, first + 2]
 
 
 def test_list_takes_what_it_is_told(setting: Setting) -> None:
-    assert setting.choose(remove_layers=None, layers=(9, 3)).removed == [3, 9]
+    assert setting.choose(remove_count=None, remove_layers=(9, 3)).removed == [3, 9]
 
 
 def test_greedy_costs_are_the_divergences_of_whole_passes(setting: Setting) -> None:
@@ -96,7 +97,7 @@ def test_greedy_is_never_costlier_than_bi_or_angular(setting: Setting) -> None:
     for amount in (2, 3):
         costs = [
             kl_without(
-                setting.blocks, [setting.choose(criterion=name, remove_layers=amount, shortlist=1).removed], setting.ranking[:3]
+                setting.blocks, [setting.choose(criterion=name, remove_count=amount, shortlist=1).removed], setting.ranking[:3]
             )
             for name in ("greedy", "bi", "angular")
         ]
@@ -107,7 +108,7 @@ def test_greedy_is_never_costlier_than_bi_or_angular(setting: Setting) -> None:
 def test_a_limit_is_kept_on_held_out_text(criterion: str, setting: Setting) -> None:
     """The set taken is within the limit, the next one of the path is not."""
     influence = measure_influence(setting.blocks, setting.ranking, range(1, 16))
-    options = replace(OPTIONS, remove_layers=None, max_loss=0.06, criterion=criterion, shortlist=2)
+    options = replace(OPTIONS, remove_count=None, max_loss=0.06, criterion=criterion, shortlist=2)
     choice = choose(options, options.amount(16), setting.blocks, influence, setting.ranking, setting.held_out)
     *within, beyond = choice.path
     assert within and choice.removed == within[-1]["layers"]
@@ -120,11 +121,11 @@ def test_a_limit_is_kept_on_held_out_text(criterion: str, setting: Setting) -> N
 
 
 def test_a_limit_too_tight_removes_nothing(setting: Setting) -> None:
-    assert setting.choose(criterion="bi", remove_layers=None, max_loss=0.0).removed == []
+    assert setting.choose(criterion="bi", remove_count=None, max_loss=0.0).removed == []
 
 
 def test_an_amount_caps_a_limit(setting: Setting) -> None:
-    assert len(setting.choose(criterion="bi", remove_layers=1, max_loss=9.0).removed) == 1
+    assert len(setting.choose(criterion="bi", remove_count=1, max_loss=9.0).removed) == 1
 
 
 @pytest.mark.parametrize(("fraction", "layers", "amount"), [(0.1, 16, 1), (0.25, 16, 4), (0.3, 5, 1), (0.1, 4, 1), (0.99, 4, 3)])
@@ -134,13 +135,13 @@ def test_a_fraction_rounds_down_and_removes_at_least_one(fraction: float, layers
 
 def test_every_layer_cannot_go() -> None:
     with pytest.raises(OptionError, match="at most 3"):
-        PruneOptions(remove_layers=4).amount(4)
+        PruneOptions(remove_count=4).amount(4)
     with pytest.raises(OptionError, match="at most 3"):
-        PruneOptions(layers=(0, 1, 2, 3)).amount(4)
+        PruneOptions(remove_layers=(0, 1, 2, 3)).amount(4)
 
 
 def test_ways_to_say_what_to_remove_exclude_each_other() -> None:
-    ways = [{"remove_layers": 2}, {"remove_fraction": 0.1}, {"layers": (1, 2)}]
+    ways = [{"remove_count": 2}, {"remove_fraction": 0.1}, {"remove_layers": (1, 2)}]
     for one, other in itertools.combinations(ways, 2):
         with pytest.raises(OptionError):
             make(PruneOptions, one | other)
@@ -148,21 +149,33 @@ def test_ways_to_say_what_to_remove_exclude_each_other() -> None:
 
 def test_a_flag_replaces_the_recipes_amount() -> None:
     """The default recipe removes a tenth: neither a list nor a limit on the command line may be capped by that."""
-    for flags in ({"layers": "3,4"}, {"max_loss": "0.1"}, {"remove_layers": "2"}):
+    for flags in ({"remove_layers": "3,4"}, {"max_loss": "0.1"}, {"remove_count": "2"}):
         (_, options), *_ = plan(read("default"), flags)
         assert options.remove_fraction is None
-    (_, options), *_ = plan({"prune": {"criterion": "bi", "remove_layers": 2}}, {"layers": "3,4"})
-    assert (options.how, options.layers) == ("list", (3, 4))
+    (_, options), *_ = plan({"prune": {"criterion": "bi", "remove_count": 2}}, {"remove_layers": "3,4"})
+    assert (options.resolved().criterion, options.remove_layers) == ("list", (3, 4))
 
 
-def test_healing_in_a_build_is_a_stage_of_its_own() -> None:
-    """--method stays quantize's; --heal goes to the heal stage where the recipe has one, else to prune."""
-    steps = dict(plan(read("default"), {"method": "rtn", "heal": "lora"}))
-    assert (steps["prune"].heal, steps["heal"].method, steps["quantize"].method) == (None, "lora", "rtn")
-    steps = dict(plan({"prune": {"remove_layers": 1}}, {"heal": "linear"}))
-    assert steps["prune"].heal == "linear"
-    with pytest.raises(OptionError, match="no stage of this recipe"):
-        plan({"prune": {"remove_layers": 1}, "heal": {}}, {"method": "linear"})
+def test_each_flag_reaches_its_stage() -> None:
+    """--method is quantize's, --healer is heal's."""
+    steps = dict(plan(read("default"), {"method": "rtn", "healer": "lora"}))
+    assert (steps["heal"].healer, steps["quantize"].method) == ("lora", "rtn")
+    for flag in ("healer", "method"):
+        with pytest.raises(OptionError, match="no stage of this recipe"):
+            plan({"prune": {"remove_count": 1}}, {flag: "linear"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "new"),
+    [
+        ({"prune": {"layers": [4, 5]}}, "--layers is now --remove-layers"),
+        ({"prune": {"remove_layers": 4}}, "remove_count: 4"),
+        ({"prune": {"remove_count": 1}, "heal": {"method": "linear"}}, "--method is now --healer"),
+    ],
+)
+def test_a_former_spelling_names_the_new_one(recipe: dict[str, Any], new: str) -> None:
+    with pytest.raises(OptionError, match=new):
+        plan(recipe, {})
 
 
 def test_blocks_left_out_cost_nothing_and_come_back(setting: Setting, reference: Path) -> None:

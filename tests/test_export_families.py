@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text: Path, random_mode
             return stages.run("quantize", make(name, pruned, "none"), folder, QuantizeOptions(method=method, group_size=32))
         if not pruned:
             return Artifact.load(random_model(family_config(name), folder))
-        options = PruneOptions(layers=REMOVED, calibration=text, calibration_tokens=256)
+        options = PruneOptions(remove_layers=REMOVED, calibration=text, calibration_tokens=256)
         return stages.run("prune", make(name, False, "none"), folder, options)
 
     return make

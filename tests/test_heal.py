@@ -34,7 +34,7 @@ REMOVED = (4, 5, 9)
 @pytest.fixture(scope="module")
 def pruned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The reference model without a run of two layers and one more."""
-    options = PruneOptions(layers=REMOVED, calibration=CALIBRATION_TEXT, calibration_tokens=1000)
+    options = PruneOptions(remove_layers=REMOVED, calibration=CALIBRATION_TEXT, calibration_tokens=1000)
     return stages.run("prune", Artifact.load(reference), tmp_path_factory.mktemp("heal") / "pruned", options)
 
 
@@ -56,7 +56,7 @@ def test_gaps_are_seen_from_both_models() -> None:
 
 
 def test_layers_removed_twice_are_counted_in_the_original(pruned: Artifact, reference: Path, tiny: Path, tmp_path: Path) -> None:
-    again = stages.run("prune", pruned, tmp_path / "again", PruneOptions(layers=(0, 4), calibration_tokens=500))
+    again = stages.run("prune", pruned, tmp_path / "again", PruneOptions(remove_layers=(0, 4), calibration_tokens=500))
     assert kept_layers(again, reference) == ([1, 2, 3, 7, 8, 10, 11, 12, 13, 14, 15], 16)
     assert kept_layers(again, pruned.path) == ([1, 2, 3, *range(5, 13)], 13)
     with pytest.raises(OptionError, match="has 4 layers"):
@@ -228,12 +228,12 @@ def test_a_gap_at_the_beginning_goes_into_an_untied_embedding(
 @pytest.mark.usefixtures("short_other_text")
 def test_a_tied_embedding_is_refused(reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "pruned"
-    pruned = stages.run("prune", Artifact.load(reference), folder, PruneOptions(layers=(0,), calibration_tokens=500))
+    pruned = stages.run("prune", Artifact.load(reference), folder, PruneOptions(remove_layers=(0,), calibration_tokens=500))
     healed = stages.run("heal", pruned, tmp_path / "healed", options(reference, calibration_tokens=1000))
     (method,) = healed.steps[-1].facts["methods"]
     assert not method["accepted"] and "tied to the head" in method["before layer 1"]["not_healed"]
     assert sha256(healed.path / "model.safetensors") == sha256(pruned.path / "model.safetensors")
-    assert any("--method lora may" in entry.message for entry in caplog.records)
+    assert any("--healer lora may" in entry.message for entry in caplog.records)
 
 
 @pytest.mark.usefixtures("short_other_text")
@@ -241,7 +241,7 @@ def test_harm_is_refused(pruned: Artifact, reference: Path, tmp_path: Path, capl
     """A tiny foreign text teaches what does not hold elsewhere: the checkpoint stays bit for bit, and manifest and log say so."""
     foreign = tmp_path / "foreign.txt"
     foreign.write_text(" ".join(str(n * 7919 % 10007) for n in range(400)))
-    changes = {"calibration": foreign, "calibration_tokens": 600, "method": "lora", "lora_tokens": 3000, "learning_rate": 0.05}
+    changes = {"calibration": foreign, "calibration_tokens": 600, "healer": "lora", "lora_tokens": 3000, "learning_rate": 0.05}
     healed = stages.run("heal", pruned, tmp_path / "healed", options(reference, **changes))
     facts = healed.steps[-1].facts
     assert not facts["accepted"] and not facts["methods"][0]["accepted"]
@@ -258,7 +258,9 @@ def test_a_stored_type_is_kept_and_judged(tmp_path: Path, reference: Path) -> No
     source = tmp_path / "bf16"
     model.save_pretrained(source)
     (source / "tokenizer.json").write_bytes((reference / "tokenizer.json").read_bytes())
-    pruned = stages.run("prune", Artifact.load(source), tmp_path / "pruned", PruneOptions(layers=REMOVED, calibration_tokens=1000))
+    pruned = stages.run(
+        "prune", Artifact.load(source), tmp_path / "pruned", PruneOptions(remove_layers=REMOVED, calibration_tokens=1000)
+    )
     healed = stages.run("heal", pruned, tmp_path / "healed", options(source, calibration_tokens=8000))
     facts = healed.steps[-1].facts
     assert facts["accepted"]
@@ -272,7 +274,7 @@ def test_lora_helps_merges_and_goes_on(pruned: Artifact, reference: Path, tmp_pa
     """Interrupted after a checkpoint, the same call trains the steps that are left and ends where it would have."""
     from edgepress.pipeline.heal import lora
 
-    changes = {"method": "lora", "lora_tokens": 12 * 128 * 2, "lora_rank": 4, "contrastive": 0.05, "calibration_tokens": 3000}
+    changes = {"healer": "lora", "lora_tokens": 12 * 128 * 2, "lora_rank": 4, "contrastive": 0.05, "calibration_tokens": 3000}
     seen: list[int] = []
 
     class Counting(lora._Bar):
@@ -342,7 +344,7 @@ def test_no_text_judges_what_it_taught(pruned: Artifact, reference: Path, tmp_pa
 @pytest.mark.parametrize("budget", [300, 514, 1025, 2048, 4096, 5000])
 def test_a_quarter_of_the_text_is_held_out(budget: int, reference: Path) -> None:
     """Whatever the number of tokens: a ragged last window must not be all that judges."""
-    ranking, held_out = calibration(reference, PruneOptions(remove_layers=1, calibration_tokens=budget))
+    ranking, held_out = calibration(reference, PruneOptions(remove_count=1, calibration_tokens=budget))
     tokens = sum(map(len, ranking)) + sum(map(len, held_out))
     assert 0.2 <= sum(map(len, held_out)) / tokens <= 0.3 and tokens > 0.75 * budget
 
@@ -352,7 +354,7 @@ def test_training_that_diverges_is_rejected(
     pruned: Artifact, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN is not better; the manifest stays valid JSON and the checkpoint what it was."""
-    changes = {"method": "lora", "lora_tokens": 1500, "learning_rate": 1e9, "calibration_tokens": 1000}
+    changes = {"healer": "lora", "lora_tokens": 1500, "learning_rate": 1e9, "calibration_tokens": 1000}
     healed = stages.run("heal", pruned, tmp_path / "healed", options(reference, **changes))
     assert not healed.steps[-1].facts["accepted"]
     assert sha256(healed.path / "model.safetensors") == sha256(pruned.path / "model.safetensors")
@@ -365,9 +367,9 @@ def test_lora_merges_in_other_families(name: str, text: Path, tmp_path: Path, ra
     """Transposed matrices and biases; experts that peft cannot leave alone are refused before any training."""
     folder = random_model(family_config(name), tmp_path / name)
     pruned = stages.run(
-        "prune", Artifact.load(folder), tmp_path / "p", PruneOptions(layers=(3,), calibration=text, calibration_tokens=600)
+        "prune", Artifact.load(folder), tmp_path / "p", PruneOptions(remove_layers=(3,), calibration=text, calibration_tokens=600)
     )
-    changes = {"method": "lora", "lora_tokens": 1200, "calibration": text, "calibration_tokens": 600, "learning_rate": 1e-3}
+    changes = {"healer": "lora", "lora_tokens": 1200, "calibration": text, "calibration_tokens": 600, "learning_rate": 1e-3}
     healed = stages.run("heal", pruned, tmp_path / "h", options(folder, **changes))
     (method,) = healed.steps[-1].facts["methods"]
     assert method["accepted"] != ("not_healed" in method) or "rejected_held_out_perplexity" in method
@@ -377,15 +379,3 @@ def test_lora_merges_in_other_families(name: str, text: Path, tmp_path: Path, ra
 def test_nothing_removed_nothing_healed(reference: Path, tmp_path: Path) -> None:
     facts = heal_folder(tmp_path, reference, list(range(16)), 16, options(reference))
     assert not facts["accepted"] and facts["why"] == "no layer was removed"
-
-
-@pytest.mark.families
-def test_prune_heals_at_once(reference: Path, tmp_path: Path) -> None:
-    """``edgepress prune --heal linear``: one folder, and the manifest tells both."""
-    out = stages.run(
-        "prune", Artifact.load(reference), tmp_path / "out", PruneOptions(layers=(4, 5), heal="linear", calibration_tokens=8000)
-    )
-    facts = out.steps[-1].facts
-    assert facts["healed"]["accepted"]
-    healed = facts["healed"]["held_out_perplexity"]
-    assert healed[1] < healed[0]

@@ -426,6 +426,6 @@ def test_not_quantized_twice(
 ) -> None:
     """Only export reads them: one line that says so."""
     folder = (written if name in GPTQ else bitsandbytes[0]) / name
-    result = call(verb, folder, tmp_path / "out", *(["--remove-layers", "1"] if verb == "prune" else []))
+    result = call(verb, folder, tmp_path / "out", *(["--remove-count", "1"] if verb == "prune" else []))
     (line,) = result.err.splitlines()
     assert result.code == 2 and "already quantized" in line and "export it as it is" in line

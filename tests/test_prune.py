@@ -67,7 +67,7 @@ def pressed(tmp_path_factory: pytest.TempPathFactory, text: Path, random_model: 
         folder, out = random_model(family_config(name), base / name / "whole"), base / name / "pruned"
         out.mkdir()
         ids = torch.from_numpy(text_windows(text, folder, budget=40, length=40)[0])[None]
-        prune(Artifact.load(folder), out, PruneOptions(layers=REMOVED, calibration=text, calibration_tokens=256))
+        prune(Artifact.load(folder), out, PruneOptions(remove_layers=REMOVED, calibration=text, calibration_tokens=256))
         made[name] = Pressed(out, logits_with_blocks_hooked_out(folder, ids))
     np.save(base / "ids.npy", ids.numpy())
     folders = [str(one.folder) for one in made.values()]
@@ -164,7 +164,7 @@ def test_what_follows_from_a_layers_number_is_written_out(tmp_path: Path, text: 
     (folder / "config.json").write_text(json.dumps(content))
     out = tmp_path / "out"
     out.mkdir()
-    prune(Artifact.load(folder), out, PruneOptions(layers=(0,), calibration=text, calibration_tokens=256))
+    prune(Artifact.load(folder), out, PruneOptions(remove_layers=(0,), calibration=text, calibration_tokens=256))
     assert read_json(out / "config.json")["layer_types"] == kinds[1:]
 
 
@@ -182,7 +182,7 @@ def test_the_proof_finds_what_the_structure_does_not_show(
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(ProofError, match="per-layer settings"):
-        prune(Artifact.load(folder), out, PruneOptions(layers=(0,), calibration=text, calibration_tokens=256))
+        prune(Artifact.load(folder), out, PruneOptions(remove_layers=(0,), calibration=text, calibration_tokens=256))
 
 
 def test_weights_keep_dtype_and_bytes(tmp_path: Path, tiny: Path, text: Path, random_model: Callable[..., Path]) -> None:
@@ -193,7 +193,7 @@ def test_weights_keep_dtype_and_bytes(tmp_path: Path, tiny: Path, text: Path, ra
     folder = random_model(config, tmp_path / "model", torch.bfloat16)
     out = tmp_path / "out"
     out.mkdir()
-    facts = prune(Artifact.load(folder), out, PruneOptions(remove_layers=1, calibration=text, calibration_tokens=100))
+    facts = prune(Artifact.load(folder), out, PruneOptions(remove_count=1, calibration=text, calibration_tokens=100))
     kept = [i for i in range(4) if i not in facts["removed_layers"]]
     before, after = safe_open(folder / "model.safetensors", "pt"), safe_open(out / "model.safetensors", "pt")
     for name in after.keys():  # noqa: SIM118
@@ -208,11 +208,11 @@ def test_the_manifest_says_how_layers_were_chosen(tiny: Path, text: Path, tmp_pa
     """Before and after are of held-out text, which the ranking never saw."""
     out = tmp_path / "out"
     out.mkdir()
-    facts = prune(Artifact.load(tiny), out, PruneOptions(remove_layers=2, calibration=text, calibration_tokens=1000))
+    facts = prune(Artifact.load(tiny), out, PruneOptions(remove_count=2, calibration=text, calibration_tokens=1000))
     assert facts["criterion"] == "greedy" and facts["layers"] == [4, 2] and len(facts["removed_layers"]) == 2
     assert facts["evaluations"] >= 4 + 3
     positions = facts["calibration"]
-    ranking, held_out = calibration(tiny, PruneOptions(remove_layers=2, calibration=text, calibration_tokens=1000))
+    ranking, held_out = calibration(tiny, PruneOptions(remove_count=2, calibration=text, calibration_tokens=1000))
     assert positions["held_out_positions"] == sum(map(len, held_out)) and positions["ranking_positions"] == sum(map(len, ranking))
     assert not {row.tobytes() for row in ranking} & {row.tobytes() for row in held_out}
     from edgepress.pipeline.metrics.torch_scores import mean_loss

@@ -28,7 +28,6 @@ from edgepress.pipeline.quantize import bnb, gptq, rtn
 from edgepress.pipeline.quantize import isolated as apart
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.rtn import round_to_nearest
-from edgepress.pipeline.quantize.stage import QUANTIZERS
 from edgepress.pipeline.quantize.stage import quantize as stage
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
@@ -649,7 +648,6 @@ def test_gptq_codes_read_wrongly_are_caught(
         found = rtn.quantize(job)
         return found | ({wrong: fault(found[wrong])} if spoil else {})
 
-    monkeypatch.setitem(QUANTIZERS, "gptq", "unused")
     monkeypatch.setattr("edgepress.pipeline.quantize.stage.load", lambda _: quantize)
     monkeypatch.setattr("edgepress.pipeline.quantize.stage._ROWS_PROVEN", 16)  # of 32 to 96
     options = QuantizeOptions(method="gptq", bits=bits, group_size=32)

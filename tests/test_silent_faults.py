@@ -55,7 +55,7 @@ def test_an_edited_source_of_ours_is_noticed(tiny: Path, text: Path, tmp_path: P
 
 def test_folders_of_another_recipe_are_not_mixed_in(tiny: Path, text: Path, call: Callable, tmp_path: Path) -> None:
     """Run and show would find the artifact of the former recipe."""
-    (tmp_path / "a.yaml").write_text("prune: {remove_layers: 1}\nquantize: {method: rtn}\n")
+    (tmp_path / "a.yaml").write_text("prune: {remove_count: 1}\nquantize: {method: rtn}\n")
     (tmp_path / "b.yaml").write_text("quantize: {method: rtn}\n")
     first = ["build", tiny, tmp_path / "out", "--calibration", text, "--calibration-tokens", 300]
     assert call(*first, "--recipe", tmp_path / "a.yaml").code == 0

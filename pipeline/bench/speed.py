@@ -23,7 +23,7 @@ log = logging.getLogger("edgepress")
 def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[dict[str, Any]]:
     """What the speed process of each subject is told. Raises OptionError when nothing fits the shortest context."""
     room = min(context_length(s.path) for s in subjects)
-    lengths = options.fitting(room)
+    lengths = options.lengths_within(room)
     jobs = []
     for subject in subjects:
         for length in set(options.prompt_lengths) - set(lengths):

@@ -57,7 +57,7 @@ class Subject:
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     """Everything named is there, whole, and can be read: checked before anything is measured."""
     targets.target(options.target)
-    others = [Artifact.load(folder) for folder in options.beside]
+    others = [Artifact.load(folder) for folder in options.compare_with]
     for other in others:
         if other.format != "onnx":
             raise InputError(f"bench takes onnx, and {other.path} is {other.format}; give the folder that export wrote")

@@ -81,7 +81,10 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     stage = STAGES[options.verb]
     if options.verb == "bench" and options.others:
-        flags = {**flags, "beside": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("beside")])]}
+        flags = {
+            **flags,
+            "compare_with": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("compare_with")])],
+        }
     values: Any = make(stage.options, _resolved(flags))
     if options.verb == "bench":
         folder = _artifact_folder(options.source)

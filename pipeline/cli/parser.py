@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from edgepress.pipeline.flags import add_flags
+from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import version
 from edgepress.pipeline.stages import STAGES
@@ -16,7 +16,10 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit 2."""
+        """Exit 2; a former spelling is answered with the present one."""
+        for old, new in RENAMED.items():
+            if f"arguments: {flag(old)} " in f"{message} ":
+                message = f"{flag(old)} is now {flag(new)}"
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

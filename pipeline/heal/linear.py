@@ -37,7 +37,7 @@ def heal(job: HealJob) -> dict[str, Any]:
             facts[where] = _close(job, gap)
         except ModelError as error:
             facts[where] = {"not_healed": str(error)}
-            advice = "" if "lora" in job.options.method else "; --method lora may"
+            advice = "" if "lora" in job.options.healer else "; --healer lora may"
             log.warning("warning: linear cannot close the gap %s: %s%s", where, error, advice)
     return facts
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
     scratch = folder.parent / f"{folder.name}.healing"
     facts: dict[str, Any] = {"methods": []}
     gaps = gaps_of(kept, layers)
-    if not gaps or options.method == "none":
+    if not gaps or options.healer == "none":
         why = "as told" if gaps else "no layer was removed"
         log.info("heal: left as it is, %s", why)
         return facts | {"accepted": False, "why": why}
@@ -101,7 +100,7 @@ def heal_folder(folder: Path, original: Path, kept: list[int], layers: int, opti
         )
         student = Blocks(load_model(folder, options.trust_remote_code))
         job = HealJob(student, gaps, texts.fit, teacher, [texts.selection, texts.other_selection], options, scratch)
-        for method in options.method.split("+"):
+        for method in options.healer.split("+"):
             facts["methods"].append({"method": method} | _one(folder, job, method, texts))
         del teacher, job  # mapped files are closed before their folder goes
     remove(scratch)
@@ -191,9 +190,3 @@ def _prove(folder: Path, job: HealJob, window: np.ndarray) -> None:
     found = Blocks(load_model(folder, job.options.trust_remote_code)).logits(ids)
     if not torch.equal(found, job.student.logits(ids)):
         raise ProofError("the healed checkpoint computes something else than the model that was judged, so it was thrown away")
-
-
-def defaults(method: str, options: Any, original: Path) -> HealOptions:
-    """What ``edgepress prune --heal`` heals with: its own texts, everything else as ``edgepress heal`` has it."""
-    names = ("calibration", "calibration_tokens", "calibration_skip", "trust_remote_code")
-    return replace(HealOptions(method=method, original=original), **{name: getattr(options, name) for name in names})

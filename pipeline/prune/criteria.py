@@ -53,12 +53,12 @@ def choose(
     options: PruneOptions, amount: int, blocks: Blocks, influence: Influence, ranking: list[np.ndarray], held_out: list[np.ndarray]
 ) -> Choice:
     """The blocks to remove: ``amount`` of them, or as many as keep the loss on ``held_out`` within options.max_loss."""
-    if options.layers:
-        return Choice(sorted(options.layers))
+    if options.remove_layers:
+        return Choice(sorted(options.remove_layers))
     search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), options.shortlist)
     limit, removed, path = options.max_loss, list[int](), []
     before = mean_loss(blocks.model, held_out) if limit is not None else 0.0
-    for wanted in CRITERIA[options.how](search, amount):
+    for wanted in CRITERIA[str(options.criterion)](search, amount):
         if limit is not None:
             with blocks.without(wanted):
                 growth = mean_loss(blocks.model, held_out) - before
@@ -68,7 +68,7 @@ def choose(
                 log.info("that is more than --max-loss %g: %s will be removed", limit, listed(removed))
                 break
         removed = wanted
-    if limit is None and options.how == "greedy" and amount > 1:
+    if limit is None and options.criterion == "greedy" and amount > 1:
         removed = _best_of(search, removed)
     return Choice(removed, path, search.rounds, search.evaluations, search.seconds)
 

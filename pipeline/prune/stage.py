@@ -32,11 +32,14 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     Raises OptionError when no block would be left, ModelError when the architecture's config cannot express what would be
     left, ProofError when the checkpoint written does not compute what the original computes with those blocks skipped.
     """
+    options = options.resolved()
     raw = read_json(source.path / "config.json")
     layers = raw[layer_count_key(raw)]
     amount = options.amount(layers)
-    if options.layers:  # what cannot be is said before minutes are spent on measuring
-        pruned_config(source.path, _others(layers, options.layers), options.trust_remote_code)
+    if len(options.remove_layers) == 1:  # --remove-layers used to take a count
+        log.info("prune: the layer of index %d goes (for a number of layers: --remove-count)", options.remove_layers[0])
+    if options.remove_layers:  # what cannot be is said before minutes are spent on measuring
+        pruned_config(source.path, _others(layers, options.remove_layers), options.trust_remote_code)
     ranking, held_out = calibration(source.path, options)
     model = load_model(source.path, options.trust_remote_code)
     blocks = Blocks(model)
@@ -65,7 +68,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     perplexities = [perplexity(loss) for loss in (before, mean_loss(pruned, held_out))]
     _report(choice.removed, layers, perplexities)
     facts = {
-        "criterion": options.how,
+        "criterion": options.criterion,
         "influences": [round(float(value), 6) for value in influence.block_influence],
         "removed_layers": choice.removed,
         "layers": [layers, layers - len(choice.removed)],
@@ -84,19 +87,14 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> dict[str, Any]:
     if (stability := influence.stability()) is not None:
         facts["rank_correlation_of_halves"] = stability
     write_influence(out, facts, influence, choice)
-    if options.heal:
-        from edgepress.pipeline.heal.stage import defaults, heal_folder
-
-        del pruned  # healing loads what it needs
-        facts["healed"] = heal_folder(out, source.path, kept, layers, defaults(options.heal, options, source.path))
     return facts
 
 
 def _run_lengths(options: PruneOptions, amount: int) -> list[int]:
     """Of the runs whose angular distance is needed."""
-    if options.how == "angular" and options.max_loss is not None:
+    if options.criterion == "angular" and options.max_loss is not None:
         return list(range(1, amount + 1))
-    return [amount] if amount and options.how in ("angular", "greedy") else []
+    return [amount] if amount and options.criterion in ("angular", "greedy") else []
 
 
 def _others(layers: int, removed: tuple[int, ...] | list[int]) -> list[int]:

@@ -24,6 +24,7 @@ from typing import Any
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.registry import load, require
@@ -42,10 +43,11 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     Raises ProofError with its last words when the process ends without an answer. An interrupted GPTQ leaves what it needs to
     go on in ``scratch_of(out)`` where gptqmodel can resume, and the log says what is kept or lost.
     """
-    if options.method != "gptq":
+    if not METHODS[options.method].isolated:
         facts: dict[str, Any] = load("edgepress.pipeline.quantize.stage:quantize")(source, out, options)
         return facts
-    require("gptqmodel")
+    for package in METHODS[options.method].packages:
+        require(package)
     with tempfile.TemporaryDirectory(prefix="edgepress-") as shared:
         (Path(shared) / ASKED).write_bytes(pickle.dumps((source, out, options)))
         (Path(shared) / SAID).touch()

@@ -18,23 +18,16 @@ from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.checkpoint.weights import read_tensor
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.files import folder_bytes, read_json, write_json
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
 from edgepress.pipeline.quantize.isolated import scratch_of
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.rtn import round_to_nearest
-from edgepress.pipeline.registry import load, look_up
+from edgepress.pipeline.registry import load
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-# A quantizer: Job -> every named matrix as PackedLinear. To add one: docs/adding-a-quantizer.md.
-QUANTIZERS = {
-    "rtn": "edgepress.pipeline.quantize.rtn:quantize",
-    "gptq": "edgepress.pipeline.quantize.gptq:quantize",
-    "nf4": "edgepress.pipeline.quantize.bnb:quantize_4bit",
-    "fp4": "edgepress.pipeline.quantize.bnb:quantize_4bit",
-    "int8": "edgepress.pipeline.quantize.bnb:quantize_int8",
-}
 # GPTQ trades error in the weights for error in the outputs, but not much: 1.0 to 1.5 times that of round-to-nearest on real
 # models. Zero points that are off by one, the fault to be caught, make it 3.4 times at any width, a wrong order more.
 WORST_ERROR = 2.5
@@ -45,7 +38,7 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     """Write the checkpoint with its block matrices packed into ``out``; returns the facts for the manifest."""
     carry_files(source.path, out)
     write_json(out / "config.json", read_json(source.path / "config.json"))
-    if options.method == "none":
+    if METHODS[options.method].run is None:
         rewrite(shards(source.path), out, lambda name: name)
         packed.save({}, out)
         return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
@@ -53,7 +46,7 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str,
     model = meta_model(source.path, options.trust_remote_code)
     with with_full_names(source.path, model, out) as folder:
         job, used = plan(folder, model, options, scratch_of(out))
-        linears = load(look_up(QUANTIZERS, options.method, "method"))(job)
+        linears = load(str(METHODS[options.method].run))(job)
         missing = sorted(set(job.linears) - set(linears))
         if missing:
             raise ProofError(f"the quantizer left out {missing[0]} and {len(missing) - 1} more; nothing was written")
@@ -120,7 +113,7 @@ def plan(folder: Path, model: PreTrainedModel, options: QuantizeOptions, scratch
         return used
 
     shapes = {name: shape for name, shape in matrices.items() if name not in kept_float}
-    others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.bits)}
+    others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.weight_bits)}
     return QuantizeJob(folder, shapes, windows, options, scratch, others, kept_float, transposed), used
 
 
@@ -196,7 +189,7 @@ def _prove_errors(job: QuantizeJob, linears: dict[str, PackedLinear]) -> dict[st
         weight, linear = tensor.numpy(), linears[name]
         restored = linear.dequantized()
         found[name] = round(_distance(restored, weight), 5)
-        if job.options.method == "gptq":
+        if METHODS[job.options.method].calibrated:
             some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))  # a wrong reading spares no row
             rounded = round_to_nearest(name, weight[some], linear.bits, job.options.group, job.options.symmetric).dequantized()
             error, least = _distance(restored[some], weight[some]), _distance(rounded, weight[some])

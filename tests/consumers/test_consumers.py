@@ -76,7 +76,7 @@ def artifacts(random_model: Callable, text: Path, tmp_path_factory: pytest.TempP
         source = REFERENCE if not settings else random_model(CONFIG_MAPPING[name](**settings), folder / "source")
         if settings:  # the embedded model has no room in its vocabulary
             source = talking(source, folder / "model")
-        made = stages.run("prune", Artifact.load(source), folder / "pruned", PruneOptions(layers=(1,), calibration=text))
+        made = stages.run("prune", Artifact.load(source), folder / "pruned", PruneOptions(remove_layers=(1,), calibration=text))
         made = stages.run("quantize", made, folder / "packed", QuantizeOptions(method="rtn", group_size=32))
         options = ExportOptions(text=text, accuracy_level="0" if settings else "4")
         found[name] = stages.run("export", made, folder / "onnx", options).path

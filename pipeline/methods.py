@@ -1,0 +1,76 @@
+"""Quantization methods: one row for all that is known of each. To add one: docs/adding-a-quantizer.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUPS = (128, -1, 16, 32, 64, 256)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to quantize a matrix.
+
+    help: for ``--method``. run: "module:function", QuantizeJob -> {name: PackedLinear}; None keeps the weights as they are.
+    bits, groups: those that it takes, the default first; -1 is a whole row. packages: what it imports; their versions are part
+    of the fingerprint. adjustable: takes --symmetric and --bits-for. act_order: takes --act-order. calibrated: its codes may be
+    further from the weights than rounding's, and are checked for how much. isolated: runs in a process of its own.
+    label: of an artifact in tables, with {bits} and {group_size}.
+    """
+
+    help: str
+    run: str | None
+    bits: tuple[int, ...] = (4, 2, 3, 8)
+    groups: tuple[int, ...] = GROUPS
+    packages: tuple[str, ...] = ()
+    adjustable: bool = False
+    act_order: bool = False
+    calibrated: bool = False
+    isolated: bool = False
+    label: str = "{bits} bits/{group_size}"
+
+
+_BLOCKS = (64, 128, 256)  # of bitsandbytes' 4-bit formats
+
+METHODS = {
+    "none": Method("keep the weights as they are", None, label="float"),
+    "rtn": Method(
+        "round to nearest, no calibration",
+        "edgepress.pipeline.quantize.rtn:quantize",
+        adjustable=True,
+        label="rtn {bits} bits/{group_size}",
+    ),
+    "gptq": Method(
+        "GPTQ through gptqmodel, calibrated",
+        "edgepress.pipeline.quantize.gptq:quantize",
+        packages=("gptqmodel",),
+        adjustable=True,
+        act_order=True,
+        calibrated=True,
+        isolated=True,  # gptqmodel changes environment variables and patches libraries
+        label="gptq {bits} bits/{group_size}",
+    ),
+    "nf4": Method(
+        "bitsandbytes NormalFloat 4 (small, but slow on CPU)",
+        "edgepress.pipeline.quantize.bnb:quantize_4bit",
+        bits=(4,),
+        groups=_BLOCKS,
+        packages=("bitsandbytes",),
+        label="nf4",
+    ),
+    "fp4": Method(
+        "bitsandbytes float 4 (small, but slow on CPU)",
+        "edgepress.pipeline.quantize.bnb:quantize_4bit",
+        bits=(4,),
+        groups=_BLOCKS,
+        packages=("bitsandbytes",),
+        label="fp4",
+    ),
+    "int8": Method(
+        "bitsandbytes LLM.int8 weights (outlier handling is lost)",
+        "edgepress.pipeline.quantize.bnb:quantize_int8",
+        bits=(8,),
+        packages=("bitsandbytes",),
+        label="int8",
+    ),
+}
