@@ -6,7 +6,6 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.errors import OptionError
@@ -40,40 +39,40 @@ LEVELS = {
 TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
 
 
-def _calibration() -> Any:
+def _calibration() -> Path:
     return option(CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field (default: the shipped calibration.txt)")
 
 
-def _calibration_tokens() -> Any:
+def _calibration_tokens() -> int:
     return option(32768, "calibration tokens at most", at_least=16)
 
 
-def _shared_tokens(held_out: str) -> Any:
+def _shared_tokens(held_out: str) -> int | None:
     text = f"calibration tokens; the last quarter {held_out} (default: {PRUNE_TOKENS}, or all there are)"
     return option(None, text, at_least=64)
 
 
-def _calibration_skip() -> Any:
+def _calibration_skip() -> int:
     return option(0, "tokens of the calibration text to leave out at its beginning", at_least=0)
 
 
-def _text() -> Any:
+def _text() -> Path:
     return option(EVALUATION_TEXT, "text that quality is measured on (default: the shipped evaluation.txt)")
 
 
-def _text_tokens() -> Any:
+def _text_tokens() -> int:
     return option(16000, "tokens of that text to use at most", at_least=16)
 
 
-def _threads() -> Any:
+def _threads() -> int:
     return option(0, "threads; 0 leaves the choice to onnxruntime", at_least=0)
 
 
-def _trust() -> Any:
+def _trust() -> bool:
     return option(False, "run the Python code that the checkpoint brings; read it first")
 
 
-def _target() -> Any:
+def _target() -> str:
     return option("cpu", "what the artifact is for", TARGETS)
 
 
