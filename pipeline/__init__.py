@@ -28,8 +28,8 @@ __all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "qua
 def build(source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, **options: object) -> Artifact:
     """Run every stage of a recipe and return the ONNX artifact; a build that was interrupted goes on where it stopped.
 
-    source: a folder with config.json and safetensors, a hub id, or "reference" (the embedded model). out: default out/NAME.
-    recipe: a YAML file or the name of a shipped one. options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
+    source: a folder with config.json and safetensors, a .gguf file, a hub id, or "reference" (the embedded model).
+    out: default out/NAME. recipe: a YAML file or the name of a shipped one. options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
     Raises InputError, OptionError, OutputError, ProofError (a stage failed its own check and left nothing behind).
     """
     from edgepress.pipeline import recipe as recipes
@@ -97,9 +97,8 @@ def load(source: str | Path, *, threads: int = 0) -> TextModel:
 
 def _run(name: str, source: str | Path, out: str | Path, options: dict[str, object]) -> Artifact:
     from edgepress.pipeline import stages
-    from edgepress.pipeline.checkpoint.source import resolve
     from edgepress.pipeline.flags import make
 
-    models = {key: resolve(str(options[key])) for key in ("reference", "original") if options.get(key)}
+    models = {key: stages.source_of(str(options[key])).path for key in ("reference", "original") if options.get(key)}
     settings = make(stages.STAGES[name].options, options | models)
-    return stages.run(name, Artifact.load(resolve(str(source))), Path(out), settings)
+    return stages.run(name, stages.source_of(str(source)), Path(out), settings)

@@ -18,7 +18,7 @@ from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, read_jso
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
-Format = Literal["hf", "packed", "onnx", "report"]
+Format = Literal["gguf", "hf", "packed", "onnx", "report"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Step:
 class Artifact:
     """A directory that is usable alone.
 
-    format: "hf" (Hugging Face checkpoint), "packed" (the same with packed.safetensors for its matrices),
-    "onnx" (model.onnx and what runs it), "report" (figures of one).
+    format: "gguf" (a file, the only one that is no directory), "hf" (Hugging Face checkpoint), "packed" (the same with
+    packed.safetensors for its matrices), "onnx" (model.onnx and what runs it), "report" (figures of one).
     steps: the stages behind it, first to last. fingerprint: what went in; "" for a directory we did not write.
     """
 
@@ -58,6 +58,8 @@ class Artifact:
 
         Raises InputError when it is neither.
         """
+        if path.is_file() and path.suffix == ".gguf":
+            return cls(path, "gguf")
         if not path.is_dir():
             raise InputError(f"no such folder: {path}; give an artifact, a folder with config.json, a hub id, or 'reference'")
         if (path / MANIFEST).is_file():
@@ -97,6 +99,8 @@ class Artifact:
     def _identity(self) -> str:
         if self.files:
             content = {name: known["sha256"] for name, known in self.files.items()}
+        elif self.path.is_file():
+            content = {self.path.name: sha256(self.path)}
         else:
             content = {p.name: sha256(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -48,7 +48,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, the manifest left out."""
+    """Bytes of all files below a folder, the manifest left out; of a file, its own."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(p.stat().st_size for p in files_below(folder))
 
 

@@ -77,6 +77,11 @@ def _target() -> str:
 
 
 @dataclass(frozen=True)
+class ImportOptions(Options):
+    """Turn a GGUF file into a plain Hugging Face checkpoint, dequantized to float32."""
+
+
+@dataclass(frozen=True)
 class PruneOptions(Options):
     """Remove decoder blocks: those of least Block Influence, or of least measured cost."""
 

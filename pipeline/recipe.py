@@ -12,7 +12,7 @@ from edgepress.models import RECIPES
 from edgepress.models.config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
+from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.files import MANIFEST, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
@@ -20,6 +20,7 @@ from edgepress.pipeline.options import (
     BenchOptions,
     ExportOptions,
     HealOptions,
+    ImportOptions,
     PruneOptions,
     QuantizeOptions,
     bits_rules,
@@ -129,17 +130,23 @@ def _bits(options: QuantizeOptions) -> list[int]:
 def _resolve_models(options: Options) -> Options:
     """Models that a recipe names may be anything that the source may be."""
     named = {name: getattr(options, name, None) for name in ("original", "reference")}
-    return dataclasses.replace(options, **{name: resolve(str(value)) for name, value in named.items() if value is not None})
+    return dataclasses.replace(
+        options, **{name: stages.source_of(str(value)).path for name, value in named.items() if value is not None}
+    )
 
 
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
-    original = artifact = Artifact.load(source)
+    original = Artifact.load(source)
+    if original.format == "gguf":
+        original = stages.run("import", original, out / "00-import", ImportOptions())
+        source = original.path
+    artifact = original
     steps = [(name, _resolve_models(options)) for name, options in steps]
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
-    stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in folders]
+    stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in (source, *folders)]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]

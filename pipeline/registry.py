@@ -23,6 +23,7 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "build"),
     "gptqmodel": ("gptqmodel", "build"),
     "peft": ("peft", "build"),
+    "gguf": ("gguf", "gguf"),
     "onnxruntime": ("onnxruntime", "cpu"),
     "jinja2": ("jinja2", "cpu"),
     "matplotlib": ("matplotlib", "report"),

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
-from edgepress.pipeline.checkpoint.source import check_checkpoint
+from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
 from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, ImportOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.registry import load, versions
 
 log = logging.getLogger("edgepress")
@@ -39,6 +40,10 @@ class Stage:
 
 _BUILD = ("torch", "transformers", "numpy")
 STAGES: dict[str, Stage] = {
+    # 4-bit weights become float32
+    "import": Stage(
+        ImportOptions, "edgepress.pipeline.checkpoint.importers.gguf:import_gguf", ("gguf",), "hf", (*_BUILD, "gguf"), 9.0
+    ),
     "prune": Stage(PruneOptions, "edgepress.pipeline.prune.stage:prune", ("hf",), "hf", _BUILD, 1.0),
     "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(
@@ -70,7 +75,7 @@ def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     stage = STAGES[name]
     if source.format not in stage.takes:
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
-    if source.format != "onnx":
+    if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
@@ -96,6 +101,15 @@ def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)
+
+
+def source_of(source: str) -> Artifact:
+    """What a user names: a folder, a hub id, "reference"; a GGUF file is imported once, into the cache folder."""
+    artifact = Artifact.load(resolve(source))
+    if artifact.format != "gguf":
+        return artifact
+    folder = cache_folder() / "imports" / f"{artifact.path.stem}-{artifact.identity()[:12]}"
+    return run("import", artifact, folder, ImportOptions())
 
 
 def finished(out: Path, fingerprint: str) -> Artifact | None:
@@ -134,6 +148,7 @@ def fingerprint(name: str, options: Options, source: Artifact) -> str:
 
 def _hint(format: Format) -> str:
     return {
+        "gguf": "import it first: edgepress import",
         "hf": "export it first",
         "packed": "it is quantized already: export it",
         "onnx": "give the checkpoint that it was made from",

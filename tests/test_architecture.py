@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
     ("pipeline.files", "pipeline.progress", "pipeline.registry", "models"),
-    ("pipeline.artifact", "pipeline.flags", "pipeline.methods"),
+    ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
     ("pipeline.text",),

@@ -15,15 +15,17 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(source: str) -> Path:
-    """The local folder of a source, downloaded from the hub when it is a hub id. Raises InputError."""
+    """The local folder of a source (or its GGUF file), downloaded from the hub when it is a hub id. Raises InputError."""
     if source == "reference":
         return REFERENCE
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
     if path.exists() or looks_local:
-        raise InputError(f"no such folder: {source}; give a folder with config.json, a hub id (name/model), or 'reference'")
+        raise InputError(
+            f"no such folder: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
+        )
     return _download(source)
 
 

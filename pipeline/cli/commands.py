@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _resolved(flags: Flags) -> Flags:
     """--reference and --original may be anything that SRC may be."""
-    return flags | {name: resolve(str(flags[name])) for name in ("reference", "original") if name in flags}
+    return flags | {name: stages.source_of(str(flags[name])).path for name in ("reference", "original") if name in flags}
 
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
@@ -90,7 +90,7 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
         out = options.out or folder.parent / f"{folder.resolve().name}-bench"
         artifact = stages.run("bench", Artifact.load(folder), out, values)
     else:
-        artifact = stages.run(options.verb, Artifact.load(resolve(options.source)), options.out, values)
+        artifact = stages.run(options.verb, _source(options), options.out, values)
     if artifact.format == "report":
         _print_report(artifact)
         return 0
@@ -99,6 +99,18 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
 
         print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
     print(artifact.path)
+    return 0
+
+
+def _source(options: argparse.Namespace) -> Artifact:
+    """The source of a stage; only import takes a GGUF file as it is."""
+    return Artifact.load(resolve(options.source)) if options.verb == "import" else stages.source_of(options.source)
+
+
+def _fetch(options: argparse.Namespace, flags: Flags) -> int:
+    from edgepress.pipeline.fetch import fetch
+
+    print(fetch(options.source))
     return 0
 
 
@@ -146,7 +158,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
 
 def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     values = make(SensitivityOptions, flags)
-    folder = Artifact.load(resolve(options.source)).path
+    folder = stages.source_of(options.source).path
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
@@ -185,7 +197,15 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
     return 0
 
 
-COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show, "verify": _verify}
+COMMANDS = {
+    "build": _build,
+    "fetch": _fetch,
+    "report": _report,
+    "run": _run,
+    "sensitivity": _sensitivity,
+    "show": _show,
+    "verify": _verify,
+}
 
 
 def _onnx(source: str) -> Path:

