@@ -29,7 +29,8 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
     """Run every stage of a recipe and return the ONNX artifact; a build that was interrupted goes on where it stopped.
 
     source: a folder with config.json and safetensors, a .gguf file, a hub id, or "reference" (the embedded model).
-    out: default out/NAME. recipe: a YAML file or the name of a shipped one. options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
+    out: default out/NAME. recipe: a YAML file or the name of a shipped one.
+    options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
     Raises InputError, OptionError, OutputError, ProofError (a stage failed its own check and left nothing behind).
     """
     from edgepress.pipeline import recipe as recipes

