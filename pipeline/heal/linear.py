@@ -64,7 +64,7 @@ def heal(job: HealJob) -> JsonObject:
 
 
 def _close(job: HealJob, gap: Gap) -> _Closed:
-    """Solve for each ridge, and leave the matrix with the solution of least loss. Raises ModelError when there is no such matrix."""
+    """Solve for each ridge, and leave the matrix with the solution of least loss. Raises ModelError without such a matrix."""
     blocks, window = job.student, job.windows[0]
     target = _embedding(blocks, window) if gap.before < 0 else _last_matrix(blocks, gap.before, window)
     matrix = target.matrix

@@ -29,9 +29,7 @@ def test_a_period_that_no_list_expresses_is_refused(tmp_path: Path, random_model
         use_mamba_kernels=False, mamba_d_state=4, mamba_d_conv=2, pad_token_id=0,
     )  # fmt: skip
     folder = random_model(config, tmp_path / "jamba")
-    with pytest.raises(
-        ModelError, match=r"attn_layer_period.*by --remove-layers: 0 to 3, 1 to 4, 2 to 5, 3 to 6, 4 to 7$"
-    ):
+    with pytest.raises(ModelError, match=r"attn_layer_period.*by --remove-layers: 0 to 3, 1 to 4, 2 to 5, 3 to 6, 4 to 7$"):
         pruned_config(Checkpoint(folder), [0, 2, 4, 6])
     with pytest.raises(ModelError, match=r"these can go, by --remove-layers: 7$"):
         pruned_config(Checkpoint(folder), [0, 1, 2, 4, 5, 6, 7])
