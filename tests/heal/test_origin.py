@@ -32,7 +32,7 @@ def test_a_foreign_original_is_refused(
     weights = load_file(other / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    for original, says in ((tiny, "has 4 layers"), (pruned.path, "has 13 layers"), (other, "model.embed_tokens.weight differs")):
-        with pytest.raises(OptionError, match=says):
+    for original, message in ((tiny, "has 4 layers"), (pruned.path, "has 13 layers"), (other, "model.embed_tokens.weight differs")):
+        with pytest.raises(OptionError, match=message):
             stages.run("heal", pruned, tmp_path / "out", options(original))
     assert not (tmp_path / "out").exists()

@@ -33,24 +33,24 @@ for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     settings = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
     with torch.inference_mode():
-        found = {"logits": model(input_ids=ids, use_cache=False).logits}
+        computed = {"logits": model(input_ids=ids, use_cache=False).logits}
         for name, use_cache in (("cached", True), ("uncached", False)):
-            found[name] = model.generate(ids, use_cache=use_cache, **settings)
-    np.savez(folder + "/found.npz", **{name: value.numpy() for name, value in found.items()})
+            computed[name] = model.generate(ids, use_cache=use_cache, **settings)
+    np.savez(folder + "/computed.npz", **{name: value.numpy() for name, value in computed.items()})
 """
 
 
 @dataclass(frozen=True)
 class Pressed:
-    """A family's model without REMOVED: expected logits from the model in memory, and what a fresh process found."""
+    """A family's model without REMOVED: reference logits from the model in memory, and what a fresh process computed."""
 
     folder: Path
-    expected: np.ndarray
+    reference: np.ndarray
 
     @property
-    def found(self) -> dict[str, np.ndarray]:
+    def computed(self) -> dict[str, np.ndarray]:
         """Logits, and tokens generated with the cache and without."""
-        return dict(np.load(self.folder / "found.npz"))
+        return dict(np.load(self.folder / "computed.npz"))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_every_family_reloads_and_computes_the_same(name: str, pressed: dict[str
     """Logits bit for bit those with the blocks skipped; generation with the cache as without."""
     one = pressed[name]
     assert read_config_layers(one.folder) == LAYERS - len(REMOVED)
-    assert np.array_equal(one.found["logits"], one.expected)
-    assert np.array_equal(one.found["cached"], one.found["uncached"])
+    assert np.array_equal(one.computed["logits"], one.reference)
+    assert np.array_equal(one.computed["cached"], one.computed["uncached"])
     assert (one.folder / "influence.png").read_bytes().startswith(b"\x89PNG")
     content = read_json(one.folder / "influence.json")
     assert [row["layer"] for row in content["layers"] if row["removed"]] == list(REMOVED)
