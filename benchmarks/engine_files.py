@@ -115,13 +115,13 @@ def checkpoint(shape: dict[str, Any], out: Path) -> None:
 
 def fewer_layers(source: Path, out: Path) -> None:
     """The checkpoint without every fourth layer."""
-    from edgepress.pipeline.files import read_json
+    from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 
     out.mkdir()
-    count = read_json(source / "config.json")["num_hidden_layers"]
-    kept = [index for index in range(count) if index % EVERY_FOURTH != 2]
-    remove_blocks(source, out, "model.layers", kept, pruned_config(source, kept))
+    checkpoint = Checkpoint(source)
+    kept = [index for index in range(checkpoint.layers) if index % EVERY_FOURTH != 2]
+    remove_blocks(source, out, "model.layers", kept, pruned_config(checkpoint, kept))
 
 
 def press(stage: str, *arguments: str) -> None:

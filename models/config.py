@@ -2,7 +2,7 @@
 
 A config can say things of single layers in four ways: by lists with an entry a layer, by lists of layer numbers, by
 counts from the first layer, and by arithmetic on the layer's number. The last is turned into one of the others where the
-architecture reads one; whether the result is right is for pipeline/surgery.py to find out, by building it.
+architecture reads one; whether the result is right is for pipeline/prune/surgery.py to find out, by building it.
 """
 
 from __future__ import annotations

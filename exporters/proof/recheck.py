@@ -19,8 +19,7 @@ from edgepress.pipeline.checkpoint.offloaded import offloaded_model
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.runtime.decoder import Decoder
-
-DONE = {"prune": "pruned", "heal": "healed", "quantize": "quantized"}
+from edgepress.pipeline.vocabulary import PAST_TENSE
 
 
 def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, windows: list[np.ndarray], trust: bool) -> str:
@@ -36,7 +35,7 @@ def recheck(artifact: Artifact, original: Artifact, source: Artifact | None, win
     else:
         said.append(f"no proof: {original.path.name} is not the checkpoint that was exported, give that one for a proof")
     if source is None or source.path != original.path:
-        since = [DONE[s.stage] for s in artifact.steps[len(original.steps) :] if s.stage in DONE]
+        since = [PAST_TENSE[s.stage] for s in artifact.steps[len(original.steps) :] if s.stage in PAST_TENSE]
         quality = _distance(original, artifact, windows, trust)
         found = quality.figures()
         changed = f", {' and '.join(since)} since" if since else ""

@@ -43,7 +43,7 @@ def quality(
                 assert scores is not None
                 found.add(window, scores, wanted)
                 yield {"window": number + 1}
-            figures = found.figures()
+            figures = {**found.figures()}
             if row["kind"] == "onnx" and original is not None and model is not None:
                 figures["greedy_match_tokens"] = _greedy_matches(original.model, model, ids)
             losses = np.concatenate(found.losses).astype("<f4")

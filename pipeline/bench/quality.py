@@ -19,6 +19,7 @@ from edgepress.pipeline.progress import bar
 from edgepress.pipeline.report.attribution import attribute
 from edgepress.pipeline.report.stats import Measurement
 from edgepress.pipeline.text.windows import beginning, load_tokenizer, text_windows
+from edgepress.pipeline.vocabulary import PAST_TENSE
 
 if TYPE_CHECKING:
     from edgepress.pipeline.bench.subject import Subject
@@ -35,7 +36,6 @@ UNITS = {
     "tokens": "token",
 }
 COMPARED = ("kl_mean", "kl_p99", "top1_agreement", "greedy_match_tokens")
-_VERBS = {"prune": "pruned", "quantize": "quantized", "heal": "healed"}
 
 
 def check_references(options: BenchOptions) -> None:
@@ -96,7 +96,7 @@ def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
     for folder in filter(None, (options.reference, *(subject.stages if options.reference else ()))):
         known = Artifact.load(folder)
         last = known.steps[-1].stage if rows and known.steps else ""
-        name = _VERBS.get(last, last or folder.name) if rows else "original"
+        name = PAST_TENSE.get(last, last or folder.name) if rows else "original"
         while name in steps:
             name += "'"
         steps[name] = known.steps

@@ -1,13 +1,30 @@
-"""Quality of a model on given token ids: losses, and how far its distribution is from the original's. Needs numpy alone."""
+"""Quality of a model in numpy: losses of the true tokens, and KL divergence and top-1 agreement with the original."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 _ROWS = 64  # positions at a time: float64 copies of whole windows of a large vocabulary would need gigabytes
+
+
+class _Losses(TypedDict):
+    perplexity: float
+    tokens: int
+
+
+class QualityFigures(_Losses, total=False):
+    """Figures of one model over all scored tokens; the three optional ones need an original.
+
+    perplexity: exp of the mean loss. tokens: how many were scored. kl_mean, kl_p99: mean and 99th percentile of
+    KL(original || model), nats a token. top1_agreement: share of positions with the same most likely token.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
 
 
 @dataclass
@@ -29,22 +46,20 @@ class Quality:
             scores, following = log_softmax(logits[rows]), ids[1:][rows]
             self.losses.append(-scores[np.arange(len(following)), following])
             if original is not None:
-                truth = log_softmax(original[rows])
-                self.divergences.append((np.exp(truth) * (truth - scores)).sum(-1))
-                self.agreements.append(truth.argmax(-1) == scores.argmax(-1))
+                reference = log_softmax(original[rows])
+                self.divergences.append((np.exp(reference) * (reference - scores)).sum(-1))
+                self.agreements.append(reference.argmax(-1) == scores.argmax(-1))
 
-    def figures(self, text_bytes: int | None = None) -> dict[str, Any]:
-        """Perplexity and the rest as plain numbers; ``text_bytes``: UTF-8 bytes of the scored text, for bits per byte."""
+    def figures(self) -> QualityFigures:
+        """Means over all tokens scored so far, as plain numbers."""
         losses = np.concatenate(self.losses)
-        found: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "tokens": int(losses.size)}
-        if text_bytes:
-            found["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
+        figures = QualityFigures(perplexity=float(np.exp(losses.mean())), tokens=int(losses.size))
         if self.divergences:
             divergences = np.concatenate(self.divergences)
-            found["kl_mean"] = float(divergences.mean())
-            found["kl_p99"] = float(np.percentile(divergences, 99))
-            found["top1_agreement"] = float(np.concatenate(self.agreements).mean())
-        return found
+            figures["kl_mean"] = float(divergences.mean())
+            figures["kl_p99"] = float(np.percentile(divergences, 99))
+            figures["top1_agreement"] = float(np.concatenate(self.agreements).mean())
+        return figures
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,12 +9,13 @@ from edgepress.pipeline.report.attribution import WORRYING
 from edgepress.pipeline.report.comparison import compare, losing, loss, quantized_as, removed_layers
 from edgepress.pipeline.report.stats import Ratio
 from edgepress.pipeline.report.tables import shown
+from edgepress.pipeline.vocabulary import PAST_TENSE
 
 FEW = 3
 HURT = {
-    "pruned": "where layers were removed: remove fewer or none, and heal with text of its own kind",
-    "healed": "in healing: heal with text of its own kind",
-    "quantized": "in quantization: give more bits, or calibrate GPTQ with text of its own kind",
+    PAST_TENSE["prune"]: "where layers were removed: remove fewer or none, and heal with text of its own kind",
+    PAST_TENSE["heal"]: "in healing: heal with text of its own kind",
+    PAST_TENSE["quantize"]: "in quantization: give more bits, or calibrate GPTQ with text of its own kind",
 }
 LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 

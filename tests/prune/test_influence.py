@@ -49,24 +49,24 @@ def test_the_papers_definitions(
     windows = [row[:n] for row, n in zip(text_windows(text, folder, budget=400, length=128), (128, 37, 70), strict=False)]
     (_, real), *more = padded(windows, 8)
     assert not more and not real.all()  # the batch is padded indeed
-    found = measure_influence(Blocks(load_model(folder)), windows, [1, 2, 4])
+    influence = measure_influence(Blocks(load_model(folder)), windows, [1, 2, 4])
     states = naive_states(folder, windows)
     naive = [1 - np.mean([cosine(x[i], x[i + 1]) for x in states]) for i in range(4)]
-    assert found.block_influence == pytest.approx(naive, abs=1e-6)
+    assert influence.block_influence == pytest.approx(naive, abs=1e-6)
     for length in (1, 2, 4):
         angles = [np.mean([np.arccos(cosine(x[i], x[i + length])) / np.pi for x in states]) for i in range(5 - length)]
-        assert found.angular_distance(length) == pytest.approx(angles, abs=1e-5)
+        assert influence.angular_distance(length) == pytest.approx(angles, abs=1e-5)
 
 
 def test_last_block_is_measured_before_the_final_norm(reference: Path, text: Path) -> None:
     """The trap of hidden_states[-1]: taken after the final norm it gives another influence for the last block."""
     model = load_model(reference)
     windows = text_windows(text, reference, budget=64, length=64)
-    found = measure_influence(Blocks(model), windows).block_influence
+    measured = measure_influence(Blocks(model), windows).block_influence
     with torch.inference_mode():
         states = model(input_ids=torch.from_numpy(windows[0])[None], output_hidden_states=True).hidden_states
     wrong = 1 - float(torch.nn.functional.cosine_similarity(states[-2], states[-1], dim=-1).mean())
-    assert abs(found[-1] - wrong) > 1e-3
+    assert abs(measured[-1] - wrong) > 1e-3
 
 
 def test_stability_is_the_rank_correlation_of_the_halves(reference: Path, text: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +11,10 @@ import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
-from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import read_json
-from edgepress.pipeline.flags import make
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.prune.criteria import Choice, choose, kl_without
 from edgepress.pipeline.prune.influence import measure_influence
-from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.text.windows import text_windows
 
 OPTIONS = PruneOptions(remove_count=2, calibration=CALIBRATION_TEXT, calibration_tokens=600, greedy_tokens=300)
@@ -83,17 +77,17 @@ def test_greedy_costs_are_the_divergences_of_whole_passes(setting: Setting) -> N
     choice = setting.choose(shortlist=3)
     used = setting.ranking[:3]  # the first windows that hold greedy_tokens
     removed: list[int] = []
-    for entry in choice.rounds[:2]:
-        for index, cost in entry["kl"].items():
-            assert cost == pytest.approx(naive_kl(setting.blocks.model, used, [*removed, int(index)]), abs=2e-6)
-        removed.append(entry["removed"])
-        assert entry["kl"][str(entry["removed"])] == min(entry["kl"].values())
+    for entry in choice.rounds:
+        for index, cost in entry.kl.items():
+            assert cost == pytest.approx(naive_kl(setting.blocks.model, used, [*removed, index]), abs=2e-6)
+        removed.append(entry.removed)
+        assert entry.kl[entry.removed] == min(entry.kl.values())
     assert choice.evaluations >= 6
     assert choice.seconds > 0
 
 
 def test_greedy_is_never_costlier_than_bi_or_angular(setting: Setting) -> None:
-    """On the text it chose by, whatever the greedy path missed: the other criteria's sets are tried beside it."""
+    """On the text it chose by, whatever the greedy path missed: the other criteria's sets are tried too."""
     for amount in (2, 3):
         costs = [
             kl_without(
@@ -111,13 +105,13 @@ def test_a_limit_is_kept_on_held_out_text(criterion: str, setting: Setting) -> N
     options = replace(OPTIONS, remove_count=None, max_loss=0.06, criterion=criterion, shortlist=2)
     choice = choose(options, options.amount(16), setting.blocks, influence, setting.ranking, setting.held_out)
     *within, beyond = choice.path
-    assert within and choice.removed == within[-1]["layers"]
+    assert within and choice.removed == within[-1].layers
     before = mean_loss(setting.blocks.model, setting.held_out)
-    for entry in choice.path:
-        with setting.blocks.without(entry["layers"]):
+    for step in choice.path:
+        with setting.blocks.without(step.layers):
             growth = mean_loss(setting.blocks.model, setting.held_out) - before
-        assert entry["held_out_loss_growth"] == pytest.approx(growth, abs=1e-5)
-    assert all(entry["held_out_loss_growth"] <= 0.06 for entry in within) and beyond["held_out_loss_growth"] > 0.06
+        assert step.loss_growth == pytest.approx(growth, abs=1e-5)
+    assert all(step.loss_growth <= 0.06 for step in within) and beyond.loss_growth > 0.06
 
 
 def test_a_limit_too_tight_removes_nothing(setting: Setting) -> None:
@@ -126,70 +120,3 @@ def test_a_limit_too_tight_removes_nothing(setting: Setting) -> None:
 
 def test_an_amount_caps_a_limit(setting: Setting) -> None:
     assert len(setting.choose(criterion="bi", remove_count=1, max_loss=9.0).removed) == 1
-
-
-@pytest.mark.parametrize(("fraction", "layers", "amount"), [(0.1, 16, 1), (0.25, 16, 4), (0.3, 5, 1), (0.1, 4, 1), (0.99, 4, 3)])
-def test_a_fraction_rounds_down_and_removes_at_least_one(fraction: float, layers: int, amount: int) -> None:
-    assert PruneOptions(remove_fraction=fraction).amount(layers) == amount
-
-
-def test_every_layer_cannot_go() -> None:
-    with pytest.raises(OptionError, match="at most 3"):
-        PruneOptions(remove_count=4).amount(4)
-    with pytest.raises(OptionError, match="at most 3"):
-        PruneOptions(remove_layers=(0, 1, 2, 3)).amount(4)
-
-
-def test_ways_to_say_what_to_remove_exclude_each_other() -> None:
-    ways = [{"remove_count": 2}, {"remove_fraction": 0.1}, {"remove_layers": (1, 2)}]
-    for one, other in itertools.combinations(ways, 2):
-        with pytest.raises(OptionError):
-            make(PruneOptions, one | other)
-
-
-def test_a_flag_replaces_the_recipes_amount() -> None:
-    """The default recipe removes a tenth: neither a list nor a limit on the command line may be capped by that."""
-    for flags in ({"remove_layers": "3,4"}, {"max_loss": "0.1"}, {"remove_count": "2"}):
-        (_, options), *_ = plan(read("default"), flags)
-        assert options.remove_fraction is None
-    (_, options), *_ = plan({"prune": {"criterion": "bi", "remove_count": 2}}, {"remove_layers": "3,4"})
-    assert (options.resolved().criterion, options.remove_layers) == ("list", (3, 4))
-
-
-def test_each_flag_reaches_its_stage() -> None:
-    """--method is quantize's, --healer is heal's."""
-    steps = dict(plan(read("default"), {"method": "rtn", "healer": "lora"}))
-    assert (steps["heal"].healer, steps["quantize"].method) == ("lora", "rtn")
-    for flag in ("healer", "method"):
-        with pytest.raises(OptionError, match="no stage of this recipe"):
-            plan({"prune": {"remove_count": 1}}, {flag: "linear"})
-
-
-@pytest.mark.parametrize(
-    ("recipe", "new"),
-    [
-        ({"prune": {"layers": [4, 5]}}, "--layers is now --remove-layers"),
-        ({"prune": {"remove_layers": 4}}, "remove_count: 4"),
-        ({"prune": {"remove_count": 1}, "heal": {"method": "linear"}}, "--method is now --healer"),
-    ],
-)
-def test_a_former_spelling_names_the_new_one(recipe: dict[str, Any], new: str) -> None:
-    with pytest.raises(OptionError, match=new):
-        plan(recipe, {})
-
-
-def test_blocks_left_out_cost_nothing_and_come_back(setting: Setting, reference: Path) -> None:
-    """Skipping replaces the block, so that its matrices are not run; afterwards the model is what it was."""
-    ids = torch.from_numpy(setting.ranking[0])[None]
-    before = setting.blocks.logits(ids)
-    runs: list[int] = []
-    handles = [
-        block.mlp.register_forward_hook(lambda *_, i=index: runs.append(i)) for index, block in enumerate(setting.blocks.modules)
-    ]
-    with setting.blocks.without([3, 7]):
-        setting.blocks.logits(ids)
-    for handle in handles:
-        handle.remove()
-    assert runs == [i for i in range(16) if i not in (3, 7)]
-    assert torch.equal(before, setting.blocks.logits(ids))
-    assert read_json(reference / "config.json")["num_hidden_layers"] == len(setting.blocks)
