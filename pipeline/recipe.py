@@ -139,7 +139,8 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
-    stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in folders]
+    numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
+    stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in folders]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
