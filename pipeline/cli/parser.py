@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
         """Exit 2; a former spelling is answered with the present one."""
         for old, new in RENAMED.items():
             if f"arguments: {flag(old)} " in f"{message} ":
-                heal = "; healing is a stage of its own: edgepress heal" if old == "heal" and "prune" in self.prog else ""
-                message = f"{flag(old)} is now {flag(new)}{heal}"
+                of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
+                message = f"{flag(old)} is now {flag(new)}{of}"
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
