@@ -20,6 +20,7 @@ from edgepress.pipeline.checkpoint.importers.bnb import BnbFolder
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import open_packed
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import read_json
@@ -132,9 +133,9 @@ def expected(raw: dict[str, np.ndarray], name: str, bits: int, v1: bool) -> np.n
 
 
 def opened(folder: Path, original: Path | None = None) -> GptqFolder | BnbFolder:
-    found = open_packed(folder, original)
-    assert isinstance(found, GptqFolder | BnbFolder)
-    return found
+    matrices = open_packed(folder, ShardIndex.of(folder), original)
+    assert isinstance(matrices, GptqFolder | BnbFolder)
+    return matrices
 
 
 def copied(folder: Path, target: Path, change: Callable[[dict[str, np.ndarray]], Any] | None = None, **settings: Any) -> Path:

@@ -19,16 +19,16 @@ import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.importers import gptq as layout
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear, unpack_bits
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.quantize import bnb, gptq, rtn
-from edgepress.pipeline.quantize import isolated as apart
+from edgepress.pipeline.quantize import bnb, gptq, isolated, rtn
 from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.quantize.pack import quantize_checkpoint
 from edgepress.pipeline.quantize.rtn import round_to_nearest
-from edgepress.pipeline.quantize.stage import quantize as stage
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
 from safetensors.numpy import load_file
@@ -49,7 +49,8 @@ def no_windows() -> list[np.ndarray]:
 
 def job_of(folder: Path, windows: Callable[[], list[np.ndarray]] = no_windows, **options: Any) -> QuantizeJob:
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in matrices(folder).items()}
-    return QuantizeJob(folder, shapes, windows, QuantizeOptions(**options), folder.with_name(f"{folder.name}-scratch"))
+    scratch = folder.with_name(f"{folder.name}-scratch")
+    return QuantizeJob(Checkpoint(folder), shapes, windows, QuantizeOptions(**options), scratch)
 
 
 # ---------------------------------------------------------------------------------------------- round to nearest
@@ -447,7 +448,9 @@ def test_gptq_per_channel(bits: int, columns: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 172), (64, 16), (16, 64)], ids=str)
 def test_gptq_three_bits(shape: tuple[int, int]) -> None:
     """No 3 bits by gptqmodel unless 32 divides input and output: said at once, not after the calibration."""
-    job = QuantizeJob(Path("nowhere"), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3), Path("nowhere"))
+    job = QuantizeJob(
+        Checkpoint(Path("nowhere")), {"good": (64, 64), "bad": shape}, no_windows, QuantizeOptions(bits=3), Path("nowhere")
+    )
     with pytest.raises(OptionError, match="bad"):
         gptq.quantize(job)
 
@@ -529,7 +532,7 @@ def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(apart, "remove", lambda _: None)
+        patch.setattr(isolated, "remove", lambda _: None)
         packed = run("quantize", Artifact.load(source), folder / "packed", settings)
     return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))
 
@@ -648,15 +651,15 @@ def test_gptq_codes_read_wrongly_are_caught(
         found = rtn.quantize(job)
         return found | ({wrong: fault(found[wrong])} if spoil else {})
 
-    monkeypatch.setattr("edgepress.pipeline.quantize.stage.load", lambda _: quantize)
-    monkeypatch.setattr("edgepress.pipeline.quantize.stage._ROWS_PROVEN", 16)  # of 32 to 96
+    monkeypatch.setattr("edgepress.pipeline.quantize.pack.load", lambda _: quantize)
+    monkeypatch.setattr("edgepress.pipeline.quantize.proof._ROWS_PROVEN", 16)  # of 32 to 96
     options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
     (tmp_path / "out").mkdir()
     spoil = False
-    stage(Artifact.load(tiny), tmp_path / "out", options)
+    quantize_checkpoint(Artifact.load(tiny), tmp_path / "out", options, tmp_path / "scratch")
     spoil = True
-    with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} came back from GPTQ"):
-        stage(Artifact.load(tiny), tmp_path / "out", options)
+    with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} came back from gptq"):
+        quantize_checkpoint(Artifact.load(tiny), tmp_path / "out", options, tmp_path / "scratch")
 
 
 # What a user's terminal does: start the stage in a process, and end that process alone, without a word.
@@ -681,7 +684,7 @@ def alive(pid: int) -> bool:
 
 
 LOST = {
-    "another family": ("mistral", {}, " (gptqmodel resumes llama and qwen3_moe alone, and this is mistral)"),
+    "another family": ("mistral", {}, " (gptqmodel can resume only llama and qwen3_moe, and this is mistral)"),
     "bits by module": ("llama", {"model.layers.0.mlp.up_proj": 8}, " (--bits-for cannot be resumed)"),
     "before the first layer": ("llama", {}, ""),
 }
@@ -702,28 +705,28 @@ def test_gptq_that_cannot_go_on_says_so(
     job = dataclasses.replace(job, scratch=tmp_path / "scratch", exceptions=exceptions)
     caplog.set_level("INFO", "edgepress")
     for _ in range(2):
-        monkeypatch.setattr(gptq, "_run", lambda job: 1 / 0)
+        monkeypatch.setattr(gptq, "_run", lambda settings: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             gptq.quantize(job)
-    assert caplog.messages == [f"quantize: GPTQ begins anew, what was done before the interruption is lost{because}"]
+    assert caplog.messages == [f"quantize: GPTQ starts over, its progress before the interruption is lost{because}"]
     (tmp_path / "scratch" / "checkpoint").mkdir()
     (tmp_path / "scratch" / "checkpoint" / "CURRENT").touch()
     with pytest.raises(ZeroDivisionError):
         gptq.quantize(job)
-    assert "goes on after the last layer" in caplog.messages[-1]
+    assert "resumes after the last layer" in caplog.messages[-1]
 
 
 def test_gptq_that_ends_early_says_what_is_lost(
     tiny: Path, copy_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through both processes: the reason is known in the one that dies, and said by the other."""
-    end = "import os; from edgepress.pipeline.quantize import gptq; gptq._run = lambda job: os._exit(9)\n"
-    monkeypatch.setattr(apart, "CHILD", end + apart.CHILD)
+    end = "import os; from edgepress.pipeline.quantize import gptq; gptq._run = lambda settings: os._exit(9)\n"
+    monkeypatch.setattr(isolated, "CHILD", end + isolated.CHILD)
     caplog.set_level("INFO", "edgepress")
     with pytest.raises(ProofError, match="exit code 9"):
         run("quantize", Artifact.load(copy_of(tiny, model_type="mistral")), tmp_path / "out", QuantizeOptions(method="gptq"))
-    lost = "lost (gptqmodel resumes llama and qwen3_moe alone, and this is mistral)"
-    assert caplog.messages[-1] == f"quantize: GPTQ of the layers done so far is {lost}"
+    lost = "lost (gptqmodel can resume only llama and qwen3_moe, and this is mistral)"
+    assert caplog.messages[-1] == f"quantize: the progress of gptq so far is {lost}"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -732,9 +735,9 @@ def test_what_gptq_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level("INFO", "edgepress")
     (tmp_path / "x" / "checkpoint").mkdir(parents=True)
     (tmp_path / "x" / "checkpoint" / "CURRENT").touch()
-    apart._leave(tmp_path / "x", {"lost_because": ""}, go_on=True)
+    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptq.CHECKPOINT), resumable=True)
     assert (tmp_path / "x").exists() and "is kept in" in caplog.messages[-1]
-    apart._leave(tmp_path / "x", {"lost_because": ""}, go_on=False)
+    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptq.CHECKPOINT), resumable=False)
     assert not (tmp_path / "x").exists() and len(caplog.messages) == 1
 
 

@@ -25,7 +25,7 @@ from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
-from edgepress.pipeline.registry import double_runtime, load
+from edgepress.pipeline.registry import double_runtime, require
 from edgepress.pipeline.stages import STAGES
 
 
@@ -151,9 +151,14 @@ def _sensitivity(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
-    found = load("edgepress.pipeline.quantize.sensitivity:measure")(folder, values)
-    write_json(options.out, {"model": folder.name, **found})
-    print(load("edgepress.pipeline.quantize.sensitivity:table")(found))
+    for package in ("torch", "transformers"):
+        require(package)
+    from edgepress.pipeline.checkpoint.folder import Checkpoint
+    from edgepress.pipeline.quantize.sensitivity import measure, table
+
+    sensitivity = measure(Checkpoint(folder, values.trust_remote_code), values)
+    write_json(options.out, sensitivity.to_json(folder.name))
+    print(table(sensitivity))
     return 0
 
 

@@ -7,22 +7,22 @@ zero itself. scales float16 (groups, out). g_idx int32 (in,): the group of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear
-from edgepress.pipeline.checkpoint.tensors import Tensors
+from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear, PackedMatrices
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import JsonObject
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
 _LOOKED_AT = 24  # matrices that vote on the format
 
 
-class GptqFolder:
-    """Module name -> PackedLinear of a folder. parts: names of the tensors behind them, which are no float weights.
+class GptqFolder(PackedMatrices):
+    """The packed matrices of a GPTQ folder.
 
     Bits and group size are read from the arrays of each matrix, not from the config: they may differ from one to the next.
     format: how zero points are stored, where the caller knows it; else it is found from the values, for labels lie.
@@ -31,35 +31,29 @@ class GptqFolder:
     def __init__(
         self,
         folder: Path,
-        shards: list[Path],
-        settings: dict[str, Any],
+        index: ShardIndex,
+        settings: JsonObject,
         original: Callable[[str], np.ndarray | None] | None = None,
         format: str | None = None,
     ) -> None:
-        self._tensors, self._settings = Tensors(shards), settings
-        names = self._tensors.names
-        self._modules = [name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight")]
+        names = index.names
+        super().__init__(name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight"))
+        self._index, self._settings = index, settings
         if not self._modules:
-            raise ModelError(f"{folder} says GPTQ and holds no matrix of it; give the complete checkpoint")
+            raise ModelError(f"{folder} claims to be GPTQ but holds no GPTQ matrix; give the complete checkpoint")
         self.parts = {f"{module}.{part}" for module in self._modules for part in PARTS} & names
         self.format, evidence = (format, "known") if format else self._find_format(folder, original)
         self.described = {"quant_method": "gptq", "zero_points": self.format, "zero_points_by": evidence}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __contains__(self, name: str) -> bool:
-        return f"{name}.qweight" in self.parts
 
     def __getitem__(self, name: str) -> PackedLinear:
         return self._read(name, self.format)
 
     def _read(self, name: str, format: str) -> PackedLinear:
-        arrays = {part: self._tensors[f"{name}.{part}"].numpy() for part in ("qweight", "qzeros", "scales")}
+        arrays = {part: self._index.tensor(f"{name}.{part}").numpy() for part in ("qweight", "qzeros", "scales")}
         words, rows = arrays["qweight"].shape
         length = int(self._settings.get("group_size", -1))
         if f"{name}.g_idx" in self.parts:
-            order = self._tensors[f"{name}.g_idx"].numpy().astype(np.int64)
+            order = self._index.tensor(f"{name}.g_idx").numpy().astype(np.int64)
             counts = np.bincount(order) if order.size and order.min() >= 0 else np.zeros(1, np.int64)
             # the length of a group, where there are several, stands in g_idx
             if counts.size > 1:
