@@ -1,1 +1,105 @@
-"""The stages, the runner and the command line."""
+"""The Python API: what the command line does, one function a command. The rooms below hold the work.
+
+Options have the names of the flags (``--group-size 64`` is ``group_size=64``) and the same checks: a bad one raises OptionError.
+Every error that edgepress raises on purpose is an EdgepressError (edgepress.pipeline.errors) whose text is one line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Rooms of the same names as functions here are imported first: the import system then never puts a room in a function's place.
+# A room is reached by its modules, as in ``from edgepress.pipeline.prune.stage import prune``.
+import edgepress.pipeline.bench
+import edgepress.pipeline.heal
+import edgepress.pipeline.prune
+import edgepress.pipeline.quantize
+import edgepress.pipeline.verify  # noqa: F401
+from edgepress.pipeline.artifact import Artifact
+
+if TYPE_CHECKING:
+    from edgepress.pipeline.runtime.generate import TextModel
+    from edgepress.pipeline.verify.checks import Check
+
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "verify"]
+
+
+def build(source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, **options: object) -> Artifact:
+    """Run every stage of a recipe and return the ONNX artifact; a build that was interrupted goes on where it stopped.
+
+    source: a folder with config.json and safetensors, a hub id, or "reference" (the embedded model). out: default out/NAME.
+    recipe: a YAML file or the name of a shipped one. options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
+    Raises InputError, OptionError, OutputError, ProofError (a stage failed its own check and left nothing behind).
+    """
+    from edgepress.pipeline import recipe as recipes
+    from edgepress.pipeline.checkpoint.source import resolve
+
+    name = recipe or ("reference" if str(source) == "reference" else "default")
+    steps = recipes.plan(recipes.read(name), options)
+    done = recipes.build(resolve(str(source)), Path(out) if out else Path("out") / Path(source).name, steps)
+    return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
+
+
+def prune(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Remove decoder blocks (``remove_count``, ``remove_fraction``, ``remove_layers`` or ``max_loss``); returns the checkpoint."""
+    return _run("prune", source, out, options)
+
+
+def heal(source: str | Path, out: str | Path, *, original: str | Path, **options: object) -> Artifact:
+    """Recover what removal cost, by ``healer``, towards the ``original``; returns the checkpoint, unchanged if nothing helped."""
+    return _run("heal", source, out, {**options, "original": original})
+
+
+def quantize(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Quantize the matrices of the decoder blocks by ``method`` to ``bits`` in groups of ``group_size``; returns the checkpoint."""
+    return _run("quantize", source, out, options)
+
+
+def export(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Write the ONNX artifact and prove that it computes what the checkpoint computes. Raises ProofError when it does not."""
+    return _run("export", source, out, options)
+
+
+def bench(source: str | Path, out: str | Path | None = None, **options: object) -> Artifact:
+    """Measure an ONNX artifact (or the OUT of a build) in fresh processes; returns the folder of report.json, .md and .html.
+
+    out: default SOURCE-bench beside it. ``reference`` adds KL divergence (nats) and top-1 agreement with the original.
+    """
+    from edgepress.pipeline.artifact import onnx_folder
+
+    folder = onnx_folder(Path(source).expanduser())
+    return _run("bench", folder, out or folder.parent / f"{folder.resolve().name}-bench", options)
+
+
+def verify(source: str | Path, *, original: str | Path | None = None, **options: object) -> list[Check]:
+    """Check an ONNX artifact: complete, valid, running and, with ``original``, equal to its checkpoint; one Check each."""
+    from edgepress.pipeline.artifact import onnx_folder
+    from edgepress.pipeline.checkpoint.source import resolve
+    from edgepress.pipeline.flags import make
+    from edgepress.pipeline.options import VerifyOptions
+    from edgepress.pipeline.verify.checks import verify as checks
+
+    given = options if original is None else {**options, "original": resolve(str(original))}
+    return list(checks(onnx_folder(Path(source).expanduser()), make(VerifyOptions, given)))
+
+
+def load(source: str | Path, *, threads: int = 0) -> TextModel:
+    """An ONNX artifact (or the OUT of a build) ready to generate, on the CPU, without torch.
+
+    threads: 0 leaves the choice to onnxruntime. ``load(folder).stream("Once upon a time", max_new_tokens=40)`` yields text.
+    """
+    from edgepress.pipeline.artifact import onnx_folder
+    from edgepress.pipeline.runtime.generate import TextModel
+
+    return TextModel(onnx_folder(Path(source).expanduser()), threads)
+
+
+def _run(name: str, source: str | Path, out: str | Path, options: dict[str, object]) -> Artifact:
+    from edgepress.pipeline import stages
+    from edgepress.pipeline.checkpoint.source import resolve
+    from edgepress.pipeline.flags import make
+
+    models = {key: resolve(str(options[key])) for key in ("reference", "original") if options.get(key)}
+    settings = make(stages.STAGES[name].options, options | models)
+    return stages.run(name, Artifact.load(resolve(str(source))), Path(out), settings)

@@ -11,10 +11,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import MANIFEST, files_below, read_json, sha256, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, read_json, sha256, write_json
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
@@ -26,8 +26,8 @@ class Step:
     """One stage that was run: ``facts`` is what it found (influences, bytes, parity); ``seconds`` wall clock."""
 
     stage: str
-    options: dict[str, Any]
-    facts: dict[str, Any]
+    options: JsonObject
+    facts: JsonObject
     seconds: float
     versions: dict[str, str]
 
@@ -45,7 +45,7 @@ class Artifact:
     format: Format
     steps: tuple[Step, ...] = ()
     fingerprint: str = ""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, JsonObject] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -134,3 +134,15 @@ def check_free(out: Path) -> None:
     foreign = next((name for name in names if name not in known), None)
     if not known or foreign:
         raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
+
+
+def onnx_folder(folder: Path) -> Path:
+    """The folder with model.onnx: the one given, or the one in it, when it is the OUT of a build. Raises InputError."""
+    if (folder / "model.onnx").is_file():
+        return folder
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; give the folder that edgepress export or build wrote")
+    exported = sorted(folder.glob("*/model.onnx"))
+    if not exported:
+        raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
+    return exported[-1].parent

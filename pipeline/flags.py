@@ -9,14 +9,18 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, cast
 
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.registry import look_up, suggestion
 
-Some = TypeVar("Some", bound="Options")
+Chosen = TypeVar("Chosen", bound="Options")
+Value = TypeVar("Value")
 # Former spelling -> the present one.
 RENAMED = {"layers": "remove_layers", "heal": "healer", "method": "healer", "beside": "compare_with"}
+
+
+_ABSENT = argparse.SUPPRESS  # a flag that is not given leaves no attribute
 
 
 @dataclass(frozen=True)
@@ -28,24 +32,47 @@ class Options:
         return self
 
 
-def option(default: Any, help: str, choices: Mapping[str, str] | tuple[int, ...] | None = None, at_least: int | None = None) -> Any:
-    """A dataclass field that is also a flag and a recipe key."""
-    metadata = {"help": help, "choices": choices, "at_least": at_least, "optional": default is None}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Setting:
+    """What is known of an option beside its type and default: help, allowed values (with their help), least value."""
+
+    help: str
+    choices: Mapping[str, str] | tuple[int, ...] = ()
+    at_least: int | None = None
+    optional: bool = False
 
 
-def _hints(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Field name -> (its type without Optional, whether it is a tuple)."""
-    hints = {}
+def option(default: Value, help: str, choices: Mapping[str, str] | tuple[int, ...] = (), at_least: int | None = None) -> Value:
+    """A dataclass field that is also a flag and a recipe key; typed as its default, as dataclasses.field is."""
+    setting = Setting(help, choices, at_least, optional=default is None)
+    return field(default=default, metadata={"setting": setting})
+
+
+def setting_of(item: dataclasses.Field[object]) -> Setting:
+    """The Setting of a field that ``option`` made."""
+    setting: Setting = item.metadata["setting"]
+    return setting
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Type of an option's value, and whether it takes several, separated by commas."""
+
+    type: type
+    many: bool
+
+
+def _kinds(cls: type[Options]) -> dict[str, _Kind]:
+    kinds = {}
     for name, hint in typing.get_type_hints(cls).items():
         arguments = typing.get_args(hint)
         if typing.get_origin(hint) is tuple:
-            hints[name] = (arguments[0], True)
+            kinds[name] = _Kind(arguments[0], many=True)
         elif typing.get_origin(hint) is types.UnionType:
-            hints[name] = (next(a for a in arguments if a is not type(None)), False)
+            kinds[name] = _Kind(next(a for a in arguments if a is not type(None)), many=False)
         else:
-            hints[name] = (hint, False)
-    return hints
+            kinds[name] = _Kind(hint, many=False)
+    return kinds
 
 
 def flag(name: str) -> str:
@@ -55,84 +82,98 @@ def flag(name: str) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type[Options]) -> None:
     """Add a flag for every field of the option classes, each name once; flags not given leave no attribute."""
-    seen: set[str] = set()
     every = [item for cls in classes for item in dataclasses.fields(cls)]
+    seen: set[str] = set()
     for cls in classes:
-        hints = _hints(cls)
+        kinds = _kinds(cls)
         group = parser.add_argument_group((cls.__doc__ or "").partition("\n")[0].rstrip("."))
         for item in dataclasses.fields(cls):
-            if item.name in seen:
-                continue
-            seen.add(item.name)
-            kind, many = hints[item.name]
-            text = item.metadata["help"]
-            choices = item.metadata["choices"]
-            if isinstance(choices, Mapping):  # a stage may know more of them than the one that names the flag first
-                choices = {k: v for other in every if other.name == item.name for k, v in other.metadata["choices"].items()}
-                text += ": " + "; ".join(f"{key} ({value})" for key, value in choices.items())
-            elif choices:
-                text += ": " + ", ".join(map(str, choices))
-            if item.default not in (None, ()) and kind is not Path:
-                shown = ",".join(str(part) for part in typing.cast("tuple[Any, ...]", item.default)) if many else item.default
-                text += f" (default: {shown})"
-            settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-            if kind is bool:
-                settings["action"] = argparse.BooleanOptionalAction
-            else:
-                settings["metavar"] = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind] + (",..." if many else "")
-            if many and kind is str:  # commas mean something in a regular expression
-                settings |= {"action": "append", "metavar": "RULE"}
-            group.add_argument(flag(item.name), dest=item.name, **settings)
+            if item.name not in seen:
+                seen.add(item.name)
+                _add_flag(group, item, kinds[item.name], [other for other in every if other.name == item.name])
 
 
-def make(cls: type[Some], values: Mapping[str, Any], where: str = "option") -> Some:
+def _add_flag(
+    group: argparse._ArgumentGroup, item: dataclasses.Field[object], kind: _Kind, same: list[dataclasses.Field[object]]
+) -> None:
+    """One flag; ``same``: the fields of its name in all classes, for a stage may know more choices than the first that has it."""
+    name, text = flag(item.name), _help(item, kind, same)
+    if kind.type is bool:
+        group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action=argparse.BooleanOptionalAction)
+    elif kind.many and kind.type is str:  # commas mean something in a regular expression: given once for each
+        group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action="append", metavar="RULE")
+    else:
+        metavar = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind.type] + (",..." if kind.many else "")
+        group.add_argument(name, dest=item.name, help=text, default=_ABSENT, metavar=metavar)
+
+
+def _help(item: dataclasses.Field[object], kind: _Kind, same: list[dataclasses.Field[object]]) -> str:
+    text, choices = setting_of(item).help, setting_of(item).choices
+    if isinstance(choices, Mapping):
+        tables = [setting_of(other).choices for other in same]
+        merged = {key: value for table in tables if isinstance(table, Mapping) for key, value in table.items()}
+        text += ": " + "; ".join(f"{key} ({value})" for key, value in merged.items())
+    elif choices:
+        text += ": " + ", ".join(map(str, choices))
+    if item.default not in (None, ()) and kind.type is not Path:
+        default = ",".join(map(str, cast("tuple[object, ...]", item.default))) if kind.many else item.default
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
+
+
+def make(cls: type[Chosen], values: Mapping[str, object], where: str = "option") -> Chosen:
     """An options object from flags or recipe keys, every value converted and checked.
 
     Raises OptionError that names the flag, the value and what is allowed.
     """
     fields = {item.name: item for item in dataclasses.fields(cls)}
-    hints = _hints(cls)
-    checked = {}
+    kinds = _kinds(cls)
+    checked: dict[str, object] = {}
     for raw_name, value in values.items():
         name = str(raw_name).replace("-", "_")
         if name not in fields and RENAMED.get(name) in fields:
             raise OptionError(f"{flag(name)} is now {flag(RENAMED[name])}")
         if name not in fields:
             raise OptionError(f"unknown {where} '{raw_name}'{suggestion(name, fields)}; there are: {', '.join(fields)}")
-        kind, many = hints[name]
-        if many:
-            items = value if isinstance(value, list | tuple) else [value] if kind is str else str(value).split(",")
-            checked[name] = tuple(_value(name, kind, item, fields[name].metadata, many) for item in items)
+        kind, setting = kinds[name], setting_of(fields[name])
+        if kind.many:
+            items = value if isinstance(value, list | tuple) else [value] if kind.type is str else str(value).split(",")
+            checked[name] = tuple(_checked(name, kind, item, setting) for item in items)
         else:
-            checked[name] = _value(name, kind, value, fields[name].metadata)
+            checked[name] = _checked(name, kind, value, setting)
     return cls(**checked)
 
 
-def _value(name: str, kind: Any, value: Any, metadata: Mapping[str, Any], many: bool = False) -> Any:
+def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:
+    """One value, converted. Raises OptionError."""
     if value is None:
-        if metadata["optional"]:
+        if setting.optional:
             return None
         raise OptionError(f"{flag(name)} needs a value; leave the line out to have the default")
-    if kind is bool:
+    if kind.type is bool:
         if not isinstance(value, bool):
             raise OptionError(f"{flag(name)} is true or false, not {value!r}")
         return value
+    converted = _converted(name, kind, value)
+    choices = setting.choices
+    if isinstance(choices, Mapping):
+        look_up(choices, str(converted), name.replace("_", " "))
+    elif choices and converted not in choices:
+        raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {value}")
+    if setting.at_least is not None and isinstance(converted, int | float) and converted < setting.at_least:
+        raise OptionError(f"{flag(name)} must be at least {setting.at_least}, not {value}")
+    return converted
+
+
+def _converted(name: str, kind: _Kind, value: object) -> object:
     try:
-        if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
+        if isinstance(value, bool | list | dict) or (kind.type is int and isinstance(value, float)):
             raise ValueError
-        converted = kind(value)
+        converted: object = kind.type(value)
         if converted != converted:  # NaN
             raise ValueError
     except (ValueError, TypeError) as error:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text") + (
-            " (or several, separated by commas)" if many else ""
-        )
-        raise OptionError(f"{flag(name)} takes {wanted}, not {value!r}") from error
-    choices, at_least = metadata["choices"], metadata["at_least"]
-    if isinstance(choices, Mapping):
-        look_up(choices, converted, name.replace("_", " "))
-    elif choices and converted not in choices:
-        raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {value}")
-    if at_least is not None and converted < at_least:
-        raise OptionError(f"{flag(name)} must be at least {at_least}, not {value}")
+        allowed = {int: "a whole number", float: "a number"}.get(kind.type, "a text")
+        several = " (or several, separated by commas)" if kind.many else ""
+        raise OptionError(f"{flag(name)} takes {allowed}{several}, not {value!r}") from error
     return converted

@@ -74,3 +74,30 @@ METHODS = {
         label="int8",
     ),
 }
+
+
+ADJUSTABLE = tuple(name for name, method in METHODS.items() if method.adjustable)
+ACT_ORDER = tuple(name for name, method in METHODS.items() if method.act_order)
+BITS = tuple(sorted({bits for method in METHODS.values() if method.run for bits in method.bits}))
+GROUP_SIZES = tuple(sorted({size for method in METHODS.values() if method.run for size in method.groups}))
+
+
+def joined(names: tuple[object, ...], word: str = "or") -> str:
+    """``a, b or c``."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def label_of(name: str, bits: int | None, group_size: int | None) -> str:
+    """How tables name an artifact that was quantized by a method, as "gptq 4 bits/128"; the name of one that is not known."""
+    return METHODS[name].label.format(bits=bits, group_size=group_size) if name in METHODS else name
+
+
+def defaults_of_group_size() -> str:
+    """The default group size, and the methods that have others: "128; nf4 and fp4 64"."""
+    usual = GROUPS[0]
+    others: dict[int, list[str]] = {}
+    for name, method in METHODS.items():
+        if method.groups[0] != usual:
+            others.setdefault(method.groups[0], []).append(name)
+    return "; ".join([str(usual), *(f"{joined(tuple(names), 'and')} {size}" for size, names in others.items())])

@@ -53,10 +53,15 @@ def load(reference: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
+        if (missing := missing_package(error)) is None:
             raise
-        raise _missing(package) from error
+        raise missing from error
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """What to raise, or to print, for an optional package that is not installed; None when it is none of ours."""
+    package = (error.name or "").partition(".")[0]
+    return _missing(package) if package in PACKAGES else None
 
 
 def require(package: str) -> None:

@@ -9,12 +9,11 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, journal_of, sha256
+from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
@@ -30,7 +29,7 @@ class Stage:
     disk: bytes needed for its output, as a multiple of the source folder's.
     """
 
-    options: type
+    options: type[Options]
     run: str
     takes: tuple[Format, ...]
     gives: Format
@@ -63,7 +62,7 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
+def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     """Run one stage, or return what it gave before if source, options and version are the same.
 
     Raises InputError for a source of the wrong format, OutputError when ``out`` cannot be written.
@@ -72,14 +71,14 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
     if source.format not in stage.takes:
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
     if source.format != "onnx":
-        check_checkpoint(source.path, options.trust_remote_code, quantized=name == "export")
+        check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one
     options = options.resolved()
     recorded = record(options)
-    found = fingerprint(name, options, source)
-    if (done := finished(out, found)) is not None:
+    inputs = fingerprint(name, options, source)
+    if (done := finished(out, inputs)) is not None:
         log.info("%s: already done, kept %s", name, out)
         return done
     check_free(out)
@@ -93,25 +92,25 @@ def run(name: str, source: Artifact, out: Path, options: Any) -> Artifact:
         facts = function(source, folder, options)
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
-        write_manifest(folder, stage.gives, (*source.steps, step), found)
+        write_manifest(folder, stage.gives, (*source.steps, step), inputs)
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)
 
 
-def finished(out: Path, wanted: str) -> Artifact | None:
+def finished(out: Path, fingerprint: str) -> Artifact | None:
     """The artifact in ``out`` if it has this fingerprint and every file is whole."""
     try:
         artifact = Artifact.load(out)
     except InputError:
         return None
-    return artifact if artifact.fingerprint == wanted and not artifact.damaged() else None
+    return artifact if artifact.fingerprint == fingerprint and not artifact.damaged() else None
 
 
-def record(options: Any) -> dict[str, Any]:
+def record(options: Options) -> JsonObject:
     """Options as plain data for manifest and fingerprint; a path becomes its name and the hash of its content."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, Path):
             if value.is_dir():
                 return {"folder": value.name, "identity": Artifact.load(value).identity()}

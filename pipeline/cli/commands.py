@@ -13,10 +13,9 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.artifact import Artifact, onnx_folder
 from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
@@ -25,8 +24,10 @@ from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
-from edgepress.pipeline.registry import double_runtime, require
+from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.stages import STAGES
+
+Flags = dict[str, object]  # those that were given, by option name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130
 
 
-def _resolved(flags: dict[str, Any]) -> dict[str, Any]:
+def _resolved(flags: Flags) -> Flags:
     """--reference and --original may be anything that SRC may be."""
-    return flags | {name: resolve(flags[name]) for name in ("reference", "original") if name in flags}
+    return flags | {name: resolve(str(flags[name])) for name in ("reference", "original") if name in flags}
 
 
-def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _build(options: argparse.Namespace, flags: Flags) -> int:
     chosen = options.recipe or ("reference" if options.source == "reference" else "default")
     steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
@@ -78,16 +79,14 @@ def _build(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _stage(options: argparse.Namespace, flags: Flags) -> int:
     stage = STAGES[options.verb]
     if options.verb == "bench" and options.others:
-        flags = {
-            **flags,
-            "compare_with": [*map(str, _artifact_folders(options.others)), *filter(None, [flags.get("compare_with")])],
-        }
-    values: Any = make(stage.options, _resolved(flags))
+        named = filter(None, str(flags.get("compare_with") or "").split(","))
+        flags = {**flags, "compare_with": [*(str(_onnx(other)) for other in options.others), *named]}
+    values = make(stage.options, _resolved(flags))
     if options.verb == "bench":
-        folder = _artifact_folder(options.source)
+        folder = _onnx(options.source)
         out = options.out or folder.parent / f"{folder.resolve().name}-bench"
         artifact = stages.run("bench", Artifact.load(folder), out, values)
     else:
@@ -103,7 +102,7 @@ def _stage(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _report(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _report(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.report.files import gather, save
 
     save(gather([Path(source).expanduser() for source in options.sources]), options.out)
@@ -111,13 +110,13 @@ def _report(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _run(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.runtime.generate import stream
 
     settings = make(RunOptions, flags)
     if options.prompt is None and not settings.chat:
         raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
-    folder = _artifact_folder(options.source)
+    folder = _onnx(options.source)
     if settings.chat:
         return chat(folder, options.prompt, settings)
     begun, count = time.monotonic(), 0
@@ -132,11 +131,11 @@ def _run(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _verify(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _verify(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.verify.checks import verify
 
     settings = make(VerifyOptions, _resolved(flags))
-    folder, states = _artifact_folder(options.source), []
+    folder, states = _onnx(options.source), []
     for check in verify(folder, settings):
         print(f"{check.state:<12} {check.name}: {check.says}", flush=True)
         states.append(check.state)
@@ -145,14 +144,12 @@ def _verify(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _sensitivity(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     values = make(SensitivityOptions, flags)
     folder = Artifact.load(resolve(options.source)).path
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
-    for package in ("torch", "transformers"):
-        require(package)
     from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.quantize.sensitivity import measure, table
 
@@ -162,12 +159,12 @@ def _sensitivity(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     return 0
 
 
-def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+def _show(options: argparse.Namespace, flags: Flags) -> int:
     folder = Path(options.source).expanduser()
     if not folder.is_dir():
         folder = resolve(options.source)
     if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
-        folder = _artifact_folder(options.source)
+        folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
         print(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress")
@@ -192,21 +189,8 @@ def _show(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 COMMANDS = {"build": _build, "report": _report, "run": _run, "sensitivity": _sensitivity, "show": _show, "verify": _verify}
 
 
-def _artifact_folder(source: str) -> Path:
-    """The folder with model.onnx: given itself, or the OUT of a build that holds it. Raises InputError."""
-    folder = Path(source).expanduser()
-    if (folder / "model.onnx").is_file():
-        return folder
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {source}; give the folder that edgepress export or build wrote")
-    found = sorted(folder.glob("*/model.onnx"))
-    if not found:
-        raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
-    return found[-1].parent
-
-
-def _artifact_folders(sources: Sequence[str]) -> list[Path]:
-    return [_artifact_folder(source) for source in sources]
+def _onnx(source: str) -> Path:
+    return onnx_folder(Path(source).expanduser())
 
 
 def _print_report(artifact: Artifact) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from edgepress.pipeline.cli.terminal import say, signals
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import RunOptions
-from edgepress.pipeline.registry import load
 
 if TYPE_CHECKING:
     from edgepress.pipeline.runtime.chat import Conversation
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 
 def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
     """Read messages and stream answers until /bye or Ctrl-D; returns the exit code."""
-    talk: Conversation = load("edgepress.pipeline.runtime.chat:Conversation")(folder, settings)
+    from edgepress.pipeline.runtime.chat import Conversation
+
+    talk = Conversation(folder, settings)
     message = first
     say("Ctrl-C ends an answer, /new starts afresh, /bye or Ctrl-D ends the talk")
     while True:

@@ -89,4 +89,5 @@ SOURCE = "folder with config.json and safetensors, a hub id, or 'reference' (the
 
 def first_line(cls: type) -> str:
     """The first line of a class's docstring, as argparse writes help: without the full stop."""
-    return (cls.__doc__ or "").splitlines()[0].rstrip(".").lower()
+    line = (cls.__doc__ or "").splitlines()[0].rstrip(".")
+    return line[:1].lower() + line[1:]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from typing import NoReturn
 
 from edgepress.pipeline.errors import EdgepressError
+from edgepress.pipeline.registry import missing_package
 
 
 def exit_code(error: BaseException) -> int:
@@ -21,11 +23,28 @@ def exit_code(error: BaseException) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        reason = str(missing)
     except OSError as error:  # the disk, or a path: nothing that a traceback would explain
-        where = f" {error.filename}" if error.filename else ""
-        reason = f"cannot write{where}: {error.strerror or error}; free some disk space or choose another output folder"
+        reason = _disk_reason(error)
     say(f"error: {reason}")
     return 2
+
+
+# What only writing can run into.
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def _disk_reason(error: OSError) -> str:
+    """What went wrong with a file, and what to do about it."""
+    name, reason = error.filename or "a file", error.strerror or str(error)
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{name}: {reason}; choose another output folder"
+    if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
+        return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
+    return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
 
 
 signals: list[object] = []

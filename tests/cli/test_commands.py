@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import re
 import subprocess
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from edgepress.pipeline import options
 from edgepress.pipeline.cli import commands as cli
+from edgepress.pipeline.cli import terminal
+from edgepress.pipeline.flags import setting_of
 from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
 from edgepress.pipeline.runtime.generate import stream
 from edgepress.pipeline.text.windows import load_tokenizer
@@ -91,8 +94,8 @@ def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
         for item in dataclasses.fields(cls):
             flag = options.flag(item.name)
             assert re.search(rf"{flag}(?![\w-])", text), flag
-            assert item.metadata["help"].split(" ")[0] in text
-            for choice in item.metadata["choices"] or ():
+            assert setting_of(item).help.split(" ")[0] in text
+            for choice in setting_of(item).choices:
                 assert str(choice) in text, (flag, choice)
 
 
@@ -233,3 +236,25 @@ def test_run_and_show_work_without_the_build_packages(exported: Path) -> None:
     for arguments in (["run", str(exported), PROMPT, "--max-new-tokens", "2"], ["show", str(exported)]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "never"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/model.safetensors"), "cannot use /data/model.safetensors", "disk space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/config.json"), "may read and write it", "disk space"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "cannot write /out/x: No space left", "cannot use"),
+        (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"), "pip install '.[tasks]'", "Traceback"),
+    ],
+)
+def test_a_read_that_fails_does_not_blame_the_disk(
+    error: Exception, says: str, never: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert terminal.exit_code(error) == 2
+    line = capsys.readouterr().err
+    assert says in line and never not in line and line.count("\n") == 1
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        terminal.exit_code(ModuleNotFoundError("No module named 'edgepress.gone'", name="edgepress.gone"))

@@ -1,0 +1,159 @@
+"""Packed folders and artifacts that cannot be used end in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgepress.pipeline.cli import commands as cli
+from refusal import Copy, Refused, no_longer_than, truncated_to, write
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with packed/ (rtn, 4 bits) and onnx/ of the tiny model."""
+    folder = tmp_path_factory.mktemp("bad")
+    assert cli.main(["quantize", str(tiny), str(folder / "packed"), "--method", "rtn"]) == 0
+    assert cli.main(["export", str(folder / "packed"), str(folder / "onnx"), "--text", str(text)]) == 0
+    return folder
+
+
+WRONG_FORMAT = [
+    ("prune packed OUT --remove-layers 1", "packed"),
+    ("quantize packed OUT --method rtn", "packed"),
+    ("quantize onnx OUT --method rtn", "onnx"),
+    ("export onnx OUT", "onnx"),
+    ("bench packed --out OUT", "no model.onnx"),
+    ("run packed Once", "no model.onnx"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), WRONG_FORMAT, ids=[line for line, _ in WRONG_FORMAT])
+def test_wrong_kind_of_folder(line: str, says: str, refused: Refused, made: Path, tmp_path: Path) -> None:
+    """The stages have an order: the line says which folder to give instead."""
+    places = {"packed": made / "packed", "onnx": made / "onnx", "OUT": tmp_path / "out"}
+    refused(*(places.get(part, part) for part in line.split()), says=says)
+
+
+def test_three_bits_have_no_operator(refused: Refused, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Good for measuring, not for shipping: said at export, with the bits that work."""
+    assert cli.main(["quantize", str(tiny), str(tmp_path / "packed"), "--method", "rtn", "--bits", "3"]) == 0
+    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("3-bit", "--bits 2, 4 or 8"))
+
+
+def test_damaged_packed_file(refused: Refused, made: Path, text: Path, tmp_path: Path) -> None:
+    """Cut short after it was written, the codes are not guessed."""
+    shutil.copytree(made / "packed", tmp_path / "packed")
+    truncated_to(1000)(tmp_path / "packed" / "packed.safetensors")
+    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("packed.safetensors", "build that folder again"))
+
+
+ARTIFACTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "graph is none": (write("model.onnx", b"nothing of the kind"), "model.onnx"),
+    "weights missing": (lambda folder: (folder / "model.onnx.data").unlink(), "model.onnx"),
+    "weights cut": (lambda folder: os.truncate(folder / "model.onnx.data", 1000), "model.onnx"),
+    "no GenAI config": (lambda folder: (folder / "genai_config.json").unlink(), "genai_config.json"),
+    "GenAI config is no JSON": (write("genai_config.json", b"{"), "genai_config.json"),
+    "GenAI config says nothing": (write("genai_config.json", b"{}"), "genai_config.json"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "tokenizer is no JSON": (write("tokenizer.json", b"{"), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", ARTIFACTS)
+def test_damaged_artifact(case: str, refused: Refused, made: Path, tmp_path: Path) -> None:
+    """What was copied to a device incompletely is named, with the file."""
+    spoil, says = ARTIFACTS[case]
+    shutil.copytree(made / "onnx", tmp_path / "onnx")
+    spoil(tmp_path / "onnx")
+    refused("run", tmp_path / "onnx", "Once upon a time", "--max-new-tokens", 2, says=says)
+
+
+def test_damaged_manifest(refused: Refused, made: Path, tmp_path: Path) -> None:
+    """The verb show proves the files against the manifest, and a manifest that is none says so."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(made / "onnx", folder)
+    (folder / "model.onnx.data").write_bytes(b"other bytes")
+    refused("show", folder, says=("model.onnx.data", "build the folder again"))
+    (folder / "manifest.json").write_text("{}")
+    refused("show", folder, says=("manifest.json", "damaged"))
+    (folder / "manifest.json").write_text('{"manifest_version": 99, "edgepress": "9.0"}')
+    refused("show", folder, says=("newer edgepress", "upgrade"))
+
+
+RUN = [
+    (["Once " * 300], ("exceed the context of 256", "shorten the prompt")),
+    (["Once", "--max-new-tokens", "1000"], ("exceed the context of 256", "--max-new-tokens")),
+    (["Once", "--max-new-tokens", "-5"], ("max-new-tokens",)),
+    (["Once", "--max-new-tokens", "many"], ("--max-new-tokens", "many")),
+    (["Once", "--temperature", "-1"], ("temperature",)),
+    (["Once", "--temperature", "nan"], ("temperature",)),
+    (["Once", "--temperature", "1", "--seed", "-1"], ("seed",)),
+    (["Once", "--threads", "-1"], ("threads",)),
+    (["Once \udcff"], ("prompt",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), RUN, ids=[ascii(" ".join(a))[1:40] for a, _ in RUN])
+def test_run_refuses(arguments: list[str], says: tuple[str, ...], refused: Refused, made: Path) -> None:
+    """Numbers that make no sense are refused, not handed to a library to fail on or to accept."""
+    refused("run", made / "onnx", *arguments, says=says)
+
+
+def test_empty_prompt(refused: Refused, made: Path, tmp_path: Path) -> None:
+    """Without BOS an empty prompt gives the model nothing to continue."""
+    shutil.copytree(made / "onnx", tmp_path / "onnx")
+    content = json.loads((tmp_path / "onnx" / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (tmp_path / "onnx" / "tokenizer.json").write_text(json.dumps(content))
+    refused("run", tmp_path / "onnx", "", says=("prompt is empty", "give"))
+
+
+def test_build_finds_what_bench_would_refuse_before_its_first_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Only a few words.")
+    build = ("build", tiny, tmp_path / "out", "--remove-count", 1)
+    refused(*build, "--text", tmp_path / "a.txt", says=("too short", "give a longer"))
+    refused(*build, "--prompt-lengths", 300, says=("context of 256", "shorter --prompt-lengths"))
+    assert not (tmp_path / "out").exists()
+
+
+BENCH = [
+    (["--prompt-lengths", "0"], ("--prompt-lengths",)),
+    (["--prompt-lengths", "-4"], ("--prompt-lengths",)),
+    (["--prompt-lengths", "8,x"], ("--prompt-lengths takes a whole number", "x")),
+    (["--prompt-lengths", "300"], ("context of 256", "shorter --prompt-lengths")),
+    (["--prompt-lengths", "8", "--new-tokens", "250"], ("context of 256", "fewer --new-tokens")),
+    (["--prompt-lengths", "8", "--new-tokens", "1"], ("--new-tokens must be at least 2",)),
+    (["--prompt-lengths", "8", "--repeats", "0"], ("--repeats must be at least 1",)),
+    (["--prompt-lengths", "8", "--threads", "-1"], ("--threads must be at least 0",)),
+    (["--prompt-lengths", "8", "--text", os.devnull], ("too short", "give a longer text")),
+    (["--prompt-lengths", "8", "--reference", "/nowhere"], ("no such folder: /nowhere", "give")),
+    (["--prompt-lengths", "8", "--reference", "/nowhere", "--stages", "/nowhere/else"], ("no such folder: /nowhere", "give")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BENCH, ids=[" ".join(a) for a, _ in BENCH])
+def test_bench_refuses(
+    arguments: list[str], says: tuple[str, ...], refused: Refused, made: Path, text: Path, tmp_path: Path
+) -> None:
+    """Before minutes of measuring, where it can be known; and never in an endless loop."""
+    flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4]
+    with no_longer_than(20):
+        refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, *arguments, says=says)
+
+
+def test_reference_with_another_tokenizer(
+    refused: Refused, made: Path, copy_of: Copy, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    """KL between two readings of a text means nothing."""
+    other = copy_of(tiny, "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4, "--prompt-lengths", 8, "--reference", other]
+    refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, says=("another tokenizer", "give the checkpoint"))

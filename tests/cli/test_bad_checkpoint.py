@@ -1,0 +1,174 @@
+"""Checkpoints that cannot be used end in one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refusal import COMMANDS, Copy, Refused, command, truncated_to, write
+from safetensors.torch import load_file, save_file
+from transformers import XLMConfig
+
+
+def change(**keys: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | keys).items() if v is not None}))
+
+    return edit
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "missing": (shutil.rmtree, ("no such folder", "give a folder")),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
+    "config is no JSON": (write("config.json", b"{model_type: llama"), ("config.json is not valid JSON",)),
+    "config is no object": (write("config.json", b"[]"), ("config.json must hold a JSON object",)),
+    "config is no text": (write("config.json", b"\xff\xfe\x00"), ("config.json is not valid JSON",)),
+    "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "no causal language model", "give")),
+    "t5": (
+        change(architectures=["T5ForConditionalGeneration"], model_type="t5"),
+        ("T5ForConditionalGeneration", "no causal language model", "give"),
+    ),
+    "no model type": (change(model_type=None), ("model_type", "give")),
+    "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no weights", "give the complete checkpoint")),
+    "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
+    "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
+}
+
+
+def test_blocks_that_cannot_be_told(refused: Refused, tmp_path: Path, random_model: Callable[..., Path], text: Path) -> None:
+    """XLM keeps attentions, norms and feed-forwards in four lists of its depth, and no list of blocks."""
+    config = XLMConfig(vocab_size=5120, emb_dim=64, n_layers=4, n_heads=4, max_position_embeddings=128, causal=True)
+    folder = random_model(config, tmp_path / "xlm")
+    refused(
+        "prune",
+        folder,
+        tmp_path / "out",
+        "--remove-layers",
+        "1",
+        "--calibration",
+        text,
+        says=("cannot tell the decoder blocks", "XLM"),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """The tensor, and with it the layer, is named before anything is measured."""
+    source = copy_of(tiny)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("case", SOURCES)
+def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Found before a weight is read, by every verb alike."""
+    spoil, says = SOURCES[case]
+    source = copy_of(tiny)
+    spoil(source)
+    refused(*command(verb, source, tmp_path / "out"), says=says)
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
+    "no such tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),
+    "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
+    "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
+    "context is text": (change(max_position_embeddings="long"), ("config.json",)),
+    "negative hidden size": (change(hidden_size=-64), ("do not fit",)),
+    "other shapes": (change(vocab_size=5121), ("do not fit",)),
+    "more layers than weights": (change(num_hidden_layers=6), ("lacks weights", "layers.4")),
+}
+
+
+@pytest.mark.parametrize("verb", ["prune", "export"])
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_checkpoint(case: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """What only shows when the model is loaded is said as plainly."""
+    spoil, says = DAMAGED[case]
+    source = copy_of(tiny)
+    spoil(source)
+    refused(*command(verb, source, tmp_path / "out"), "--calibration" if verb == "prune" else "--text", text, says=says)
+
+
+def drop_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def flip_header(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[8:12] = b"\x00\xff\x00\xff"
+    file.write_bytes(content)
+
+
+WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut in the data": (truncated_to(2_000_000), "cut short"),
+    "cut in the header": (truncated_to(500), "cut short"),
+    "empty": (truncated_to(0), "cut short"),
+    "header garbled": (flip_header, "damaged"),
+    "a tensor missing": (drop_tensor, "model.layers.2.mlp.up_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("verb", ["prune", "quantize", "export"])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_damaged_weights(case: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """A broken download must not become a model, and must be named."""
+    spoil, says = WEIGHTS[case]
+    source = copy_of(tiny)
+    spoil(source / "model.safetensors")
+    refused(*command(verb, source, tmp_path / "out"), says=(says, str(source)))
+
+
+def test_trusted_code_is_run(
+    call: Callable[..., Any], copy_of: Copy, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag that the refusal names does allow it, for the model that brings its own classes."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = copy_of(
+        tiny,
+        model_type="own",
+        architectures=["OwnForCausalLM"],
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    )
+    (source / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    result = call(*command("prune", source, tmp_path / "out"), "--trust-remote-code")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "own.py").is_file()
+
+
+def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped folder looks like a hub id: the line must speak of both."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    refused(
+        *command("quantize", "nobody/nothing", tmp_path / "out"), says=("no folder 'nobody/nothing'", "no network", "local folder")
+    )
+
+
+@pytest.mark.parametrize("verb", ["bench", "run", "show", "verify"])
+def test_missing_artifact(verb: str, refused: Refused, tmp_path: Path) -> None:
+    """The verbs that read artifacts name the folder they were given."""
+    refused(verb, tmp_path / "absent", *(["Once"] if verb == "run" else []), says="absent")

@@ -1,0 +1,143 @@
+"""Outputs that cannot be written end in one line; what is there stays untouched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgepress.pipeline import files, stages
+from refusal import COMMANDS, Copy, Refused, check_refusal, command
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_output_occupied(verb: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """Files that edgepress did not write survive."""
+    out = tmp_path / "out"
+    target = out / "01-prune" if verb == "build" else out
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("years of work")
+    refused(*command(verb, tiny, out), says=("did not write", "choose another output folder"))
+
+
+def test_manifest_of_something_else(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """A web app has a manifest.json as well: that alone does not make a folder ours to replace."""
+    out = tmp_path / "webapp"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "My app", "start_url": "/"}')
+    (out / "thesis.txt").write_text("years of work")
+    refused(*command("quantize", tiny, out), says=("not", "choose another output folder"))
+
+
+@pytest.mark.parametrize("verb", ["quantize", "build"])
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_output_at_or_below_a_file(place: str, verb: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """A file is never replaced by a folder."""
+    (tmp_path / "file").write_text("kept")
+    refused(*command(verb, tiny, tmp_path / place), says=("file", "choose another output folder"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_output_cannot_be_made(verb: str, refused: Refused, tiny: Path) -> None:
+    """/proc takes no folders, not even root's."""
+    refused(*command(verb, tiny, "/proc/edgepress-out"), says=("/proc", "choose another output folder"))
+
+
+def test_output_without_permission(refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked before the work, not found out after it."""
+    monkeypatch.setattr(files.os, "access", lambda *_, **__: False)
+    refused(*command("quantize", tiny, tmp_path / "out"), says=("no permission", "choose another output folder"))
+
+
+def test_output_name_too_long(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """An error of the file system is a user's error too."""
+    refused(*command("quantize", tiny, tmp_path / ("x" * 300)), says=("too long", "choose another output folder"))
+
+
+def test_output_here(call: Callable[..., Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT may be the empty folder one stands in: it is written, or refused in one line, and nothing is left beside the files."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    result = call(*command("quantize", tiny, "."))
+    if result.code:
+        check_refusal(result.code, result.err, ("choose another output folder",))
+    assert sorted(tmp_path.iterdir()) == [here] and not [p for p in here.iterdir() if p.name.startswith(".")]
+
+
+def test_output_is_the_source(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """A stage that replaced what it reads would lose it when it fails."""
+    assert call(*COMMANDS["prune"][:1], tiny, tmp_path / "pruned", "--remove-count", 1, "--calibration-tokens", 64).code == 0
+    refused(
+        *command("quantize", tmp_path / "pruned", tmp_path / "pruned"),
+        says=("overwrite its own source", "choose another output folder"),
+    )
+    refused("prune", tiny, tiny, "--remove-count", 1, says=("did not write", "choose another output folder"))
+
+
+@pytest.mark.parametrize("inside", ["source", "thesis.txt"])
+def test_own_folder_that_holds_more(inside: str, refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """To replace a folder of ours is to delete it: not with the source, or a user's file, inside."""
+    out = tmp_path / "out"
+    assert call(*command("quantize", tiny, out)).code == 0
+    shutil.copytree(tiny, out / "source") if inside == "source" else (out / inside).write_text("years of work")
+    source = out / "source" if inside == "source" else tiny
+    refused(*command("quantize", source, out), "--bits", 8, says=("choose another output folder",))
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_too_little_disk(verb: str, refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before the first byte is written."""
+    usage = shutil._ntuple_diskusage(1 << 40, (1 << 40) - 1024, 1024)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    refused(*command(verb, tiny, tmp_path / "out"), says=("not enough disk space", str(tmp_path), "free some"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("named", [True, False])
+def test_disk_full_half_way(
+    code: int, named: bool, refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was estimated may still not be there when it is needed."""
+
+    def fail(source: object, folder: Path, options: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(code, os.strerror(code), *([str(folder / "model.safetensors")] if named else []))
+
+    monkeypatch.setattr(stages, "load", lambda _: fail)
+    refused(*command("quantize", tiny, tmp_path / "out"), says=(os.strerror(code), "choose another output folder"))
+
+
+@pytest.mark.parametrize("verb", ["prune", "quantize", "export"])
+def test_files_may_not_grow(verb: str, refused: Refused, copy_of: Copy, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """A real failure of write(2), through whatever library writes: the system refuses files above 30 kB."""
+    source = copy_of(tiny)
+    if verb == "quantize":
+        (source / "tokenizer.json").unlink()  # else copying it fails first, and the weights' own writer is not reached
+    flags = {"prune": ["--calibration", text], "export": ["--text", text]}.get(verb, [])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        refused(*command(verb, source, tmp_path / "out"), *flags, says=("cannot write", "output folder"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_files_may_not_grow_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    """The same with nothing of pytest around: what the interpreter prints when it goes counts as well."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [str(part) for part in command("prune", tiny, tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    check_refusal(done.returncode, done.stderr, ("too large", "choose another output folder"))
+    assert not list(tmp_path.iterdir())

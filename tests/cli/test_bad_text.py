@@ -1,0 +1,37 @@
+"""Texts that cannot be used end in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from refusal import Refused, command
+
+TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
+    "too short": ("a.txt", b"Only a few words.", ("too short", "give a longer text")),
+    "empty": ("a.txt", b"", ("too short", "give a longer text")),
+    "missing": ("a.txt", None, ("cannot read the text", "No such file", "give")),
+    "not UTF-8": ("a.txt", b"caf\xe9 " * 4000, ("not UTF-8", "give a UTF-8")),
+    "a folder": ("", None, ("text", "give")),
+    "jsonl without text": ("a.jsonl", b'{"body": "x"}\n', ("a.jsonl", "'text' field")),
+    "jsonl of numbers": ("a.jsonl", b'{"text": 3}\n', ("a.jsonl", "'text' field")),
+    "jsonl that is none": ("a.jsonl", b"plain words\n", ("a.jsonl", "'text' field")),
+}
+
+
+@pytest.mark.parametrize("verb", ["prune", "export"])
+@pytest.mark.parametrize("case", TEXTS)
+def test_unusable_text(case: str, verb: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """Calibration text and evaluation text are read alike: named, with what would do."""
+    name, content, says = TEXTS[case]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    flag = "--calibration" if verb == "prune" else "--text"
+    refused(*command(verb, tiny, tmp_path / "out"), flag, folder / name, says=(*says, str(folder)))
+
+
+def test_failed_build_leaves_no_folder(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """The first stage's failure leaves the disk as it was, also the OUT that was made for it."""
+    refused(*command("build", tiny, tmp_path / "out"), "--calibration", tmp_path / "absent.txt", says="cannot read the text")
