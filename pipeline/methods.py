@@ -14,7 +14,7 @@ class Method:
     help: for ``--method``. run: "module:function", QuantizeJob -> {name: PackedLinear}; None keeps the weights as they are.
     bits, groups: those that it takes, the default first; -1 is a whole row. packages: what it imports; their versions are part
     of the fingerprint. adjustable: takes --symmetric and --bits-for. act_order: takes --act-order. calibrated: its codes may be
-    further from the weights than rounding's, and are checked for how much. isolated: runs in a process of its own.
+    further from the weights than rounding's, and are checked for how much. isolated: runs in an isolated process.
     label: of an artifact in tables, with {bits} and {group_size}.
     """
 
@@ -94,7 +94,7 @@ def label_of(name: str, bits: int | None, group_size: int | None) -> str:
 
 
 def defaults_of_group_size() -> str:
-    """The default group size, and the methods that have others: "128; nf4 and fp4 64"."""
+    """The default group size, and the methods that differ: "128; nf4 and fp4 64"."""
     usual = GROUPS[0]
     others: dict[int, list[str]] = {}
     for name, method in METHODS.items():

@@ -76,7 +76,7 @@ def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal; our own log says what matters."""
+    """Keep transformers' progress bars and advice off the terminal; our own log reports what matters."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)

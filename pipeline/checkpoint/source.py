@@ -54,18 +54,20 @@ def settings_of(folder: Path) -> JsonObject | None:
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
-    """Refuse, before anything is written, a folder that is no causal language model in safetensors. Raises ModelError.
+    """Refuse, before anything is written, a folder that is not a causal language model in safetensors. Raises ModelError.
 
     quantized: accept one that GPTQ or bitsandbytes quantized.
     """
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise ModelError(f"{folder} holds {architectures[0]}, which is no causal language model; give a ...ForCausalLM checkpoint")
+        raise ModelError(
+            f"{folder} holds {architectures[0]}, which is not a causal language model; give a ...ForCausalLM checkpoint"
+        )
     if "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} names no model_type, so it is no Hugging Face model; give another folder")
+        raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
     if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{folder} runs Python code of its own; read it, and allow it with --trust-remote-code")
+        raise ModelError(f"{folder} contains Python code to run; read it, and allow it with --trust-remote-code")
     if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
         method = settings["quant_method"]
         way = ", or export it as it is" if method in READABLE else ""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
 CARRIED_SUFFIXES = {".json", ".model", ".jinja", ".py"}
 CARRIED_NAMES = {"merges.txt", "vocab.txt", "LICENSE"}
-# Left behind: what describes the former weights.
+# Files that describe the former weights.
 NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json", "influence.json"}
 
 
@@ -39,11 +39,11 @@ def stored_dtype(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> tor
 
 
 def _file_name(names: Container[str], name: str, folder: Path) -> str:
-    """A parameter's name in the files: some leave the base model's prefix out. Raises ModelError."""
+    """A parameter's name in the files: some omit the base model's prefix. Raises ModelError."""
     for known in (name, name.split(".", 1)[-1]):
         if known in names:
             return known
-    raise ModelError(f"{folder} stores no tensor '{name}' by itself; save the model again with this transformers' save_pretrained")
+    raise ModelError(f"{folder} has no tensor '{name}'; save the model again with this transformers' save_pretrained")
 
 
 def replace_tensors(folder: Path, changed: dict[str, torch.Tensor]) -> None:

@@ -54,7 +54,7 @@ class BnbFolder(PackedMatrices):
         """Codes as they are; absmax too, or dequantized where it is quantized itself (Dettmers et al. 2023, section 3)."""
         state = json.loads(bytes(self._index.tensor(f"{name}.weight.quant_state.bitsandbytes__{kind}").tolist()))
         if not np.array_equal(self._index.tensor(f"{name}.weight.quant_map").float().numpy(), CODEBOOKS[kind]):
-            raise ModelError(f"{name} has a codebook of its own, which no operator carries; give the original float checkpoint")
+            raise ModelError(f"{name} has a custom codebook, which no operator supports; give the original float checkpoint")
         rows, columns = state["shape"]
         block = int(state["blocksize"])
         codes = (
@@ -76,8 +76,10 @@ class BnbFolder(PackedMatrices):
         """Row-wise int8 (Dettmers et al. 2022): code = q + 128, scale = SCB / 127, repeated for every block of the operator."""
         q, absmax = self._index.tensor(f"{name}.weight"), self._index.tensor(f"{name}.SCB").float().numpy()
         if q.dtype != torch.int8 or q.ndim != 2 or absmax.shape != (q.shape[0],):
-            raise ModelError(f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are no LLM.int8 matrix; fetch it again")
+            raise ModelError(
+                f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are not an LLM.int8 matrix; fetch it again"
+            )
         if f"{name}.weight_format" in self._index and int(self._index.tensor(f"{name}.weight_format")):
-            raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a bitsandbytes of today")
+            raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a current bitsandbytes")
         codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
         return PackedLinear.from_codes(name, codes, (absmax / np.float32(127))[:, None], None, 8, -1)
