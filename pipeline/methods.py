@@ -76,6 +76,7 @@ METHODS = {
 }
 
 
+# What QuantizeOptions and its messages are made from.
 ADJUSTABLE = tuple(name for name, method in METHODS.items() if method.adjustable)
 ACT_ORDER = tuple(name for name, method in METHODS.items() if method.act_order)
 BITS = tuple(sorted({bits for method in METHODS.values() if method.run for bits in method.bits}))
@@ -86,11 +87,6 @@ def joined(names: tuple[object, ...], word: str = "or") -> str:
     """``a, b or c``."""
     *first, last = map(str, names)
     return f"{', '.join(first)} {word} {last}" if first else last
-
-
-def label_of(name: str, bits: int | None, group_size: int | None) -> str:
-    """How tables name an artifact that was quantized by a method, as "gptq 4 bits/128"; the name of one that is not known."""
-    return METHODS[name].label.format(bits=bits, group_size=group_size) if name in METHODS else name
 
 
 def defaults_of_group_size() -> str:

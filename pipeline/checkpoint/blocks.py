@@ -1,17 +1,19 @@
-"""The decoder blocks of a torch model, run without some of them or from a recorded state on."""
+"""The decoder blocks of a torch model, run with some of them skipped or started again from a recorded state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import cast
 
 import torch
 from edgepress.pipeline.errors import ModelError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_Output = torch.Tensor | tuple[torch.Tensor | None, ...]  # of a block: the hidden states, alone or first in a tuple
-_Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], dict[str, torch.Tensor]], None]
+# What a block is called with by position, and what it returns: the hidden states come first.
+BlockArgs = tuple[torch.Tensor, ...]
+BlockOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
@@ -22,8 +24,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     lists = [pair for pair in lists if not any(pair[0].startswith(other + ".") for other, _ in lists)]
     if len(lists) != 1:
         raise ModelError(
-            f"cannot find the decoder blocks of {type(model).__name__}: no single ModuleList has num_hidden_layers entries; "
-            "give a model of another architecture"
+            f"cannot tell the decoder blocks of {type(model).__name__}: no single ModuleList has num_hidden_layers ({count}) "
+            "entries; give a model of another architecture"
         )
     return lists[0]
 
@@ -49,8 +51,8 @@ class _Enough(Exception):
 class Blocks:
     """The residual stream of a model: what enters and leaves each decoder block.
 
-    Blocks are replaced, not hooked, so that a skipped block costs no time. Raises ModelError when the blocks of the
-    architecture cannot be found.
+    Blocks are replaced, not hooked, so that a skipped block costs no time. Raises ModelError when the architecture's
+    blocks cannot be found.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -75,7 +77,7 @@ class Blocks:
 
     @contextmanager
     def entering(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Within the context the model computes nothing before block ``index``, whose input is ``hidden`` (batch, tokens, hidden).
+        """Within the context the model computes nothing before block ``index``, which is given ``hidden`` (batch, tokens, hidden).
 
         index may be the number of blocks: then only what follows the blocks is computed.
         """
@@ -83,22 +85,22 @@ class Blocks:
             yield
 
     def states(self, ids: torch.Tensor, indices: Sequence[int]) -> dict[int, torch.Tensor]:
-        """The input of the blocks at ``indices``, (batch, tokens, hidden) each; the number of blocks gives the last one's output.
+        """What enters the blocks ``indices``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
 
         Nothing is computed after the last of them.
         """
         states: dict[int, torch.Tensor] = {}
         end = max(indices)
 
-        def entering(index: int) -> _Hook:
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        def entering(index: int) -> Callable[[torch.nn.Module, BlockArgs, dict[str, object]], None]:
+            def hook(module: torch.nn.Module, args: BlockArgs, kwargs: dict[str, object]) -> None:
                 states[index] = block_input(args, kwargs)
                 if index == end:
                     raise _Enough
 
             return hook
 
-        def leaving(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: _Output) -> None:
+        def leaving(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
             states[len(self)] = block_output(output)
             raise _Enough
 
@@ -114,17 +116,19 @@ class Blocks:
         return states
 
     @contextmanager
-    def _replaced(self, inputs: Mapping[int, torch.Tensor | None]) -> Iterator[None]:
-        def hand_on(index: int) -> Callable[..., _Output]:
-            def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> _Output:
-                hidden = inputs[index]
+    def _replaced(self, given: Mapping[int, torch.Tensor | None]) -> Iterator[None]:
+        """Within the context each of these blocks returns the hidden states given for it, or its input where that is None."""
+
+        def hand_on(index: int) -> Callable[..., BlockOutput]:
+            def forward(*args: torch.Tensor, **kwargs: object) -> BlockOutput:
+                hidden = given[index]
                 hidden = block_input(args, kwargs) if hidden is None else hidden
                 extras = self._extras[index]
                 return hidden if extras is None else (hidden, *[None] * extras)
 
             return forward
 
-        changed = [index for index in inputs if "forward" not in self.modules[index].__dict__]  # contexts may be nested
+        changed = [index for index in given if "forward" not in self.modules[index].__dict__]  # contexts may be nested
         for index in changed:
             self.modules[index].forward = hand_on(index)
         try:
@@ -135,10 +139,10 @@ class Blocks:
 
     def _extra_outputs(self) -> list[int | None]:
         """For each block the length of its output tuple less one, None where it returns a bare tensor."""
-        counts: list[int | None] = []
+        extras: list[int | None] = []
 
-        def look(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: _Output) -> None:
-            counts.append(len(output) - 1 if isinstance(output, tuple) else None)
+        def look(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
+            extras.append(len(output) - 1 if isinstance(output, tuple) else None)
 
         handles = [block.register_forward_hook(look) for block in self.modules]
         try:
@@ -146,16 +150,14 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
-        return counts
+        return extras
 
 
-def block_input(args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def block_input(args: BlockArgs, kwargs: Mapping[str, object]) -> torch.Tensor:
     """The hidden states given to a block, (batch, tokens, hidden)."""
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else cast(torch.Tensor, kwargs["hidden_states"])
 
 
-def block_output(output: _Output) -> torch.Tensor:
+def block_output(output: BlockOutput) -> torch.Tensor:
     """The hidden states that a block returns, (batch, tokens, hidden)."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert hidden is not None
-    return hidden
+    return cast(torch.Tensor, output[0]) if isinstance(output, tuple) else output

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from edgepress.pipeline.methods import ADJUSTABLE, label_of
 from edgepress.pipeline.report.comparison import quantized_as, removed_layers
 from edgepress.pipeline.report.stats import frontier
 
@@ -187,7 +186,10 @@ def comparison_rows(content: dict[str, Any]) -> Rows:
 def quantized(report: dict[str, Any]) -> str:
     """``gptq 4 bits/128`` or the method's name."""
     options = quantized_as(report)
-    return label_of(str(options.get("method", "float")), options.get("bits"), options.get("group_size"))
+    method = str(options.get("method", "float"))
+    if method in ("rtn", "gptq"):
+        return f"{method} {options['bits']} bits/{options['group_size']}"
+    return "float" if method == "none" else method
 
 
 CHOSEN = {
@@ -211,7 +213,7 @@ def made_by(report: dict[str, Any]) -> list[str]:
             lines.append(_healed(facts))
         elif step["stage"] == "quantize":
             kind = options["method"]
-            if kind in ADJUSTABLE:
+            if kind in ("rtn", "gptq"):
                 symmetry = "symmetric" if options["symmetric"] else "asymmetric"
                 kind += f", {options['bits']} bits, groups of {options['group_size']}, {symmetry}"
             bits = facts.get("head", "float")

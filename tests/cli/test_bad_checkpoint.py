@@ -57,7 +57,7 @@ def test_blocks_that_cannot_be_told(refused: Refused, tmp_path: Path, random_mod
         "1",
         "--calibration",
         text,
-        says=("cannot find the decoder blocks", "XLM"),
+        says=("cannot tell the decoder blocks", "XLM"),
     )
 
 
