@@ -31,6 +31,7 @@ from edgepress.pipeline.checkpoint.offloaded import offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.quantize.rtn import round_to_nearest
@@ -54,7 +55,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[..., 
     @cache
     def run(source: Path, method: str, exporter: str = "auto") -> Made:
         folder = tmp_path_factory.mktemp("made")
-        options = QuantizeOptions(method=method, group_size=None if method in ("nf4", "fp4") else 32)
+        options = QuantizeOptions(method=method, group_size=32 if 32 in METHODS[method].groups else None)
         packed = stages.run("quantize", Artifact.load(source), folder / "packed", options)
         exported = stages.run("export", packed, folder / "onnx", ExportOptions(exporter=exporter, text=text))
         return packed, exported
@@ -67,8 +68,9 @@ def fused(make: Callable[..., Made], tiny: Path) -> Made:
     return make(tiny, "rtn")
 
 
-CASES = [(m, "fused") for m in ("none", "rtn", "nf4", "fp4", "int8")] + [("rtn", "portable")]
-SLOW = [pytest.param(m, "portable", marks=pytest.mark.families) for m in ("none", "nf4", "fp4", "int8")]
+HERE = [name for name, row in METHODS.items() if not row.isolated]
+CASES = [(name, "fused") for name in HERE] + [("rtn", "portable")]
+SLOW = [pytest.param(name, "portable", marks=pytest.mark.families) for name in HERE if name != "rtn"]
 
 
 @pytest.mark.parametrize(("method", "exporter"), [*CASES, *SLOW])

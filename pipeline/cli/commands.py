@@ -150,11 +150,12 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.quantize.sensitivity import measure, table
 
-    found = measure(folder, values)
-    write_json(options.out, {"model": folder.name, **found})
-    print(table(found))
+    sensitivity = measure(Checkpoint(folder, values.trust_remote_code), values)
+    write_json(options.out, sensitivity.to_json(folder.name))
+    print(table(sensitivity))
     return 0
 
 

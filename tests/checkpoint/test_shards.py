@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgepress.pipeline.checkpoint.shards import INDEX, header, rewrite, shards
+from edgepress.pipeline.checkpoint.shards import INDEX, read_header, rewrite, shards
 from edgepress.pipeline.errors import ModelError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,7 +76,7 @@ def test_names_and_dropped_tensors(tmp_path: Path, tensors: dict[str, torch.Tens
     assert set(again) == set(wanted.values())
     assert all(same_bits(again[new], tensors[old]) for old, new in wanted.items())
     kept = sum(tensors[old].numel() * tensors[old].element_size() for old in wanted)
-    _, begin = header(out / "model.safetensors")
+    begin = read_header(out / "model.safetensors").begin
     assert total == kept == (out / "model.safetensors").stat().st_size - begin
 
 
@@ -86,11 +86,13 @@ def test_data_is_aligned(tmp_path: Path, length: int) -> None:
     save_file({"w": torch.arange(6, dtype=torch.float64)}, tmp_path / "in.safetensors")
     out = out_folder(tmp_path)
     rewrite([tmp_path / "in.safetensors"], out, lambda name: "n" * (length + 1))
-    content, begin = header(out / "model.safetensors")
+    header = read_header(out / "model.safetensors")
+    begin = header.begin
     assert begin % 8 == 0
     raw = (out / "model.safetensors").read_bytes()
     assert np.array_equal(np.frombuffer(raw, dtype=np.float64, offset=begin), np.arange(6.0))
-    assert content["n" * (length + 1)]["data_offsets"] == [0, 48]
+    entry = header.entries["n" * (length + 1)]
+    assert (entry.begin, entry.end) == (begin, begin + 48)
 
 
 def test_tensors_keep_the_order_of_their_data(tmp_path: Path) -> None:
@@ -104,9 +106,10 @@ def test_tensors_keep_the_order_of_their_data(tmp_path: Path) -> None:
     (tmp_path / "in.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
     out = out_folder(tmp_path)
     rewrite([tmp_path / "in.safetensors"], out, lambda name: name)
-    content, begin = header(out / "model.safetensors")
-    assert {name: content[name]["data_offsets"] for name in rows} == {"wide": [0, 8], "narrow": [8, 11]}
-    assert (out / "model.safetensors").read_bytes()[begin:] == data
+    header = read_header(out / "model.safetensors")
+    offsets = {name: [entry.begin - header.begin, entry.end - header.begin] for name, entry in header.entries.items()}
+    assert offsets == {"wide": [0, 8], "narrow": [8, 11]}
+    assert (out / "model.safetensors").read_bytes()[header.begin :] == data
 
 
 def test_several_shards(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:

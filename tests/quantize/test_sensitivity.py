@@ -11,48 +11,48 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.scores import log_softmax
 from edgepress.pipeline.options import QuantizeOptions, SensitivityOptions
-from edgepress.pipeline.quantize.sensitivity import measure, propose
+from edgepress.pipeline.quantize.sensitivity import GroupCost, Sensitivity, measure, propose
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
 
 
 @pytest.fixture(scope="module")
-def found(tiny: Path, text: Path) -> dict[str, Any]:
-    return measure(tiny, SensitivityOptions(bits=2, group_size=32, calibration=text, calibration_tokens=512, extra=0.5))
+def sensitivity(tiny: Path, text: Path) -> Sensitivity:
+    return measure(Checkpoint(tiny), SensitivityOptions(bits=2, group_size=32, calibration=text, calibration_tokens=512, extra=0.5))
 
 
-def test_only_the_group_is_rounded(found: dict[str, Any], tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_only_the_group_is_rounded(sensitivity: Sensitivity, tiny: Path, text: Path, tmp_path: Path) -> None:
     """KL of a row is that of a checkpoint in which quantize left all other blocks, and the ends, float."""
-    assert [row["group"] for row in found["rows"]] == [f"model.layers.{i}.{x}" for i in range(4) for x in ("self_attn", "mlp")]
-    row = found["rows"][5]
+    assert [row.group for row in sensitivity.rows] == [f"model.layers.{i}.{x}" for i in range(4) for x in ("self_attn", "mlp")]
+    row = sensitivity.rows[5]
     options = QuantizeOptions(
         method="rtn", bits=2, group_size=32, head_bits=16, bits_for=("model.layers.2.mlp.*=2", ".*=16"),
     )  # fmt: skip
     run("quantize", Artifact.load(tiny), tmp_path / "packed", options)
     windows = text_windows(text, tiny, budget=512, shortest=16)
-    whole, rounded = load_model(tiny), load_model(tmp_path / "packed")
+    whole, rounded = Checkpoint(tiny).model(), Checkpoint(tmp_path / "packed").model()
     divergences = []
     with torch.inference_mode():
         for ids in windows:
             p, q = (log_softmax(m(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1].numpy()) for m in (whole, rounded))
             divergences.append((np.exp(p) * (p - q)).sum(-1))
-    assert row["kl"] == pytest.approx(float(np.concatenate(divergences).mean()), rel=1e-4)
-    assert row["weights"] == 3 * 64 * 96 and row["kl"] > 0
+    assert row.kl == pytest.approx(float(np.concatenate(divergences).mean()), rel=1e-4)
+    assert row.weights == 3 * 64 * 96 and row.kl > 0
 
 
-def test_proposal_spends_no_more_than_allowed(found: dict[str, Any]) -> None:
+def test_proposal_spends_no_more_than_allowed() -> None:
     """By gain for a byte; what does not fit is passed over for what does."""
     rows = [
-        {"group": "a", "pattern": "a.*", "weights": 100, "kl": 1.0, "bytes": 50},
-        {"group": "b", "pattern": "b.*", "weights": 1000, "kl": 9.0, "bytes": 500},
-        {"group": "c", "pattern": "c.*", "weights": 100, "kl": 0.1, "bytes": 50},
+        GroupCost("a", "a.*", weights=100, kl=1.0, top1=1.0, bytes=50),
+        GroupCost("b", "b.*", weights=1000, kl=9.0, top1=1.0, bytes=500),
+        GroupCost("c", "c.*", weights=100, kl=0.1, top1=1.0, bytes=50),
     ]
-    assert propose(rows, SensitivityOptions(extra=0.2)) == ["a.*=8", "c.*=8"]  # 120 bytes of 600
-    assert propose(rows, SensitivityOptions(extra=1.0, better_bits=16)) == ["a.*=16", "b.*=16", "c.*=16"]
-    assert propose(rows, SensitivityOptions(extra=0.0)) == []
+    assert propose(rows, SensitivityOptions(extra=0.2)) == ("a.*=8", "c.*=8")  # 120 bytes of 600
+    assert propose(rows, SensitivityOptions(extra=1.0, better_bits=16)) == ("a.*=16", "b.*=16", "c.*=16")
+    assert propose(rows, SensitivityOptions(extra=0.0)) == ()
 
 
 def test_command_prints_what_quantize_takes(call: Callable[..., Any], tiny: Path, text: Path, tmp_path: Path) -> None:
