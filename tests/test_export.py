@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from edgepress.exporters.configs import with_older_keys, with_older_tokenizer
+from edgepress.exporters.configs import with_v4_keys, with_v4_tokenizer
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import rows_in_place
 from edgepress.exporters.graph.operators import DOMAIN, operator, stacked
@@ -26,6 +26,7 @@ from edgepress.exporters.proof.reference import ReferenceLogits
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import packed
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.offloaded import offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedFile
@@ -164,7 +165,7 @@ def test_a_wrong_bit_is_caught(fused: Made, text: Path, tmp_path: Path) -> None:
     value.const_value = ir.Tensor(scales, name=value.name)
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
     windows = text_windows(text, packed.path, budget=512, length=200)
-    with pytest.raises(ProofError, match="departs"):
+    with pytest.raises(ProofError, match="differs from the checkpoint"):
         parity.prove(ReferenceLogits(load_model(packed.path), windows, tmp_path), tmp_path, graph)
 
 
@@ -202,8 +203,8 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
     packed, exported = fused
     models, decoders, torch_ran, init = [], WeakSet(), [], Decoder.__init__
 
-    def streamed(*arguments: Any) -> object:
-        models.append(offloaded_model(*arguments))
+    def streamed(self: Checkpoint) -> object:
+        models.append(offloaded_model(self.path))
         return models[-1]
 
     def opened(self: Decoder, *arguments: Any, **settings: Any) -> None:
@@ -216,8 +217,7 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
         torch_ran.append(len(ids))
         return logits_of(model, ids)
 
-    for module in ("stage", "proof.recheck"):
-        monkeypatch.setattr(f"edgepress.exporters.{module}.offloaded_model", streamed)
+    monkeypatch.setattr(Checkpoint, "offloaded_model", streamed)
     for module in ("proof.reference", "proof.parity"):
         monkeypatch.setattr(f"edgepress.exporters.{module}.logits_of", computed)
     monkeypatch.setattr(Decoder, "__init__", opened)
@@ -226,7 +226,7 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
     assert len(models) == 1 and len(torch_ran) == windows + 2 + 2  # two rows of a batch, and greedy tokens at both levels
     assert not list((tmp_path / "onnx").glob("proof*"))
     (check,) = [c for c in verify(exported.path, VerifyOptions(original=packed.path, text=text)) if c.name == "parity"]
-    assert check.state == "ok" and len(models) == 2, check.says
+    assert check.state == "ok" and len(models) == 2, check.detail
 
 
 def test_tokens_one_by_one_from_as_many_windows_as_it_takes(fused: Made, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -323,7 +323,7 @@ def test_tokenizer_reads_as_the_original_and_names_a_class_of_every_version(fuse
 
 def test_extra_tokens_of_any_form_are_carried() -> None:
     content = {"extra_special_tokens": [{"content": "<a>"}, "<b>"], "additional_special_tokens": None}
-    assert with_older_tokenizer(content) == {"additional_special_tokens": ["<a>", "<b>"]}
+    assert with_v4_tokenizer(content) == {"additional_special_tokens": ["<a>", "<b>"]}
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -343,16 +343,16 @@ ROPES: dict[str, tuple[dict | None, dict]] = {
 def test_config_has_the_keys_of_transformers_4(rope: dict | None, older: dict) -> None:
     """Beside those of version 5, which stay as they are; a key that is there already is not touched."""
     config = {"dtype": "bfloat16", "rope_parameters": rope, "model_type": "llama"}
-    assert with_older_keys(config) == config | older | {"torch_dtype": "bfloat16"}
-    assert with_older_keys(config | {"rope_theta": 3.0})["rope_theta"] == 3.0
+    assert with_v4_keys(config) == config | older | {"torch_dtype": "bfloat16"}
+    assert with_v4_keys(config | {"rope_theta": 3.0})["rope_theta"] == 3.0
 
 
 def test_extra_special_tokens_under_the_name_that_both_versions_read() -> None:
     """Transformers 4 fails on the list that version 5 writes."""
-    found = with_older_tokenizer({"extra_special_tokens": ["<a>", "<b>"], "additional_special_tokens": ["<b>"], "eos_token": "<b>"})
+    found = with_v4_tokenizer({"extra_special_tokens": ["<a>", "<b>"], "additional_special_tokens": ["<b>"], "eos_token": "<b>"})
     assert found == {"additional_special_tokens": ["<b>", "<a>"], "eos_token": "<b>"}
     named = {"extra_special_tokens": {"image_token": "<a>"}}
-    assert with_older_tokenizer(named) == named
+    assert with_v4_tokenizer(named) == named
 
 
 def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:

@@ -16,7 +16,8 @@ from edgepress.exporters.proof import parity
 from edgepress.exporters.proof.reference import ReferenceLogits
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.load import load_model, read_config
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError, ProofError
@@ -31,6 +32,7 @@ from transformers import Phi3Config, PreTrainedConfig
 
 from .conftest import TINY
 
+FUSED = [name for name, family in architecture.FAMILIES.items() if family.fused]
 REMOVED = (0, 2, 5)
 KEPT = [index for index in range(LAYERS) if index not in REMOVED]
 Build = Callable[..., Artifact]
@@ -122,14 +124,14 @@ def test_fused_after_removal(checkpoint: Build, exported: Build) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", architecture.FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("pruned", "method"), [(False, "none"), (False, "rtn"), (True, "none"), (True, "rtn")])
 def test_fused_families(name: str, pruned: bool, method: str, checkpoint: Build, exported: Build) -> None:
     check(name, pruned, checkpoint(name, pruned, method), exported(name, pruned, method))
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", architecture.FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 def test_half_precision_families(name: str, exported: Build) -> None:
     """What is exported for CUDA, through the CPU's kernels."""
     exact = exported(name, True, "rtn", target="cuda").steps[-1].facts["parity"][0]
@@ -171,10 +173,10 @@ def test_what_the_fused_graph_cannot_say_is_said(random_model: Callable[..., Pat
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
     rope |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
     folder = random_model(Phi3Config(**TINY, pad_token_id=0, rope_parameters=rope), tmp_path / "phi3")
-    config, weights = read_config(folder), Weights(folder)
-    assert "longrope" in str(architecture.obstacle(config, weights))
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    assert "8 dimensions" in str(architecture.obstacle(config, weights))
+    checkpoint = Checkpoint(folder)
+    assert "longrope" in str(architecture.obstacle(checkpoint))
+    checkpoint.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert "8 dimensions" in str(architecture.obstacle(checkpoint))
 
 
 # ------------------------------------------------------------------------------- a proof that cannot fail proves nothing
@@ -243,7 +245,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return replace(found, scales=found.scales * np.float32(1.5)) if wrong and found is not None else found
 
     monkeypatch.setattr(Weights, "packed", packed)
-    yield "layer 2 is the first to depart"
+    yield "layer 2 is the first that differs"
 
 
 @pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])

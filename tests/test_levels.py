@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from edgepress.exporters.proof import accuracy_level as levels
+from edgepress.exporters.proof import accuracy_level
 from edgepress.exporters.proof.parity import Parity
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
@@ -57,7 +57,7 @@ def test_forced_int8_below_the_limit_is_refused(export: Callable, tmp_path: Path
 
 def test_auto_takes_float_below_the_limit(export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """It falls back by itself and says why; speed does not matter then."""
-    monkeypatch.setattr(levels, "decode_rates", lambda *_: pytest.fail("needless"))
+    monkeypatch.setattr(accuracy_level, "decode_rates", lambda *_: pytest.fail("needless"))
     made = export(min_agreement=1.0)
     facts = made.steps[-1].facts
     assert facts["accuracy_level"] == 0 and set(levels_of(made).values()) == {0}
@@ -73,7 +73,7 @@ def test_auto_measures_both_levels(export: Callable) -> None:
     facts = made.steps[-1].facts
     tried = facts["accuracy_levels_tried"]
     ratio = tried["4"]["decode_tokens_per_s"] / tried["0"]["decode_tokens_per_s"]
-    assert facts["accuracy_level"] == (4 if ratio >= levels.FASTER else 0)
+    assert facts["accuracy_level"] == (4 if ratio >= accuracy_level.FASTER else 0)
     assert set(levels_of(made).values()) == {facts["accuracy_level"]}
     assert f"{ratio:.2f} times as fast" in facts["accuracy_level_because"]
     assert not list(made.path.glob("levels*"))
@@ -82,7 +82,7 @@ def test_auto_measures_both_levels(export: Callable) -> None:
 @pytest.mark.parametrize(("rates", "level"), [({}, 0), ({0: 100, 4: 104}, 0), ({0: 100, 4: 106}, 4), ({0: 100, 4: 50}, 0)])
 def test_the_rule(rates: dict[int, float], level: int) -> None:
     """4, unless agreement is under the limit (no rates then) or it is not faster by more than noise."""
-    assert levels._rule(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32, 0), rates, ExportOptions())[0] == level
+    assert accuracy_level._decide(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32, 0), rates, ExportOptions())[0] == level
 
 
 def test_float_by_choice_measures_nothing(export: Callable) -> None:

@@ -16,12 +16,13 @@ import onnx_ir as ir
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, write_manifest
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.verify import checks as verify
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from .conftest import TINY
 
@@ -55,7 +56,7 @@ def copied(made: tuple[Artifact, Artifact], tmp_path: Path) -> Path:
 
 
 def outcome(folder: Path, **options: object) -> dict[str, tuple[str, str]]:
-    return {c.name: (c.state, c.says) for c in verify.verify(folder, VerifyOptions(**options))}  # type: ignore[arg-type]
+    return {c.name: (c.state, c.detail) for c in verify.verify(folder, VerifyOptions(**options))}  # type: ignore[arg-type]
 
 
 def test_a_sound_artifact(made: tuple[Artifact, Artifact], call: Callable) -> None:
@@ -117,8 +118,8 @@ def test_the_original_is_out_of_memory_before_a_session_opens(
 ) -> None:
     models, opened, init = [], [], Decoder.__init__
 
-    def loaded(*arguments: Any) -> Any:
-        model = load_model(*arguments)
+    def loaded(self: Checkpoint) -> PreTrainedModel:
+        model = load_model(self.path)
         models.append(weakref.ref(model))
         return model
 
@@ -126,7 +127,7 @@ def test_the_original_is_out_of_memory_before_a_session_opens(
         opened.append([model() for model in models])
         init(self, *arguments, **settings)
 
-    monkeypatch.setattr("edgepress.exporters.proof.recheck.load_model", loaded)
+    monkeypatch.setattr(Checkpoint, "model", loaded)
     monkeypatch.setattr(Decoder, "__init__", checked)
     state, says = outcome(copied, original=made[0].path.parent / "model", text=text)["parity"]
     assert state == "ok" and says.startswith("no proof: ")
@@ -190,13 +191,13 @@ def bad_template(folder: Path) -> None:
 
 
 FAULTS = [
-    (swap_byte, "files", "model.onnx.data is not what was written"),
+    (swap_byte, "files", "model.onnx.data differs from the manifest"),
     (lambda folder: (folder / "config.json").unlink(), "files", "config.json is missing"),
     (lambda folder: (folder / "manifest.json").unlink(), "files", "no manifest.json"),
     (cut_short, "loads", "onnxruntime cannot load"),
-    (break_graph, "graph", "no sound graph"),
-    (other_tokenizer, "tokenizer", "of 12 tokens does not have"),
-    (other_layers, "loads", "genai_config.json tells of 3 layers"),
+    (break_graph, "graph", "not a valid ONNX graph"),
+    (other_tokenizer, "tokenizer", "beyond the 12 tokens"),
+    (other_layers, "loads", "genai_config.json has 3 layers"),
     (bad_template, "chat template", "cannot be read"),
 ]
 

@@ -140,7 +140,7 @@ class Decoder:
         return result.astype(np.float32, copy=False)
 
     def _bound_cache(self) -> onnxruntime.IOBinding:
-        """A binding of the cache; a shared one stays bound until it grows, because binding costs small models time at every token."""
+        """A binding of the cache; a shared one stays bound until it grows: for small models, binding at every token is slow."""
         binding = self.session.io_binding()
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
