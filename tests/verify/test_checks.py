@@ -22,9 +22,8 @@ from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.verify import checks as verify
+from families import TINY
 from transformers import LlamaConfig, PreTrainedModel
-
-from .conftest import TINY
 
 CHECKS = ["files", "graph", "tokenizer", "chat template", "loads", "generates"]
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"

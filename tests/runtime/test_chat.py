@@ -23,9 +23,8 @@ from edgepress.pipeline.runtime.chat import Conversation
 from edgepress.pipeline.runtime.chat_template import ChatTemplate, read_template, special_tokens
 from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
 from edgepress.pipeline.text.windows import load_tokenizer
+from families import TINY
 from transformers import AutoTokenizer, LlamaConfig
-
-from .conftest import TINY
 
 MAIN = "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
 CHATML = """{%- for message in messages %}

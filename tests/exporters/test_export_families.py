@@ -26,11 +26,9 @@ from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOpti
 from edgepress.pipeline.runtime import targets
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import text_windows
-from families import FAMILIES, LAYERS, WINDOW, family_config
+from families import FAMILIES, LAYERS, TINY, WINDOW, family_config
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, PreTrainedConfig
-
-from .conftest import TINY
 
 FUSED = [name for name, family in architecture.FAMILIES.items() if family.fused]
 REMOVED = (0, 2, 5)
