@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 
 def write_configs(checkpoint: Checkpoint, out: Path, target: str, *, shared_cache: bool) -> None:
-    """Write everything beside the graph into the artifact ``out``: configs, tokenizer and genai_config.json."""
+    """Write everything but the graph into the artifact ``out``: configs, tokenizer and genai_config.json."""
     carry_files(checkpoint.path, out)
     config = with_v4_keys(checkpoint.raw_config)
     write_json(out / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
@@ -28,7 +28,7 @@ def write_configs(checkpoint: Checkpoint, out: Path, target: str, *, shared_cach
 def with_v4_keys(config: JsonObject) -> JsonObject:
     """A config.json of transformers 5 plus the keys that version 4 reads; a key that is there already keeps its value.
 
-    They are torch_dtype, rope_theta, rope_scaling, rope_local_base_freq, and the architecture's own (``Family.v4_keys``).
+    They are torch_dtype, rope_theta, rope_scaling, rope_local_base_freq, and those of the architecture (``Family.v4_keys``).
     """
     v4: JsonObject = {}
     if "dtype" in config:

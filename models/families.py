@@ -24,7 +24,7 @@ def head_size(config: PreTrainedConfig) -> int:
 class Family:
     """How an architecture differs from Llama; the defaults are Llama.
 
-    fused: whether the fused graph can express it; False for a row that is here for its config keys alone.
+    fused: whether the fused graph can express it; False for a row that only has config keys.
     before_*, after_*: names of the norms on the input and on the output of a sublayer, None where there is none.
     packed: query, key and value are one matrix in the checkpoint, gate and up another.
     qk_norm: query and key are normalized over each head, or over all heads together ("width").
