@@ -76,8 +76,8 @@ def _files(folder: Path) -> str:
         raise InputError(f"{MANIFEST} does not list {MODEL}; copy the complete folder or export again")
     if damaged := artifact.damaged():
         fault = "differs from the manifest (sha256)" if (folder / damaged[0]).is_file() else "is missing"
-        more = f", and {len(damaged) - 1} more files are damaged" if len(damaged) > 1 else ""
-        raise InputError(f"{damaged[0]} {fault}{more}; copy the complete folder again or export again")
+        total = f" (damaged files in all: {len(damaged)})" if len(damaged) > 1 else ""
+        raise InputError(f"{damaged[0]} {fault}{total}; copy the complete folder again or export again")
     names = [str(p.relative_to(folder)) for p in files_below(folder)]
     others = [name for name in names if name not in artifact.files]
     extra = f"; not in the manifest: {', '.join(others)}" if others else ""

@@ -56,7 +56,7 @@ def test_forced_int8_below_the_limit_is_refused(export: Callable, tmp_path: Path
 
 
 def test_auto_takes_float_below_the_limit(export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It falls back by itself and says why; speed does not matter then."""
+    """It falls back by itself with the reason; speed does not matter then."""
     monkeypatch.setattr(accuracy_level, "decode_rates", lambda *_: pytest.fail("needless"))
     made = export(min_agreement=1.0)
     facts = made.steps[-1].facts
@@ -94,9 +94,9 @@ def test_float_by_choice_measures_nothing(export: Callable) -> None:
 def test_named_layers_stay_float(export: Callable) -> None:
     """A regular expression for whole names; the manifest and the report name the matrices."""
     made = export(accuracy_level="4", min_agreement=0.5, exact_layers=r".*\.down_proj")
-    found = levels_of(made)
-    assert {name: level for name, level in found.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
-    assert len(found) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in found.items() if level == 0]
+    levels = levels_of(made)
+    assert {name: level for name, level in levels.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
+    assert len(levels) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in levels.items() if level == 0]
     (line,) = made_by({"steps": [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in made.steps[-1:]]})
     assert "accuracy level 4 but for 4 matrices at 0" in line
 
@@ -110,9 +110,9 @@ def test_the_matrix_with_the_outlier_is_found(export: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"), [("17", "there are 17 matrices"), ("0", "give 1 to 16"), ("layers.1", "names no matrix")]
+    ("requested", "message"), [("17", "there are 17 matrices"), ("0", "give 1 to 16"), ("layers.1", "names no matrix")]
 )
-def test_layers_that_are_not_there(export: Callable, wanted: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=says):
-        export(exact_layers=wanted)
+def test_layers_that_are_not_there(export: Callable, requested: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        export(exact_layers=requested)
     assert not list(tmp_path.iterdir())

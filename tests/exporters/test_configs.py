@@ -43,17 +43,17 @@ ROPES: dict[str, tuple[dict | None, dict]] = {
 }
 
 
-@pytest.mark.parametrize(("rope", "older"), ROPES.values(), ids=ROPES)
-def test_config_has_the_keys_of_transformers_4(rope: dict | None, older: dict) -> None:
+@pytest.mark.parametrize(("rope", "v4"), ROPES.values(), ids=ROPES)
+def test_config_has_the_keys_of_transformers_4(rope: dict | None, v4: dict) -> None:
     """Beside those of version 5, which stay as they are; a key that is there already is not touched."""
     config = {"dtype": "bfloat16", "rope_parameters": rope, "model_type": "llama"}
-    assert with_v4_keys(config) == config | older | {"torch_dtype": "bfloat16"}
+    assert with_v4_keys(config) == config | v4 | {"torch_dtype": "bfloat16"}
     assert with_v4_keys(config | {"rope_theta": 3.0})["rope_theta"] == 3.0
 
 
 def test_extra_special_tokens_under_the_name_that_both_versions_read() -> None:
     """Transformers 4 fails on the list that version 5 writes."""
-    found = with_v4_tokenizer({"extra_special_tokens": ["<a>", "<b>"], "additional_special_tokens": ["<b>"], "eos_token": "<b>"})
-    assert found == {"additional_special_tokens": ["<b>", "<a>"], "eos_token": "<b>"}
+    content = with_v4_tokenizer({"extra_special_tokens": ["<a>", "<b>"], "additional_special_tokens": ["<b>"], "eos_token": "<b>"})
+    assert content == {"additional_special_tokens": ["<b>", "<a>"], "eos_token": "<b>"}
     named = {"extra_special_tokens": {"image_token": "<a>"}}
     assert with_v4_tokenizer(named) == named

@@ -29,6 +29,6 @@ def test_rows_and_matrix_are_the_same_bytes(tied: bool, tmp_path: Path) -> None:
         assert graph.initializers["table.B.rows"].const_value.offset == graph.initializers["table.B"].const_value.offset
     assert (tmp_path / "model.onnx.data").stat().st_size < 1.5 * matrix.nbytes
     ids = np.array([3, 500, 3])
-    found = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"ids": ids})[0]
-    expected = matrix.dequantized()[ids]
-    assert np.allclose(found, expected @ matrix.dequantized().T if tied else expected, atol=1e-4)
+    output = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"ids": ids})[0]
+    rows = matrix.dequantized()[ids]
+    assert np.allclose(output, rows @ matrix.dequantized().T if tied else rows, atol=1e-4)

@@ -34,9 +34,9 @@ def test_a_large_matrix_is_dequantized_by_parts() -> None:
 
 
 def in_another_order(source: Path, target: Path, shared: bool) -> Path:
-    """A packed folder whose matrices have their columns in an order of their own, as GPTQ with act-order leaves them.
+    """A packed folder whose matrices have their columns permuted, as GPTQ with act-order stores them.
 
-    shared: matrices that read the same input have the same order, as GPTQ's have; else every one another.
+    shared: matrices that read the same input have the same order, as GPTQ's have; else each has a different one.
     """
     weights = load_file(source / "model.safetensors")
     linears = {}
@@ -94,9 +94,9 @@ def test_g_idx_would_lose_the_zero_points(tmp_path: Path) -> None:
     y = b.op(kind, [x, *values, order], "y", domain=DOMAIN, **attributes)
     b.output(y, "y", ir.DataType.FLOAT, ["tokens", 16])
     ir.save(b.model({}), tmp_path / "m.onnx")
-    given = dice.standard_normal((3, 64), dtype=np.float32)
-    found = ort.InferenceSession(tmp_path / "m.onnx").run(None, {"x": given})[0]
-    assert not np.allclose(found, given @ linear.dequantized().T, rtol=1e-2, atol=1e-2)
+    inputs = dice.standard_normal((3, 64), dtype=np.float32)
+    output = ort.InferenceSession(tmp_path / "m.onnx").run(None, {"x": inputs})[0]
+    assert not np.allclose(output, inputs @ linear.dequantized().T, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])
@@ -138,7 +138,7 @@ def test_tied_matrix_has_one_width(reference: Path, call: Callable, tmp_path: Pa
 
 @pytest.mark.parametrize("method", ["rtn", "int8"])
 def test_one_scale_a_row(method: str, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """--group-size -1: no operator has blocks that long, so the scale is repeated, and the manifest says in what blocks."""
+    """--group-size -1: no operator has blocks that long, so the scale is repeated, and the manifest records the block length."""
     made = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method=method, group_size=-1))
     file = PackedFile(made.path)
     for name in (n for n in file if n.startswith("model.layers")):

@@ -44,27 +44,27 @@ def test_another_most_likely_token_is_no_proof(
     """However near the logits are, but for ties: here two are exchanged at one position, by a hundredth of what may differ."""
     packed, exported = make(tiny, "none")
     windows, feed = text_windows(text, packed.path, budget=120, length=40), Decoder.feed
-    wanted = ReferenceLogits(load_model(packed.path), windows, tmp_path)
-    truth = wanted.logits(windows[1]).copy()
+    reference = ReferenceLogits(load_model(packed.path), windows, tmp_path)
+    truth = reference.logits(windows[1]).copy()
     first, second = np.argsort(truth[7])[::-1][:2]
 
     def exchanged(gap: float) -> parity.Parity:
-        truth[7, second] = truth[7, first] - gap * wanted.spread
+        truth[7, second] = truth[7, first] - gap * reference.spread
         np.save(next(tmp_path.glob(f"{hashlib.sha256(windows[1].tobytes()).hexdigest()}*")), truth)
         changed = truth[7, [second, first]]
 
         def swapped(self: Decoder, ids: np.ndarray, keep: int = 1) -> np.ndarray:
-            found = feed(self, ids, keep)
+            logits = feed(self, ids, keep)
             if np.array_equal(ids, windows[1]):
-                found[7, [first, second]] = changed
-            return found
+                logits[7, [first, second]] = changed
+            return logits
 
         monkeypatch.setattr(Decoder, "feed", swapped)
-        return parity.measure(wanted, lambda: Decoder(exported.path), 0)
+        return parity.measure(reference, lambda: Decoder(exported.path), 0)
 
     assert exchanged(0.1 * parity.TIE).flipped == 0
-    found = exchanged(5 * parity.TIE)
-    assert found.flipped == 1 and "1 of 124 positions have another most likely token" in parity.faults(found, half=False)
+    proof = exchanged(5 * parity.TIE)
+    assert proof.flipped == 1 and "1 of 124 positions have another most likely token" in parity.faults(proof, half=False)
 
 
 def test_tokens_one_by_one_from_as_many_windows_as_it_takes(fused: Made, text: Path, tmp_path: Path, monkeypatch: Any) -> None:

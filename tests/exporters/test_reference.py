@@ -1,4 +1,4 @@
-"""The reference of the proof: the whole model's logits, in the memory of one matrix, never beside a session."""
+"""The reference of the proof: the whole model's logits, in the memory of one matrix, never at the same time as a session."""
 
 from __future__ import annotations
 

@@ -58,22 +58,22 @@ def test_the_quantizers_integers_ship_bit_for_bit(fused: Made) -> None:
         ):
             whole = stacked(name, [file[part] for part in parts])
             assert whole is not None
-            for kind, wanted in operator(whole, 4)[1].items():
+            for kind, array in operator(whole, 4)[1].items():
                 value = graph.initializers[f"{name}.{kind}"].const_value
-                assert value is not None and np.array_equal(value.numpy(), wanted)
+                assert value is not None and np.array_equal(value.numpy(), array)
             names = [n for n in names if n not in parts]
     for name in ("lm_head", "model.embed_tokens"):
         end = operator(file[name], 4)[1]
-        for kind, wanted in end.items():  # the embedding's codes are stored in the shape that its rows are read in
-            assert np.array_equal(graph.initializers[f"{name}.{kind}"].const_value.numpy().reshape(wanted.shape), wanted)
+        for kind, array in end.items():  # the embedding's codes are stored in the shape that its rows are read in
+            assert np.array_equal(graph.initializers[f"{name}.{kind}"].const_value.numpy().reshape(array.shape), array)
     assert sorted(names) == ["lm_head", "model.embed_tokens"]
 
 
 def test_artifact_holds_what_consumers_need(fused: Made) -> None:
     names = {file.name for file in fused[1].path.iterdir()}
     assert read_json(fused[1].path / "config.json").items() >= {"torch_dtype": "float32", "rope_theta": 10000.0}.items()
-    wanted = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"}
-    assert wanted | {"tokenizer_config.json", "manifest.json"} <= names
+    required = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"}
+    assert required | {"tokenizer_config.json", "manifest.json"} <= names
     assert not {name for name in names if name.startswith("parity") or name.endswith(".safetensors")}
     graph = ir.load(fused[1].path / "model.onnx").graph
     assert [v.name for v in graph.inputs][:4] == ["input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"]
@@ -87,17 +87,17 @@ def test_genai_generates_the_same_tokens(fused: Made, text: Path) -> None:
     folder = fused[1].path
     ids = text_windows(text, folder, budget=30, length=30)[0]
     decoder = Decoder(folder)
-    wanted = list(decoder.greedy(ids, 20))
+    reference = list(decoder.greedy(ids, 20))
     model = og.Model(str(folder))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(ids) + 20, min_length=len(ids) + 20, do_sample=False)
     generator = og.Generator(model, parameters)
     generator.append_tokens(ids.astype(np.int32))
-    found = []
+    generated = []
     while not generator.is_done():
         generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    assert found == wanted
+        generated.append(int(generator.get_next_tokens()[0]))
+    assert generated == reference
 
 
 @pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])
@@ -161,9 +161,9 @@ def test_portable_graph_reads_a_left_padded_batch(make: Callable[..., Made], tin
     mask = np.ones((2, 24), dtype=np.int64)
     mask[1, :13] = 0
     past = {v.name: np.zeros((2, 2, 0, 16), np.float32) for v in session.get_inputs() if v.name.startswith("past")}
-    found = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **past})[0][:, -1]
+    logits = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **past})[0][:, -1]
     model = load_model(packed.path)
     with torch.inference_mode():
-        for row, prompt in zip(found, (long, short), strict=True):
-            wanted = model(torch.from_numpy(prompt)[None]).logits[0, -1].numpy()
-            assert np.abs(row - wanted).max() < 1e-3 * wanted.std()
+        for row, prompt in zip(logits, (long, short), strict=True):
+            reference = model(torch.from_numpy(prompt)[None]).logits[0, -1].numpy()
+            assert np.abs(row - reference).max() < 1e-3 * reference.std()

@@ -31,8 +31,8 @@ def test_one_model_continues_several_prompts(folder: Path) -> None:
 
 def test_the_command_line_streams_the_same(folder: Path) -> None:
     """After the prompt, which a terminal shows too."""
-    told = list(stream(folder, PROMPT, RunOptions(max_new_tokens=12)))
-    assert told == [PROMPT, *TextModel(folder, threads=1).stream(PROMPT, 12)]
+    pieces = list(stream(folder, PROMPT, RunOptions(max_new_tokens=12)))
+    assert pieces == [PROMPT, *TextModel(folder, threads=1).stream(PROMPT, 12)]
 
 
 def test_errors_come_before_the_first_piece(folder: Path, tmp_path: Path) -> None:
