@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
 
 Made = tuple[Artifact, Artifact]
@@ -21,7 +22,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[..., 
     @cache
     def run(source: Path, method: str, exporter: str = "auto") -> Made:
         folder = tmp_path_factory.mktemp("made")
-        options = QuantizeOptions(method=method, group_size=None if method in ("nf4", "fp4") else 32)
+        options = QuantizeOptions(method=method, group_size=32 if 32 in METHODS[method].groups else None)
         packed = stages.run("quantize", Artifact.load(source), folder / "packed", options)
         exported = stages.run("export", packed, folder / "onnx", ExportOptions(exporter=exporter, text=text))
         return packed, exported

@@ -17,6 +17,7 @@ from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import text_windows
 from families import TINY
@@ -25,10 +26,11 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from .conftest import Made
 
-CASES = [(m, "fused") for m in ("none", "rtn", "nf4", "fp4", "int8")] + [("rtn", "portable")]
+IN_PROCESS = [name for name, row in METHODS.items() if not row.isolated]
+CASES = [(name, "fused") for name in IN_PROCESS] + [("rtn", "portable")]
 
 
-SLOW = [pytest.param(m, "portable", marks=pytest.mark.families) for m in ("none", "nf4", "fp4", "int8")]
+SLOW = [pytest.param(name, "portable", marks=pytest.mark.families) for name in IN_PROCESS if name != "rtn"]
 
 
 @pytest.mark.parametrize(("method", "exporter"), [*CASES, *SLOW])
