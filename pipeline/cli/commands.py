@@ -137,7 +137,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
     settings = make(VerifyOptions, _resolved(flags))
     folder, states = _onnx(options.source), []
     for check in verify(folder, settings):
-        print(f"{check.state:<12} {check.name}: {check.says}", flush=True)
+        print(f"{check.state:<12} {check.name}: {check.detail}", flush=True)
         states.append(check.state)
     if failed := states.count("failed"):
         raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")

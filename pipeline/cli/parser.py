@@ -15,8 +15,8 @@ from edgepress.pipeline.stages import STAGES
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, and no abbreviations: a flag that is added later must not change what one means."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings, allow_abbrev=False)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Exit 2; a former spelling is answered with the present one."""

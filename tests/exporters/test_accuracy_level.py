@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from edgepress.exporters.proof import accuracy_level as levels
+from edgepress.exporters.proof import accuracy_level
 from edgepress.exporters.proof.parity import Parity
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
@@ -56,8 +56,8 @@ def test_forced_int8_below_the_limit_is_refused(export: Callable, tmp_path: Path
 
 
 def test_auto_takes_float_below_the_limit(export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It falls back by itself and says why; speed does not matter then."""
-    monkeypatch.setattr(levels, "decode_rates", lambda *_: pytest.fail("needless"))
+    """It falls back by itself with the reason; speed does not matter then."""
+    monkeypatch.setattr(accuracy_level, "decode_rates", lambda *_: pytest.fail("needless"))
     made = export(min_agreement=1.0)
     facts = made.steps[-1].facts
     assert facts["accuracy_level"] == 0 and set(levels_of(made).values()) == {0}
@@ -73,7 +73,7 @@ def test_auto_measures_both_levels(export: Callable) -> None:
     facts = made.steps[-1].facts
     tried = facts["accuracy_levels_tried"]
     ratio = tried["4"]["decode_tokens_per_s"] / tried["0"]["decode_tokens_per_s"]
-    assert facts["accuracy_level"] == (4 if ratio >= levels.FASTER else 0)
+    assert facts["accuracy_level"] == (4 if ratio >= accuracy_level.FASTER else 0)
     assert set(levels_of(made).values()) == {facts["accuracy_level"]}
     assert f"{ratio:.2f} times as fast" in facts["accuracy_level_because"]
     assert not list(made.path.glob("levels*"))
@@ -82,7 +82,7 @@ def test_auto_measures_both_levels(export: Callable) -> None:
 @pytest.mark.parametrize(("rates", "level"), [({}, 0), ({0: 100, 4: 104}, 0), ({0: 100, 4: 106}, 4), ({0: 100, 4: 50}, 0)])
 def test_the_rule(rates: dict[int, float], level: int) -> None:
     """4, unless agreement is under the limit (no rates then) or it is not faster by more than noise."""
-    assert levels._rule(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32, 0), rates, ExportOptions())[0] == level
+    assert accuracy_level._decide(Parity(4, 512, 0, 0, 0, 0, 0.99, 1e-4, 32, 0), rates, ExportOptions())[0] == level
 
 
 def test_float_by_choice_measures_nothing(export: Callable) -> None:
@@ -94,9 +94,9 @@ def test_float_by_choice_measures_nothing(export: Callable) -> None:
 def test_named_layers_stay_float(export: Callable) -> None:
     """A regular expression for whole names; the manifest and the report name the matrices."""
     made = export(accuracy_level="4", min_agreement=0.5, exact_layers=r".*\.down_proj")
-    found = levels_of(made)
-    assert {name: level for name, level in found.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
-    assert len(found) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in found.items() if level == 0]
+    levels = levels_of(made)
+    assert {name: level for name, level in levels.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
+    assert len(levels) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in levels.items() if level == 0]
     (line,) = made_by({"steps": [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in made.steps[-1:]]})
     assert "accuracy level 4 but for 4 matrices at 0" in line
 
@@ -110,9 +110,9 @@ def test_the_matrix_with_the_outlier_is_found(export: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"), [("17", "there are 17 matrices"), ("0", "give 1 to 16"), ("layers.1", "names no matrix")]
+    ("requested", "message"), [("17", "there are 17 matrices"), ("0", "give 1 to 16"), ("layers.1", "names no matrix")]
 )
-def test_layers_that_are_not_there(export: Callable, wanted: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=says):
-        export(exact_layers=wanted)
+def test_layers_that_are_not_there(export: Callable, requested: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        export(exact_layers=requested)
     assert not list(tmp_path.iterdir())

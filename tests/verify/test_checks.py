@@ -1,4 +1,4 @@
-"""`edgepress verify`: what is sound passes, each fault is named by its check, and the light base is enough."""
+"""`edgepress verify`: a valid artifact passes, each fault is named by its check, and the light base is enough."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import onnx_ir as ir
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, write_manifest
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.verify import checks as verify
-from transformers import LlamaConfig
-
-from .conftest import TINY
+from families import TINY
+from transformers import LlamaConfig, PreTrainedModel
 
 CHECKS = ["files", "graph", "tokenizer", "chat template", "loads", "generates"]
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
@@ -55,10 +55,10 @@ def copied(made: tuple[Artifact, Artifact], tmp_path: Path) -> Path:
 
 
 def outcome(folder: Path, **options: object) -> dict[str, tuple[str, str]]:
-    return {c.name: (c.state, c.says) for c in verify.verify(folder, VerifyOptions(**options))}  # type: ignore[arg-type]
+    return {c.name: (c.state, c.detail) for c in verify.verify(folder, VerifyOptions(**options))}  # type: ignore[arg-type]
 
 
-def test_a_sound_artifact(made: tuple[Artifact, Artifact], call: Callable) -> None:
+def test_a_valid_artifact(made: tuple[Artifact, Artifact], call: Callable) -> None:
     """One line a check, exit 0; the folder's name is no obstacle, nor is the OUT of a build."""
     for folder in (made[1].path, made[1].path.parent):
         result = call("verify", folder)
@@ -74,42 +74,42 @@ def test_parity_with_the_checkpoint_that_was_exported(made: tuple[Artifact, Arti
     before = sorted(made[1].path.iterdir())
     made[1].path.chmod(0o555)
     try:
-        state, says = outcome(made[1].path, original=made[0].path, text=text)["parity"]
+        state, detail = outcome(made[1].path, original=made[0].path, text=text)["parity"]
     finally:
         made[1].path.chmod(0o755)
-    assert state == "ok" and "equals packed at float activations" in says and "as it ships" in says
+    assert state == "ok" and "equals packed at float activations" in detail and "as it ships" in detail
     assert sorted(made[1].path.iterdir()) == before
 
 
 def test_an_earlier_checkpoint_is_measured_not_proven(made: tuple[Artifact, Artifact], text: Path, tmp_path: Path) -> None:
-    """What was quantized since cannot be equal; the proof takes the checkpoint that lies beside, and says so where none does."""
+    """What was quantized since cannot be equal; the proof takes the checkpoint in the folder next to it, if there is one."""
     original = made[0].path.parent / "model"
-    state, says = outcome(made[1].path, original=original, text=text)["parity"]
-    assert state == "ok" and "equals packed" in says and "from model, quantized since: KL 0." in says
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    state, detail = outcome(made[1].path, original=original, text=text)["parity"]
+    assert state == "ok" and "equals packed" in detail and "from model, quantized since: KL 0." in detail
+    moved = tmp_path / "moved"
+    moved.mkdir()
     for file in made[1].path.iterdir():
-        (alone / file.name).write_bytes(file.read_bytes())
-    state, says = outcome(alone, original=original, text=text)["parity"]
-    assert state == "ok" and says.startswith("no proof: ") and "equals" not in says
+        (moved / file.name).write_bytes(file.read_bytes())
+    state, detail = outcome(moved, original=original, text=text)["parity"]
+    assert state == "ok" and detail.startswith("no proof: ") and "equals" not in detail
 
 
 def test_another_checkpoint_without_a_manifest_is_measured_too(made: tuple[Artifact, Artifact], text: Path, tmp_path: Path) -> None:
-    """Exported straight from a stranger's folder, and verified with the float model that it was made from: no proof, no blame."""
+    """Exported from a plain folder, and verified with a folder of other content: no proof, and no failure."""
     plain = made[0].path.parent / "model"
     artifact = stages.run("export", Artifact.load(plain), tmp_path / "onnx", ExportOptions(text=text))
-    stranger = tmp_path / "stranger"
-    shutil.copytree(plain, stranger)
-    (stranger / "README").write_text("not the folder that was exported")
-    state, says = outcome(artifact.path, original=stranger, text=text)["parity"]
-    assert state == "ok" and "no proof" in says
+    other = tmp_path / "other"
+    shutil.copytree(plain, other)
+    (other / "README").write_text("not the folder that was exported")
+    state, detail = outcome(artifact.path, original=other, text=text)["parity"]
+    assert state == "ok" and "no proof" in detail
     assert "equals model" in outcome(artifact.path, original=plain, text=text)["parity"][1]
 
 
 def test_parity_needs_a_manifest(copied: Path, made: tuple[Artifact, Artifact], text: Path) -> None:
     (copied / "manifest.json").unlink()
-    state, says = outcome(copied, original=made[0].path, text=text)["parity"]
-    assert state == "failed" and "manifest" in says
+    state, detail = outcome(copied, original=made[0].path, text=text)["parity"]
+    assert state == "failed" and "manifest" in detail
 
 
 def test_the_original_is_out_of_memory_before_a_session_opens(
@@ -117,8 +117,8 @@ def test_the_original_is_out_of_memory_before_a_session_opens(
 ) -> None:
     models, opened, init = [], [], Decoder.__init__
 
-    def loaded(*arguments: Any) -> Any:
-        model = load_model(*arguments)
+    def loaded(self: Checkpoint) -> PreTrainedModel:
+        model = load_model(self.path)
         models.append(weakref.ref(model))
         return model
 
@@ -126,10 +126,10 @@ def test_the_original_is_out_of_memory_before_a_session_opens(
         opened.append([model() for model in models])
         init(self, *arguments, **settings)
 
-    monkeypatch.setattr("edgepress.exporters.proof.recheck.load_model", loaded)
+    monkeypatch.setattr(Checkpoint, "model", loaded)
     monkeypatch.setattr(Decoder, "__init__", checked)
-    state, says = outcome(copied, original=made[0].path.parent / "model", text=text)["parity"]
-    assert state == "ok" and says.startswith("no proof: ")
+    state, detail = outcome(copied, original=made[0].path.parent / "model", text=text)["parity"]
+    assert state == "ok" and detail.startswith("no proof: ")
     assert opened[-1] == [None]
 
 
@@ -142,16 +142,16 @@ def test_a_wrong_scale_is_caught_though_the_files_are_whole(made: tuple[Artifact
     value.const_value = ir.Tensor(scales, name=value.name)
     ir.save(graph, copied / "model.onnx", external_data="model.onnx.data")
     write_manifest(copied, "onnx", made[1].steps, made[1].fingerprint)
-    found = outcome(copied, original=made[0].path, text=text)
-    assert found.pop("parity")[0] == "failed"
-    assert {state for state, _ in found.values()} == {"ok"}
+    outcomes = outcome(copied, original=made[0].path, text=text)
+    assert outcomes.pop("parity")[0] == "failed"
+    assert {state for state, _ in outcomes.values()} == {"ok"}
 
 
 def test_agreement_below_what_the_export_promised(made: tuple[Artifact, Artifact], copied: Path, text: Path) -> None:
     *before, step = made[1].steps
     write_manifest(copied, "onnx", (*before, replace(step, options={**step.options, "min_agreement": 1.0})), "")
-    state, says = outcome(copied, original=made[0].path, text=text)["parity"]
-    assert state == "failed" and "100 % is its --min-agreement" in says and "--accuracy-level 0" in says
+    state, detail = outcome(copied, original=made[0].path, text=text)["parity"]
+    assert state == "failed" and "100 % is its --min-agreement" in detail and "--accuracy-level 0" in detail
 
 
 def swap_byte(folder: Path) -> None:
@@ -190,26 +190,26 @@ def bad_template(folder: Path) -> None:
 
 
 FAULTS = [
-    (swap_byte, "files", "model.onnx.data is not what was written"),
+    (swap_byte, "files", "model.onnx.data differs from the manifest"),
     (lambda folder: (folder / "config.json").unlink(), "files", "config.json is missing"),
     (lambda folder: (folder / "manifest.json").unlink(), "files", "no manifest.json"),
     (cut_short, "loads", "onnxruntime cannot load"),
-    (break_graph, "graph", "no sound graph"),
-    (other_tokenizer, "tokenizer", "of 12 tokens does not have"),
-    (other_layers, "loads", "genai_config.json tells of 3 layers"),
+    (break_graph, "graph", "not a valid ONNX graph"),
+    (other_tokenizer, "tokenizer", "beyond the 12 tokens"),
+    (other_layers, "loads", "genai_config.json has 3 layers"),
     (bad_template, "chat template", "cannot be read"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "check", "says"), FAULTS, ids=[f"{check}-{says.split()[0]}" for _, check, says in FAULTS])
-def test_faults_are_named(spoil: Callable, check: str, says: str, copied: Path, call: Callable) -> None:
-    """Its own line says what is wrong and what to do; the others are made all the same; exit 2."""
-    spoil(copied)
-    found = outcome(copied)
-    assert found[check][0] == "failed" and says in found[check][1], found
-    assert "export again" in found[check][1] or "copy the complete folder" in found[check][1] or "correct it" in found[check][1]
-    assert found["files"][0] == "failed"
-    assert (found["generates"] == ("not checked", "the model does not load")) == (found["loads"][0] == "failed")
+@pytest.mark.parametrize(("damage", "check", "detail"), FAULTS, ids=[f"{check}-{detail.split()[0]}" for _, check, detail in FAULTS])
+def test_faults_are_named(damage: Callable, check: str, detail: str, copied: Path, call: Callable) -> None:
+    """The check's line names what is wrong and what to do; the other checks still run; exit 2."""
+    damage(copied)
+    outcomes = outcome(copied)
+    assert outcomes[check][0] == "failed" and detail in outcomes[check][1], outcomes
+    assert any(cure in outcomes[check][1] for cure in ("export again", "copy the complete folder", "correct it"))
+    assert outcomes["files"][0] == "failed"
+    assert (outcomes["generates"] == ("not checked", "the model does not load")) == (outcomes["loads"][0] == "failed")
     result = call("verify", copied)
     assert result.code == 2 and len(result.out.splitlines()) == len(CHECKS)
     (line,) = result.err.splitlines()
@@ -226,12 +226,12 @@ def test_a_cache_that_is_not_read_is_caught(copied: Path, monkeypatch: pytest.Mo
         return feed(self, ids, keep)
 
     monkeypatch.setattr(verify.Decoder, "feed", forgetful)
-    state, says = outcome(copied)["generates"]
-    assert state == "failed" and "token by token" in says
+    state, detail = outcome(copied)["generates"]
+    assert state == "failed" and "token by token" in detail
 
 
 def test_the_light_base_is_enough(made: tuple[Artifact, Artifact]) -> None:
-    """Without torch, transformers and onnx: what needs them is not checked, and says so."""
+    """Without torch, transformers and onnx: what needs them is reported as not checked."""
     code = f"import sys; sys.modules.update(dict.fromkeys({LIGHT}))\n{MAIN}"
     arguments = ["verify", str(made[1].path), "--original", str(made[0].path)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
@@ -247,6 +247,6 @@ def test_portable_and_unquantized(random_model: Callable, text: Path, tmp_path: 
     """A float model in the portable graph: exported straight from a plain checkpoint, it equals that one."""
     folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 1}, tie_word_embeddings=True), tmp_path / "model")
     made = stages.run("export", Artifact.load(folder), tmp_path / "onnx", ExportOptions(exporter="portable", text=text))
-    found = outcome(made.path, original=folder, text=text)
-    assert {state for state, _ in found.values()} == {"ok"}, found
-    assert "equals model at float activations" in found["parity"][1] and "KL" not in found["parity"][1]
+    outcomes = outcome(made.path, original=folder, text=text)
+    assert {state for state, _ in outcomes.values()} == {"ok"}, outcomes
+    assert "equals model at float activations" in outcomes["parity"][1] and "KL" not in outcomes["parity"][1]

@@ -16,7 +16,8 @@ from edgepress.exporters.proof import parity
 from edgepress.exporters.proof.reference import ReferenceLogits
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.load import load_model, read_config
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError, ProofError
@@ -25,12 +26,11 @@ from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOpti
 from edgepress.pipeline.runtime import targets
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import text_windows
-from families import FAMILIES, LAYERS, WINDOW, family_config
+from families import FAMILIES, LAYERS, TINY, WINDOW, family_config
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, PreTrainedConfig
 
-from .conftest import TINY
-
+FUSED = [name for name, family in architecture.FAMILIES.items() if family.fused]
 REMOVED = (0, 2, 5)
 KEPT = [index for index in range(LAYERS) if index not in REMOVED]
 Build = Callable[..., Artifact]
@@ -95,25 +95,25 @@ def check(name: str, pruned: bool, source: Artifact, artifact: Artifact) -> None
 def fused_names(name: str, layers: int) -> dict[str, list[str]]:
     """Matrix in the graph -> matrices of the checkpoint whose rows it holds, in order."""
     family = architecture.FAMILIES[name]
-    found = {}
+    names = {}
     for layer in (f"model.layers.{index}" for index in range(layers)):
-        found[f"{layer}.self_attn.qkv_proj"] = [f"{layer}.self_attn.{part}" for part in family.qkv()]
-        found[f"{layer}.mlp.gate_up_proj"] = [f"{layer}.mlp.{part}" for part in family.gate_up()]
-        found |= {whole: [whole] for whole in (f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj")}
-    return found
+        names[f"{layer}.self_attn.qkv_proj"] = [f"{layer}.self_attn.{part}" for part in family.qkv()]
+        names[f"{layer}.mlp.gate_up_proj"] = [f"{layer}.mlp.{part}" for part in family.gate_up()]
+        names |= {whole: [whole] for whole in (f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj")}
+    return names
 
 
 def same_codes(source: Artifact, graph: ir.Graph, names: dict[str, list[str]]) -> None:
-    """Every packed array is in the graph as it is; those not in ``names`` go by their own name."""
+    """Every packed array is in the graph as it is; those not in ``names`` have the same name in both."""
     file = PackedFile(source.path)
     below = {part for parts in names.values() for part in parts}
     for name, parts in (names | {one: [one] for one in file if one not in below}).items():
         whole = stacked(name, [file[part] for part in parts])
         assert whole is not None
-        for kind, wanted in operator(whole, 0)[1].items():
+        for kind, array in operator(whole, 0)[1].items():
             value = graph.initializers[f"{name}.{kind}"].const_value
             # the codes of an untied embedding are stored as rows (exporters/graph.py, rows_in_place): the same bytes in order
-            assert value is not None and np.array_equal(value.numpy().ravel(), wanted.ravel()), f"{name}.{kind}"
+            assert value is not None and np.array_equal(value.numpy().ravel(), array.ravel()), f"{name}.{kind}"
 
 
 def test_fused_after_removal(checkpoint: Build, exported: Build) -> None:
@@ -122,14 +122,14 @@ def test_fused_after_removal(checkpoint: Build, exported: Build) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", architecture.FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("pruned", "method"), [(False, "none"), (False, "rtn"), (True, "none"), (True, "rtn")])
 def test_fused_families(name: str, pruned: bool, method: str, checkpoint: Build, exported: Build) -> None:
     check(name, pruned, checkpoint(name, pruned, method), exported(name, pruned, method))
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", architecture.FAMILIES)
+@pytest.mark.parametrize("name", FUSED)
 def test_half_precision_families(name: str, exported: Build) -> None:
     """What is exported for CUDA, through the CPU's kernels."""
     exact = exported(name, True, "rtn", target="cuda").steps[-1].facts["parity"][0]
@@ -171,10 +171,10 @@ def test_what_the_fused_graph_cannot_say_is_said(random_model: Callable[..., Pat
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
     rope |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
     folder = random_model(Phi3Config(**TINY, pad_token_id=0, rope_parameters=rope), tmp_path / "phi3")
-    config, weights = read_config(folder), Weights(folder)
-    assert "longrope" in str(architecture.obstacle(config, weights))
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    assert "8 dimensions" in str(architecture.obstacle(config, weights))
+    checkpoint = Checkpoint(folder)
+    assert "longrope" in str(architecture.obstacle(checkpoint))
+    checkpoint.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert "8 dimensions" in str(architecture.obstacle(checkpoint))
 
 
 # ------------------------------------------------------------------------------- a proof that cannot fail proves nothing
@@ -226,29 +226,29 @@ SLOW = [what for what in WRONG if "gemma3" not in what]
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.families if w in SLOW else ()) for w in WRONG])
 def test_a_wrong_graph_is_caught(what: str, exported: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these is silent in exporters without a proof: layers take each other's window or positions after a removal."""
-    name, spoil = WRONG[what]
-    spoil(monkeypatch)
+    name, break_graph = WRONG[what]
+    break_graph(monkeypatch)
     with pytest.raises(ProofError, match="it is the final norm or the head" if "logits" in what else r"layer \d is the first"):
         exported(name, True, "none")
 
 
 @pytest.fixture
-def spoilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The exporters, and they alone, see one matrix of layer 2 half as large again."""
-    honest = Weights.packed
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Only the exporters see one matrix of layer 2 multiplied by 1.5."""
+    original = Weights.packed
 
     def packed(self: Weights, module: str) -> PackedLinear | None:
-        found = honest(self, module)
-        wrong = found is not None and module == "model.layers.2.mlp.down_proj"
-        return replace(found, scales=found.scales * np.float32(1.5)) if wrong and found is not None else found
+        matrix = original(self, module)
+        wrong = matrix is not None and module == "model.layers.2.mlp.down_proj"
+        return replace(matrix, scales=matrix.scales * np.float32(1.5)) if wrong and matrix is not None else matrix
 
     monkeypatch.setattr(Weights, "packed", packed)
-    yield "layer 2 is the first to depart"
+    yield "layer 2 is the first that differs"
 
 
 @pytest.mark.parametrize("exporter", ["fused", pytest.param("portable", marks=pytest.mark.families)])
 def test_a_failed_proof_names_the_layer_and_deletes_nothing(
-    exporter: str, spoilt: str, tiny: Path, text: Path, tmp_path: Path, call: Callable
+    exporter: str, broken: str, tiny: Path, text: Path, tmp_path: Path, call: Callable
 ) -> None:
     """Exit 2, one line, and the artifact of an earlier run stays as it was."""
     packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="rtn", group_size=32))
@@ -256,7 +256,7 @@ def test_a_failed_proof_names_the_layer_and_deletes_nothing(
     stages.run("export", Artifact.load(tiny), out, ExportOptions(exporter="fused", text=text))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     result = call("export", packed.path, out, "--exporter", exporter, "--text", text)
-    assert result.code == 2 and spoilt in result.err.splitlines()[-1] and "Traceback" not in result.err
+    assert result.code == 2 and broken in result.err.splitlines()[-1] and "Traceback" not in result.err
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["onnx", "packed"]
 
@@ -266,10 +266,10 @@ def test_the_side_of_the_padding_is_proven(tiny: Path, text: Path, tmp_path: Pat
     artifact = stages.run("export", Artifact.load(tiny), tmp_path / "onnx", ExportOptions(exporter="fused", text=text))
     decoder = Decoder(artifact.path)
     ids = text_windows(text, tiny, budget=64, length=64)[0]
-    wanted = ReferenceLogits(load_model(tiny), [ids], tmp_path)
-    assert parity.padded_batch(wanted, decoder, ids) < 1e-4
+    reference = ReferenceLogits(load_model(tiny), [ids], tmp_path)
+    assert parity.padded_batch(reference, decoder, ids) < 1e-4
     decoder.left_padding = True
-    assert parity.padded_batch(wanted, decoder, ids) > 0.1
+    assert parity.padded_batch(reference, decoder, ids) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- float16 for CUDA
@@ -280,7 +280,7 @@ HALF = [("rtn", "fused"), *(pytest.param(*pair, marks=pytest.mark.families) for 
 
 @pytest.mark.parametrize(("method", "exporter"), HALF)
 def test_cuda_graph_is_float16_throughout(method: str, exporter: str, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """Inputs, outputs, cache and scales in half precision, the codes as they were; proven on the CPU, and the manifest says so."""
+    """Inputs, outputs, cache and scales in half precision, the codes unchanged; proven on the CPU, which the manifest records."""
     options = QuantizeOptions(method=method, group_size=32 if method == "rtn" else None)
     packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", options)
     artifact = stages.run("export", packed, tmp_path / "onnx", ExportOptions(target="cuda", exporter=exporter, text=text))
@@ -315,7 +315,7 @@ def test_what_overflows_in_float16_is_refused(tiny: Path, text: Path, copy_of: C
 def test_an_artifact_for_the_cpu_is_not_measured_on_cuda(
     tiny: Path, text: Path, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """CUDA's GroupQueryAttention knows no float32: it would run on the CPU, and nobody would be told."""
+    """CUDA's GroupQueryAttention knows no float32: it would silently run on the CPU."""
     artifact = stages.run("export", Artifact.load(tiny), tmp_path / "onnx", ExportOptions(text=text))
     monkeypatch.setattr(targets, "target", lambda name: targets.TARGETS[name])
     result = call("bench", artifact.path, "--target", "cuda", "--text", text, "--out", tmp_path / "out")

@@ -50,18 +50,18 @@ def save(linear: PackedLinear | np.ndarray, file: Path, level: int = 0) -> Path:
 def compute(file: Path, x: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    found: np.ndarray = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-    return found
+    output: np.ndarray = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return output
 
 
-def relative_error(found: np.ndarray, x: np.ndarray, weight: np.ndarray) -> float:
-    expected = x.astype(np.float64) @ weight.astype(np.float64).T
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative_error(output: np.ndarray, x: np.ndarray, weight: np.ndarray) -> float:
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    assert output.shape == exact.shape
+    return float(np.abs(output - exact).max() / np.abs(exact).max())
 
 
 def constants(file: Path) -> dict[str, np.ndarray]:
-    """The constant inputs of the one node, by their place in the operator's schema."""
+    """The constant inputs of the one node, by their names in the operator's schema."""
     graph = onnx.load(file).graph
     (node,) = graph.node
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -83,12 +83,12 @@ def test_matmul_nbits(tmp_path: Path, bits: int, group: int, zeros: bool, column
     for piece in (x, x[:1]):
         assert relative_error(compute(file, piece), piece, linear.dequantized()) < 1e-5
 
-    found = constants(file)
-    assert np.array_equal(found["B"], linear.codes) and np.array_equal(found["scales"], linear.scales)
-    assert found["B"].shape == (ROWS, linear.groups, group * bits // 8)
-    assert ("zero_points" in found) == zeros
+    arrays = constants(file)
+    assert np.array_equal(arrays["B"], linear.codes) and np.array_equal(arrays["scales"], linear.scales)
+    assert arrays["B"].shape == (ROWS, linear.groups, group * bits // 8)
+    assert ("zero_points" in arrays) == zeros
     if linear.zeros is not None:
-        stored = found["zero_points"]
+        stored = arrays["zero_points"]
         assert stored.shape == (ROWS, -(-linear.groups * bits // 8))
         read = [[stored[n, b * bits // 8] >> (b * bits % 8) & ((1 << bits) - 1) for b in range(linear.groups)] for n in range(ROWS)]
         assert np.array_equal(read, linear.zeros)
@@ -102,8 +102,8 @@ def test_matmul_bnb4(tmp_path: Path, kind: str, rows: int, columns: int) -> None
     file, x = save(linear, tmp_path / "m.onnx"), inputs(columns)
     for piece in (x, x[:1]):
         assert relative_error(compute(file, piece), piece, linear.dequantized()) < 1e-5
-    found = constants(file)
-    assert np.array_equal(found["B"], linear.codes) and np.array_equal(found["absmax"], linear.scales)
+    arrays = constants(file)
+    assert np.array_equal(arrays["B"], linear.codes) and np.array_equal(arrays["absmax"], linear.scales)
 
 
 def test_float_matrix(tmp_path: Path) -> None:
@@ -132,16 +132,16 @@ def test_three_bits_have_no_operator() -> None:
 @pytest.mark.parametrize("zeros", [(False, False, False), (True, True, True), (False, True, False)])
 @pytest.mark.parametrize(("bits", "group"), [(2, 16), (4, 32), (4, 128), (8, 64)])
 def test_stacked(tmp_path: Path, bits: int, group: int, zeros: tuple[bool, ...]) -> None:
-    """Query, key and value as one operator give what the three give, also when only some have zero points of their own."""
+    """Query, key and value as one operator give what the three give, also when only some have stored zero points."""
     parts = [random_linear(bits, 96, group, z, rows, seed) for seed, (rows, z) in enumerate(zip((24, 8, 16), zeros, strict=True))]
     whole = stacked("qkv", parts)
     assert whole is not None and whole.name == "qkv" and whole.shape == (48, 96)
     assert (whole.zeros is not None) == any(zeros)
     assert np.array_equal(whole.dequantized(), np.concatenate([part.dequantized() for part in parts]))
     x = inputs(96)
-    found = compute(save(whole, tmp_path / "whole.onnx"), x)
+    output = compute(save(whole, tmp_path / "whole.onnx"), x)
     single = [compute(save(part, tmp_path / f"{i}.onnx"), x) for i, part in enumerate(parts)]
-    assert np.allclose(found, np.concatenate(single, axis=1), rtol=1e-5, atol=1e-6 * np.abs(found).max())
+    assert np.allclose(output, np.concatenate(single, axis=1), rtol=1e-5, atol=1e-6 * np.abs(output).max())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -167,7 +167,7 @@ def test_stacked_codebook(tmp_path: Path, kind: str) -> None:
     ids=["width", "bits", "group", "codebook"],
 )
 def test_stacked_refuses_differing_layouts(other: PackedLinear) -> None:
-    """Recipes may give matrices different layouts; they stay apart, in whatever order they come."""
+    """Recipes may give matrices different layouts; they are not stacked, in whatever order they come."""
     first = random_linear(4, 96, 32, False)
     assert stacked("m", [first, first]) is not None
     assert stacked("m", [first, other]) is None and stacked("m", [other, first]) is None
