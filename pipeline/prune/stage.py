@@ -19,7 +19,6 @@ from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.prune.criteria import Choice, choose, listed
 from edgepress.pipeline.prune.influence import Influence, measure_influence
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
-from edgepress.pipeline.registry import load
 from edgepress.pipeline.report.attribution import WORRYING
 from edgepress.pipeline.text.calibration import calibration
 
@@ -134,4 +133,6 @@ def draw(file: Path, influences: list[float], removed: list[int]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no %s: matplotlib is not installed (in a clone of edgepress: pip install '.[report]')", file.name)
     else:
-        load("edgepress.pipeline.report.plots:influence_figure")(influences, removed).savefig(file, dpi=120)
+        from edgepress.pipeline.report.plots import influence_figure
+
+        influence_figure(influences, removed).savefig(file, dpi=120)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
 from edgepress.pipeline.files import MANIFEST, files_below, read_json
 from edgepress.pipeline.options import VerifyOptions
@@ -175,7 +176,7 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
         raise ProofError(f"{original.path} has another tokenizer; give the checkpoint that it was made from")
     windows = load("edgepress.exporters.proof.parity:proof_windows")(options.text, folder)
-    candidates = [original, *map(Artifact.load, load("edgepress.pipeline.bench.subject:stages_of")(artifact))]
+    candidates = [original, *map(Artifact.load, stages_of(artifact))]
     source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
     said: str = load("edgepress.exporters.proof.recheck:recheck")(artifact, original, source, windows, options.trust_remote_code)
     return said
