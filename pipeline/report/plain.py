@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from functools import cache
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Value = TypeVar("Value")
 
@@ -39,6 +39,8 @@ def _read(kind: object, value: object, name: str) -> object:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _read_union(arguments, value, name)
+    if origin is Literal and value in arguments:
+        return value
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -63,16 +65,19 @@ def _read_union(kinds: tuple[object, ...], value: object, name: str) -> object:
 
 
 def _read_dataclass(kind: type, value: dict[str, object], name: str) -> object:
+    arguments = {}
     hints = _hints(kind)
-    fields = dataclasses.fields(kind)
-    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing := [field for field in required if field not in value]:
-        raise ValueError(f"{name} has no '{missing[0]}'")
-    return kind(**{field: _read(hint, value[field], f"{name}.{field}") for field, hint in hints.items() if field in value})
+    for field in dataclasses.fields(kind):
+        if field.name in value:
+            arguments[field.name] = _read(hints[field.name], value[field.name], f"{name}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if types.NoneType not in get_args(hints[field.name]):
+                raise ValueError(f"{name} has no '{field.name}'")
+            arguments[field.name] = None  # as object_of writes it
+    return kind(**arguments)
 
 
 @cache
 def _hints(kind: type) -> dict[str, object]:
-    """Field -> type, in the order of the fields."""
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    """Field -> type."""
+    return get_type_hints(kind)
