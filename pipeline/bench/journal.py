@@ -16,10 +16,10 @@ Value = TypeVar("Value")
 
 
 class Journal:
-    """Finished measurements, one JSON line each, beside the output until it is whole.
+    """Finished measurements, one JSON line each, next to the output until it is whole.
 
     A line is looked up by the hash of everything that it depends on, so that a resumed benchmark reuses exactly what
-    the same artifact, options, machine and versions gave. A line cut short by a kill is ignored.
+    the same artifact, options, machine and versions gave. A line truncated by a kill is ignored.
     """
 
     def __init__(self, file: Path, **common: object) -> None:

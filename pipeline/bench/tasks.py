@@ -174,7 +174,7 @@ def run(model: LM, tasks: Sequence[str], files: Sequence[str], limit: int) -> di
     tasks: the harness's names, or .yaml files in its format. files: .jsonl documents, in the order of tasks, in place of what
     the harness would download; or none. limit: documents of each task at most, 0 for all.
     """
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked beside the runtime's threads, and hangs now and then
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked while the runtime's threads run, and hangs now and then
     local = [local_task(name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else []
     manager = TaskManager(include_defaults=False) if local else _manager()
     for name in [] if local else tasks:

@@ -41,29 +41,16 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
     load_s = time.perf_counter() - begun
     prompt, prefill = np.array(job.ids, dtype=np.int64), {}
     pss = [_pss()]
-
-    def timed(piece: np.ndarray) -> tuple[float, int]:
-        start = time.perf_counter()
-        token = int(decoder.feed(piece)[-1].argmax())
-        return time.perf_counter() - start, token
-
     for length in job.prompt_lengths:
         decoder.reset()
-        timed(prompt[:length])  # warm-up: allocates for this length
+        _timed(decoder, prompt[:length])  # warm-up: allocates for this length
         seconds = []
         for _ in range(PREFILLS):
             decoder.reset()
-            seconds.append(timed(prompt[:length])[0])
+            seconds.append(_timed(decoder, prompt[:length])[0])
         prefill[str(length)] = float(np.median(seconds))
         pss.append(_pss())
-    decoder.reset()
-    _, token = timed(prompt[: min(job.prompt_lengths)])
-    for _ in range(WARM_UP_TOKENS):
-        _, token = timed(np.array([token]))
-    steps = []
-    for _ in range(job.new_tokens):
-        step, token = timed(np.array([token]))
-        steps.append(step)
+    steps = _decode(decoder, prompt[: min(job.prompt_lengths)], job.new_tokens)
     yield SpeedSample(
         load_s=load_s,
         prefill=prefill,
@@ -72,6 +59,26 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
         peak_pss_bytes=max((value for value in (*pss, _pss()) if value is not None), default=None),
         gpu_bytes=gpu_memory() if job.target == "cuda" else None,
     )
+
+
+def _timed(decoder: Decoder, ids: np.ndarray) -> tuple[float, int]:
+    """Seconds of one step, and the most likely next token."""
+    start = time.perf_counter()
+    token = int(decoder.feed(ids)[-1].argmax())
+    return time.perf_counter() - start, token
+
+
+def _decode(decoder: Decoder, prompt: np.ndarray, count: int) -> list[float]:
+    """Seconds of each of ``count`` greedy steps after the prompt and the warm-up."""
+    decoder.reset()
+    _, token = _timed(decoder, prompt)
+    for _ in range(WARM_UP_TOKENS):
+        _, token = _timed(decoder, np.array([token]))
+    steps = []
+    for _ in range(count):
+        step, token = _timed(decoder, np.array([token]))
+        steps.append(step)
+    return steps
 
 
 def cold(job: ColdJob) -> Iterator[ColdSample]:

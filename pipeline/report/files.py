@@ -1,4 +1,4 @@
-"""Report files: written beside an artifact, gathered from several folders, saved as .html, .md or .json."""
+"""Report files: written next to an artifact, gathered from several folders, saved as .html, .md or .json."""
 
 from __future__ import annotations
 
