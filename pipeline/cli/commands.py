@@ -21,7 +21,7 @@ from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
 from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say, signals, stop
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.files import write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
@@ -95,9 +95,9 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
         _print_report(artifact)
         return 0
     if options.verb == "prune":
-        from edgepress.pipeline.report.text import influence_table
+        from edgepress.pipeline.report.influence import influence_table, read_influences
 
-        print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
+        print(influence_table(read_influences(artifact.path / "influence.json")) + "\n")
     print(artifact.path)
     return 0
 
@@ -194,11 +194,12 @@ def _onnx(source: str) -> Path:
 
 
 def _print_report(artifact: Artifact) -> None:
+    from edgepress.pipeline.report.model import read
     from edgepress.pipeline.report.tables import made_by
     from edgepress.pipeline.report.text import terminal
 
     if artifact.format != "report":
         return
-    content = read_json(artifact.path / "report.json")
-    print("\n".join(["", *made_by(content), "", terminal(content)]))
+    content = read(artifact.path / "report.json")
+    print("\n".join(["", *made_by(content.first), "", terminal(content)]))
     print(f"\nreport:   {artifact.path / 'report.md'}")

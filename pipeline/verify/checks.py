@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
 from edgepress.pipeline.files import MANIFEST, files_below, read_json
 from edgepress.pipeline.options import VerifyOptions
@@ -184,7 +185,6 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
         require(package)
     from edgepress.exporters.proof.parity import proof_windows
     from edgepress.exporters.proof.recheck import recheck
-    from edgepress.pipeline.bench.subject import stages_of
 
     artifact = Artifact.load(folder)
     if artifact.format != "onnx" or not artifact.steps:

@@ -13,7 +13,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
-from edgepress.pipeline.report.tables import made_by
+from edgepress.pipeline.report.steps import Step, describe
 from safetensors.torch import load_file, save_file
 
 RTN = QuantizeOptions(method="rtn", group_size=32)
@@ -97,8 +97,8 @@ def test_named_layers_stay_float(export: Callable) -> None:
     levels = levels_of(made)
     assert {name: level for name, level in levels.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
     assert len(levels) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in levels.items() if level == 0]
-    (line,) = made_by({"steps": [{"stage": s.stage, "options": s.options, "facts": s.facts} for s in made.steps[-1:]]})
-    assert "accuracy level 4 but for 4 matrices at 0" in line
+    export = made.steps[-1]
+    assert "accuracy level 4 but for 4 matrices at 0" in describe(Step(export.stage, export.options, export.facts))
 
 
 def test_the_matrix_with_the_outlier_is_found(export: Callable) -> None:

@@ -79,10 +79,10 @@ def test_loglikelihood_agrees(models: tuple[Any, Any]) -> None:
         (" ".join(PASSAGES) * 12, " and so it was"),
         (PASSAGES[0], greedy),
     ]
-    found = ours.loglikelihood(requests("loglikelihood", *pairs))
-    wanted = theirs.loglikelihood(requests("loglikelihood", *pairs))
-    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in wanted], abs=1e-3)
-    assert [same for _, same in found] == [same for _, same in wanted] and found[-1][1]
+    scores = ours.loglikelihood(requests("loglikelihood", *pairs))
+    reference = theirs.loglikelihood(requests("loglikelihood", *pairs))
+    assert [nats for nats, _ in scores] == pytest.approx([nats for nats, _ in reference], abs=1e-3)
+    assert [same for _, same in scores] == [same for _, same in reference] and scores[-1][1]
 
 
 def test_rolling_loglikelihood_agrees(models: tuple[Any, Any]) -> None:
@@ -107,8 +107,8 @@ def test_tasks_agree(models: tuple[Any, Any], files: list[Path]) -> None:
     ours, theirs = (run(model, ["arc_easy", "lambada_openai"], [str(f) for f in files], 0) for model in models)
     assert set(ours) == {"arc_easy.acc", "arc_easy.acc_norm", "lambada_openai.perplexity", "lambada_openai.acc"}
     for name, figure in ours.items():
-        assert figure["value"] == pytest.approx(theirs[name]["value"], rel=1e-3), name
-    assert ours["arc_easy.acc"]["standard_error"] == pytest.approx(theirs["arc_easy.acc"]["standard_error"])
+        assert figure.value == pytest.approx(theirs[name].value, rel=1e-3), name
+    assert ours["arc_easy.acc"].standard_error == pytest.approx(theirs["arc_easy.acc"].standard_error)
 
 
 def test_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch, files: list[Path]) -> None:
