@@ -61,7 +61,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(api, "build", partial(api.build, recipe="fast.yaml"))
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert printed.startswith("It was a cold morning") and len(printed) > len("It was a cold morning") + 20
+    assert len(printed.split()) > 5  # the continuation, without the prompt
 
 
 @every_page

@@ -87,8 +87,9 @@ class Weights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight in float32, dequantized where it is packed: then (out, in), whatever way round the module stores it."""
-        packed = self.packed(name.removesuffix(".weight"))
-        return torch.from_numpy(self.array(name) if packed is None else packed.dequantized())
+        module = name.removesuffix(".weight")
+        # Not by way of ``packed`` or ``matrix``, which the exporters read: a fault in those must show in the proof.
+        return torch.from_numpy(self._packed[module].dequantized() if module in self._packed else self.array(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of ``tensor(name)``."""

@@ -15,6 +15,7 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.prune import stage
 from edgepress.pipeline.prune.stage import prune
 from edgepress.pipeline.text.calibration import calibration
 from safetensors import safe_open
@@ -48,9 +49,7 @@ def test_the_proof_finds_what_the_structure_does_not_show(
     content = read_json(folder / "config.json")
     del content["layer_types"]
     (folder / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(
-        "edgepress.pipeline.prune.stage.pruned_config", lambda checkpoint, kept: content | {"num_hidden_layers": len(kept)}
-    )
+    monkeypatch.setattr(stage, "pruned_config", lambda checkpoint, kept: content | {"num_hidden_layers": len(kept)})
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(ProofError, match="per-layer settings"):
