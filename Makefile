@@ -5,11 +5,16 @@ PYTHON   ?= python3.11
 # to point it at the CPU build instead.
 PIP_ARGS ?=
 MODEL    ?= reference
-NAME     := $(notdir $(patsubst %/,%,$(MODEL)))
 OUT      ?=
 RECIPE   ?=
 TARGET   ?= cpu
+PROMPT   ?=
 ARGS     ?=
+
+NAME     := $(notdir $(patsubst %/,%,$(MODEL)))
+FOLDER    = $(or $(OUT),out/$(NAME)-$@)
+# What the targets that read an artifact take: MODEL where it is given, else what `make demo` wrote.
+ARTIFACT := $(if $(filter file,$(origin MODEL)),out/demo,$(MODEL))
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -17,13 +22,23 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-families test-consumers artifact prune quantize export bench report example run show lint types wheel clean
+.PHONY: help demo artifact run verify show prune heal quantize export bench report sensitivity \
+	test test-families test-consumers lint types wheel example clean
 
-help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo
-	@echo "  variables: MODEL=folder, hub id or 'reference'; OUT=folder; RECIPE=file; TARGET=cpu; ARGS='further flags';"
-	@echo "             PIP_ARGS='pip flags' (see README, installing); PYTHON=python3.11"
+help:
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '%s\n' '' 'Variables' \
+		"  MODEL           a folder, a hub id or 'reference' (the default); run, verify, show, bench and report take an" \
+		"                  artifact, or the OUT of a build (default: out/demo)" \
+		'  OUT             output folder (default: out/NAME for artifact, out/NAME-STAGE for a single stage,' \
+		'                  DIR-bench for bench)' \
+		'  RECIPE          a YAML file, or the name of a shipped recipe' \
+		'  TARGET          cpu (the default) or cuda' \
+		'  PROMPT          text for run to continue' \
+		"  ARGS            further flags of the command, as ARGS='--remove-count 4'; of test: flags of pytest" \
+		"  PIP_ARGS        flags for pip install (README, Install: the CPU build of torch)" \
+		'  PYTHON          the interpreter that makes .venv (default: python3.11)'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -33,8 +48,45 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,report,tasks,dev]'
 	@touch $@
 
-demo: $(READY) ## press the embedded model, print the table and where the artifact is (offline after set-up)
+##@ Use
+
+demo: $(READY) ## press the embedded model and print the report (offline after set-up)
 	HF_HUB_OFFLINE=1 $(PRESS) build reference out/demo --target cpu
+
+artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] [ARGS='--remove-count 4']
+	$(PRESS) build "$(MODEL)" "$(or $(OUT),out/$(NAME))" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)
+
+run: $(READY) ## generate text: [MODEL=artifact] PROMPT='...' or ARGS=--chat
+	$(PRESS) run "$(ARTIFACT)" $(if $(PROMPT),"$(PROMPT)") $(ARGS)
+
+verify: $(READY) ## check an artifact: [MODEL=artifact] [ARGS='--original SRC']
+	$(PRESS) verify "$(ARTIFACT)" $(ARGS)
+
+show: $(READY) ## how an artifact came to be: [MODEL=artifact]
+	$(PRESS) show "$(ARTIFACT)"
+
+prune: $(READY) ## remove layers: MODEL=... [OUT=...] ARGS='--remove-count 4' or ARGS='--remove-layers 4,5'
+	$(PRESS) prune "$(MODEL)" "$(FOLDER)" $(ARGS)
+
+heal: $(READY) ## recover what that cost: MODEL=pruned [OUT=...] ARGS='--original SRC --healer linear'
+	$(PRESS) heal "$(MODEL)" "$(FOLDER)" $(ARGS)
+
+quantize: $(READY) ## to integer weights: MODEL=... [OUT=...] ARGS='--method gptq --bits 4'
+	$(PRESS) quantize "$(MODEL)" "$(FOLDER)" $(ARGS)
+
+export: $(READY) ## to ONNX: MODEL=... [OUT=...] [TARGET=cpu]
+	$(PRESS) export "$(MODEL)" "$(FOLDER)" --target $(TARGET) $(ARGS)
+
+bench: $(READY) ## measure an artifact: [MODEL=artifact] [OUT=...] [ARGS='--reference SRC --compare-with DIR']
+	$(PRESS) bench "$(ARTIFACT)" --out "$(or $(OUT),$(patsubst %/,%,$(ARTIFACT))-bench)" --target $(TARGET) $(ARGS)
+
+report: $(READY) ## finished benchmarks on one page: [MODEL='DIR DIR ...' or OUT=build] [ARGS='--out report.html']
+	$(PRESS) report $(if $(OUT),"$(OUT)",$(ARTIFACT)) $(ARGS)
+
+sensitivity: $(READY) ## which matrices need more bits: MODEL=... [OUT=file.json]
+	$(PRESS) sensitivity "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+##@ Develop
 
 test: $(READY) ## the fast tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
@@ -42,7 +94,7 @@ test: $(READY) ## the fast tests
 test-families: $(READY) ## the slow matrix of architectures and formats
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m families $(ARGS)
 
-test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one folder, several consumers: light base, GenAI, optimum
+test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one artifact in the light base, onnxruntime-genai and optimum
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)
 
 .venv-light/.ready: pyproject.toml constraints.txt
@@ -56,34 +108,7 @@ test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one folder, 
 	.venv-optimum/bin/python -m pip install -q $(PIP_ARGS) -c constraints-optimum.txt optimum-onnx optimum onnxruntime
 	@touch $@
 
-artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] [ARGS='--remove-layers 4']
-	$(PRESS) build "$(MODEL)" "$(or $(OUT),out/$(NAME))" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)
-
-prune: $(READY) ## MODEL=... OUT=folder ARGS='--remove-layers N'
-	$(PRESS) prune "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" $(ARGS)
-
-quantize: $(READY) ## MODEL=... OUT=folder ARGS='--method gptq --bits 4'
-	$(PRESS) quantize "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" $(ARGS)
-
-export: $(READY) ## MODEL=... OUT=folder
-	$(PRESS) export "$(MODEL)" "$(or $(OUT),out/$(NAME)-$@)" --target $(TARGET) $(ARGS)
-
-bench: $(READY) ## MODEL=artifact folder ARGS='--reference SRC'
-	$(PRESS) bench "$(MODEL)" --target $(TARGET) $(ARGS)
-
-report: $(READY) ## one page of benchmarks: OUT=folder of a build, or MODEL='DIR DIR ...'; ARGS='--out report.html'
-	$(PRESS) report $(if $(OUT),"$(OUT)",$(if $(filter reference,$(MODEL)),out/demo,$(MODEL))) $(ARGS)
-
-example: $(READY) ## docs/example: twelve artifacts of the embedded model measured in turn (let nothing else run)
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/example_report.py $(ARGS)
-
-run: $(READY) ## generate: MODEL=artifact folder PROMPT='...'
-	$(PRESS) run "$(MODEL)" "$(PROMPT)" $(ARGS)
-
-show: $(READY) ## how an artifact came to be: MODEL=artifact folder
-	$(PRESS) show "$(MODEL)"
-
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(READY) ## mypy, through a view of the folders under their import name
@@ -94,6 +119,9 @@ types: $(READY) ## mypy, through a view of the folders under their import name
 wheel: $(READY) ## dist/*.whl, from a clean build folder
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+example: $(READY) ## docs/example: twelve artifacts of the embedded model, measured in turn (let nothing else run)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/example_report.py $(ARGS)
 
 clean: ## remove what was built; the environment and out/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

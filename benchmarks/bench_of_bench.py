@@ -16,8 +16,8 @@ from pathlib import Path
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.source import resolve
-from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.report.model import read
 from edgepress.pipeline.report.tables import COMPARISON_HEADER, comparison_rows
 from edgepress.pipeline.report.text import table
 
@@ -38,7 +38,7 @@ def main() -> None:
     shutil.copytree(made["whole"], again)
     bench = BenchOptions(compare_with=(again, made["three-quarters"]), repeats=options.repeats, text_tokens=1000)
     report = stages.run("bench", Artifact.load(made["whole"]), options.work / "bench", bench)
-    print(table([COMPARISON_HEADER, *comparison_rows(read_json(report.path / "report.json"))]))
+    print(table([COMPARISON_HEADER, *comparison_rows(read(report.path / "report.json").comparisons)]))
 
 
 if __name__ == "__main__":

@@ -115,20 +115,21 @@ def checkpoint(shape: dict[str, Any], out: Path) -> None:
 
 def fewer_layers(source: Path, out: Path) -> None:
     """The checkpoint without every fourth layer."""
-    from edgepress.pipeline.files import read_json
+    from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 
     out.mkdir()
-    count = read_json(source / "config.json")["num_hidden_layers"]
-    kept = [index for index in range(count) if index % EVERY_FOURTH != 2]
-    remove_blocks(source, out, "model.layers", kept, pruned_config(source, kept))
+    checkpoint = Checkpoint(source)
+    kept = [index for index in range(checkpoint.layers) if index % EVERY_FOURTH != 2]
+    remove_blocks(source, out, "model.layers", kept, pruned_config(checkpoint, kept))
 
 
 def press(stage: str, *arguments: str) -> None:
     """A stage of edgepress. "unproven export" leaves out proof and choice of level: minutes for random weights."""
     skip = (
-        "from edgepress.exporters import levels, parity; "
-        "parity.prove = lambda *a: parity.Parity(*[0] * 10); levels.choose = lambda *a: ({'accuracy_level': 4}, []); "
+        "from edgepress.exporters.proof import accuracy_level, parity; "
+        "parity.prove = lambda *a: parity.Parity(*[0] * 10); "
+        "accuracy_level.choose = lambda *a: accuracy_level.Choice(4, 'not measured'); "
         if stage == "unproven export"
         else ""
     )

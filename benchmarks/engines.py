@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from edgepress.models import REFERENCE
+from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.process import measured
 from edgepress.pipeline.report.stats import ratio
@@ -79,11 +80,13 @@ def rounds(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in present}
     widths = []
     for number in range(options.repeats):
-        width = journal.once(lambda: measured("bandwidth", {"threads": options.threads}), "bandwidth", number)
-        widths.append(width["bytes_per_s"])
+        job = BandwidthJob(options.threads)
+        width = journal.once(Bandwidth, lambda job=job: measured("bandwidth", job, Bandwidth), "bandwidth", number)  # type: ignore[misc]
+        widths.append(width.bytes_per_s)
         for name in random.Random(number).sample(present, len(present)):
             stamp = max(p.stat().st_mtime_ns for p in [Path(engines[name]["file"]), *Path(engines[name]["file"]).glob("*")])
-            sample = journal.once(lambda engine=engines[name]: speed(engine, ids, options), name, stamp, number)  # type: ignore[misc]
+            engine = engines[name]
+            sample = journal.once(dict[str, float], lambda e=engine: speed(e, ids, options), name, stamp, number)  # type: ignore[misc]
             found[name].append(sample)
             print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
     return found, float(np.median(widths))
@@ -93,8 +96,9 @@ def speed(engine: dict[str, Any], ids: list[int], options: argparse.Namespace) -
     """One sample from a fresh process: tokens/s of the prompt and of what follows, and peak bytes."""
     common = {"ids": ids, "new_tokens": NEW_TOKENS, "threads": options.threads}
     if engine["kind"] == "ours":
-        one = measured("speed", common | {"folder": engine["file"], "prompt_lengths": [PROMPT]})
-        one["prefill_s"] = one["prefill"][str(PROMPT)]
+        job = SpeedJob(engine["file"], tuple(ids), (PROMPT,), NEW_TOKENS, options.threads)
+        ours = measured("speed", job, SpeedSample)
+        one = {"prefill_s": ours.prefill[str(PROMPT)], "inter_token_ms": ours.inter_token_ms, "peak_rss_bytes": ours.peak_rss_bytes}
     elif engine["kind"] == "genai":
         one = process(sys.executable, "genai_speed", common | {"folder": engine["file"]})
     else:

@@ -6,7 +6,7 @@
 Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back; the last two columns judge the same
 checkpoint after GPTQ at its defaults. Layers are chosen and GPTQ is calibrated on the shipped calibration text; healing learns from
 ``--calibration``, and nothing sees ``--text`` or ``--other``. Each row is a checkpoint that the command line's own stages wrote;
-folders that are there already are kept, so an interrupted run goes on (their CPU time is then not known).
+finished folders are kept, so an interrupted run resumes (their CPU time is then unknown).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def main() -> None:
     parser.add_argument("--methods", default="linear,lora,linear+lora")
     options = parser.parse_args()
     budget = options.text_tokens
-    own = [row for text in options.text for row in text_windows(text, options.model, budget=budget)]
+    same_kind = [row for text in options.text for row in text_windows(text, options.model, budget=budget)]
     other = text_windows(options.other, options.model, budget=budget)
     whole = Blocks(load_model(options.model))
-    base = judged(whole, whole, own), judged(whole, whole, other)
+    base = judged(whole, whole, same_kind), judged(whole, whole, other)
     print("| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | CPU seconds | GPTQ | its KL |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    packed = judged(whole, quantized(Artifact.load(options.model), options.scratch / "whole-gptq"), own)
+    packed = judged(whole, quantized(Artifact.load(options.model), options.scratch / "whole-gptq"), same_kind)
     cells = ["none", "", "", f"{np.exp(base[0][0]):.2f}", "", "0", "100 %", f"{np.exp(base[1][0]):.1f}", "", ""]
     print("| " + " | ".join([*cells, f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]) + " |", flush=True)
     for amount in map(int, options.amounts.split(",")):
         for criterion in options.criteria.split(","):
-            rows(whole, options, amount, criterion, own, other, (base[0][0], base[1][0]))
+            rows(whole, options, amount, criterion, same_kind, other, (base[0][0], base[1][0]))
 
 
 def rows(
@@ -61,7 +61,7 @@ def rows(
     options: argparse.Namespace,
     amount: int,
     criterion: str,
-    own: list[np.ndarray],
+    same_kind: list[np.ndarray],
     other: list[np.ndarray],
     base: tuple[float, float],
 ) -> None:
@@ -73,25 +73,26 @@ def rows(
         artifact, seconds = pruned, ""
         if method:
             settings = HealOptions(
-                method=method, original=options.model, calibration=options.calibration,
+                healer=method, original=options.model, calibration=options.calibration,
                 calibration_tokens=options.calibration_tokens, lora_tokens=options.lora_tokens,
             )  # fmt: skip
             kept, before = (folder / method).is_dir(), time.process_time()
             artifact = stages.run("heal", pruned, folder / method, settings)
             seconds = "" if kept else f"{time.process_time() - before:.0f}"
         blocks = Blocks(load_model(artifact.path))
-        found, foreign = judged(whole, blocks, own), judged(whole, blocks, other)
-        lost = lost or (found[0] - base[0], foreign[0] - base[1])
-        won = [f"{100 * (1 - (now - was) / gap):.0f} %" for now, was, gap in zip((found[0], foreign[0]), base, lost, strict=True)]
+        scores, other_scores = judged(whole, blocks, same_kind), judged(whole, blocks, other)
+        lost = lost or (scores[0] - base[0], other_scores[0] - base[1])
+        losses = zip((scores[0], other_scores[0]), base, lost, strict=True)
+        won = [f"{100 * (1 - (now - whole_loss) / loss):.0f} %" for now, whole_loss, loss in losses]
         layers = ", ".join(map(str, pruned.steps[-1].facts["removed_layers"]))
-        cells = [layers, criterion, method or "no", f"{np.exp(found[0]):.2f}", won[0] if method else "", f"{found[1]:.4f}"]
+        cells = [layers, criterion, method or "no", f"{np.exp(scores[0]):.2f}", won[0] if method else "", f"{scores[1]:.4f}"]
         cells += [
-            f"{100 * found[2]:.1f} %",
-            f"{np.exp(foreign[0]):.1f}",
+            f"{100 * scores[2]:.1f} %",
+            f"{np.exp(other_scores[0]):.1f}",
             won[1] if method else "",
             seconds,
         ]
-        packed = judged(whole, quantized(artifact, folder / f"{method or 'pruned'}-gptq"), own)
+        packed = judged(whole, quantized(artifact, folder / f"{method or 'pruned'}-gptq"), same_kind)
         cells += [f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="text that layers are chosen on")
     parser.add_argument("--text", type=Path, required=True, action="append", help="held-out text, may be given several times")
     parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of each text (default: 8192)")
-    parser.add_argument("--text-skip", type=int, default=0, help="tokens of each text to leave out first")
+    parser.add_argument("--text-skip", type=int, default=0, help="tokens of each text to skip first")
     options = parser.parse_args()
     blocks = Blocks(load_model(options.model))
     windows = [
@@ -48,16 +48,16 @@ def main() -> None:
 
 
 def row_by_criterion(blocks: Blocks, windows: list[np.ndarray], amount: int, options: argparse.Namespace) -> None:
-    found = {}
+    scores = {}
     for name in ("bi", "angular", "greedy"):
         settings = PruneOptions(criterion=name, remove_count=amount, calibration=options.calibration)
         ranking, held_out = calibration(options.model, settings)
         influence = measure_influence(blocks, ranking, [amount])
         choice = choose(settings, amount, blocks, influence, ranking, held_out)
-        losses, kl, same = found[name] = measured(blocks, choice.removed, windows)
+        losses, kl, same = scores[name] = measured(blocks, choice.removed, windows)
         difference = ""
         if name == "greedy":
-            by_window = np.array([ours.mean() - bi.mean() for ours, bi in zip(kl, found["bi"][1], strict=True)])
+            by_window = np.array([ours.mean() - bi.mean() for ours, bi in zip(kl, scores["bi"][1], strict=True)])
             half = 1.96 * by_window.std(ddof=1) / np.sqrt(len(by_window))
             difference = f"{by_window.mean():+.4f} ± {half:.4f}"
         cells = [str(amount), name, ", ".join(map(str, choice.removed)), f"{np.exp(np.concatenate(losses).mean()):.3f}"]

@@ -43,7 +43,7 @@ def main() -> None:
         for text in options.text
         for row in text_windows(text, options.model, budget=length * options.windows, length=length, shortest=length)
     ]
-    found: dict[str, list[np.ndarray]] = {"run": [], "removed": [], "skipped for the prompt": []}
+    scores: dict[str, list[np.ndarray]] = {"run": [], "removed": [], "skipped for the prompt": []}
     for row in windows:
         ids = torch.from_numpy(row)[None]
         logits = {"run": blocks.logits(ids)}
@@ -52,13 +52,13 @@ def main() -> None:
         with skipped_for_prompt(blocks, removed, options.prompt):
             logits["skipped for the prompt"] = blocks.logits(ids)
         for name, values in logits.items():
-            found[name].append(
+            scores[name].append(
                 scored(values[0, options.prompt - 1 : -1], logits["run"][0, options.prompt - 1 : -1], ids[0, options.prompt :])
             )
     shape = f"{len(windows)} windows, prompt {options.prompt}, continuation {options.continuation}"
     print(f"layers {options.layers} of {len(blocks)}; {shape}\n")
     print("| layers are | perplexity of the continuation | KL | top-1 |\n| --- | ---: | ---: | ---: |")
-    for name, rows in found.items():
+    for name, rows in scores.items():
         losses, kl, same = np.concatenate(rows, axis=1)
         print(f"| {name} | {np.exp(losses.mean()):.2f} | {abs(kl.mean()):.4f} | {100 * same.mean():.1f} % |")
     print(f"\ntime to read the prompt without the layers / with them: {prompt_time(blocks, windows[0][: options.prompt], removed)}")

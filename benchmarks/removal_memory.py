@@ -1,4 +1,4 @@
-"""Removing layers from a large sharded checkpoint: peak memory, and speed beside a plain copy of what is kept, in one run.
+"""Removing layers from a large sharded checkpoint: peak memory, and speed against a plain copy of what is kept, in one run.
 
     python benchmarks/removal_memory.py SCRATCH_FOLDER [--gigabytes 5]
 
@@ -27,10 +27,11 @@ from pathlib import Path
 def peak():  # of this process alone: ru_maxrss would begin with the parent's
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 begun = time.perf_counter()
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 source, out, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 imported = peak()
-config = pruned_config(source, kept)
+config = pruned_config(Checkpoint(source), kept)
 checked = time.perf_counter()
 remove_blocks(source, out, "model.layers", kept, config)
 os.sync()
@@ -60,14 +61,14 @@ def main() -> None:
         subprocess.run(["cp", *files, str(options.folder / "copy")], check=True)
         os.sync()
         copies.append(time.perf_counter() - begun)
-    found, copied = min(removals, key=lambda one: one["copy_s"]), min(copies)
+    removal, copied = min(removals, key=lambda one: one["copy_s"]), min(copies)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     whole = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"checkpoint {whole / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards, {layers} layers")
-    print(f"kept {len(kept)} layers, {size / 1e9:.2f} GB, in {found['copy_s']:.2f} s ({size / 1e9 / found['copy_s']:.2f} GB/s)")
+    print(f"kept {len(kept)} layers, {size / 1e9:.2f} GB, in {removal['copy_s']:.2f} s ({size / 1e9 / removal['copy_s']:.2f} GB/s)")
     print(f"cp of what is kept: {copied:.2f} s ({size / 1e9 / copied:.2f} GB/s)")
-    print(f"imports and check of the config: {found['check_s']:.1f} s")
-    print(f"peak RSS {found['peak_kb'] / 1024:.0f} MiB, of which imports {found['imports_kb'] / 1024:.0f} MiB")
+    print(f"imports and check of the config: {removal['check_s']:.1f} s")
+    print(f"peak RSS {removal['peak_kb'] / 1024:.0f} MiB, of which imports {removal['imports_kb'] / 1024:.0f} MiB")
 
 
 def write(folder: Path, gigabytes: float) -> int:

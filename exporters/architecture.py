@@ -1,18 +1,17 @@
-"""What the fused graph must know of a model: where its family departs from Llama, and what its config says of each layer.
+"""What the fused graph may assume of a model: its family's row (models/families.py) and what its config says of each layer.
 
-A family is one row of FAMILIES. What depends on a layer (window, rotary embedding) is read from the config of the model at
-hand, pruned or not, and never from the layer's index.
+What depends on a layer (window, rotary embedding) is read from the config of the model at hand, pruned or not, and never
+from the layer's index.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from edgepress.models.families import ACTIVATIONS, FAMILIES, head_size
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import quiet
-from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.files import JsonObject
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # Rotary embeddings whose tables do not depend on the length of the text.
@@ -20,54 +19,56 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 EMBEDDING = "model.embed_tokens"
 
 
-def obstacle(config: PreTrainedConfig, weights: Weights) -> str | None:
+def obstacle(checkpoint: Checkpoint) -> str | None:
     """Why this model cannot have the fused graph, in a few words; None when it can."""
+    config, weights = checkpoint.config, checkpoint.weights
     family = FAMILIES.get(config.model_type)
-    if family is None:
+    if family is None or not family.fused:
         return f"model type {config.model_type}"
     if head_size(config) % 16:
-        return f"head size {head_size(config)} is no multiple of 16, which GroupQueryAttention needs"
+        return f"head size {head_size(config)} is not a multiple of 16, which GroupQueryAttention needs"
     if (activation := getattr(config, family.activation)) not in ACTIVATIONS:
         return f"activation {activation}"
     if getattr(config, "use_bidirectional_attention", False):
-        return "attention that looks ahead"
+        return "bidirectional attention"
     for index in range(config.num_hidden_layers):
         rotary = _rotary_parameters(config, index)
         if (kind := rotary.get("rope_type", "default")) not in _FIXED_ROTARY:
             return f"rotary embedding of type {kind}, whose frequencies change with the length of the text"
-        if (turned := int(head_size(config) * rotary.get("partial_rotary_factor", 1))) % 16:
-            return f"rotary embedding of {turned} dimensions, no multiple of 16"
+        if (dimensions := int(head_size(config) * rotary.get("partial_rotary_factor", 1))) % 16:
+            return f"rotary embedding of {dimensions} dimensions, not a multiple of 16"
     if f"{EMBEDDING}.weight" not in weights:
         return f"no weights named {EMBEDDING}"
     modules = {f"model.layers.{index}.{name}" for index in range(config.num_hidden_layers) for name in family.block()}
     modules |= {EMBEDDING, "model.norm", "lm_head"}
     known = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
     extra = {name for name in weights.names - known if not name.endswith("rotary_emb.inv_freq")}
-    return f"weights that it does not know, {min(extra)} for one" if extra else None
+    return f"unknown weights such as {min(extra)}" if extra else None
 
 
 def window(config: PreTrainedConfig, index: int) -> int:
     """Tokens that a layer attends to, -1 for all."""
-    which = FAMILIES[config.model_type].window
-    local = which == "all" or (which == "layer_types" and config.layer_types[index] == "sliding_attention")
+    layers = FAMILIES[config.model_type].window
+    local = layers == "all" or (layers == "layer_types" and config.layer_types[index] == "sliding_attention")
     return int(config.sliding_window or -1) if local else -1
 
 
 def rotary_kind(config: PreTrainedConfig, index: int) -> str | None:
-    """Which of ``rotary_tables`` a layer turns query and key by, None for a layer without positions."""
-    if config.model_type == "smollm3" and not config.no_rope_layers[index]:
+    """Which of ``rotary_tables`` rotates query and key in a layer, None for a layer without positions."""
+    key = FAMILIES[config.model_type].rotary_layers
+    if key is not None and not getattr(config, key)[index]:
         return None
     return str(config.layer_types[index]) if _by_layer_type(config) else ""
 
 
 def rotary_tables(config: PreTrainedConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Kind -> cosines and sines float32 (positions, half of the dimensions turned), of all kinds that some layer has.
+    """Kind -> cosines and sines float32 (positions, half of the rotated dimensions), of every kind that some layer has.
 
-    They are what the architecture's own module computes, scaling and all.
+    The architecture's own module computes them, scaling included.
     """
     with torch.device("meta"), quiet():
-        kind: Any = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
-    module, positions, tables = kind(config), torch.arange(config.max_position_embeddings)[None], {}
+        rotary_class = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    module, positions, tables = rotary_class(config), torch.arange(config.max_position_embeddings)[None], {}
     for name in {rotary_kind(config, index) for index in range(config.num_hidden_layers)} - {None}:
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), positions, *([name] if name else []))
@@ -80,6 +81,5 @@ def _by_layer_type(config: PreTrainedConfig) -> bool:
     return any(isinstance(value, dict) for value in config.rope_parameters.values())
 
 
-def _rotary_parameters(config: PreTrainedConfig, index: int) -> dict[str, Any]:
-    found = config.rope_parameters[config.layer_types[index]] if _by_layer_type(config) else config.rope_parameters
-    return dict(found)
+def _rotary_parameters(config: PreTrainedConfig, index: int) -> JsonObject:
+    return dict(config.rope_parameters[config.layer_types[index]] if _by_layer_type(config) else config.rope_parameters)

@@ -1,14 +1,12 @@
-"""The fused graph for Llama and its relatives: what onnxruntime runs fastest, written node by node.
+"""The fused graph for Llama and its relatives, written node by node: what onnxruntime runs fastest.
 
 Each block is SkipSimplifiedLayerNormalization, one MatMul for q, k and v, GroupQueryAttention with rotary embedding
-inside and one cache buffer for past and present, and one MatMul for gate and up. Writing the graph ourselves, rather
-than rewriting one that a float exporter made, means that packed weights go from file to file without ever being
-float, and that what depends on a layer is read from the config of the model at hand (exporters/architecture.py).
+inside and one cache buffer for past and present, and one MatMul for gate and up. Because the graph is written here and
+not rewritten from one that a float exporter made, packed weights go from file to file without ever being float, and
+what depends on a layer is read from the config of the model at hand (exporters/architecture.py).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,27 +14,27 @@ from edgepress.exporters.architecture import EMBEDDING, rotary_kind, rotary_tabl
 from edgepress.exporters.graph.builder import Builder, block_output, last_positions
 from edgepress.exporters.graph.operators import DOMAIN, stacked
 from edgepress.models.families import FAMILIES, head_size
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.weights import Weights
-from transformers import PreTrainedConfig
 
 INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
 
 
-def build(config: PreTrainedConfig, weights: Weights, accuracy_level: int, half: bool = False) -> ir.Model:
+def build(checkpoint: Checkpoint, accuracy_level: int, half: bool = False) -> ir.Model:
     """The whole model as ONNX: input_ids, attention_mask, past -> logits, present.
 
     half: activations, cache and scales in float16 instead of float32.
     """
-    return _Graph(config, weights, accuracy_level, half).model()
+    return _Graph(checkpoint, accuracy_level, half).model()
 
 
 class _Graph:
     """Writes one model. Hidden states are (batch, tokens, hidden); the residual stream is what blocks add to."""
 
-    def __init__(self, config: PreTrainedConfig, weights: Weights, accuracy_level: int, half: bool) -> None:
-        self.config, self.weights, self.accuracy_level = config, weights, accuracy_level
-        self.family = FAMILIES[config.model_type]
+    def __init__(self, checkpoint: Checkpoint, accuracy_level: int, half: bool) -> None:
+        self.config, self.weights, self.matrix = checkpoint.config, checkpoint.weights, checkpoint.matrix
+        self.accuracy_level = accuracy_level
+        self.family = FAMILIES[self.config.model_type]
         self.b = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
 
     def model(self) -> ir.Model:
@@ -50,24 +48,21 @@ class _Graph:
         ]
         lengths, tables = self._lengths(mask), self._tables()
 
-        residual = b.embedding(ids, self._matrix(EMBEDDING), EMBEDDING)
+        residual = b.embedding(ids, self.matrix(EMBEDDING), EMBEDDING)
         residual = self._scaled(residual, self.family.embedding_scale(config), f"{EMBEDDING}.scaled")
-        written: ir.Value | None = None  # by the sublayer before, not yet added to the residual stream
+        output: ir.Value | None = None  # of the previous sublayer, not yet added to the residual stream
         for index in range(count):
             name = f"model.layers.{index}"
-            for sublayer, before, after in (
-                ("self_attn", self.family.before_attention, self.family.after_attention),
-                ("mlp", self.family.before_mlp, self.family.after_mlp),
-            ):
+            for sublayer, before, after in self.family.sublayers():
                 entered = f"{name}.attended" if sublayer == "mlp" else block_output(index - 1)
-                x, residual = self._add_and_norm(residual, written, before and f"{name}.{before}", entered)
+                x, residual = self._add_and_norm(residual, output, before and f"{name}.{before}", entered)
                 if sublayer == "self_attn":
                     y = self._attention(index, x, past[index], lengths, tables)
                 else:
                     y = self._mlp(f"{name}.mlp", x)
                 y = self._norm(y, f"{name}.{after}") if after else y
-                written = self._scaled(y, self.family.residual_scale(config), f"{name}.{sublayer}.scaled")
-        normed, _ = self._add_and_norm(residual, written, "model.norm", block_output(count - 1))
+                output = self._scaled(y, self.family.residual_scale(config), f"{name}.{sublayer}.scaled")
+        normed, _ = self._add_and_norm(residual, output, "model.norm", block_output(count - 1))
 
         # Declared as one position: GenAI allocates what the shape says, and would allocate the prompt's length for a symbolic one.
         b.output(self._head(last_positions(b, normed)), "logits", b.float, ["batch_size", 1, config.vocab_size])
@@ -79,7 +74,7 @@ class _Graph:
     # ------------------------------------------------------------------------------------------------ what layers share
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What GroupQueryAttention asks for: int32 lengths (batch,) minus one, and the longest."""
+        """Inputs of GroupQueryAttention: int32 lengths (batch,) minus one, and the longest length."""
         b = self.b
         lengths = b.op("ReduceSum", [mask, b.integers(1)], "mask.length", keepdims=0)
         last = b.op("Cast", [b.op("Sub", [lengths, b.integers(1)], "mask.last")], "mask.seqlens_k", to=INT32)
@@ -88,13 +83,13 @@ class _Graph:
 
     def _tables(self) -> dict[str | None, list[ir.Value | None]]:
         """Cosines and sines for each kind of rotary embedding, and none for layers without positions."""
-        found: dict[str | None, list[ir.Value | None]] = {None: [None, None]}
-        for kind, tables in rotary_tables(self.config).items():
+        tables: dict[str | None, list[ir.Value | None]] = {None: [None, None]}
+        for kind, (cos, sin) in rotary_tables(self.config).items():
             suffix = f".{kind}" if kind else ""
-            found[kind] = [self.b.constant(f"{n}_cache{suffix}", t) for n, t in zip(("cos", "sin"), tables, strict=True)]
-        return found
+            tables[kind] = [self.b.constant(f"cos_cache{suffix}", cos), self.b.constant(f"sin_cache{suffix}", sin)]
+        return tables
 
-    def _cache_shape(self, length: str) -> list[Any]:
+    def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.config.num_key_value_heads, length, head_size(self.config)]
 
     # -------------------------------------------------------------------------------------------------------- sublayers
@@ -127,7 +122,7 @@ class _Graph:
         return self._linear([f"{name}.o_proj"], f"{name}.o_proj", attended)
 
     def _normed_qk(self, name: str, qkv: ir.Value) -> list[ir.Value]:
-        """Query, key and value apart, the first two normalized: the operator does that itself on CUDA only."""
+        """Query, key and value as three values, the first two normalized: the operator does that itself on CUDA only."""
         b, size = self.b, head_size(self.config)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.num_key_value_heads)
         names = [f"{name}.{part}" for part in ("query", "key", "value")]
@@ -137,8 +132,8 @@ class _Graph:
             if self.family.qk_norm == "width":
                 parts[i] = self._norm(parts[i], f"{name}.{part}_norm")
             else:
-                apart = b.op("Reshape", [parts[i], b.integers(0, 0, count, size)], f"{name}.{part}_heads")
-                normed = self._norm(apart, f"{name}.{part}_norm")
+                by_head = b.op("Reshape", [parts[i], b.integers(0, 0, count, size)], f"{name}.{part}_heads")
+                normed = self._norm(by_head, f"{name}.{part}_norm")
                 parts[i] = b.op("Reshape", [normed, b.integers(0, 0, count * size)], f"{name}.{part}_normed")
         return parts
 
@@ -154,34 +149,35 @@ class _Graph:
         return self._linear([f"{name}.down_proj"], f"{name}.down_proj", b.op("Mul", [active, up], f"{name}.mul"))
 
     def _linear(self, modules: list[str], name: str, x: ir.Value) -> ir.Value:
-        """The modules' outputs for one input side by side: one MatMul where their layouts allow, else several and a Concat."""
+        """The modules' outputs for one input, concatenated: one MatMul where their layouts allow, else several and a Concat."""
         b, weights = self.b, self.weights
-        packed = [weights.packed(module) for module in modules]
-        if all(p is None for p in packed):
-            y = b.linear(x, np.concatenate([weights.array(f"{m}.weight") for m in modules]), name, self.accuracy_level)
-        elif all(p is not None for p in packed) and (whole := stacked(name, packed)) is not None:  # type: ignore[arg-type]
+        matrices = [self.matrix(module) for module in modules]
+        packed = [matrix for matrix in matrices if isinstance(matrix, PackedLinear)]
+        if not packed:
+            y = b.linear(x, np.concatenate([m for m in matrices if isinstance(m, np.ndarray)]), name, self.accuracy_level)
+        elif len(packed) == len(matrices) and (whole := stacked(name, packed)) is not None:
             y = b.linear(x, whole, name, self.accuracy_level)
         else:
-            parts = [b.linear(x, self._matrix(module), module, self.accuracy_level) for module in modules]
+            parts = [b.linear(x, matrix, module, self.accuracy_level) for module, matrix in zip(modules, matrices, strict=True)]
             y = b.op("Concat", parts, name, axis=-1)
         if not any(f"{module}.bias" in weights for module in modules):
             return y
         bias = [
-            weights.array(f"{m}.bias") if f"{m}.bias" in weights else np.zeros(self._matrix(m).shape[0], np.float32)
-            for m in modules
+            weights.array(f"{module}.bias") if f"{module}.bias" in weights else np.zeros(matrix.shape[0], np.float32)
+            for module, matrix in zip(modules, matrices, strict=True)
         ]
         return b.op("Add", [y, b.constant(f"{name}.bias", np.concatenate(bias))], f"{name}.biased")
 
     # --------------------------------------------------------------------------------------- norms, scales, both ends
 
-    def _add_and_norm(self, residual: ir.Value, written: ir.Value | None, norm: str | None, name: str) -> tuple[ir.Value, ir.Value]:
-        """(norm(residual + written), residual + written); without a norm both are the sum. name: the sum's."""
-        if written is None:
+    def _add_and_norm(self, residual: ir.Value, output: ir.Value | None, norm: str | None, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm(residual + output), residual + output); without a norm both are the sum. name: of the sum."""
+        if output is None:
             return (self._norm(residual, norm) if norm else residual), residual
         if norm is None:
-            added = self.b.op("Add", [residual, written], name)
+            added = self.b.op("Add", [residual, output], name)
             return added, added
-        inputs, attributes = [residual, written, self._norm_weight(norm)], {"epsilon": self.config.rms_norm_eps}
+        inputs, attributes = [residual, output, self._norm_weight(norm)], {"epsilon": self.config.rms_norm_eps}
         normed = self.b.op("SkipSimplifiedLayerNormalization", inputs, norm, [norm, "", "", name], DOMAIN, **attributes)
         return normed, self.b.nodes[-1].outputs[3]
 
@@ -191,7 +187,7 @@ class _Graph:
 
     def _norm_weight(self, name: str) -> ir.Value:
         weight = self.weights.array(f"{name}.weight") + np.float32(self.family.norm_offset)
-        if name == "model.norm":  # scaled here, the logits cost nothing more
+        if name == "model.norm":  # scaling the logits here costs nothing
             weight = weight * np.float32(self.family.logits_scale(self.config))
         return self.b.constant(f"{name}.weight", weight)
 
@@ -204,7 +200,7 @@ class _Graph:
         """Logits; a matrix tied to the embedding is stored once."""
         b, config = self.b, self.config
         name = EMBEDDING if config.tie_word_embeddings or "lm_head.weight" not in self.weights else "lm_head"
-        matrix = self._matrix(name)
+        matrix = self.matrix(name)
         if isinstance(matrix, PackedLinear):
             scores = b.linear(x, matrix, "lm_head", self.accuracy_level, weight_name=name)
         else:  # Gemm reads the matrix as (vocabulary, hidden), as Gather does
@@ -217,7 +213,3 @@ class _Graph:
             scores = b.op("Tanh", [self._scaled(scores, 1 / cap, "lm_head.by_cap")], "lm_head.tanh")
             scores = self._scaled(scores, cap, "lm_head.capped")
         return scores
-
-    def _matrix(self, module: str) -> PackedLinear | np.ndarray:
-        packed = self.weights.packed(module)
-        return self.weights.array(f"{module}.weight") if packed is None else packed

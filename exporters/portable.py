@@ -1,7 +1,7 @@
-"""The portable graph: any decoder that transformers has, traced in float, its matrices then swapped for the packed ones.
+"""The portable graph: any decoder that transformers has, traced in float, its matrices then replaced by the packed ones.
 
-A quantized module cannot be traced. So the float model is, with the dequantized weights in it, and every
-MatMul that reads a packed weight becomes the operator that carries its codes.
+A quantized module cannot be traced. So the float model is, with dequantized weights, and every MatMul that reads a
+packed weight becomes the operator that carries its codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +20,8 @@ from edgepress.exporters.graph.builder import LAST, Builder
 from edgepress.exporters.graph.builder import block_output as name_of_block_output
 from edgepress.exporters.graph.operators import DOMAIN
 from edgepress.pipeline.checkpoint.blocks import block_output, decoder_blocks
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -30,78 +31,100 @@ from transformers import DynamicCache, PreTrainedModel
 class _Flat(torch.nn.Module):
     """The model with its cache as a flat list of tensors, and positions counted from the attention mask.
 
-    Beside logits and cache it gives what each block leaves, so that the graph can name it.
+    After logits and cache it returns the output of each block, so that the graph can name it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.left: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
         self.blocks: Sequence[torch.nn.Module] = []
         with suppress(ModelError):
             self.blocks = list(decoder_blocks(model)[1])
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within the context ``left`` is filled."""
-        handles = [block.register_forward_hook(self._note) for block in self.blocks]
+    def hooked(self) -> Iterator[None]:
+        """Within the context every forward collects the blocks' outputs in ``outputs``."""
+        handles = [block.register_forward_hook(self._collect) for block in self.blocks]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.left.append(block_output(output))
+    def _collect(self, module: torch.nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        self.outputs.append(block_output(output))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
-        self.left.clear()
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        self.outputs.clear()
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        # Left padding counts no position.
+        # Padding on the left has no positions.
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         settings = {"attention_mask": attention_mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         output = self.model(input_ids=input_ids, **settings)
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        return output.logits, *present, *self.left
+        return output.logits, *present, *self.outputs
 
 
-def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: bool = False) -> ir.Model:
-    """Trace a float32 model and put the packed weights in. Raises ModelError when a packed weight finds no place.
+def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, half: bool = False) -> ir.Model:
+    """Trace the checkpoint's float32 model and put the packed weights in.
 
-    half: weights, activations and cache in float16; a copy of the model is traced.
+    half: weights, activations and cache in float16; a copy of the model is traced. Raises ModelError for what cannot be
+    traced, or when the traced graph does not read a packed matrix.
     """
     if half:
         model = copy.deepcopy(model)
         for parameter in model.parameters():  # buffers stay: rotary frequencies lose too much in half precision
             parameter.data = parameter.data.half()
-    layers = model.config.num_hidden_layers
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
+    past = _sample_cache(model)
+    traced = _trace(_Flat(model), past)
+    _keep_last_positions(traced.graph)
+    _put_packed_in(traced.graph, checkpoint.weights, model, accuracy_level, half)
+    onnxscript.optimizer.optimize_ir(traced)
+    del traced.graph.outputs[1 + len(past) :]  # the blocks' outputs keep their names, for exporters/proof/mismatch.py
+    # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
+    ClearMetadataAndDocStringPass()(traced)
+    traced.metadata_props.update(
+        {"edgepress.exporter": "portable", "edgepress.shared_cache": "0", "edgepress.batch": "left-padded"}
+    )
+    return traced
+
+
+def _sample_cache(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Keys and values (2, heads, 2, head size) of every layer in turn, as the model itself makes them. Raises ModelError."""
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
     if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
         raise ModelError(
-            "some layers keep another state than keys and values (linear attention); this architecture cannot be exported yet"
+            "some layers keep a state other than keys and values (linear attention), which cannot be exported yet; "
+            "choose another model"
         )
-    past = [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    names = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
-    presents = [f"present.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    return [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _trace(flat: _Flat, past: list[torch.Tensor]) -> ir.Model:
+    """The ONNX graph of a float model, not optimized; its inputs and outputs have their final names. Raises ModelError."""
+    parts = [f"{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
     batch, tokens, total = (torch.export.Dim(n) for n in ("batch_size", "sequence_length", "total_sequence_length"))
     earlier = torch.export.Dim("past_sequence_length", min=0)
     # Sample sizes all differ, and from 1, so that the tracer takes none of them for a constant or for another.
     ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
-    flat = _Flat(model)
-    streams = [name_of_block_output(i) for i in range(len(flat.blocks))]
-    with warnings.catch_warnings(), flat.watched():
+    with warnings.catch_warnings(), flat.hooked(), _one_line_errors():
         warnings.simplefilter("ignore")
-        program = _trace(
+        program = torch.onnx.export(
             flat,
             (ids, mask, past),
             dynamo=True,
             verbose=False,
-            optimize=False,  # it would fold small weights into constants without a name; done below, after the swap
-            input_names=["input_ids", "attention_mask", *names],
-            output_names=["logits", *presents, *streams],
+            optimize=False,  # it would fold small weights into constants without a name; done after the packed ones are in
+            input_names=["input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)],
+            output_names=[
+                "logits",
+                *(f"present.{part}" for part in parts),
+                *(name_of_block_output(i) for i in range(len(flat.blocks))),
+            ],
             dynamic_shapes={
                 "input_ids": {0: batch, 1: tokens},
                 "attention_mask": {0: batch, 1: total},
@@ -109,26 +132,17 @@ def build(model: PreTrainedModel, weights: Weights, accuracy_level: int, half: b
             },
         )
     assert program is not None
-    graph = program.model.graph
-    _keep_last_positions(graph)
-    _swap(graph, weights, accuracy_level, half, tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    onnxscript.optimizer.optimize_ir(program.model)
-    del graph.outputs[1 + len(presents) :]  # they keep their names, for exporters/departure.py
-    # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
-    ClearMetadataAndDocStringPass()(program.model)
-    program.model.metadata_props.update(
-        {"edgepress.exporter": "portable", "edgepress.shared_cache": "0", "edgepress.batch": "left-padded"}
-    )
     return program.model
 
 
-def _trace(*arguments: Any, **settings: Any) -> Any:
-    """torch.onnx.export; what it cannot trace ends in one line instead of hundreds. Raises ModelError."""
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What torch.onnx.export cannot trace ends in one line instead of hundreds. Raises ModelError."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells that torchvision is not there
+    logger.setLevel(logging.ERROR)  # it warns that torchvision is not installed
     try:
-        return torch.onnx.export(*arguments, **settings)
+        yield
     except Exception as error:  # the tracer's errors share no base class
         cause: BaseException = error
         while cause.__cause__ is not None:  # the tracer wraps what went wrong in advice
@@ -139,40 +153,52 @@ def _trace(*arguments: Any, **settings: Any) -> Any:
         logger.setLevel(level)
 
 
-def _swap(graph: ir.Graph, weights: Weights, accuracy_level: int, half: bool, tied: bool) -> None:
+def _put_packed_in(graph: ir.Graph, weights: Weights, model: PreTrainedModel, accuracy_level: int, half: bool) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
-    wanted = weights.matrices
+    packed_names, done = weights.matrices, set[str]()
     # The tracer keeps one name of a tied matrix, and it may be the head's.
-    embedding = next((name for name in wanted if name.endswith(("embed_tokens", "wte", "embed_in", "word_embeddings"))), None)
-    builder, done = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT), set[str]()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    alias = {names[head]: names[embedding]} if head.weight is embedding.weight else {}
+    builder = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
     for node in list(graph):
         if node.op_type not in ("MatMul", "Gemm", "Gather"):
             continue
         source = _weight_name(node.inputs[0 if node.op_type == "Gather" else 1])
-        module = (source or "").removeprefix("model.").removesuffix(".weight")
-        if module not in wanted and tied and embedding and module.endswith(("lm_head", "embed_out")):
-            module = embedding
-        if source is None or (packed := weights.packed(module)) is None:
+        if source is None:
+            continue
+        module = source.removeprefix("model.").removesuffix(".weight")
+        if module not in packed_names:
+            module = alias.get(module, module)
+        if (packed := weights.packed(module)) is None:
             continue
         done.add(module)
-        builder.nodes = []
-        if node.op_type == "Gather":
-            fresh = builder.embedding(node.inputs[1], packed, module)
-        else:
-            fresh = builder.linear(node.inputs[0], packed, f"{module}.matmul", accuracy_level, module)
-            if node.op_type == "Gemm" and len(node.inputs) > 2:
-                fresh = builder.op("Add", [fresh, node.inputs[2]], f"{module}.biased")
-        fresh.type, fresh.shape = node.outputs[0].type, node.outputs[0].shape
-        graph.insert_before(node, builder.nodes)
-        ir.convenience.replace_all_uses_with(node.outputs[0], fresh, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    if wanted - done:
-        raise ModelError(f"the traced graph has no place for {min(wanted - done)}; this architecture cannot be exported packed yet")
+        _replace(graph, node, packed, builder, module, accuracy_level)
+    if packed_names - done:
+        raise ModelError(
+            f"the traced graph does not read {min(packed_names - done)}; this architecture cannot be exported packed yet, "
+            "export its float checkpoint"
+        )
     for value in builder.initializers.values():
         graph.register_initializer(value)
     graph.outputs[0].name = "logits"
     graph.opset_imports[DOMAIN] = 1
     _drop_unused(graph)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, packed: PackedLinear, builder: Builder, module: str, accuracy_level: int) -> None:
+    """Put the operators that read a packed matrix in the place of one node."""
+    builder.nodes = []
+    if node.op_type == "Gather":
+        value = builder.embedding(node.inputs[1], packed, module)
+    else:
+        value = builder.linear(node.inputs[0], packed, f"{module}.matmul", accuracy_level, module)
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            value = builder.op("Add", [value, node.inputs[2]], f"{module}.biased")
+    value.type, value.shape = node.outputs[0].type, node.outputs[0].shape
+    graph.insert_before(node, builder.nodes)
+    ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _weight_name(value: ir.Value | None) -> str | None:
@@ -186,13 +212,15 @@ def _weight_name(value: ir.Value | None) -> str | None:
 
 
 def _keep_last_positions(graph: ir.Graph) -> None:
-    """Cut the hidden states before the head to the last ``logits_to_keep`` positions (see graph.last_positions)."""
+    """Cut the hidden states before the head to the last ``logits_to_keep`` positions (see builder.last_positions)."""
     logits = graph.outputs[0]
     head = logits.producer()
     while head is not None and head.op_type not in ("MatMul", "Gemm"):  # scaling or capping of the logits may follow
         head = next((v.producer() for v in head.inputs if v is not None and v.producer() is not None), None)
     if head is None or head.op_type != "MatMul" or _weight_name(head.inputs[1]) is None:
-        raise ModelError("the traced graph does not end in a head that edgepress knows; this architecture cannot be exported yet")
+        raise ModelError(
+            "the traced graph does not end in a matrix of logits; this architecture cannot be exported yet, choose another"
+        )
     keep = ir.Value(name="logits_to_keep", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
     keep.const_value = ir.Tensor(np.array([1], dtype=np.int64), name="logits_to_keep")
     graph.register_initializer(keep)
@@ -203,10 +231,10 @@ def _keep_last_positions(graph: ir.Graph) -> None:
         graph.register_initializer(value)
         bounds.append(value)
     start = ir.node("Neg", [keep], name="head.start")
-    cut = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds], name="head.positions")
-    cut.outputs[0].type = head.inputs[0].type
-    graph.insert_before(head, [start, cut])
-    head.replace_input_with(0, cut.outputs[0])
+    last = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds], name="head.positions")
+    last.outputs[0].type = head.inputs[0].type
+    graph.insert_before(head, [start, last])
+    head.replace_input_with(0, last.outputs[0])
     head.outputs[0].shape = None
     vocabulary = logits.shape[-1] if logits.shape is not None else None
     logits.shape = ir.Shape(["batch_size", 1, vocabulary])

@@ -5,81 +5,89 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from edgepress.exporters import architecture, fused, portable
-from edgepress.exporters import configs as older
-from edgepress.exporters.configs import genai_config
+from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
-from edgepress.exporters.proof import accuracy_level as levels
-from edgepress.exporters.proof import parity
-from edgepress.exporters.proof.reference import reference_logits
+from edgepress.exporters.proof import accuracy_level, parity
+from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.load import load_model, meta_model, read_config
-from edgepress.pipeline.checkpoint.offloaded import offloaded_model
-from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import folder_bytes, write_json
+from edgepress.pipeline.files import JsonObject, folder_bytes
+from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.registry import require
-from transformers import PreTrainedConfig
 
 log = logging.getLogger("edgepress")
 
 
-def export(source: Artifact, out: Path, options: ExportOptions) -> dict[str, Any]:
+def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     """Write ``model.onnx`` and all that runs it into ``out``; returns the facts for the manifest.
 
     Raises ProofError when the file does not compute what the checkpoint computes, OptionError when the exporter
     asked for cannot express the model.
     """
     require("onnxruntime")
-    config = read_config(source.path, options.trust_remote_code)
-    weights = Weights(source.path, options.original)
-    exporter, reason = choose(options.exporter, config, weights)
-    load = offloaded_model if exporter == "fused" else load_model  # a trace needs all weights at once, a comparison does not
-    model = load(source.path, options.trust_remote_code, options.original)
-    half = options.target == "cuda"  # its GroupQueryAttention knows no float32, and int8 activations are the CPU's
+    checkpoint = Checkpoint(source.path, options.trust_remote_code, options.original)
+    exporter, obstacle = choose_exporter(options.exporter, checkpoint)
+    is_fused = exporter == "fused"
+    # A trace needs all weights at once; a comparison reads one matrix at a time.
+    model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
+    half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU
     level = 0 if half or options.accuracy_level == "0" else 4
-    graph = fused.build(config, weights, level, half) if exporter == "fused" else portable.build(model, weights, level, half)
+    graph = fused.build(checkpoint, level, half) if is_fused else portable.build(checkpoint, model, level, half)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
-    older.write_configs(source.path, out)
-    write_json(out / "genai_config.json", genai_config(config, source.path, options.target, shared=exporter == "fused"))
+    write_configs(checkpoint, out, options.target, shared_cache=is_fused)
 
     windows = parity.proof_windows(options.text, source.path)
-    with reference_logits(model, windows, out) as wanted:
-        exact = parity.prove(wanted, out, graph)
-        chosen, shipped = levels.choose(wanted, out, graph, options)
+    with reference_logits(model, windows, out) as reference:
+        exact = parity.prove(reference, out, graph)
+        choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
-    facts = {
+    facts: JsonObject = {
         "source": source.identity(),
         "exporter": exporter,
         "target": options.target,
         "activations": "float16" if half else "float32",
         "proven_on": "CPUExecutionProvider",
         "batch": graph.metadata_props["edgepress.batch"],
-        **chosen,
-        "parity": [asdict(proof) for proof in (exact, *shipped)],
-        "parameters": meta_model(source.path, options.trust_remote_code).num_parameters(),
+        **choice.facts(),
+        "parity": [asdict(proof) for proof in (exact, choice.proof) if proof is not None],
+        "parameters": checkpoint.meta_model().num_parameters(),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
-    if weights.imported:
-        log.info("export: quantized by another (%s), its integers taken over", ", ".join(map(str, weights.imported.values())))
-        facts["imported"] = weights.imported
-    return facts | ({"not_fused_because": reason} if reason else {})
+    if imported := checkpoint.weights.imported:
+        log.info("export: already quantized (%s), so its integers are exported as they are", ", ".join(map(str, imported.values())))
+        facts["imported"] = imported
+    return facts | ({"not_fused_because": obstacle} if obstacle else {})
 
 
-def choose(wanted: str, config: PreTrainedConfig, weights: Weights) -> tuple[str, str | None]:
-    """The exporter to use, and why it is not the fused one. Raises OptionError when fused was asked for and cannot be had."""
-    if wanted == "portable":
+def _lost(reference: ReferenceLogits, out: Path, options: ExportOptions, is_fused: bool) -> accuracy_level.Lost:
+    """What the checkpoint has lost to the original, over the windows of the proof; nothing where no original is given."""
+    if options.reference is None:
+        return accuracy_level.Lost()
+    original, quality = Checkpoint(options.reference, options.trust_remote_code), Quality()
+    with reference_logits(original.offloaded_model() if is_fused else original.model(), reference.windows, out) as truth:
+        for ids in reference.windows:
+            quality.add(ids, reference.logits(ids), truth.logits(ids))
+    return accuracy_level.Lost(quality.figures()["kl_mean"], quality.loss_change()[0])
+
+
+def choose_exporter(requested: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """The exporter to use, and why it is not the fused one.
+
+    Raises OptionError when the fused one is requested and cannot express the model.
+    """
+    if requested == "portable":
         return "portable", None
-    reason = architecture.obstacle(config, weights)
-    if reason is None:
+    obstacle = architecture.obstacle(checkpoint)
+    if obstacle is None:
         return "fused", None
-    if wanted == "fused":
-        raise OptionError(f"the fused graph cannot express this model ({reason}); use --exporter portable")
-    log.info("export: standard attention operators instead of the fused graph (%s)", reason)
-    return "portable", reason
+    if requested == "fused":
+        raise OptionError(f"the fused graph cannot express this model ({obstacle}); use --exporter portable")
+    log.info("export: standard attention operators instead of the fused graph (%s)", obstacle)
+    return "portable", obstacle

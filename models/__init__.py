@@ -1,4 +1,4 @@
-"""What edgepress knows of particular models: recipes and the embedded reference model."""
+"""What edgepress knows of particular models: families, configs, recipes and the embedded reference model."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ REFERENCE = Path(__file__).parent / "reference"
 RECIPES = Path(__file__).parent / "recipes"
 CALIBRATION_TEXT = REFERENCE / "calibration.txt"
 EVALUATION_TEXT = REFERENCE / "evaluation.txt"
-# Of another kind than the novels: the project's own documentation as prose.
+# A different kind of text than the novels: the project's own documentation as prose.
 OTHER_TEXT = REFERENCE / "technical.txt"

@@ -1,8 +1,8 @@
-"""What must change in a config when decoder blocks are removed: derived from what the config says, not listed by model.
+"""What must change in a config when decoder blocks are removed: derived from the config itself, not listed by model.
 
-A config can say things of single layers in four ways: by lists with an entry a layer, by lists of layer numbers, by
-counts from the first layer, and by arithmetic on the layer's number. The last is turned into one of the others where the
-architecture reads one; whether the result is right is for pipeline/surgery.py to find out, by building it.
+A config can describe single layers in four ways: by lists with one entry per layer, by lists of layer numbers, by counts
+from the first layer, and by arithmetic on the layer's number. The last is turned into one of the others where the
+architecture reads one; pipeline/prune/surgery.py finds out whether the result is right, by building it.
 """
 
 from __future__ import annotations
@@ -14,33 +14,32 @@ from typing import Any
 
 from edgepress.pipeline.errors import ModelError
 
+Config = dict[str, Any]  # what config.json holds; its keys are transformers'
 # Lists that may happen to be as long as the model is deep, but are not about layers.
 _NOT_PER_LAYER = re.compile(r"token_id|architectures|label|torchscript|tokens_ids")
 _LAYER_NUMBERS = re.compile(r"layers|_idxs?$|_indices$")
-# So many of the first blocks are of a kind.
+# How many of the first blocks are of one kind.
 _COUNTS_FROM_THE_FIRST = ("max_window_layers", "first_k_dense_replace")
-# (every so many layers there is one of a kind, the list of the numbers of those that are of the other kind)
+# (every so many layers one is of a kind, the key of the list of layer numbers that are of the other kind)
 _STEPS = (("decoder_sparse_step", "mlp_only_layers"),)
 _ARITHMETIC = re.compile(r"period|offset|pattern|interval|_step$|_freq$|num_kv_shared_layers|inverse_layer_idx")
 
 
-def layer_count_key(config: dict[str, Any]) -> str:
+def layer_count_key(config: Config) -> str:
     """The name that a raw config.json gives to its number of decoder blocks. Raises ModelError when there is none."""
     for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
         if isinstance(config.get(key), int):
             return key
     if isinstance(config.get("text_config"), dict):
-        raise ModelError(
-            "this is a multi-modal model; save its text model alone (transformers: model.language_model) and give that"
-        )
-    raise ModelError("config.json does not say how many layers the model has; it must have num_hidden_layers")
+        raise ModelError("this is a multi-modal model; save only its text model (transformers: model.language_model) and give that")
+    raise ModelError("config.json does not give the number of layers; add num_hidden_layers")
 
 
 def renamed(name: str, prefixes: Sequence[str], kept: Sequence[int]) -> str | None:
     """A tensor's name after removal: renumbered inside the blocks, None if its block is gone, else unchanged.
 
-    prefixes: names that the block list may go by, as ("model.layers", "layers"). kept: old indices of the blocks that
-    stay, ascending.
+    prefixes: possible names of the block list, such as ("model.layers", "layers"). kept: former indices of the remaining
+    blocks, ascending.
     """
     match = re.fullmatch(rf"((?:{'|'.join(map(re.escape, prefixes))})\.)(\d+)(\..*)", name)
     if not match:
@@ -49,19 +48,16 @@ def renamed(name: str, prefixes: Sequence[str], kept: Sequence[int]) -> str | No
     return f"{match[1]}{kept.index(index)}{match[3]}" if index in kept else None
 
 
-def pruned_configs(
-    config: dict[str, Any], resolved: dict[str, Any], count_key: str, kept: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """Ways in which the raw config.json may say what is left, the least changed first.
+def pruned_configs(config: Config, resolved: Config, count_key: str, kept: Sequence[int]) -> Iterator[Config]:
+    """Candidates for the raw config.json of the remaining blocks, the least changed first.
 
-    resolved: the config as transformers completes it; what it derives from a layer's number is written out. count_key: the
-    name that this architecture gives to its number of layers.
+    resolved: the config as transformers completes it, with what it derives from a layer's number written out. count_key:
+    this architecture's key of the number of layers.
     """
     count = config[count_key]
     changed = copy.deepcopy(config)
     for key, value in resolved.items():
-        own = config.get(key)
-        value = value if own is None else own
+        value = value if config.get(key) is None else config[key]
         if isinstance(value, list) and len(value) == count and not _NOT_PER_LAYER.search(key):
             changed[key] = [value[index] for index in kept]
     changed[count_key] = len(kept)
@@ -85,12 +81,12 @@ def pruned_configs(
             yield {**changed, step_key: 1, list_key: [kept.index(index) for index in others if index in kept]}
 
 
-def _are_layer_numbers(value: list[Any], count: int) -> bool:
+def _are_layer_numbers(value: list[object], count: int) -> bool:
     return bool(value) and all(type(i) is int and 0 <= i < count for i in value) and len(set(value)) == len(value) != count
 
 
-def arithmetic_fields(resolved: dict[str, Any]) -> list[str]:
-    """The config's fields that decide by a layer's number, for the message that refuses."""
+def arithmetic_fields(resolved: Config) -> list[str]:
+    """The config's fields that decide by a layer's number, named in the message that refuses a removal."""
     return [
         key for key, value in resolved.items() if _ARITHMETIC.search(key) and (value is True or (type(value) is int and value > 1))
     ]

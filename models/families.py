@@ -1,9 +1,9 @@
-"""What is known of each architecture: one row for everything in which it differs from Llama."""
+"""What is known of each architecture: one row that holds everything in which it differs from Llama."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 Number = Callable[[PreTrainedConfig], float]
 
 
-def _one(config: PreTrainedConfig) -> float:
+def _unscaled(config: PreTrainedConfig) -> float:
     return 1.0
 
 
@@ -22,13 +22,18 @@ def head_size(config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the blocks of an architecture depart from Llama's; the defaults are Llama.
+    """How an architecture differs from Llama; the defaults are Llama.
 
-    before_*, after_*: names of the norms of what a sublayer reads and of what it writes, None where there is none.
+    fused: whether the fused graph can express it; False for a row that only has config keys.
+    before_*, after_*: names of the norms on the input and on the output of a sublayer, None where there is none.
     packed: query, key and value are one matrix in the checkpoint, gate and up another.
     qk_norm: query and key are normalized over each head, or over all heads together ("width").
-    window: which layers attend locally: none, all, or those that config.layer_types says.
+    window: which layers attend locally: none, all, or those that config.layer_types lists as sliding_attention.
+    rotary_layers: config key of a list with an entry a layer, 0 for a layer without positions; None: all have positions.
+    v4_keys: key in rope_parameters -> the name that transformers 4 reads at the top of this architecture's config.json.
     """
+
+    fused: bool = True
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
@@ -37,17 +42,26 @@ class Family:
     packed: bool = False
     qk_norm: Literal["head", "width"] | None = None
     window: Literal["none", "all", "layer_types"] = "none"
+    rotary_layers: str | None = None
     activation: str = "hidden_act"  # its key in the config
     norm_offset: float = 0.0  # what is added to the stored weight of a norm
     attention_scale: Number = lambda config: head_size(config) ** -0.5
-    embedding_scale: Number = _one
-    residual_scale: Number = _one  # of what a sublayer adds
-    logits_scale: Number = _one
+    embedding_scale: Number = _unscaled
+    residual_scale: Number = _unscaled  # of what a sublayer adds
+    logits_scale: Number = _unscaled
     attention_softcap: Number = lambda config: 0.0  # 0: no cap
     logits_softcap: Number = lambda config: 0.0
+    v4_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def sublayers(self) -> tuple[tuple[str, str | None, str | None], ...]:
+        """A block's sublayers in order: name, the norm of its input, the norm of its output."""
+        return (
+            ("self_attn", self.before_attention, self.after_attention),
+            ("mlp", self.before_mlp, self.after_mlp),
+        )
 
     def block(self) -> set[str]:
-        """Names of a block's modules with weights, without the block's own."""
+        """Names of the modules that have weights, relative to their block."""
         norms = {self.before_attention, self.after_attention, self.before_mlp, self.after_mlp} - {None}
         extra = {"self_attn.q_norm", "self_attn.k_norm"} if self.qk_norm else set()
         linears = {f"self_attn.{x}" for x in (*self.qkv(), "o_proj")} | {f"mlp.{x}" for x in (*self.gate_up(), "down_proj")}
@@ -89,12 +103,13 @@ FAMILIES = {
         after_mlp="post_feedforward_layernorm",
         qk_norm="width",
     ),
-    "smollm3": Family(window="layer_types"),
+    "smollm3": Family(window="layer_types", rotary_layers="no_rope_layers"),
     "granite": Family(
         attention_scale=lambda config: config.attention_multiplier,
         embedding_scale=lambda config: config.embedding_multiplier,
         residual_scale=lambda config: config.residual_multiplier,
         logits_scale=lambda config: 1 / config.logits_scaling,
     ),
+    "gpt_neox": Family(fused=False, v4_keys={"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"}),
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")

@@ -17,7 +17,13 @@ from edgepress.pipeline.registry import look_up, suggestion
 Chosen = TypeVar("Chosen", bound="Options")
 Value = TypeVar("Value")
 # Former spelling -> the present one.
-RENAMED = {"layers": "remove_layers", "heal": "healer", "method": "healer", "beside": "compare_with"}
+RENAMED = {
+    "layers": "remove_layers",
+    "heal": "healer",
+    "method": "healer",
+    "beside": "compare_with",
+    "min_agreement": "max_added_kl",
+}
 
 
 _ABSENT = argparse.SUPPRESS  # a flag that is not given leaves no attribute

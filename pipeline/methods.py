@@ -14,7 +14,7 @@ class Method:
     help: for ``--method``. run: "module:function", QuantizeJob -> {name: PackedLinear}; None keeps the weights as they are.
     bits, groups: those that it takes, the default first; -1 is a whole row. packages: what it imports; their versions are part
     of the fingerprint. adjustable: takes --symmetric and --bits-for. act_order: takes --act-order. calibrated: its codes may be
-    further from the weights than rounding's, and are checked for how much. isolated: runs in a process of its own.
+    further from the weights than rounding's, and are checked for how much. isolated: runs in an isolated process.
     label: of an artifact in tables, with {bits} and {group_size}.
     """
 
@@ -74,3 +74,26 @@ METHODS = {
         label="int8",
     ),
 }
+
+
+# What QuantizeOptions and its messages are made from.
+ADJUSTABLE = tuple(name for name, method in METHODS.items() if method.adjustable)
+ACT_ORDER = tuple(name for name, method in METHODS.items() if method.act_order)
+BITS = tuple(sorted({bits for method in METHODS.values() if method.run for bits in method.bits}))
+GROUP_SIZES = tuple(sorted({size for method in METHODS.values() if method.run for size in method.groups}))
+
+
+def joined(names: tuple[object, ...], word: str = "or") -> str:
+    """``a, b or c``."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def defaults_of_group_size() -> str:
+    """The default group size, and the methods that differ: "128; nf4 and fp4 64"."""
+    usual = GROUPS[0]
+    others: dict[int, list[str]] = {}
+    for name, method in METHODS.items():
+        if method.groups[0] != usual:
+            others.setdefault(method.groups[0], []).append(name)
+    return "; ".join([str(usual), *(f"{joined(tuple(names), 'and')} {size}" for size, names in others.items())])

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.flags import Options, flag, option
-from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.methods import ACT_ORDER, ADJUSTABLE, BITS, GROUP_SIZES, METHODS, defaults_of_group_size, joined
 from edgepress.pipeline.registry import look_up
 
 PRUNE_TOKENS = 32768
@@ -32,7 +32,7 @@ EXPORTERS = {
     "portable": "standard ONNX operators",
 }
 LEVELS = {
-    "auto": "4 if it is faster on this machine and keeps --min-agreement, else 0",
+    "auto": "4 if it is faster on this machine and adds little to what was lost already, else 0",
     "4": "int8: fast",
     "0": "float32: exact",
 }
@@ -170,14 +170,14 @@ class QuantizeOptions(Options):
 
     method: str = option("gptq", "how weights are quantized", {name: row.help for name, row in METHODS.items()})
     bits: int | None = option(
-        None, "bits of a weight, for rtn and gptq (default: 4); 3 are for measuring, export refuses them", (2, 3, 4, 8)
+        None, f"bits of a weight, for {joined(ADJUSTABLE, 'and')} (default: 4); 3 are for measuring, export refuses them", BITS
     )
     group_size: int | None = option(
-        None, "weights that share one scale; -1 is a whole row (default: 128; nf4 and fp4 64)", (-1, 16, 32, 64, 128, 256)
+        None, f"weights that share one scale; -1 is a whole row (default: {defaults_of_group_size()})", GROUP_SIZES
     )
     bits_for: tuple[str, ...] = option(
         (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8': a regular expression for the whole name, the first that "
-        "matches counts, 16 leaves them float; again for more (rtn and gptq; edgepress sensitivity proposes some)",
+        f"matches counts, 16 leaves them float; again for more ({joined(ADJUSTABLE, 'and')}; edgepress sensitivity proposes some)",
     )  # fmt: skip
     head_bits: int = option(
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
@@ -186,8 +186,10 @@ class QuantizeOptions(Options):
         None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
         (4, 8, 16),
     )  # fmt: skip
-    symmetric: bool = option(False, "no zero points (rtn and gptq); asymmetric is more exact at equal speed")
-    act_order: bool = option(False, "quantize columns by falling activation (gptq); more exact, costs a gather of the input")
+    symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
+    act_order: bool = option(
+        False, f"quantize columns by falling activation ({joined(ACT_ORDER, 'and')}); more exact, costs a gather of the input"
+    )
     calibration: Path = _calibration()
     calibration_tokens: int = _calibration_tokens()
     calibration_skip: int = _calibration_skip()
@@ -201,16 +203,21 @@ class QuantizeOptions(Options):
         name, row = self.method, look_up(METHODS, self.method, "method")
         if self.bits is not None and self.bits not in row.bits:
             raise OptionError(
-                f"{name} weights have {row.bits[0]} bits, not {self.bits}; leave --bits out, or use --method rtn or gptq"
+                f"{name} weights have {joined(tuple(sorted(row.bits)))} bits, not {self.bits}; leave --bits out, or use --method "
+                + joined(tuple(other for other, method in METHODS.items() if method.run and self.bits in method.bits))
             )
         if not row.adjustable and row.run and (self.bits_for or self.symmetric):
-            raise OptionError(f"{name} takes no {'--bits-for' if self.bits_for else '--symmetric'}; use --method rtn or gptq")
+            refused = "--bits-for" if self.bits_for else "--symmetric"
+            raise OptionError(f"{name} takes no {refused}; use --method {joined(ADJUSTABLE)}")
         if self.act_order and not row.act_order:
-            raise OptionError(f"--act-order is for gptq, and the method is {name}; leave it out, or use --method gptq")
-        if self.group_size is not None and self.group_size not in row.groups:
-            *some, last = map(str, sorted(row.groups))
             raise OptionError(
-                f"{name} has blocks of {', '.join(some)} or {last}; give one of these for --group-size, not {self.group_size}"
+                f"--act-order is for {joined(ACT_ORDER, 'and')}, and the method is {name}; leave it out, or use --method "
+                + joined(ACT_ORDER)
+            )
+        if self.group_size is not None and self.group_size not in row.groups:
+            raise OptionError(
+                f"{name} has blocks of {joined(tuple(sorted(row.groups)))}; give one of these for --group-size, "
+                f"not {self.group_size}"
             )
         bits_rules(self.bits_for)
 
@@ -273,17 +280,17 @@ class ExportOptions(Options):
         None, "matrices that keep float activations at level 4: a number takes those that int8 hurts most, as measured; "
         "anything else is a regular expression for the whole name, as '.*down_proj'",
     )  # fmt: skip
-    min_agreement: float = option(
-        0.98, "share of the most likely tokens that int8 activations must keep; below it --accuracy-level auto takes 0, 4 fails",
+    max_added_kl: float | None = option(
+        None, "KL divergence, nats a token, that int8 activations may add: above it --accuracy-level auto looks for matrices to "
+        "keep at float activations, and 4 fails (default: a tenth of what was lost since --reference, at least 0.01)",
         at_least=0,
     )  # fmt: skip
+    reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()
     original: Path | None = option(None, "float original of a third-party GPTQ checkpoint with ambiguous zero points")
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
-        if self.min_agreement > 1:
-            raise OptionError(f"--min-agreement is a share, 1 at most, not {self.min_agreement}")
         if self.target == "cuda" and self.accuracy_level == "4":
             raise OptionError("int8 activations are the CPU's, and the target is cuda; leave --accuracy-level out")
         if self.target == "cuda" and self.exact_layers is not None:

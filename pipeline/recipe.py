@@ -146,7 +146,8 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
-    stale = [f for f in sorted(out.glob("[0-9][0-9]-*")) if (f / MANIFEST).is_file() and f not in (source, *folders)]
+    numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
+    stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in (source, *folders)]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
@@ -155,6 +156,8 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
             options = _with_comparisons(original, out, steps, done, options)
+        if isinstance(options, ExportOptions):
+            options = dataclasses.replace(options, reference=options.reference or original.path)
         if isinstance(options, HealOptions):
             options = dataclasses.replace(options, original=options.original or original.path)
         artifact = stages.run(name, artifact, folder, options)
@@ -176,6 +179,6 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     for number, (name, given) in enumerate(kept, 1):
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
-            given = dataclasses.replace(given, accuracy_level=str(level), min_agreement=0.0, exact_layers=exact_layers)
+            given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))

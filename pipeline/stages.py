@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
     "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(
         QuantizeOptions,
-        "edgepress.pipeline.quantize.isolated:quantize",
+        "edgepress.pipeline.quantize.stage:quantize",
         ("hf",),
         "packed",
         _BUILD,

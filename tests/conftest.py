@@ -14,6 +14,7 @@ import pytest
 import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
 from edgepress.pipeline.checkpoint.load import quiet
+from families import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 # Two workers with a thread each: more threads than cores, spinning at barriers, made these tests ten times slower.
@@ -67,19 +68,6 @@ def save_random(config: PreTrainedConfig, folder: Path, dtype: torch.dtype = tor
         model.to(dtype).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(REFERENCE).save_pretrained(folder)
     return folder
-
-
-TINY = {
-    "vocab_size": 5120,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 
 
 @pytest.fixture(scope="session")

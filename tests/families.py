@@ -6,6 +6,19 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+# A Llama of 4 layers that takes no time.
+TINY = {
+    "vocab_size": 5120,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
 LAYERS = 7
 WINDOW = 8  # shorter than the texts of the tests, so that local attention differs from global
 _COMMON = {"vocab_size": 5120, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

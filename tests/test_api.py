@@ -45,8 +45,7 @@ def test_a_model_is_pressed_and_run_in_python(tiny: Path, text: Path, tmp_path: 
     packed = api.quantize(pruned.path, tmp_path / "packed", method="rtn", group_size=32)
     exported = api.export(packed.path, tmp_path / "onnx", text=text)
     assert [step.stage for step in exported.steps] == ["prune", "quantize", "export"]
-    pieces = list(api.load(exported.path).stream("It was", max_new_tokens=4))
-    assert pieces[0] == "It was" and len(pieces) > 1
+    assert len(list(api.load(exported.path).stream("It was", max_new_tokens=4))) == 4
     checks = api.verify(exported.path, original=packed.path, text=text)
     assert {check.state for check in checks} == {"ok"}
 

@@ -55,7 +55,7 @@ def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, refere
 def test_the_same_without_removal_is_built_and_measured_beside(built: Path) -> None:
     """Otherwise nobody could tell whether removing layers was worth it."""
     content = read_json(built / "05-bench" / "report.json")
-    (baseline,) = content["beside"]
+    (baseline,) = content["compared_with"]
     assert baseline["artifact"] == "baseline" and [step["stage"] for step in baseline["steps"]] == ["quantize", "export"]
     assert [row["name"] for row in baseline["stages"]] == ["original", "quantized", "onnx_level_0", "onnx"]
     assert baseline["stages"][0] == content["stages"][0]

@@ -1,10 +1,9 @@
-"""A small builder over onnx_ir: nodes by name, weights, and the inputs and outputs that every artifact has."""
+"""A small builder over onnx_ir: named nodes, weights, and the inputs and outputs that every artifact has."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -43,10 +42,10 @@ class Builder:
         self.outputs.append(value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer; a second one of the same name is the first."""
+        """The initializer of this name, made from ``array`` unless it exists."""
         if name not in self.initializers:
             if array.dtype == np.float32:
-                with np.errstate(over="ignore"):  # what float16 cannot hold is infinite, and fails the proof
+                with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and fails the proof
                     array = array.astype(self.float.numpy(), copy=False)
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
             self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
@@ -63,9 +62,9 @@ class Builder:
         name: str,
         outputs: Sequence[str] | None = None,
         domain: str = "",
-        **attributes: Any,
+        **attributes: int | float | str,
     ) -> ir.Value:
-        """Add a node. outputs: names of all its outputs, "" for one left out; default: one, named after the node."""
+        """Add a node. outputs: names of all its outputs, "" for an unused one; default: one, named after the node."""
         values = [ir.Value(name=output or "") for output in (outputs or [name])]
         node = ir.node(kind, inputs, attributes, domain=domain, outputs=values, name=name)
         self.nodes.append(node)
@@ -82,7 +81,7 @@ class Builder:
         if weight.permutation is not None:
             x = self._permuted(x, weight.permutation, weight_name)
         inputs = [x, *(self.constant(f"{weight_name}.{part}", array) for part, array in constants.items())]
-        return self.op(kind, inputs, name, domain=DOMAIN, **attributes)
+        return self.op(kind, inputs, name, None, DOMAIN, **attributes)
 
     def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
         """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""
@@ -95,8 +94,8 @@ class Builder:
     def embedding(self, ids: ir.Value, weight: PackedLinear | np.ndarray, name: str) -> ir.Value:
         """Rows of a matrix (vocabulary, hidden), packed or float32, by ids.
 
-        The codes of a packed one are the initializer that ``linear`` of the same name reads, seen in another shape: a
-        matrix that serves as embedding and head is stored once.
+        The codes of a packed one are the initializer that ``linear`` of the same name reads, reshaped: a matrix that serves
+        as embedding and head is stored once.
         """
         if isinstance(weight, np.ndarray):
             return self.op("Gather", [self.constant(f"{name}.weight", weight), ids], name)
@@ -129,10 +128,10 @@ class Builder:
 
 
 def last_positions(builder: Builder, hidden: ir.Value) -> ir.Value:
-    """The positions whose logits are wanted: the last ``logits_to_keep`` of hidden (batch, tokens, hidden), 0 for all.
+    """The positions whose logits are computed: the last ``logits_to_keep`` of hidden (batch, tokens, hidden), 0 for all.
 
     ``logits_to_keep`` is an overridable initializer with default 1: a consumer that does not know it never sees it,
-    generates with one row of logits a step, and evaluation reads all rows from the same file.
+    generates with one row of logits a step; evaluation reads all rows from the same file.
     """
     keep = builder.constant("logits_to_keep", np.array([1], dtype=np.int64))
     builder.inputs.append(keep)

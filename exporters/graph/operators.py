@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from edgepress.pipeline.checkpoint.packed import PackedLinear, pack_bits
@@ -12,22 +12,30 @@ DOMAIN = "com.microsoft"
 _BNB_TYPES = {"fp4": 0, "nf4": 1}
 
 
-def operator(linear: PackedLinear, accuracy_level: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """Operator name, its constant inputs by their names in the operator's schema, in order, and its attributes.
+class Operator(NamedTuple):
+    """kind: its name. inputs: its constant ones by their names in the operator's schema, in order. attributes: as in the schema."""
+
+    kind: str
+    inputs: dict[str, np.ndarray]
+    attributes: dict[str, int]
+
+
+def operator(linear: PackedLinear, accuracy_level: int) -> Operator:
+    """The operator that computes with a packed matrix.
 
     MatMulNBits: B uint8 (N, ceil(K / block), block * bits / 8), scales float32 (N, blocks), zero_points uint8
-    (N, ceil(blocks * bits / 8)), left out when every zero point is 2 ** (bits - 1).
+    (N, ceil(blocks * bits / 8)), absent when every zero point is 2 ** (bits - 1).
     MatMulBnb4: B uint8 (ceil(N * K / 2),), absmax float32, both flat.
-    The operator's own g_idx is never used: beside packed zero points the CPU kernel ignores the zero points (silently),
-    and beside float ones it is 30-50 times slower. Where the codes are permuted, the caller permutes the input instead.
+    The operator's own g_idx is never used: with it the CPU kernel silently ignores packed zero points, and is 30-50 times
+    slower with float ones. Where the codes are permuted, the caller permutes the input instead.
     Raises OptionError for a width that no operator carries.
     """
     rows, columns = linear.shape
     if linear.codebook:
         attributes = {"K": columns, "N": rows, "block_size": linear.group_size, "quant_type": _BNB_TYPES[linear.codebook]}
-        return "MatMulBnb4", {"B": linear.codes, "absmax": linear.scales}, attributes
+        return Operator("MatMulBnb4", {"B": linear.codes, "absmax": linear.scales}, attributes)
     if linear.bits not in (2, 4, 8):
-        raise OptionError(f"no onnxruntime operator carries {linear.bits}-bit weights; quantize with --bits 2, 4 or 8 to export")
+        raise OptionError(f"onnxruntime has no operator for {linear.bits}-bit weights; quantize with --bits 2, 4 or 8 to export")
     inputs = {"B": linear.codes, "scales": linear.scales}
     if linear.zeros is not None:
         inputs["zero_points"] = pack_bits(linear.zeros, linear.bits)
@@ -38,7 +46,7 @@ def operator(linear: PackedLinear, accuracy_level: int) -> tuple[str, dict[str, 
         "block_size": linear.group_size,
         "accuracy_level": accuracy_level,
     }
-    return "MatMulNBits", inputs, attributes
+    return Operator("MatMulNBits", inputs, attributes)
 
 
 def stacked(name: str, linears: list[PackedLinear]) -> PackedLinear | None:

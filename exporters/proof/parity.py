@@ -21,11 +21,11 @@ from edgepress.pipeline.text.windows import GREEDY_TOKENS, PROOF_TOKENS, proof_w
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
 TOLERANCE = 1e-3
-# The same in half precision, and the share of most likely tokens that must stay; rounding alone moves logits by up to 0.03 of their
-# spread in the random models of tests/families.py.
+# The same in half precision, and the share of most likely tokens that must agree; rounding alone moves logits by up to 0.03 of
+# their standard deviation in the random models of tests/families.py.
 TOLERANCE_HALF, AGREEMENT_HALF = 5e-2, 0.98
 STEPS = 64  # tokens that are read one by one
-# Rounding may exchange two tokens whose logits are nearer than this share of the spread.
+# Rounding may swap two tokens whose logits are closer than this share of the standard deviation.
 TIE = 1e-4
 
 
@@ -42,7 +42,9 @@ class Parity:
     top1_agreement: float
     kl_mean: float
     greedy_match_tokens: int
-    flipped: int | None  # positions with another most likely token though no tie; None where activations are not float32
+    flipped: int | None  # positions with another most likely token, ties aside; None where activations are not float32
+    loss_change: float = 0.0  # nats a token that the artifact loses more than torch, and the standard error
+    loss_change_error: float = 0.0
 
     @property
     def difference(self) -> float:
@@ -51,10 +53,10 @@ class Parity:
 
 
 def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
-    """What the proof reads of a text with the tokenizer in ``folder``: at least PROOF_TOKENS ids where the text has as many.
+    """Windows int64 (tokens,) of a text for the proof, at least PROOF_TOKENS ids in all where the text has as many.
 
-    The windows leave room in the context for greedy tokens; a last one of a few ids is left out where it is not needed. Raises
-    ModelError for a context that is too short.
+    folder: of the tokenizer and the config. The windows leave room in the context for greedy tokens; a short last one is
+    dropped if it is not needed. Raises ModelError for a context that is too short.
     """
     length = proof_window(folder)
     windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length)
@@ -62,79 +64,81 @@ def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
 
 
 def prove(reference: ReferenceLogits, folder: Path, graph: ir.Model) -> Parity:
-    """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see levels).
+    """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see accuracy_level).
 
-    Windows together hold at least PROOF_TOKENS ids where the text is long enough. Each is read whole and in chunks, STEPS tokens of
-    them one by one, and two of unequal length in one padded batch. Raises ProofError, which names the first layer that departs,
-    when there are ``faults``.
+    Each window is read whole and in chunks, STEPS tokens in all one by one, and two rows of unequal length in one padded
+    batch. Raises ProofError, which names the first layer that differs, when there are ``faults``.
     """
     with _float_activations(folder, graph) as file:
         exact = measure(reference, lambda: Decoder(folder, model=file), 0)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in graph.graph.inputs)
-    if found := faults(exact, half):
+    if reasons := faults(exact, half):
         where = _where(reference, folder, exact, TOLERANCE_HALF if half else TOLERANCE)
-        other = "the model may need more than float16: use --target cpu" if half else "try the other --exporter"
-        raise ProofError(f"the ONNX model departs from the checkpoint: {where}; {found}; nothing was written; {other}")
+        cure = "the model may need more than float16: use --target cpu" if half else "try the other --exporter"
+        raise ProofError(f"the ONNX model differs from the checkpoint: {where}; {reasons}; nothing was written; {cure}")
     return exact
 
 
 def faults(exact: Parity, half: bool) -> str:
     """What is wrong at float activations, in words; "" for a proof.
 
-    In float32 a logit is off by more than TOLERANCE, the most likely token of a position is another, but for ties, or a greedy
-    token. In half precision: by more than TOLERANCE_HALF, or too few of the most likely tokens agree, AGREEMENT_HALF of them.
+    In float32: a logit differs by more than TOLERANCE, or the most likely token of a position (ties aside) or a greedy token
+    differs. In half precision: a logit differs by more than TOLERANCE_HALF, or fewer than AGREEMENT_HALF of the most likely
+    tokens agree.
     """
     limit = TOLERANCE_HALF if half else TOLERANCE
-    found = []
+    reasons = []
     if not exact.difference <= limit:
-        found.append(f"logits differ by {exact.difference:.2g} of their spread (allowed {limit:g})")
+        reasons.append(f"logits differ by {exact.difference:.2g} standard deviations (at most {limit:g} allowed)")
     if exact.flipped:
-        found.append(f"{exact.flipped} of {exact.tokens} positions have another most likely token")
+        reasons.append(f"{exact.flipped} of {exact.tokens} positions have another most likely token")
     if half and exact.top1_agreement < AGREEMENT_HALF:
-        found.append(f"{100 * exact.top1_agreement:.1f} % of the most likely tokens agree (asked for {100 * AGREEMENT_HALF:g} %)")
+        reasons.append(
+            f"{100 * exact.top1_agreement:.1f} % of the most likely tokens agree (at least {100 * AGREEMENT_HALF:g} % required)"
+        )
     if not half and exact.greedy_match_tokens < GREEDY_TOKENS:
-        found.append(f"{exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree")
-    return ", ".join(found)
+        reasons.append(f"{exact.greedy_match_tokens} of {GREEDY_TOKENS} greedy tokens agree")
+    return ", ".join(reasons)
 
 
-def _where(reference: ReferenceLogits, folder: Path, found: Parity, limit: float) -> str:
-    """In which reading and in which layer, in words."""
-    if not found.difference_whole <= limit:
+def _where(reference: ReferenceLogits, folder: Path, exact: Parity, limit: float) -> str:
+    """In which reading and in which layer the graph differs, in words."""
+    if not exact.difference_whole <= limit:
         return first_mismatch(reference.model, folder, [[ids] for ids in reference.windows], limit)
-    if not found.difference_steps <= limit and found.difference_chunks <= limit:
-        return "token by token only"
-    if not found.difference_chunks <= limit:
-        return "through the cache only, where " + first_mismatch(
+    if not exact.difference_steps <= limit and exact.difference_chunks <= limit:
+        return "only token by token"
+    if not exact.difference_chunks <= limit:
+        return "only through the cache, where " + first_mismatch(
             reference.model, folder, [_chunks(ids) for ids in reference.windows], limit
         )
-    return "in a padded batch only" if not found.difference_batch <= limit else "in the most likely tokens"
+    return "only in a padded batch" if not exact.difference_batch <= limit else "in the most likely tokens"
 
 
 def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], level: int) -> Parity:
-    """Logits of both over the windows, and greedy tokens after the first half of the first window.
+    """Compare both models' logits over the windows, and greedy tokens after the first half of the first window.
 
-    The torch model runs before the decoder is opened and after it is closed.
+    The torch model runs only before the decoder is opened and after it is closed.
     """
     first = reference.windows[0]
     for ids in (*reference.windows, *_unequal(first)):
         reference.logits(ids)
-    decoder, quality, left = open_decoder(), Quality(), STEPS
+    decoder, quality, singles = open_decoder(), Quality(), STEPS
     whole = chunks = steps = 0.0
     flipped = 0 if level == 0 and decoder.dtype == np.float32 else None
     for ids in reference.windows:
         truth = reference.logits(ids)
         decoder.reset()
-        found = decoder.feed(ids, keep=0)
-        whole = max(whole, _difference(found, truth))
+        logits = decoder.feed(ids, keep=0)
+        whole = max(whole, _difference(logits, truth))
         if flipped is not None:
-            flipped += int((~_as_likely(truth, found.argmax(-1), TIE * reference.spread)).sum())
-        quality.add(ids, found, truth)
-        del found
+            flipped += int((~_as_likely(truth, logits.argmax(-1), TIE * reference.spread)).sum())
+        quality.add(ids, logits, truth)
+        del logits
         chunks = max(chunks, _difference_in_pieces(decoder, _chunks(ids), truth))
-        if left:
-            few = ids[:left]
-            steps = max(steps, _difference_in_pieces(decoder, np.split(few, len(few)), truth))
-            left -= len(few)
+        if singles:
+            part = ids[:singles]
+            steps = max(steps, _difference_in_pieces(decoder, np.split(part, len(part)), truth))
+            singles -= len(part)
     batch = padded_batch(reference, decoder, first)
     decoder.reset()
     prompt = first[: len(first) // 2]
@@ -152,18 +156,19 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
         figures["kl_mean"],
         _greedy_match(reference, prompt, continued),
         flipped,
+        *quality.loss_change(),
     )
 
 
-def _difference(found: np.ndarray, truth: np.ndarray) -> float:
-    """Largest absolute difference, infinite where only ``found`` is not finite. Raises ProofError where ``truth`` is not."""
-    worst = 0.0
+def _difference(logits: np.ndarray, truth: np.ndarray) -> float:
+    """Largest absolute difference, infinite if only ``logits`` are not finite. Raises ProofError if ``truth`` is not."""
+    largest = 0.0
     for first in range(0, len(truth), ROWS):
-        ours, torchs = found[first : first + ROWS], truth[first : first + ROWS]
-        if not np.isfinite(torchs).all():
-            raise ProofError("the logits are not finite (NaN or Inf); the checkpoint is broken, fetch or build it again")
-        worst = max(worst, float(np.abs(ours - torchs).max()) if np.isfinite(ours).all() else float("inf"))
-    return worst
+        rows, reference = logits[first : first + ROWS], truth[first : first + ROWS]
+        if not np.isfinite(reference).all():
+            raise ProofError("the checkpoint's logits are not finite (NaN or Inf), so it is broken; fetch or build it again")
+        largest = max(largest, float(np.abs(rows - reference).max()) if np.isfinite(rows).all() else float("inf"))
+    return largest
 
 
 def _as_likely(truth: np.ndarray, tokens: np.ndarray, margin: float) -> np.ndarray:
@@ -180,43 +185,43 @@ def _chunks(ids: np.ndarray) -> list[np.ndarray]:
 def _difference_in_pieces(decoder: Decoder, pieces: list[np.ndarray], truth: np.ndarray) -> float:
     """The largest difference when the pieces are fed one after another through the cache."""
     decoder.reset()
-    worst, done = 0.0, 0
+    largest, done = 0.0, 0
     for piece in pieces:
-        worst = max(worst, _difference(decoder.feed(piece, keep=0), truth[done : done + len(piece)]))
+        largest = max(largest, _difference(decoder.feed(piece, keep=0), truth[done : done + len(piece)]))
         done += len(piece)
-    return worst
+    return largest
 
 
 def _unequal(ids: np.ndarray) -> list[np.ndarray]:
-    """The first tokens of a window and, half as many, its last."""
+    """The first STEPS tokens of a window, and about half as many of its last."""
     long = min(len(ids), STEPS)
     return [ids[:long], ids[-(long // 2 + 1) :]]
 
 
 def padded_batch(reference: ReferenceLogits, decoder: Decoder, ids: np.ndarray) -> float:
-    """Largest difference of a logit for two prompts of unequal length in one batch, and one more token for each.
+    """Largest difference of a logit for two prompts of unequal length in one batch, each then continued by one token.
 
-    Padding stands on the side that the graph takes; each row must give what it gives alone.
+    Padding is on the side that the graph supports; each row must give the logits that it gives alone.
     """
     rows = _unequal(ids)
     long = len(rows[0])
     batch, mask = np.zeros((2, long - 1), dtype=np.int64), np.zeros((2, long - 1), dtype=np.int64)
-    places = [slice(long - len(row), None) if decoder.left_padding else slice(0, len(row) - 1) for row in rows]
-    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-        batch[i, place], mask[i, place] = row[:-1], 1
+    columns = [slice(long - len(row), None) if decoder.left_padding else slice(0, len(row) - 1) for row in rows]
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        batch[i, column], mask[i, column] = row[:-1], 1
     (first,), cache = decoder.step(batch, mask)
     last = np.array([[row[-1]] for row in rows])
     (second,), _ = decoder.step(last, np.concatenate([mask, np.ones_like(last)], axis=1), cache)
     return max(
-        _difference(np.concatenate([first[i, place], second[i]]), reference.logits(row))
-        for i, (row, place) in enumerate(zip(rows, places, strict=True))
+        _difference(np.concatenate([first[i, column], second[i]]), reference.logits(row))
+        for i, (row, column) in enumerate(zip(rows, columns, strict=True))
     )
 
 
 def _greedy_match(reference: ReferenceLogits, prompt: np.ndarray, continued: list[int]) -> int:
-    """Tokens of the decoder's before the first that is neither torch's own greedy one nor as likely.
+    """How many of the decoder's greedy tokens precede the first that is not torch's greedy one or tied with it.
 
-    torch reads the decoder's tokens in one forward: up to the first that it would not have chosen, they are its greedy ones.
+    torch reads the decoder's tokens in one forward: up to the first that it would not have chosen, they are its own.
     """
     ids = np.concatenate([prompt, np.array(continued[:-1], dtype=prompt.dtype)])
     truth = logits_of(reference.model, ids)[len(prompt) - 1 :]
@@ -226,7 +231,7 @@ def _greedy_match(reference: ReferenceLogits, prompt: np.ndarray, continued: lis
 
 @contextmanager
 def _float_activations(folder: Path, graph: ir.Model) -> Iterator[str]:
-    """File name of the artifact with accuracy level 0: another graph over the same weights, gone afterwards."""
+    """File name of the artifact's graph at accuracy level 0, over the same weights; a variant is deleted afterwards."""
     levels = [node.attributes["accuracy_level"] for node in graph.graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
     if any(level.as_int() for level in levels):
         with variant(folder) as file:

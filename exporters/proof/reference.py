@@ -1,4 +1,4 @@
-"""What the torch model answers to the texts of the proof, computed once and kept in files."""
+"""The torch model's logits over the texts of the proof, computed once and kept in files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ROWS = 64  # positions at a time: the logits of a window of a large vocabulary t
 
 
 class ReferenceLogits:
-    """Logits of ``model`` over ``windows`` and whatever else is asked for; files in ``scratch``.
+    """Logits of ``model`` over ``windows`` and any other ids, kept in files in ``scratch``.
 
-    They stay on the disk because the torch model and an onnxruntime session, side by side, would be what an export takes
-    most memory for; and every accuracy level is compared with the same ones.
+    They are on disk so that the torch model and an onnxruntime session never need memory at the same time, and so that
+    every accuracy level is compared with the same ones.
     """
 
     def __init__(self, model: PreTrainedModel, windows: list[np.ndarray], scratch: Path) -> None:
@@ -32,30 +32,30 @@ class ReferenceLogits:
         """Float32 (tokens, vocabulary) of every position of ids int64 (tokens,), mapped from a file."""
         file = self._scratch / f"{hashlib.sha256(ids.tobytes()).hexdigest()}.npy"
         if not file.exists():
-            found = logits_of(self.model, ids)
+            logits = logits_of(self.model, ids)
             try:
-                np.save(file, found)
+                np.save(file, logits)
             except OSError as error:
-                raise OutputError(f"cannot keep torch's logits in {self._scratch} ({error}); free some disk space") from error
-        kept: np.ndarray = np.load(file, mmap_mode="r")
-        return kept
+                raise OutputError(f"cannot write torch's logits to {self._scratch} ({error}); free some disk space") from error
+        mapped: np.ndarray = np.load(file, mmap_mode="r")
+        return mapped
 
     @cached_property
     def spread(self) -> float:
-        """Standard deviation of the logits of a window, the mean over all windows. Raises ProofError when all are the same."""
+        """Standard deviation of the logits of a window, averaged over the windows. Raises ProofError when it is 0."""
         spread = float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
         if spread == 0:
-            raise ProofError("the logits are all the same; the checkpoint is broken, fetch or build it again")
+            raise ProofError("all logits of the checkpoint are equal, so it is broken; fetch or build it again")
         return spread
 
 
 @contextmanager
 def reference_logits(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) -> Iterator[ReferenceLogits]:
-    """Reference logits whose files lie in ``folder`` and are gone afterwards. Raises OutputError when the disk is too full."""
+    """Reference logits whose files are in ``folder`` and deleted afterwards. Raises OutputError when the disk is too full."""
     check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
     with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
         reference = ReferenceLogits(model, windows, Path(scratch))
-        del model  # whoever is done with it can let go of reference.model
+        del model  # so that a caller who needs it no more can delete reference.model
         yield reference
     if Path(scratch).exists():
         raise OutputError(f"{scratch} cannot be deleted and must not ship; export again, to a local disk")

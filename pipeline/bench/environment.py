@@ -8,25 +8,25 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from edgepress.pipeline.registry import versions
+from edgepress.pipeline.report.model import Cpu, Environment, Machine
 from edgepress.pipeline.runtime.targets import TARGETS, gpus
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "torch", "transformers", "lm-eval")
 
 
-def environment(target: str, threads: int) -> dict[str, Any]:
+def environment(target: str, threads: int) -> Environment:
     """The environment of a run, for its report."""
-    found = machine(target) | {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(),
-        "threads": threads or "onnxruntime's default",
-        "provider": TARGETS[target].provider,
-    }
-    if hasattr(os, "getloadavg"):
-        found["load_average"] = round(os.getloadavg()[0], 2)  # of the minute before: what else was running
-    return found
+    return Environment(
+        **vars(machine(target)),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=_command(),
+        threads=threads or "onnxruntime's default",
+        provider=TARGETS[target].provider,
+        # of the minute before: what else was running
+        load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    )
 
 
 def _command() -> str:
@@ -36,24 +36,24 @@ def _command() -> str:
     return shlex.join([*(["edgepress"] if ours else ["python", str(program)]), *sys.argv[1:]])
 
 
-def machine(target: str) -> dict[str, Any]:
+def machine(target: str) -> Machine:
     """What of it a resumed measurement must find unchanged."""
-    found = {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": versions(*_PACKAGES),
-    }
-    return found | ({"gpus": gpus()} if target == "cuda" else {})
+    return Machine(
+        system=platform.platform(),
+        python=platform.python_version(),
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        versions=versions(*_PACKAGES),
+        gpus=tuple(gpus()) if target == "cuda" else None,
+    )
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu() -> Cpu:
     file = Path("/proc/cpuinfo")
     if not file.is_file():
-        return {"model": platform.processor() or platform.machine()}
+        return Cpu(platform.processor() or platform.machine())
     rows = dict(line.split(":", 1) for line in file.read_text().split("\n\n")[0].splitlines() if ":" in line)
     values = {key.strip(): value.strip() for key, value in rows.items()}
     every = (values.get("flags") or values.get("Features") or "").split()  # x86 and ARM
-    wanted = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "i8mm", "bf16")
-    return {"model": values.get("model name", platform.machine()), "flags": [f for f in every if f.startswith(wanted)]}
+    vector = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "i8mm", "bf16")
+    return Cpu(values.get("model name", platform.machine()), tuple(f for f in every if f.startswith(vector)))

@@ -10,20 +10,24 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from edgepress.pipeline.bench.jobs import Job
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import write_json
+from edgepress.pipeline.report.plain import from_plain, object_of
+
+Answer = TypeVar("Answer")
 
 
-def events(kind: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a fresh measuring process answers, object by object. Raises WorkerError when it crashes or is killed."""
+def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
+    """What a fresh measuring process answers, one by one. Raises WorkerError when it crashes or is killed."""
     with (
         tempfile.TemporaryDirectory(prefix="edgepress-bench-") as scratch,
         tempfile.TemporaryFile("w+", errors="replace") as stderr,
     ):
         file = Path(scratch) / "job.json"
-        write_json(file, job)
+        write_json(file, object_of(job))
         command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8")
         error = None
@@ -34,7 +38,7 @@ def events(kind: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if "error" in event:
                     error = event["error"]
                 else:
-                    yield event
+                    yield from_plain(answer, event)
             code = process.wait()
         finally:
             process.kill()
@@ -46,14 +50,14 @@ def events(kind: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise WorkerError(error or _reason(code, stderr.read()))
 
 
-def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """The one answer of a measuring process."""
-    return list(events(kind, job))[-1]
+def measured(kind: str, job: Job, answer: type[Answer]) -> Answer:
+    """The one answer of a measuring process. Raises WorkerError when it crashes or is killed."""
+    return list(events(kind, job, answer))[-1]
 
 
 def _reason(code: int, stderr: str) -> str:
     if os.name == "posix" and code == -signal.SIGKILL:
-        return "killed by the system, most likely for want of memory (SIGKILL)"
+        return "killed by the system, most likely out of memory (SIGKILL)"
     if code < 0:
         return f"crashed ({signal.Signals(-code).name})"
     lines = [line for line in stderr.strip().splitlines() if line.strip()]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.artifact import Step as ArtifactStep
 from edgepress.pipeline.bench.evaluate import losses_of
+from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Scored, ScoringRow
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.process import events
-from edgepress.pipeline.checkpoint.source import check_checkpoint
+from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import OptionError, WorkerError
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.report.attribution import attribute
-from edgepress.pipeline.report.stats import Measurement
+from edgepress.pipeline.report.model import Figure, StageRow
 from edgepress.pipeline.text.windows import beginning, load_tokenizer, text_windows
-
-if TYPE_CHECKING:
-    from edgepress.pipeline.bench.subject import Subject
-
+from edgepress.pipeline.vocabulary import PAST_TENSE
 
 log = logging.getLogger("edgepress")
 UNITS = {
@@ -35,136 +34,168 @@ UNITS = {
     "tokens": "token",
 }
 COMPARED = ("kl_mean", "kl_p99", "top1_agreement", "greedy_match_tokens")
-_VERBS = {"prune": "pruned", "quantize": "quantized", "heal": "healed"}
+Text = tuple[tuple[int, ...], ...]  # windows of token ids
 
 
-def check_references(options: BenchOptions) -> None:
-    """Before anything is measured: every checkpoint named is there and can be read."""
-    if options.stages and options.reference is None:
-        raise OptionError("--stages are measured against the original; give it with --reference")
-    for folder in (options.reference, *options.stages):
-        if folder is not None:
-            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code, quantized=True)
+@dataclass(frozen=True)
+class Row:
+    """A stage to score. exact: name of the row that it must equal but for rounding. failed: why it is not to be tried."""
+
+    name: str
+    kind: RowKind
+    folder: Path
+    identity: str
+    exact: str | None = None
+    failed: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Rows with the same one have the same scores on the same text: artifacts may share a stage."""
+        return self.kind, self.identity
 
 
-Text = list[list[int]]  # windows of token ids
+@dataclass(frozen=True)
+class Failed:
+    """Why a row could not be scored."""
+
+    reason: str
+
+
+Answers = dict[tuple[str, str], Scored | Failed]
 
 
 def texts(subjects: list[Subject], options: BenchOptions) -> list[Text]:
-    """What each subject will be scored on. Raises TextError for too short a text, OptionError for another tokenizer's original."""
-    found = []
+    """The windows of each subject. Raises TextError for too short a text, OptionError for an original of another tokenizer."""
+    result = []
     for subject in subjects:
-        windows = [row.tolist() for row in text_windows(options.text, subject.path, budget=options.text_tokens)]
+        windows = tuple(tuple(row.tolist()) for row in text_windows(options.text, subject.path, budget=options.text_tokens))
         if options.reference is not None:
             _same_tokens(options.reference, subject.path, windows[0])
-        found.append(windows)
-    return found
+        result.append(windows)
+    return result
 
 
 def quality(subjects: list[Subject], scored: list[Text], options: BenchOptions, journal: Journal) -> None:
     """Perplexity of every stage behind each subject, KL and top-1 against the original; all read the same tokens.
 
     The artifact is read from its shipped files with the accuracy level that ships. A row whose process dies is
-    marked "failed", and the others go on without it.
+    marked as failed, and the others go on without it.
     """
     plans = [(subject, text, _rows(subject, options)) for subject, text in zip(subjects, scored, strict=True)]
-    for text in {json.dumps(text): text for _, text, _ in plans}.values():  # tokenizers and contexts may differ
-        _answer([row for _, own, rows in plans if own == text for row in rows], text, options, journal)
+    answers = {
+        text: _score([row for _, other, rows in plans if other == text for row in rows], text, options, journal)
+        for text in dict.fromkeys(scored)  # tokenizers and contexts may differ
+    }
     for subject, text, rows in plans:
-        _finish(subject, text, rows, options)
+        known = answers[text]
+        _finish(subject, text, rows, [Failed(row.failed) if row.failed else known[row.key] for row in rows], options)
 
 
-def _finish(subject: Subject, text: Text, rows: list[dict[str, Any]], options: BenchOptions) -> None:
+def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored | Failed], options: BenchOptions) -> None:
+    """The stages of a subject, and the figures of its last row, the artifact as it ships."""
     text_bytes = _bytes_of(text, subject.path)
-    answers = [row.pop("answer") for row in rows]
-    losses = [losses_of(a) if "losses" in a else None for a in answers]
-    for row, answer, loss in zip(rows, answers, losses, strict=True):
-        row |= {k: v for k, v in answer.get("figures", {}).items() if not isinstance(v, list)}
-        if loss is not None and text_bytes:
-            row["bits_per_byte"] = float(loss.sum(dtype="f8") / math.log(2) / text_bytes)
-        if "failed" in answer:
-            row["failed"] = answer["failed"]
-    attribute(rows, losses)
-    subject.rows = [{k: v for k, v in row.items() if k not in ("folder", "kind", "identity", "exact")} for row in rows]
-    _shipped(subject, rows[-1], answers[-1].get("figures", {}), options)
+    losses = [losses_of(answer) if isinstance(answer, Scored) else None for answer in answers]
+    stages = [_stage_row(*parts, text_bytes) for parts in zip(rows, answers, losses, strict=True)]
+    subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
+    _shipped(subject, answers[-1], options)
 
 
-def _rows(subject: Subject, options: BenchOptions) -> list[dict[str, Any]]:
-    """The stages to score, in order. exact: name of the row that a row must equal but for rounding."""
-    rows: list[dict[str, Any]] = []
-    steps: dict[str, Any] = {}
+def _stage_row(row: Row, answer: Scored | Failed, loss: np.ndarray | None, text_bytes: int) -> StageRow:
+    size = _weights(row.folder)
+    if isinstance(answer, Failed) or loss is None:
+        return StageRow(row.name, size, failed=answer.reason if isinstance(answer, Failed) else "not scored")
+    figures = answer.figures
+    return StageRow(
+        row.name,
+        size,
+        perplexity=figures.perplexity,
+        tokens=figures.tokens,
+        kl_mean=figures.kl_mean,
+        kl_p99=figures.kl_p99,
+        top1_agreement=figures.top1_agreement,
+        bits_per_byte=float(loss.sum(dtype="f8") / math.log(2) / text_bytes) if text_bytes else None,
+    )
+
+
+def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
+    """The stages to score, in order."""
+    rows: list[Row] = []
+    steps: dict[str, tuple[ArtifactStep, ...]] = {}
     for folder in filter(None, (options.reference, *(subject.stages if options.reference else ()))):
-        known = Artifact.load(folder)
-        last = known.steps[-1].stage if rows and known.steps else ""
-        name = _VERBS.get(last, last or folder.name) if rows else "original"
+        checkpoint = Artifact.load(folder)
+        last = checkpoint.steps[-1].stage if rows and checkpoint.steps else ""
+        name = PAST_TENSE.get(last, last or folder.name) if rows else "original"
         while name in steps:
             name += "'"
-        steps[name] = known.steps
-        rows.append({"name": name, "kind": "torch", "folder": str(folder), "identity": known.identity()})
-    level = subject.fact("accuracy_level")
-    own: dict[str, Any] = {"folder": str(subject.path), "identity": subject.artifact.identity()}
+        steps[name] = checkpoint.steps
+        rows.append(Row(name, "torch", folder, checkpoint.identity()))
+    level = subject.accuracy_level
+    exported_from = next((name for name, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
+    failed = None
     if "speed" in subject.failed:
-        own["answer"] = {"failed": f"not tried, for the measurement of speed ended so: {subject.failed['speed']}"}
+        failed = f"not tried because the measurement of speed failed: {subject.failed['speed']}"
+    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), None if level else exported_from, failed)
     if rows and level:
-        rows.append({"name": "onnx_level_0", "kind": "onnx_level_0"} | own)
-    rows.append({"name": "onnx", "kind": "onnx"} | own)
-    exported_from = next((n for n, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
-    for row in rows:
-        float_activations = row["kind"] == "onnx_level_0" or (row["kind"] == "onnx" and level == 0)
-        row["exact"] = exported_from if float_activations else None
-        row["bytes"] = _weights(Path(row["folder"]))
-    return rows
+        rows.append(replace(shipped, name="onnx_level_0", kind="onnx_level_0", exact=exported_from))
+    return [*rows, shipped]
 
 
-def _answer(rows: list[dict[str, Any]], text: Text, options: BenchOptions, journal: Journal) -> None:
-    """Set the "answer" of each row: what the measuring process says of it, from the journal where it is known.
+def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal) -> Answers:
+    """What the measuring process answers for each row, from the journal where it is known.
 
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
     """
     original = None if options.reference is None else Artifact.load(options.reference)
+    answers: Answers = {}
     with bar("quality", len(text) * len(rows), "window") as shown:
-        while pending := [row for row in rows if "answer" not in row]:
+        while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
             against = original and original.identity()
-            keys = [journal.key("quality", row["kind"], row["identity"], against, text, options.target) for row in pending]
-            wanted = dict(zip(keys, pending, strict=True))  # several artifacts may share a stage
-            answers = {key: found for key in wanted if (found := journal.get(key)) is not None}
-            job = {
-                "windows": text,
-                "reference": None if original is None else str(original.path),
-                "rows": [{"key": k, "kind": r["kind"], "folder": r["folder"]} for k, r in wanted.items() if k not in answers],
-                "trust_remote_code": options.trust_remote_code,
-                "target": options.target,
-            }
+            keys = {journal.key("quality", *key, against, text, options.target): row for key, row in pending.items()}
+            for key, row in keys.items():
+                if (known := journal.get(Scored, key)) is not None:
+                    answers[row.key] = known
+            job = QualityJob(
+                windows=text,
+                reference=None if original is None else str(original.path),
+                rows=tuple(ScoringRow(k, r.kind, str(r.folder)) for k, r in keys.items() if r.key not in answers),
+                trust_remote_code=options.trust_remote_code,
+                target=options.target,
+            )
             try:
-                for event in events("quality", job) if job["rows"] else ():
-                    if "key" in event:
-                        answers[event["key"]] = journal.put(event["key"], event)
+                for event in events("quality", job, QualityEvent) if job.rows else ():
+                    if event.scored:
+                        answers[keys[event.scored.key].key] = journal.put(event.scored.key, event.scored)
                     else:
                         shown.update()
             except WorkerError as error:
-                dead = next(key for key in wanted if key not in answers)
-                answers[dead] = {"failed": str(error)}
-                name = wanted[dead]["name"]
-                log.warning("warning: the quality of %s (%s) could not be measured: %s", wanted[dead]["folder"], name, error)
-                if name == "original":
+                dead = next((row for row in pending.values() if row.key not in answers), None)
+                if dead is None:  # it died after its last answer
+                    break
+                answers[dead.key] = Failed(str(error))
+                log.warning("warning: the quality of %s (%s) could not be measured: %s", dead.folder, dead.name, error)
+                if dead.name == "original":
                     original = None  # the others can still be scored by themselves
-            for key, row in zip(keys, pending, strict=True):
-                if key in answers:
-                    row["answer"] = answers[key]
+    return answers
 
 
-def _shipped(subject: Subject, row: dict[str, Any], figures: dict[str, Any], options: BenchOptions) -> None:
-    """The artifact's own figures, from its row."""
-    if "failed" in row:
-        subject.failed["quality"] = row["failed"]
+def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -> None:
+    """The artifact's figures, from its row."""
+    if isinstance(answer, Failed):
+        subject.failed["quality"] = answer.reason
+    row = subject.rows[-1]
+    matches = answer.figures.greedy_match_tokens if isinstance(answer, Scored) else None
     for name, unit in UNITS.items():
-        if name in figures or name in row:
-            values: Any = figures.get(name, row.get(name))
-            subject.figures[f"quality.{name}"] = Measurement(unit, values if isinstance(values, list) else [values])
+        values = matches if name == "greedy_match_tokens" else _present(getattr(row, name))
+        if values:
+            subject.figures[f"quality.{name}"] = Figure.of(unit, values)
         elif name in COMPARED:
             subject.missing[f"quality.{name}"] = (
                 "no original was given (--reference)" if options.reference is None else "the original or the artifact failed"
             )
+
+
+def _present(value: float | None) -> tuple[float, ...]:
+    return () if value is None else (value,)
 
 
 def _weights(folder: Path) -> int:
@@ -175,11 +206,11 @@ def _bytes_of(text: Text, folder: Path) -> int:
     """UTF-8 bytes of the scored tokens: all but those that begin a window unscored."""
     tokenizer = load_tokenizer(folder)
     first = max(1, len(beginning(tokenizer)))
-    return sum(len(tokenizer.decode(row[first:], skip_special_tokens=False).encode()) for row in text)
+    return sum(len(tokenizer.decode(list(row[first:]), skip_special_tokens=False).encode()) for row in text)
 
 
-def _same_tokens(reference: Path, artifact: Path, window: list[int]) -> None:
+def _same_tokens(reference: Path, artifact: Path, window: tuple[int, ...]) -> None:
     """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
-    text = load_tokenizer(artifact).decode(window)[:2000]
+    text = load_tokenizer(artifact).decode(list(window))[:2000]
     if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
         raise OptionError(f"{reference} has another tokenizer than {artifact}; give the checkpoint that it was made from")

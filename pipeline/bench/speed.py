@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import platform
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
+from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, Round, Sample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.process import measured
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.report.stats import Measurement
+from edgepress.pipeline.report.model import Figure
 from edgepress.pipeline.text.windows import context_length, text_windows
 
 log = logging.getLogger("edgepress")
 
 
-def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[dict[str, Any]]:
-    """What the speed process of each subject is told. Raises OptionError when nothing fits the shortest context."""
+def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[SpeedJob]:
+    """The speed job of each subject. Raises OptionError when no prompt length fits the shortest context."""
     room = min(context_length(s.path) for s in subjects)
-    lengths = options.lengths_within(room)
+    lengths = tuple(options.lengths_within(room))
     jobs = []
     for subject in subjects:
         for length in set(options.prompt_lengths) - set(lengths):
@@ -31,84 +32,99 @@ def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[dict[str,
             subject.missing[f"speed.ttft_ms.{length}"] = f"the model's context is {room} tokens"
         # Fixed ids from the text, never sampled from the model under test.
         ids = np.concatenate(text_windows(options.text, subject.path, budget=max(lengths), length=room))[: max(lengths)].tolist()
-        common = {"folder": str(subject.path), "threads": options.threads, "target": options.target}
-        jobs.append(common | {"ids": ids, "prompt_lengths": lengths, "new_tokens": options.new_tokens})
+        job = SpeedJob(str(subject.path), tuple(ids), lengths, options.new_tokens, options.threads, options.target)
+        jobs.append(job)
     return jobs
 
 
-def speed(subjects: list[Subject], jobs: list[dict[str, Any]], options: BenchOptions, journal: Journal) -> None:
+def speed(subjects: list[Subject], jobs: list[SpeedJob], options: BenchOptions, journal: Journal) -> None:
     """Rounds over all subjects, A B B A: every sample has a partner of each other subject from the same minute.
 
-    A subject whose process dies is left out of the rounds that follow.
+    A subject whose process dies takes no part in the rounds that follow.
     """
-    samples: list[list[dict[str, Any]]] = [[] for _ in subjects]
+    rounds: list[Round] = []
     for number in progress(range(options.repeats), "speed", "round"):
         alive = [i for i, s in enumerate(subjects) if "speed" not in s.failed]
-        depends = [[subjects[i].artifact.identity(), {k: v for k, v in jobs[i].items() if k != "folder"}] for i in alive]
+        depends = [(subjects[i].artifact.identity(), replace(jobs[i], folder="")) for i in alive]
         key = journal.key("round", number, depends)
-        found = journal.get(key)
-        if found is None:
-            found = _round(subjects, jobs, alive if number % 2 == 0 else alive[::-1], options)
-            if all(str(i) in found for i in alive):
-                journal.put(key, found)
-        for i in alive:
-            if str(i) in found:
-                samples[i].append(found[str(i)] | {"bandwidth": found["bandwidth"]})
-    for subject, taken in zip(subjects, samples, strict=True):
+        known = journal.get(Round, key)
+        if known is None:
+            known = _round(subjects, jobs, alive if number % 2 == 0 else alive[::-1], options)
+            if all(str(i) in known.samples for i in alive):
+                journal.put(key, known)
+        rounds.append(known)
+    for i, subject in enumerate(subjects):
+        taken = [(one.samples[str(i)], one.bandwidth) for one in rounds if str(i) in one.samples]
         if taken:
-            _speed_figures(subject, taken, options)
+            _speed_figures(subject, [sample.speed for sample, _ in taken], options)
+            _cold_figure(subject, [sample.cold for sample, _ in taken])
+            _bandwidth_figures(subject, [bandwidth for _, bandwidth in taken], options)
 
 
-def _round(subjects: list[Subject], jobs: list[dict[str, Any]], order: list[int], options: BenchOptions) -> dict[str, Any]:
+def _round(subjects: list[Subject], jobs: list[SpeedJob], order: list[int], options: BenchOptions) -> Round:
     """One sample of each subject in ``order``, and of the memory's bandwidth."""
-    found: dict[str, Any] = {"bandwidth": None}
+    bandwidth = None
     if options.target == "cpu":
-        with suppress(WorkerError):  # a small machine has no room for it: a figure less
-            found["bandwidth"] = measured("bandwidth", {"threads": options.threads})["bytes_per_s"]
+        with suppress(WorkerError):  # a small machine may not have the memory for it: one figure is missing then
+            bandwidth = measured("bandwidth", BandwidthJob(options.threads), Bandwidth).bytes_per_s
+    samples = {}
     for i in order:
+        job = jobs[i]
         try:
-            cold = measured("cold", {k: jobs[i][k] for k in ("folder", "threads", "target")})
-            found[str(i)] = measured("speed", jobs[i]) | {"cold": cold}
+            cold = measured("cold", ColdJob(job.folder, job.threads, job.target), ColdSample)
+            samples[str(i)] = Sample(measured("speed", job, SpeedSample), cold)
         except WorkerError as error:
             subjects[i].failed["speed"] = str(error)
             log.warning("warning: the speed of %s could not be measured: %s", subjects[i].label, error)
-    return found
+    return Round(bandwidth, samples)
 
 
-def _speed_figures(subject: Subject, samples: list[dict[str, Any]], options: BenchOptions) -> None:
-    found, missing = subject.figures, subject.missing
-    cold = [s["cold"]["load_s"] for s in samples if "load_s" in s["cold"]]
-    if cold:
-        found["load.cold_s"] = Measurement("second", cold)
-    else:
-        missing["load.cold_s"] = samples[0]["cold"]["reason"]
-    found["load.warm_s"] = Measurement("second", [s["load_s"] for s in samples])
-    for key, name in (("peak_rss_bytes", "peak_rss_bytes"), ("peak_pss_bytes", "peak_pss_bytes"), ("gpu_bytes", "gpu_bytes")):
-        if values := [s[key] for s in samples if key in s]:
-            found[f"memory.{name}"] = Measurement("byte", values)
-        elif key == "gpu_bytes" and options.target == "cpu":
-            missing["memory.gpu_bytes"] = "measured on the CPU"
+def _speed_figures(subject: Subject, samples: list[SpeedSample], options: BenchOptions) -> None:
+    figures, missing = subject.figures, subject.missing
+    figures["load.warm_s"] = Figure.of("second", [s.load_s for s in samples])
+    system = platform.system()
+    memory = (
+        ("memory.peak_rss_bytes", [s.peak_rss_bytes for s in samples], f"{system} does not report it"),
+        ("memory.peak_pss_bytes", [s.peak_pss_bytes for s in samples], f"{system} does not report it (PSS is Linux only)"),
+        (
+            "memory.gpu_bytes",
+            [s.gpu_bytes for s in samples],
+            "measured on the CPU" if options.target == "cpu" else "the driver does not report it",
+        ),
+    )
+    for name, values, reason in memory:
+        if known := [value for value in values if value is not None]:
+            figures[name] = Figure.of("byte", known)
         else:
-            missing[f"memory.{name}"] = f"{platform.system()} does not tell" + (" (PSS is Linux only)" if "pss" in key else "")
-    for length in samples[0]["prefill"]:
-        seconds = [s["prefill"][length] for s in samples]
-        found[f"speed.ttft_ms.{length}"] = Measurement("millisecond", [1000 * t for t in seconds])
-        found[f"speed.prefill_tokens_per_s.{length}"] = Measurement("token/second", [int(length) / t for t in seconds])
-    rates = [1000 * len(s["inter_token_ms"]) / sum(s["inter_token_ms"]) for s in samples]
-    found["speed.decode_tokens_per_s"] = Measurement("token/second", rates)
-    found["speed.inter_token_ms"] = Measurement("millisecond", [t for s in samples for t in s["inter_token_ms"]])
-    read = subject.fact("weight_bytes_per_token")
+            missing[name] = reason
+    for length in samples[0].prefill:
+        seconds = [s.prefill[length] for s in samples]
+        figures[f"speed.ttft_ms.{length}"] = Figure.of("millisecond", [1000 * t for t in seconds])
+        figures[f"speed.prefill_tokens_per_s.{length}"] = Figure.of("token/second", [int(length) / t for t in seconds])
+    rates = [1000 * len(s.inter_token_ms) / sum(s.inter_token_ms) for s in samples]
+    figures["speed.decode_tokens_per_s"] = Figure.of("token/second", rates)
+    figures["speed.inter_token_ms"] = Figure.of("millisecond", [t for s in samples for t in s.inter_token_ms])
+
+
+def _cold_figure(subject: Subject, samples: list[ColdSample]) -> None:
+    if seconds := [s.load_s for s in samples if s.load_s is not None]:
+        subject.figures["load.cold_s"] = Figure.of("second", seconds)
+    else:
+        subject.missing["load.cold_s"] = samples[0].reason or "not measured"
+
+
+def _bandwidth_figures(subject: Subject, bandwidths: list[float | None], options: BenchOptions) -> None:
+    """By round: bytes read per token x decode rate / bandwidth."""
+    figures, missing, read = subject.figures, subject.missing, subject.weight_bytes_per_token
+    widths = [width for width in bandwidths if width is not None]
     if options.target != "cpu":
         missing["speed.bandwidth_fraction"] = "the bandwidth of a GPU's memory is not measured"
-    elif None in [s["bandwidth"] for s in samples]:
-        missing["speed.bandwidth_fraction"] = (
-            "the process that measures the memory's bandwidth died, most likely for want of memory"
-        )
+    elif len(widths) < len(bandwidths):
+        missing["speed.bandwidth_fraction"] = "the process that measures memory bandwidth died, most likely out of memory"
     elif read is None:
-        missing["speed.bandwidth_fraction"] = "the manifest does not tell the bytes read per token; export again"
+        missing["speed.bandwidth_fraction"] = "the manifest does not record the bytes read per token; export again"
     else:
-        widths = [s["bandwidth"] for s in samples]
-        found["speed.memory_bandwidth"] = Measurement("byte/second", widths)
-        found["speed.bytes_per_token"] = Measurement("byte", [read])
-        fractions = [read * rate / width for rate, width in zip(rates, widths, strict=True)]
-        found["speed.bandwidth_fraction"] = Measurement("1", fractions)
+        rates = figures["speed.decode_tokens_per_s"].values
+        figures["speed.memory_bandwidth"] = Figure.of("byte/second", widths)
+        figures["speed.bytes_per_token"] = Figure.of("byte", [read])
+        figures["speed.bandwidth_fraction"] = Figure.of("1", [read * r / w for r, w in zip(rates, widths, strict=True)])

@@ -1,57 +1,75 @@
-"""What is measured: one artifact, and what was found of it."""
+"""What is measured: one artifact, and the results of its measurement."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.bench.quality import check_references
+from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import MANIFEST
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
-from edgepress.pipeline.report.stats import Measurement
+from edgepress.pipeline.report.model import Environment, Figure, Report, StageRow
+from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.runtime import targets
 
 
 @dataclass
 class Subject:
-    """One artifact under measurement. failed: which measurement -> why its process died."""
+    """One artifact under measurement. stages: the checkpoints behind it. failed: which measurement -> why its process died."""
 
     artifact: Artifact
     label: str
+    steps: tuple[Step, ...]
     stages: tuple[Path, ...]
-    figures: dict[str, Measurement] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: tuple[StageRow, ...] = ()
 
     @property
     def path(self) -> Path:
         """Its folder."""
         return self.artifact.path
 
-    def fact(self, name: str) -> Any:
-        """The last stage's word on something, or None."""
+    @property
+    def parameters(self) -> int | None:
+        """Of the model as exported; None where no stage recorded them."""
+        recorded = self._fact("parameters")
+        last = recorded[-1] if isinstance(recorded, list) else recorded  # prune records them before and after
+        return last if isinstance(last, int) else None
+
+    @property
+    def accuracy_level(self) -> int | None:
+        """Of its quantized matrices; None where it has none."""
+        level = self._fact("accuracy_level")
+        return level if isinstance(level, int) else None
+
+    @property
+    def weight_bytes_per_token(self) -> int | None:
+        """Bytes of weights that one decoding step reads; None where the export did not record them."""
+        read = self._fact("weight_bytes_per_token")
+        return read if isinstance(read, int) else None
+
+    def _fact(self, name: str) -> object:
         return next((s.facts[name] for s in reversed(self.artifact.steps) if name in s.facts), None)
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        steps = [
-            {"stage": s.stage, "options": {k: v for k, v in s.options.items() if v is not None}, "facts": s.facts}
-            for s in self.artifact.steps
-        ]
-        return {
-            "artifact": self.label,
-            "identity": self.artifact.identity(),
-            "steps": steps,
-            "figures": {name: figure.plain() for name, figure in self.figures.items()},
-            "stages": self.rows,
-            "missing": self.missing,
-            "failed": self.failed,
-        }
+    def report(self, environment: Environment, run: str) -> Report:
+        """What was measured of it."""
+        return Report(
+            artifact=self.label,
+            identity=self.artifact.identity(),
+            steps=self.steps,
+            figures=self.figures,
+            stages=self.rows,
+            missing=self.missing,
+            failed=self.failed,
+            environment=environment,
+            run=run,
+        )
 
 
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
@@ -63,14 +81,17 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
             raise InputError(f"bench takes onnx, and {other.path} is {other.format}; give the folder that export wrote")
         if damaged := other.damaged():
             raise InputError(f"{other.path / damaged[0]} was changed since {other.path} was written; build that folder again")
-    check_references(options)
+    _check_references(options)
     artifacts = [source, *others]
     for artifact in artifacts:
         made_for = artifact.steps[-1].options.get("target", "cpu") if artifact.steps else "cpu"
         if options.target == "cuda" and made_for != "cuda":
             raise InputError(f"{artifact.path} was exported for the CPU; export it with --target cuda to measure it there")
     names = labels([a.path for a in artifacts])
-    subjects = [Subject(a, name, stages_of(a) if options.reference else ()) for a, name in zip(artifacts, names, strict=True)]
+    subjects = [
+        Subject(artifact, name, report_steps(artifact), stages_of(artifact) if options.reference else ())
+        for artifact, name in zip(artifacts, names, strict=True)
+    ]
     if options.stages:
         subjects[0].stages = options.stages
     if options.tasks:
@@ -83,14 +104,34 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     return subjects
 
 
+def _check_references(options: BenchOptions) -> None:
+    """Every checkpoint named is there and can be read."""
+    if options.stages and options.reference is None:
+        raise OptionError("--stages are measured against the original; give it with --reference")
+    for folder in (options.reference, *options.stages):
+        if folder is not None:
+            check_checkpoint(Artifact.load(folder).path, options.trust_remote_code, quantized=True)
+
+
+def report_steps(artifact: Artifact) -> tuple[Step, ...]:
+    """The stages behind an artifact as its report has them. Raises InputError for a manifest whose facts are damaged."""
+    try:
+        return tuple(
+            Step(step.stage, {key: value for key, value in step.options.items() if value is not None}, step.facts)
+            for step in artifact.steps
+        )
+    except ValueError as error:
+        raise InputError(f"{artifact.path / MANIFEST} is damaged ({error}); build that folder again") from error
+
+
 def stages_of(artifact: Artifact) -> tuple[Path, ...]:
-    """The checkpoints behind an artifact that still lie beside it, first to last: their manifest is the beginning of its own."""
-    found = []
+    """The checkpoints behind an artifact in the folders next to it, first to last: their steps are the beginning of its steps."""
+    stages = []
     for folder in artifact.path.resolve().parent.iterdir():
         try:
             other = Artifact.load(folder)
         except InputError:
             continue
         if other.format in ("hf", "packed") and other.steps and other.steps == artifact.steps[: len(other.steps)]:
-            found.append((len(other.steps), folder))
-    return tuple(folder for _, folder in sorted(found))
+            stages.append((len(other.steps), folder))
+    return tuple(folder for _, folder in sorted(stages))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lm_eval
 import numpy as np
+from edgepress.pipeline.bench.jobs import TaskFigure, TaskFigures, TasksJob
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.metrics.scores import log_softmax
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import suggestion
@@ -26,9 +28,23 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
 # Logits of one batch, in numbers: a quarter of a gigabyte.
 BATCH_LOGITS = 1 << 26
 BATCH_ROWS = 16
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One continuation to generate: of the request ``number``, up to ``count`` tokens or one of the texts ``stops``."""
+
+    number: int
+    ids: list[int]
+    count: int
+    stops: list[str]
 
 
 class OnnxLM(TemplateLM):  # type: ignore[misc]
@@ -44,11 +60,11 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
         self._end = self._special(config, "eos_token", min(ends) if ends else None)
         self._start = self._special(config, "bos_token", start[0] if start else self._end)
 
-    def _special(self, config: dict[str, Any], name: str, fallback: int | None) -> int:
+    def _special(self, config: JsonObject, name: str, fallback: int | None) -> int:
         text = config.get(name)
         text = text.get("content") if isinstance(text, dict) else text
-        found = self._tokenizer.token_to_id(text) if text else None
-        return int(found if found is not None else fallback or 0)
+        token = self._tokenizer.token_to_id(text) if text else None
+        return int(token if token is not None else fallback or 0)
 
     @property
     def eot_token_id(self) -> int:
@@ -60,14 +76,16 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
         """Id that stands before a text without a context, as the harness's own backend chooses it: BOS, else EOS."""
         return self._start
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         """Ids of a text; BOS where the tokenizer adds one and the text does not bring it."""
         if add_special_tokens is None:
             first = self._tokenizer.id_to_token(self._start)
             add_special_tokens = not (first and string.startswith(first))
         return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
 
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
+    ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would give it) of each (texts, context ids, continuation ids)."""
         rows = [np.array((context + following)[-(self.decoder.context + 1) :][:-1]) for _, context, following in requests]
         answers: dict[int, tuple[float, bool]] = {}
@@ -90,7 +108,7 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
                 batches.append([index])
         return batches
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in nats, in windows of the context as the harness cuts them."""
         windows, owners = [], []
         for number, request in enumerate(requests):
@@ -103,9 +121,9 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
             totals[number] += nats
         return totals
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to a stop text. Raises OptionError for a task that samples."""
-        jobs = []
+        prompts = []
         for number, request in enumerate(requests):
             text, given = request.args
             settings = normalize_gen_kwargs(given, 256)
@@ -114,67 +132,67 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
             count = min(settings["max_gen_toks"], self.decoder.context - 1)
             ids = self.tok_encode(text)[-(self.decoder.context - count) :]
             stops = handle_stop_sequences(settings.get("until"), self._tokenizer.id_to_token(self._end))
-            jobs.append((len(ids), number, ids, count, stops))
+            prompts.append(_Prompt(number, ids, count, stops))
         answers = [""] * len(requests)
-        for _, same in groupby(sorted(jobs), key=lambda job: (job[0], job[3])):
+        prompts.sort(key=lambda prompt: len(prompt.ids))
+        for _, same in groupby(prompts, key=lambda prompt: (len(prompt.ids), prompt.count)):
             group = list(same)
             for first in range(0, len(group), BATCH_ROWS):
                 batch = group[first : first + BATCH_ROWS]
-                for job, text in zip(batch, self._generate(batch), strict=True):
-                    answers[job[1]] = text
+                for prompt, text in zip(batch, self._generate(batch), strict=True):
+                    answers[prompt.number] = text
         return answers
 
-    def _generate(self, batch: list[Any]) -> list[str]:
+    def _generate(self, batch: list[_Prompt]) -> list[str]:
         tokens: list[list[int]] = [[] for _ in batch]
         texts: list[str | None] = [None] * len(batch)
-        steps = self.decoder.greedy_batch(np.array([job[2] for job in batch]))
-        for step in range(batch[0][3]):
+        steps = self.decoder.greedy_batch(np.array([prompt.ids for prompt in batch]))
+        for step in range(batch[0].count):
             for row, token in enumerate(next(steps)):
                 if texts[row] is not None:
                     continue
                 tokens[row].append(int(token))
                 text = self._tokenizer.decode(tokens[row])
-                stopped = any(stop and stop in text for stop in batch[row][4])
-                if token == self._end or stopped or step + 1 == batch[row][3]:
-                    texts[row] = str(postprocess_generated_text(text, batch[row][4], None))
+                stopped = any(stop and stop in text for stop in batch[row].stops)
+                if token == self._end or stopped or step + 1 == batch[row].count:
+                    texts[row] = str(postprocess_generated_text(text, batch[row].stops, None))
             if all(text is not None for text in texts):
                 break
         return [text or "" for text in texts]
 
 
-def evaluate(folder: str, tasks: list[str], files: list[str], limit: int, threads: int, target: str) -> Iterator[dict[str, Any]]:
-    """Run tasks on an artifact; answers {"figures": {"arc_easy.acc": {"value", "standard_error"}}}.
+def evaluate(job: TasksJob) -> Iterator[TaskFigures]:
+    """Run tasks on an artifact."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = OnnxLM(Path(job.folder), job.threads, job.target)
+    yield TaskFigures(run(model, job.tasks, job.files, job.limit))
+
+
+def run(model: LM, tasks: Sequence[str], files: Sequence[str], limit: int) -> dict[str, TaskFigure]:
+    """The harness's metrics of any of its models, by ``task.metric``. Raises OptionError for a task that it does not know.
 
     tasks: the harness's names, or .yaml files in its format. files: .jsonl documents, in the order of tasks, in place of what
     the harness would download; or none. limit: documents of each task at most, 0 for all.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = OnnxLM(Path(folder), threads, target)
-    found = run(model, tasks, files, limit)
-    yield {"figures": found}
-
-
-def run(model: Any, tasks: list[str], files: list[str], limit: int) -> dict[str, dict[str, float]]:
-    """The harness's metrics of any of its models, by ``task.metric``. Raises OptionError for a task that it does not know."""
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked beside the runtime's threads, and hangs now and then
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked while the runtime's threads run, and hangs now and then
     local = [local_task(name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else []
     manager = TaskManager(include_defaults=False) if local else _manager()
     for name in [] if local else tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise _unknown(name, manager)
+    chosen: list[JsonObject | str] = [*local] or [*tasks]
     results = simple_evaluate(
-        model, tasks=local or tasks, limit=limit or None, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        model, tasks=chosen, limit=limit or None, task_manager=manager, log_samples=False, bootstrap_iters=1000
     )
-    found = {}
+    figures = {}
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if kind != "none" or not isinstance(value, int | float) or metric.endswith("_stderr"):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
-            extra = {"standard_error": float(error)} if isinstance(error, int | float) else {}
-            found[f"{task}.{metric}"] = {"value": float(value)} | extra
-    return found
+            figures[f"{task}.{metric}"] = TaskFigure(float(value), float(error) if isinstance(error, int | float) else None)
+    return figures
 
 
 @cache
@@ -186,15 +204,15 @@ def _unknown(name: str, manager: TaskManager) -> OptionError:
     return OptionError(f"lm-evaluation-harness has no task '{name}'{suggestion(name, manager.all_tasks)}")
 
 
-def local_task(name: str, file: Path) -> dict[str, Any]:
+def local_task(name: str, file: Path) -> JsonObject:
     """The harness's own task (prompts, metrics) on documents from a local .jsonl file."""
-    own = Path(name) if Path(name).is_file() else next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{name}.yaml"), None)
-    if own is None:  # named otherwise than its file: the whole index is read
+    definition = Path(name) if Path(name).is_file() else next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{name}.yaml"), None)
+    if definition is None:  # named otherwise than its file: the whole index is read
         known = _manager().task_index.get(name)
         if known is None or known.yaml_path is None:
             raise _unknown(name, _manager())
-        own = known.yaml_path
-    config = dict(load_yaml(own, resolve_func=True))
+        definition = known.yaml_path
+    config = dict(load_yaml(definition, resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}

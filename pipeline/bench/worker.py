@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, QualityJob, SpeedJob, SpeedSample, TasksJob
 from edgepress.pipeline.errors import EdgepressError
-from edgepress.pipeline.registry import load
+from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.registry import require
+from edgepress.pipeline.report.plain import from_plain, object_of
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.targets import gpu_memory
 
@@ -27,58 +29,64 @@ BANDWIDTH_BYTES = 1 << 28  # larger than the caches of all but a few servers
 BANDWIDTH_PASSES = 5
 
 
-def speed(
-    folder: str, ids: list[int], prompt_lengths: list[int], new_tokens: int, threads: int, target: str = "cpu"
-) -> Iterator[dict[str, Any]]:
-    """One sample of each figure. ids: fixed token ids, at least as many as the longest prompt.
+def speed(job: SpeedJob) -> Iterator[SpeedSample]:
+    """One sample of each figure.
 
-    Times are wall clock: load in seconds, inter-token in milliseconds. The first token's time is the prefill of the
-    whole prompt and its argmax; warm-up is left out. Logits come back to the host, so no clock is read before the device is done.
+    Times are wall clock. The first token's time is the prefill of the whole prompt and its argmax; warm-up is not counted.
+    Logits come back to the host, so no clock is read before the device is done.
     """
     importlib.import_module("onnxruntime")  # before the clock: loading is the artifact's time, not the library's
     begun = time.perf_counter()
-    decoder = Decoder(Path(folder), threads=threads, target=target)
-    found: dict[str, Any] = {"load_s": time.perf_counter() - begun, "prefill": {}}
-    prompt = np.array(ids, dtype=np.int64)
+    decoder = Decoder(Path(job.folder), threads=job.threads, target=job.target)
+    load_s = time.perf_counter() - begun
+    prompt, prefill = np.array(job.ids, dtype=np.int64), {}
     pss = [_pss()]
-
-    def timed(piece: np.ndarray) -> tuple[float, int]:
-        start = time.perf_counter()
-        token = int(decoder.feed(piece)[-1].argmax())
-        return time.perf_counter() - start, token
-
-    for length in prompt_lengths:
+    for length in job.prompt_lengths:
         decoder.reset()
-        timed(prompt[:length])  # warm-up: allocates for this length
+        _timed(decoder, prompt[:length])  # warm-up: allocates for this length
         seconds = []
         for _ in range(PREFILLS):
             decoder.reset()
-            seconds.append(timed(prompt[:length])[0])
-        found["prefill"][str(length)] = float(np.median(seconds))
+            seconds.append(_timed(decoder, prompt[:length])[0])
+        prefill[str(length)] = float(np.median(seconds))
         pss.append(_pss())
+    steps = _decode(decoder, prompt[: min(job.prompt_lengths)], job.new_tokens)
+    yield SpeedSample(
+        load_s=load_s,
+        prefill=prefill,
+        inter_token_ms=tuple(1000 * s for s in steps),
+        peak_rss_bytes=peak_rss(),
+        peak_pss_bytes=max((value for value in (*pss, _pss()) if value is not None), default=None),
+        gpu_bytes=gpu_memory() if job.target == "cuda" else None,
+    )
+
+
+def _timed(decoder: Decoder, ids: np.ndarray) -> tuple[float, int]:
+    """Seconds of one step, and the most likely next token."""
+    start = time.perf_counter()
+    token = int(decoder.feed(ids)[-1].argmax())
+    return time.perf_counter() - start, token
+
+
+def _decode(decoder: Decoder, prompt: np.ndarray, count: int) -> list[float]:
+    """Seconds of each of ``count`` greedy steps after the prompt and the warm-up."""
     decoder.reset()
-    _, token = timed(prompt[: min(prompt_lengths)])
+    _, token = _timed(decoder, prompt)
     for _ in range(WARM_UP_TOKENS):
-        _, token = timed(np.array([token]))
+        _, token = _timed(decoder, np.array([token]))
     steps = []
-    for _ in range(new_tokens):
-        step, token = timed(np.array([token]))
+    for _ in range(count):
+        step, token = _timed(decoder, np.array([token]))
         steps.append(step)
-    found["inter_token_ms"] = [1000 * s for s in steps]
-    known = [value for value in (*pss, _pss()) if value is not None]
-    if known:
-        found["peak_pss_bytes"] = max(known)
-    if target == "cuda" and (held := gpu_memory()) is not None:
-        found["gpu_bytes"] = held
-    yield found | memory()
+    return steps
 
 
-def cold(folder: str, threads: int, target: str = "cpu") -> Iterator[dict[str, Any]]:
-    """Seconds to create the session with the artifact's files out of the page cache, or ``reason`` why they could not be."""
+def cold(job: ColdJob) -> Iterator[ColdSample]:
+    """Seconds to create the session with the artifact's files out of the page cache, or the reason why they could not be."""
     importlib.import_module("onnxruntime")
-    files = [p for p in Path(folder).iterdir() if p.is_file()]
+    files = [p for p in Path(job.folder).iterdir() if p.is_file()]
     if not hasattr(os, "posix_fadvise"):
-        yield {"reason": "this system has no posix_fadvise to drop files from the page cache"}
+        yield ColdSample(reason="this system has no posix_fadvise to drop files from the page cache")
         return
     for file in files:
         handle = os.open(file, os.O_RDONLY)
@@ -88,23 +96,24 @@ def cold(folder: str, threads: int, target: str = "cpu") -> Iterator[dict[str, A
         finally:
             os.close(handle)
     before, begun = _read_from_disk(), time.perf_counter()
-    Decoder(Path(folder), threads=threads, target=target)
+    Decoder(Path(job.folder), threads=job.threads, target=job.target)
     seconds, after = time.perf_counter() - begun, _read_from_disk()
     weights = sum(p.stat().st_size for p in files if p.name.startswith("model.onnx"))
     if before is None or after is None:
-        yield {"reason": "the system does not tell what was read from the disk, so cold cannot be proven"}
+        yield ColdSample(reason="the system does not report what was read from the disk, so a cold load cannot be proven")
     elif after - before < weights / 2:
-        yield {"reason": "the files could not be dropped from the page cache here (a file system in memory, or another reader)"}
+        reason = "the files could not be dropped from the page cache here (a file system in memory, or another reader)"
+        yield ColdSample(reason=reason)
     else:
-        yield {"load_s": seconds}
+        yield ColdSample(load_s=seconds)
 
 
-def bandwidth(threads: int) -> Iterator[dict[str, Any]]:
-    """Bytes a second that ``threads`` threads read from memory together (0: one a core), the best of some passes.
+def bandwidth(job: BandwidthJob) -> Iterator[Bandwidth]:
+    """Bytes a second that the threads read from memory together, the best of some passes.
 
     Each thread takes the maximum of its own int32 array: one load and one vector instruction a cache line.
     """
-    count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    count = job.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     arrays = [np.ones(BANDWIDTH_BYTES // 4 // count, dtype=np.int32) for _ in range(count)]
     best = 0.0
     for _ in range(BANDWIDTH_PASSES):
@@ -115,24 +124,24 @@ def bandwidth(threads: int) -> Iterator[dict[str, Any]]:
         for worker in workers:
             worker.join()
         best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - begun))
-    yield {"bytes_per_s": best}
+    yield Bandwidth(best)
 
 
-def memory() -> dict[str, int]:
-    """Peak resident bytes of this process; what the system does not tell is left out.
+def peak_rss() -> int | None:
+    """Peak resident bytes of this process; None where the system does not report them.
 
     VmHWM, not ru_maxrss: the latter is inherited over exec, so a child of a big process starts with its parent's peak.
     """
     try:
         status = Path("/proc/self/status").read_text()
-        return {"peak_rss_bytes": 1024 * next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM"))}
+        return 1024 * next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM"))
     except (OSError, StopIteration):
         if os.name != "posix":
-            return {}
+            return None
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
-        return {"peak_rss_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _pss() -> int | None:
@@ -152,21 +161,41 @@ def _read_from_disk() -> int | None:
         return None
 
 
-def _other(kind: str) -> Any:
-    """Kinds that need more than the light base are imported only when asked for."""
-    return load({"quality": "edgepress.pipeline.bench.evaluate:quality", "tasks": "edgepress.pipeline.bench.tasks:evaluate"}[kind])
+def _quality(job: QualityJob) -> Iterator[object]:
+    from edgepress.pipeline.bench.evaluate import quality
+
+    return quality(job)
+
+
+def _tasks(job: TasksJob) -> Iterator[object]:
+    require("lm_eval")
+    from edgepress.pipeline.bench.tasks import evaluate
+
+    return evaluate(job)
+
+
+def answers(kind: str, job: JsonObject) -> Iterator[object]:
+    """Run a job. Kinds that need more than the light base are imported only when they are asked for."""
+    if kind == "speed":
+        return speed(from_plain(SpeedJob, job))
+    if kind == "cold":
+        return cold(from_plain(ColdJob, job))
+    if kind == "bandwidth":
+        return bandwidth(from_plain(BandwidthJob, job))
+    if kind == "quality":
+        return _quality(from_plain(QualityJob, job))
+    return _tasks(from_plain(TasksJob, job))
 
 
 def main() -> None:
     """Entry point of the process. An EdgepressError is the last line, as {"error": text}, with exit code 2."""
-    kind, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    kind, job = sys.argv[1], read_json(Path(sys.argv[2]))
     # What libraries print must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        measure: Any = {"speed": speed, "cold": cold, "bandwidth": bandwidth}.get(kind) or _other(kind)
-        for event in measure(**job):
-            print(json.dumps(event), file=answer, flush=True)
+        for event in answers(kind, job):
+            print(json.dumps(object_of(event)), file=answer, flush=True)
     except (EdgepressError, MemoryError) as error:
         print(json.dumps({"error": str(error) or "out of memory"}), file=answer, flush=True)
         sys.exit(2)

@@ -1,15 +1,19 @@
-"""The decoder blocks of a torch model, run with some of them left out or started again from a recorded state."""
+"""The decoder blocks of a torch model, run with some of them skipped or started again from a recorded state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import cast
 
 import torch
 from edgepress.pipeline.errors import ModelError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+# What a block is called with by position, and what it returns: the hidden states come first.
+BlockArgs = tuple[torch.Tensor, ...]
+BlockOutput = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
@@ -20,7 +24,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     lists = [pair for pair in lists if not any(pair[0].startswith(other + ".") for other, _ in lists)]
     if len(lists) != 1:
         raise ModelError(
-            f"cannot tell the decoder blocks of {type(model).__name__}: it keeps no one list of them; give a model of another kind"
+            f"cannot tell the decoder blocks of {type(model).__name__}: no single ModuleList has num_hidden_layers ({count}) "
+            "entries; give a model of another architecture"
         )
     return lists[0]
 
@@ -40,20 +45,20 @@ def block_matrices(model: PreTrainedModel) -> tuple[dict[str, tuple[int, int]], 
 
 
 class _Enough(Exception):
-    """All that was asked for is computed."""
+    """All requested states are computed."""
 
 
 class Blocks:
     """The residual stream of a model: what enters and leaves each decoder block.
 
-    Blocks are replaced, not hooked, so that what is left out costs no time. Raises ModelError when the blocks of the
-    architecture cannot be told.
+    Blocks are replaced, not hooked, so that a skipped block costs no time. Raises ModelError when the architecture's
+    blocks cannot be found.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.name, self.modules = decoder_blocks(model)
-        self._extras = self._outputs_beside_the_hidden_states()
+        self._extras = self._extra_outputs()
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -79,27 +84,27 @@ class Blocks:
         with self._replaced({i: hidden if i == index - 1 else None for i in range(index)}):
             yield
 
-    def states(self, ids: torch.Tensor, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
-        """What enters the blocks ``wanted``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
+    def states(self, ids: torch.Tensor, indices: Sequence[int]) -> dict[int, torch.Tensor]:
+        """What enters the blocks ``indices``, (batch, tokens, hidden) each; the number of blocks stands for what leaves the last.
 
         Nothing is computed after the last of them.
         """
         states: dict[int, torch.Tensor] = {}
-        end = max(wanted)
+        end = max(indices)
 
-        def entering(index: int) -> Any:
-            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def entering(index: int) -> Callable[[torch.nn.Module, BlockArgs, dict[str, object]], None]:
+            def hook(module: torch.nn.Module, args: BlockArgs, kwargs: dict[str, object]) -> None:
                 states[index] = block_input(args, kwargs)
                 if index == end:
                     raise _Enough
 
             return hook
 
-        def leaving(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def leaving(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
             states[len(self)] = block_output(output)
             raise _Enough
 
-        handles = [self.modules[i].register_forward_pre_hook(entering(i), with_kwargs=True) for i in wanted if i < len(self)]
+        handles = [self.modules[i].register_forward_pre_hook(entering(i), with_kwargs=True) for i in indices if i < len(self)]
         if end == len(self):
             handles.append(self.modules[-1].register_forward_hook(leaving))
         try:
@@ -112,8 +117,10 @@ class Blocks:
 
     @contextmanager
     def _replaced(self, given: Mapping[int, torch.Tensor | None]) -> Iterator[None]:
-        def hand_on(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
+        """Within the context each of these blocks returns the hidden states given for it, or its input where that is None."""
+
+        def hand_on(index: int) -> Callable[..., BlockOutput]:
+            def forward(*args: torch.Tensor, **kwargs: object) -> BlockOutput:
                 hidden = given[index]
                 hidden = block_input(args, kwargs) if hidden is None else hidden
                 extras = self._extras[index]
@@ -130,12 +137,12 @@ class Blocks:
             for index in changed:
                 del self.modules[index].forward
 
-    def _outputs_beside_the_hidden_states(self) -> list[int | None]:
+    def _extra_outputs(self) -> list[int | None]:
         """For each block the length of its output tuple less one, None where it returns a bare tensor."""
-        found: list[int | None] = []
+        extras: list[int | None] = []
 
-        def look(module: torch.nn.Module, args: Any, output: Any) -> None:
-            found.append(len(output) - 1 if isinstance(output, tuple) else None)
+        def look(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
+            extras.append(len(output) - 1 if isinstance(output, tuple) else None)
 
         handles = [block.register_forward_hook(look) for block in self.modules]
         try:
@@ -143,16 +150,14 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return extras
 
 
-def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def block_input(args: BlockArgs, kwargs: Mapping[str, object]) -> torch.Tensor:
     """The hidden states given to a block, (batch, tokens, hidden)."""
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+    return args[0] if args else cast(torch.Tensor, kwargs["hidden_states"])
 
 
-def block_output(output: Any) -> torch.Tensor:
+def block_output(output: BlockOutput) -> torch.Tensor:
     """The hidden states that a block returns, (batch, tokens, hidden)."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    return cast(torch.Tensor, output[0]) if isinstance(output, tuple) else output

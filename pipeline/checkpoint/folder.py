@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from edgepress.models.config import layer_count_key
-from edgepress.pipeline.checkpoint.load import load_model, meta_model, read_config
-from edgepress.pipeline.checkpoint.offloaded import offloaded_model
+from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_config
+from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.text.windows import context_length, load_tokenizer
@@ -20,10 +23,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder, float or packed, ours or quantized by others.
+    """A Hugging Face folder, float or packed, quantized by us or by another library.
 
     trust_remote_code: whether Python code in the folder may run. original: the float checkpoint of a third-party GPTQ
-    folder with ambiguous zero points. Reading raises ModelError for what is missing or damaged.
+    folder with ambiguous zero points. Reading raises ModelError for what is missing or damaged. What was read is kept: make a
+    new Checkpoint of a folder whose files have changed.
     """
 
     path: Path
@@ -32,12 +36,12 @@ class Checkpoint:
 
     @cached_property
     def raw_config(self) -> JsonObject:
-        """config.json as it is written."""
+        """The content of config.json."""
         return read_json(self.path / "config.json")
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """config.json as transformers completes it."""
+        """config.json with the defaults that transformers adds."""
         return read_config(self.path, self.trust_remote_code)
 
     @property
@@ -56,23 +60,40 @@ class Checkpoint:
         return load_tokenizer(self.path)
 
     @cached_property
+    def index(self) -> ShardIndex:
+        """Where each tensor of the float weights lies."""
+        return ShardIndex.of(self.path)
+
+    @cached_property
     def weights(self) -> Weights:
         """All weights by name, float or packed."""
-        return Weights(self.path, self.original)
+        return Weights(self.path, self.original, self.index)
 
     def matrix(self, module: str) -> PackedLinear | np.ndarray:
         """The matrix of a linear module or embedding: packed, or float32 (out, in)."""
-        packed = self.weights.packed(module)
-        return self.weights.array(f"{module}.weight") if packed is None else packed
+        return self.weights.matrix(module)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor in the files of the float weights."""
+        return self.index.shapes
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """One tensor as it is stored, None where the files have no such name."""
+        return self.index.tensor(name) if name in self.index else None
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor as it is stored, file by file. Raises ModelError for NaN and Inf."""
+        return self.index.tensors()
 
     def model(self) -> PreTrainedModel:
         """The torch model, float32 on the CPU, in evaluation mode; packed matrices dequantized."""
-        return load_model(self.path, self.trust_remote_code, self.original)
+        return build_model(self.config, self.weights, self.trust_remote_code)
 
     def offloaded_model(self) -> PreTrainedModel:
-        """What ``model`` gives, bit for bit, in the memory of its largest matrix."""
-        return offloaded_model(self.path, self.trust_remote_code, self.original)
+        """What ``model`` returns, bit for bit, in the memory of its largest matrix."""
+        return build_offloaded_model(self.config, self.weights, self.trust_remote_code)
 
     def meta_model(self) -> PreTrainedModel:
         """The module tree without weights: names and shapes, in no memory."""
-        return meta_model(self.path, self.trust_remote_code)
+        return build_meta_model(self.config, self.path, self.trust_remote_code)

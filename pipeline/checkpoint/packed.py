@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from edgepress.pipeline.checkpoint.shards import PACKED, Places
+from edgepress.pipeline.checkpoint.shards import PACKED, ShardIndex
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError
+from edgepress.pipeline.files import JsonObject
 
 # Dettmers et al. 2023 (QLoRA), appendix E, and bitsandbytes' FP4, in the order of their codes.
 # The tests compare both with bitsandbytes' own tables.
@@ -207,13 +210,36 @@ def save(linears: dict[str, PackedLinear], folder: Path) -> None:
 _STORED = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 
 
-class PackedFile:
-    """The packed matrices of a folder, read one at a time so that a big model never stands in memory whole.
+class PackedMatrices(Mapping[str, PackedLinear]):
+    """Module name -> PackedLinear of a folder, read one at a time so that a big model never stands in memory whole.
 
-    parts: names among the folder's float weights that are no such weights; none here, for packed matrices have their own file.
+    parts: names among the folder's float tensors that belong to packed matrices. described: what the manifest records of a
+    folder that another library quantized; None for ours.
     """
 
-    parts: frozenset[str] = frozenset()
+    parts: AbstractSet[str] = frozenset()
+    described: JsonObject | None = None
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules = list(modules)
+        self._known = frozenset(self._modules)
+
+    @abstractmethod
+    def __getitem__(self, module: str) -> PackedLinear:
+        """Read one matrix. Raises ModelError when it is damaged."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._known
+
+
+class PackedFile(PackedMatrices):
+    """Our own packed matrices. They have a file to themselves, so there are no parts among the float tensors."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -222,27 +248,22 @@ class PackedFile:
         try:
             with safe_open(self.path, "np") as file:
                 self._described = json.loads(file.metadata()["linears"])
-            self._places = Places([self.path])
+            super().__init__(self._described)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._described)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._described
+        self._index = ShardIndex([self.path])
 
     def __getitem__(self, name: str) -> PackedLinear:
         row = self._described[name]
-        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._places))
+        parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._index))
         arrays = {part: self._array(f"{name}.{part}") for part in parts}
         shape = (row["shape"][0], row["shape"][1])
         return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)
 
     def _array(self, name: str) -> np.ndarray:
-        if name not in self._places:
+        if name not in self._index:
             raise ModelError(f"{self.path} is damaged (it lacks {name}); quantize again")
-        content, kind, shape = self._places.read(name)
-        if kind not in _STORED:
-            raise ModelError(f"{self.path} is damaged ({name} is of the type {kind}); quantize again")
-        return np.frombuffer(content, dtype=_STORED[kind]).reshape(shape)
+        entry = self._index[name]
+        if entry.dtype not in _STORED:
+            raise ModelError(f"{self.path} is damaged ({name} is of the type {entry.dtype}); quantize again")
+        return np.frombuffer(self._index.read(name), dtype=_STORED[entry.dtype]).reshape(entry.shape)

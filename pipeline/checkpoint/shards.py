@@ -1,130 +1,224 @@
-"""Safetensors files: which hold a checkpoint's weights, where each tensor lies, and copies without loading."""
+"""Safetensors files: which of them hold a checkpoint's weights, where each tensor lies, and copies without loading."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import write_json
+from edgepress.pipeline.files import JsonObject, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
-PACKED = "packed.safetensors"  # our own quantized matrices, beside the float weights
+PACKED = "packed.safetensors"  # our own quantized matrices, next to the float weights
 _PIECE = 16 << 20
-
-
-def header(shard: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where its data begins. Raises ModelError when damaged or cut short."""
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        try:
-            if 8 + length > size:
-                raise ValueError("header beyond the end")
-            content: dict[str, Any] = json.loads(file.read(length))
-            rows = [row for name, row in content.items() if name != "__metadata__"]
-            offsets = [offset for row in rows for offset in row["data_offsets"]]
-            data = max(offsets, default=0)
-            whole = all(isinstance(row["dtype"], str) and isinstance(row["shape"], list) for row in rows)
-            if not whole or len(offsets) != 2 * len(rows) or not all(isinstance(offset, int) for offset in offsets):
-                raise ValueError("tensors without type, shape or place")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{shard} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
-    if 8 + length + data != size:
-        raise ModelError(f"{shard} is cut short: {size} bytes, its header promises {8 + length + data}; fetch it again")
-    return content, 8 + length
-
-
-class Places:
-    """Where the tensors of safetensors files lie. Raises ModelError when a file is damaged.
-
-    They are read, not mapped: of a mapped file, what was read once counts as memory until the last tensor of it is gone.
-    """
-
-    def __init__(self, shards: list[Path]) -> None:
-        self._rows: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for shard in shards:
-            content, begin = header(shard)
-            content.pop("__metadata__", None)
-            self._rows |= {name: (shard, begin, row) for name, row in content.items()}
-
-    @property
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return set(self._rows)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
-    def read(self, name: str) -> tuple[bytearray, str, list[int]]:
-        """Bytes of a tensor, its type as safetensors calls it, and its shape."""
-        shard, begin, row = self._rows[name]
-        first, end = row["data_offsets"]
-        content = bytearray(end - first)
-        with shard.open("rb") as file:
-            file.seek(begin + first)
-            if file.readinto(content) != len(content):
-                raise ModelError(f"{shard} is cut short; fetch or build it again")
-        return content, row["dtype"], row["shape"]
-
-
-def rewrite(sources: list[Path], out: Path, rename: Callable[[str], str | None]) -> int:
-    """Copy every tensor that ``rename`` gives a name to into ``out``, one new shard a source; returns the bytes of tensors kept.
-
-    Writes an index when there is more than one shard. Raises ModelError when a source is damaged.
-    """
-    plans = []
-    for source in sources:
-        content, begin = header(source)
-        metadata = content.pop("__metadata__", {"format": "pt"})
-        rows = [(new, content[old]) for old in content if (new := rename(old)) is not None]
-        if rows:
-            plans.append((source, begin, metadata, sorted(rows, key=lambda row: row[1]["data_offsets"][0])))
-    total, where = 0, {}
-    for number, (source, begin, metadata, rows) in enumerate(plans, 1):
-        name = "model.safetensors" if len(plans) == 1 else f"model-{number:05}-of-{len(plans):05}.safetensors"
-        offset = 0
-        new_header: dict[str, Any] = {"__metadata__": metadata}
-        for new, row in rows:
-            length = row["data_offsets"][1] - row["data_offsets"][0]
-            new_header[new] = {"dtype": row["dtype"], "shape": row["shape"], "data_offsets": [offset, offset + length]}
-            where[new] = name
-            offset += length
-        encoded = json.dumps(new_header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
-        with source.open("rb") as read, (out / name).open("wb") as write:
-            write.write(struct.pack("<Q", len(encoded)) + encoded)
-            for _, row in rows:
-                read.seek(begin + row["data_offsets"][0])
-                left = row["data_offsets"][1] - row["data_offsets"][0]
-                while left:
-                    piece = read.read(min(left, _PIECE))
-                    if not piece:
-                        raise ModelError(f"{source} grew shorter while it was read; leave it alone and start again")
-                    write.write(piece)
-                    left -= len(piece)
-        total += offset
-    if len(plans) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    return total
-
-
-def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape and place of every tensor, from the headers alone. Raises ModelError for a damaged file."""
-    return {name: row for shard in shards(folder) for name, row in header(shard)[0].items() if name != "__metadata__"}
-
-
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint. Raises ModelError for a damaged file."""
-    return {name: tuple(row["shape"]) for name, row in rows_of(folder).items()}
+_Copies = list[tuple[str, "TensorEntry"]]  # new name, what it is copied from
 
 
 def shards(folder: Path) -> list[Path]:
     """The safetensors files with float weights."""
-    found = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
-    indexed = sorted(folder.glob("model*.safetensors"))
-    return indexed or found
+    others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
+    return sorted(folder.glob("model*.safetensors")) or others
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: its file, its type as safetensors calls it, and its bytes, ``begin`` to ``end`` of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one safetensors file. begin: where the data begins, in bytes."""
+
+    file: Path
+    begin: int
+    metadata: dict[str, str] | None
+    entries: dict[str, TensorEntry]
+
+
+def read_header(file: Path) -> Header:
+    """The header of a safetensors file, checked. Raises ModelError when the file is damaged or cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        begin = 8 + length
+        try:
+            if begin > size:
+                raise ValueError("header beyond the end")
+            content: JsonObject = json.loads(stream.read(length))
+            metadata = content.pop("__metadata__", None)
+            entries = {name: _entry(file, begin, row) for name, row in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
+    end = max((entry.end for entry in entries.values()), default=begin)
+    if end != size:
+        raise ModelError(f"{file} is cut short: {size} bytes, its header promises {end}; fetch it again")
+    try:
+        with safe_open(file, "np"):  # it checks types, shapes and offsets against each other
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged or cut short ({error}); fetch or build it again") from error
+    return Header(file, begin, metadata, entries)
+
+
+def _entry(file: Path, begin: int, row: JsonObject) -> TensorEntry:
+    """One row of a header whose data begins at ``begin``. Raises ValueError, KeyError or TypeError when it is malformed."""
+    first, end = row["data_offsets"]
+    integers = isinstance(first, int) and isinstance(end, int)
+    if not integers or not isinstance(row["dtype"], str) or not isinstance(row["shape"], list):
+        raise ValueError("a tensor without type, shape or offsets")
+    return TensorEntry(file, row["dtype"], tuple(row["shape"]), begin + first, begin + end)
+
+
+class ShardIndex:
+    """Safetensors files and where each of their tensors lies, from the headers. Raises ModelError when a file is damaged.
+
+    Tensors are read, not mapped: of a mapped file, what was read once counts as memory until its last tensor is freed.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.headers = tuple(map(read_header, files))
+        self._entries = {name: entry for header in self.headers for name, entry in header.entries.items()}
+
+    @classmethod
+    def of(cls, folder: Path) -> ShardIndex:
+        """The files with a checkpoint's float weights."""
+        return cls(shards(folder))
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return [header.file for header in self.headers]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise ModelError(f"the checkpoint lacks {name}; fetch it again")
+        return self._entries[name]
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of a tensor. Raises ModelError when it is missing."""
+        return _read(self[name])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor in its stored type. Raises ModelError when it is missing or of a type that torch lacks."""
+        return _tensor(name, self[name])
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor in its stored type, file by file. Raises ModelError for NaN and Inf."""
+        import torch
+
+        for header in self.headers:
+            for name in sorted(header.entries):
+                tensor = _tensor(name, header.entries[name])
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+                    raise ModelError(f"{name} in {header.file} holds NaN or Inf; the checkpoint is broken there, fetch it again")
+                yield name, tensor
+
+    def rewrite(self, out: Path, rename: Callable[[str], str | None]) -> int:
+        """Copy every tensor that ``rename`` gives a name to into ``out``, one new file for each; returns the bytes copied.
+
+        Writes an index when there is more than one file. Tensors keep their dtype and bytes and are never loaded.
+        """
+        plans: list[tuple[Header, _Copies]] = []
+        for header in self.headers:
+            copies = [(new, entry) for old, entry in header.entries.items() if (new := rename(old)) is not None]
+            if copies:
+                plans.append((header, sorted(copies, key=lambda copy: copy[1].begin)))
+        weight_map: dict[str, str] = {}
+        for number, (header, copies) in enumerate(plans, 1):
+            name = "model.safetensors" if len(plans) == 1 else f"model-{number:05}-of-{len(plans):05}.safetensors"
+            _copy(header, copies, out / name)
+            weight_map |= {new: name for new, _ in copies}
+        total = sum(entry.nbytes for _, copies in plans for _, entry in copies)
+        if len(plans) > 1:
+            write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        return total
+
+
+def _read(entry: TensorEntry) -> bytearray:
+    content = bytearray(entry.nbytes)
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.begin)
+        if stream.readinto(content) != len(content):
+            raise ModelError(f"{entry.file} is cut short; fetch or build it again")
+    return content
+
+
+def _tensor(name: str, entry: TensorEntry) -> torch.Tensor:
+    from edgepress.pipeline.checkpoint.dtypes import to_torch
+
+    return to_torch(name, _read(entry), entry.dtype, entry.shape)
+
+
+def _copy(source: Header, copies: _Copies, target: Path) -> None:
+    """Write a safetensors file of the entries, in the order given, piece by piece."""
+    rows: JsonObject = {"__metadata__": {"format": "pt"} if source.metadata is None else source.metadata}
+    offset = 0
+    for new, entry in copies:
+        rows[new] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes]}
+        offset += entry.nbytes
+    encoded = json.dumps(rows, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
+    with source.file.open("rb") as read, target.open("wb") as write:
+        write.write(struct.pack("<Q", len(encoded)) + encoded)
+        for _, entry in copies:
+            read.seek(entry.begin)
+            left = entry.nbytes
+            while left:
+                piece = read.read(min(left, _PIECE))
+                if not piece:
+                    raise ModelError(f"{source.file} grew shorter while it was read; leave it alone and start again")
+                write.write(piece)
+                left -= len(piece)
+
+
+def rewrite(files: list[Path], out: Path, rename: Callable[[str], str | None]) -> int:
+    """``ShardIndex.rewrite`` of some files."""
+    return ShardIndex(files).rewrite(out, rename)
+
+
+def rows_of(folder: Path) -> dict[str, TensorEntry]:
+    """Name -> entry of every tensor of a checkpoint. Raises ModelError for a damaged file."""
+    index = ShardIndex.of(folder)
+    return {name: index[name] for name in index}
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint. Raises ModelError for a damaged file."""
+    return ShardIndex.of(folder).shapes

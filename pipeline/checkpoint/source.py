@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from edgepress.models import REFERENCE
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.files import JsonObject, read_json
 
-READABLE = ("gptq", "bitsandbytes")  # what export takes from others: pipeline/importers
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(source: str) -> Path:
@@ -33,7 +32,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except Exception as error:  # every failure of the hub client (offline, absent, gated) means the same here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -41,8 +40,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
-    """How a folder says it was quantized: config.json, or the quantize_config.json of AutoGPTQ; None for a float one.
+def settings_of(folder: Path) -> JsonObject | None:
+    """The quantization settings of a folder: from config.json, or AutoGPTQ's quantize_config.json; None for a float one.
 
     ``quant_method`` is always there, "?" where the folder does not say.
     """
@@ -57,18 +56,20 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
-    """Refuse, before anything is written, a folder that is no causal language model in safetensors. Raises ModelError.
+    """Refuse, before anything is written, a folder that is not a causal language model in safetensors. Raises ModelError.
 
-    quantized: whether one that GPTQ or bitsandbytes quantized will do.
+    quantized: accept one that GPTQ or bitsandbytes quantized.
     """
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise ModelError(f"{folder} holds {architectures[0]}, which is no causal language model; give a ...ForCausalLM checkpoint")
+        raise ModelError(
+            f"{folder} holds {architectures[0]}, which is not a causal language model; give a ...ForCausalLM checkpoint"
+        )
     if "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} names no model_type, so it is no Hugging Face model; give another folder")
+        raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
     if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{folder} runs Python code of its own; read it, and allow it with --trust-remote-code")
+        raise ModelError(f"{folder} contains Python code to run; read it, and allow it with --trust-remote-code")
     if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
         method = settings["quant_method"]
         way = ", or export it as it is" if method in READABLE else ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 import torch
+from edgepress.pipeline.checkpoint.dtypes import DTYPES
 from edgepress.pipeline.checkpoint.shards import rows_of, shards
 from edgepress.pipeline.errors import ModelError
 from safetensors.torch import load_file, save_file
@@ -15,24 +16,21 @@ from safetensors.torch import load_file, save_file
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
 CARRIED_SUFFIXES = {".json", ".model", ".jinja", ".py"}
 CARRIED_NAMES = {"merges.txt", "vocab.txt", "LICENSE"}
-# Left behind: what describes the former weights.
+# Files that describe the former weights.
 NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json", "influence.json"}
 
 
 def carry_files(source: Path, out: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights and config: tokenizer, chat template, generation config, licence."""
+    """Copy what belongs to a checkpoint besides its weights and config: tokenizer, chat template, generation config, licence."""
     for file in sorted(source.iterdir()):
-        wanted = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES
-        if file.is_file() and wanted and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED:
+        carried = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES
+        if file.is_file() and carried and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED:
             shutil.copy2(file, out / file.name)
-
-
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The type of every tensor in a checkpoint's files."""
-    return {name: TYPES[row["dtype"]] for name, row in rows_of(folder).items()}
+    return {name: DTYPES[entry.dtype] for name, entry in rows_of(folder).items()}
 
 
 def stored_dtype(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> torch.dtype:
@@ -40,22 +38,22 @@ def stored_dtype(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> tor
     return dtypes[_file_name(dtypes, name, folder)]
 
 
-def _file_name(names: Any, name: str, folder: Path) -> str:
-    """A parameter's name in the files: some leave the base model's prefix out. Raises ModelError."""
+def _file_name(names: Container[str], name: str, folder: Path) -> str:
+    """A parameter's name in the files: some omit the base model's prefix. Raises ModelError."""
     for known in (name, name.split(".", 1)[-1]):
         if known in names:
             return known
-    raise ModelError(f"{folder} stores no tensor '{name}' by itself; save the model again with this transformers' save_pretrained")
+    raise ModelError(f"{folder} has no tensor '{name}'; save the model again with this transformers' save_pretrained")
 
 
 def replace_tensors(folder: Path, changed: dict[str, torch.Tensor]) -> None:
     """Put changed tensors into the checkpoint's files, in the type that each has there."""
     names = stored_dtypes(folder)
-    wanted = {_file_name(names, name, folder): tensor for name, tensor in changed.items()}
+    new = {_file_name(names, name, folder): tensor for name, tensor in changed.items()}
     for shard in shards(folder):
         content = load_file(shard)
-        if not content.keys() & wanted.keys():
+        if not content.keys() & new.keys():
             continue
-        for name in content.keys() & wanted.keys():
-            content[name] = wanted[name].to(content[name].dtype).contiguous()
+        for name in content.keys() & new.keys():
+            content[name] = new[name].to(content[name].dtype).contiguous()
         save_file(content, shard, metadata={"format": "pt"})

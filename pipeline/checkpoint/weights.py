@@ -1,90 +1,107 @@
-"""The weights of a checkpoint folder by name, read when asked for: float tensors and packed matrices."""
+"""The weights of a checkpoint folder by name, read when asked for: the one place that knows which are float and which packed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.importers.bnb import BnbFolder
-from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.importers.reader import open_quantized
-from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
-from edgepress.pipeline.checkpoint.shards import PACKED, header, shards
-from edgepress.pipeline.checkpoint.tensors import Tensors
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear, PackedMatrices
+from edgepress.pipeline.checkpoint.shards import PACKED, ShardIndex
+from edgepress.pipeline.files import JsonObject
 
 
-def open_packed(folder: Path, original: Path | None = None) -> PackedFile | GptqFolder | BnbFolder | None:
-    """The packed matrices of a folder, ours or another's; None for a float one.
+def open_packed(folder: Path, index: ShardIndex, original: Path | None = None) -> PackedMatrices | None:
+    """The packed matrices of a folder, ours or third-party; None for a float one.
 
-    original: the float checkpoint that another's was made from, to tell what its values leave open. Raises ModelError.
+    original: float original of a third-party GPTQ checkpoint with ambiguous zero points. Raises ModelError.
     """
     if (folder / PACKED).is_file():
         return PackedFile(folder)
-
-    def weight(name: str) -> np.ndarray | None:
-        tensor = None if original is None else read_tensor(original, f"{name}.weight")
-        return None if tensor is None else tensor.float().numpy()
-
-    return open_quantized(folder, shards(folder), None if original is None else weight)
+    if original is None:
+        return open_quantized(folder, index)
+    return open_quantized(folder, index, _Original(original))
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every float tensor of a checkpoint, shard by shard. Raises ModelError for a damaged file."""
-    for shard in shards(folder):
-        tensors = Tensors([shard])
-        for name in sorted(tensors.names):
-            tensor = tensors[name]
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
-                raise ModelError(f"{name} in {shard} holds NaN or Inf; the checkpoint is broken there, fetch it again")
-            yield name, tensor
+class _Original:
+    """Module name -> float32 matrix (out, in) of a float checkpoint, None for a module that it lacks."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
-    """One tensor of a checkpoint, None where it has no such name."""
-    for shard in shards(folder):
-        if name in header(shard)[0]:
-            return Tensors([shard])[name]
-    return None
+    @cached_property
+    def _index(self) -> ShardIndex:
+        return ShardIndex.of(self._folder)
+
+    def __call__(self, module: str) -> np.ndarray | None:
+        name = f"{module}.weight"
+        return self._index.tensor(name).float().numpy() if name in self._index else None
 
 
 class Weights:
-    """Name -> array, of a folder with float weights and perhaps packed matrices, ours or another's.
+    """Name -> array of a folder with float weights and perhaps packed matrices, ours or third-party.
 
-    original: the float checkpoint that another's was made from, where it is at hand.
+    original: float original of a third-party GPTQ checkpoint with ambiguous zero points. index: where the float tensors lie.
+    imported: what is known of a folder that another library quantized; None for ours and for float ones. Raises ModelError
+    for files that are damaged or cannot be read.
     """
 
-    def __init__(self, folder: Path, original: Path | None = None) -> None:
-        self._tensors = Tensors(shards(folder))
-        self._packed = open_packed(folder, original)
-        self._floats = self._tensors.names - (self._packed.parts if self._packed is not None else set())
+    def __init__(self, folder: Path, original: Path | None = None, index: ShardIndex | None = None) -> None:
+        self.folder, self.index = folder, index or ShardIndex.of(folder)
+        packed = open_packed(folder, self.index, original)
+        self._packed: Mapping[str, PackedLinear] = {} if packed is None else packed
+        self._floats = self.index.names - (frozenset() if packed is None else packed.parts)
+        self.imported: JsonObject | None = None if packed is None else packed.described
 
-    @property
-    def imported(self) -> dict[str, Any] | None:
-        """What is known of a folder that others quantized; None for ours and for float ones."""
-        return getattr(self._packed, "described", None)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._floats or (self._packed is not None and name.removesuffix(".weight") in self._packed)
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._floats or name.removesuffix(".weight") in self._packed)
 
     @property
     def matrices(self) -> set[str]:
         """The linear modules whose matrices are packed."""
-        return set(self._packed or ())
+        return set(self._packed)
 
     @property
     def names(self) -> set[str]:
         """Names of all weights, packed ones as ``....weight``."""
-        return self._floats | {f"{name}.weight" for name in self._packed or ()}
+        return self._floats | {f"{module}.weight" for module in self._packed}
 
     def array(self, name: str) -> np.ndarray:
         """A float tensor as float32; bfloat16 and float16 widen exactly."""
-        array: np.ndarray = self._tensors[name].float().numpy()
+        array: np.ndarray = self.index.tensor(name).float().numpy()
         return array
 
     def packed(self, module: str) -> PackedLinear | None:
         """The packed matrix of a linear module, None where it is float."""
-        return self._packed[module] if self._packed is not None and module in self._packed else None
+        if module not in self._packed:
+            return None
+        return self._packed[module]
+
+    def matrix(self, module: str) -> PackedLinear | np.ndarray:
+        """The matrix of a linear module or embedding: packed, or float32 (out, in)."""
+        packed = self.packed(module)
+        return self.array(f"{module}.weight") if packed is None else packed
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight in float32, dequantized where it is packed: then (out, in), whatever way round the module stores it."""
+        module = name.removesuffix(".weight")
+        # Not by way of ``packed`` or ``matrix``, which the exporters read: a fault in those must show in the proof.
+        return torch.from_numpy(self._packed[module].dequantized() if module in self._packed else self.array(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of ``tensor(name)``."""
+        packed = self.packed(name.removesuffix(".weight"))
+        return self.index[name].shape if packed is None else packed.shape
+
+    def floats(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The float weights in their stored types, file by file. Raises ModelError for NaN and Inf."""
+        return ((name, tensor) for name, tensor in self.index.tensors() if name in self._floats)
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
+    """One tensor of a checkpoint as it is stored, None where it has no such name."""
+    index = ShardIndex.of(folder)
+    return index.tensor(name) if name in index else None

@@ -21,7 +21,7 @@ from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
 from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say, signals, stop
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.files import write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
@@ -95,9 +95,9 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
         _print_report(artifact)
         return 0
     if options.verb == "prune":
-        from edgepress.pipeline.report.text import influence_table
+        from edgepress.pipeline.report.influence import influence_table, read_influences
 
-        print(influence_table(read_json(artifact.path / "influence.json")) + "\n")
+        print(influence_table(read_influences(artifact.path / "influence.json")) + "\n")
     print(artifact.path)
     return 0
 
@@ -149,7 +149,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
     settings = make(VerifyOptions, _resolved(flags))
     folder, states = _onnx(options.source), []
     for check in verify(folder, settings):
-        print(f"{check.state:<12} {check.name}: {check.says}", flush=True)
+        print(f"{check.state:<12} {check.name}: {check.detail}", flush=True)
         states.append(check.state)
     if failed := states.count("failed"):
         raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")
@@ -162,11 +162,12 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.quantize.sensitivity import measure, table
 
-    found = measure(folder, values)
-    write_json(options.out, {"model": folder.name, **found})
-    print(table(found))
+    sensitivity = measure(Checkpoint(folder, values.trust_remote_code), values)
+    write_json(options.out, sensitivity.to_json(folder.name))
+    print(table(sensitivity))
     return 0
 
 
@@ -213,11 +214,12 @@ def _onnx(source: str) -> Path:
 
 
 def _print_report(artifact: Artifact) -> None:
+    from edgepress.pipeline.report.model import read
     from edgepress.pipeline.report.tables import made_by
     from edgepress.pipeline.report.text import terminal
 
     if artifact.format != "report":
         return
-    content = read_json(artifact.path / "report.json")
-    print("\n".join(["", *made_by(content), "", terminal(content)]))
+    content = read(artifact.path / "report.json")
+    print("\n".join(["", *made_by(content.first), "", terminal(content)]))
     print(f"\nreport:   {artifact.path / 'report.md'}")

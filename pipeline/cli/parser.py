@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edgepress.models.real import REAL_MODELS
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
@@ -14,13 +14,17 @@ from edgepress.pipeline.stages import STAGES
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and no abbreviations: a flag that is added later must not change what one means."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Exit 2; a former spelling is answered with the present one."""
         for old, new in RENAMED.items():
             if f"arguments: {flag(old)} " in f"{message} ":
-                message = f"{flag(old)} is now {flag(new)}"
+                of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
+                message = f"{flag(old)} is now {flag(new)}{of}"
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

@@ -1,4 +1,4 @@
-"""What a way of healing is given: the model with its gaps, and the whole model's states."""
+"""What a healer works on: the model with its gaps, and the whole model's states."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from edgepress.pipeline.options import HealOptions
 class Gap:
     """A run of removed blocks, as the model without them sees it.
 
-    before: position of the block that now stands before the gap, -1 for the embedding. target: index of the block in the
-    whole model that follows the run (the number of its blocks when the run was the last): what enters it is what should leave
-    ``before``.
+    before: index in the pruned model of the block before the gap, -1 for the embedding. target: index in the whole model of the
+    block after the run (the number of its blocks when the run was the last): what enters it is what should leave ``before``.
     """
 
     before: int
@@ -30,9 +29,9 @@ class HealJob:
 
     student: the model without the layers, in memory, changed in place by a healer. teacher: states of the whole model over
     ``windows``: index of a block -> (tokens of all windows, hidden), float32, what enters that block; the greatest index is the
-    number of its blocks. selection: texts that strengths are chosen on, of the same kind and of another, part of no other set;
-    without the other kind, a short calibration text is learnt by heart. scratch: a folder for checkpoints of long work, kept
-    when the work is interrupted.
+    number of its blocks. selection: texts that strengths are chosen on, of the same kind and of another, disjoint from all
+    other sets; without the other kind, a short calibration text would be memorized. scratch: a folder for checkpoints of long
+    work, kept when the work is interrupted.
     """
 
     student: Blocks
@@ -55,4 +54,4 @@ class HealJob:
 def gaps_of(kept: list[int], layers: int) -> list[Gap]:
     """The gaps in a list of kept block indices of a model with ``layers``."""
     ends = [-1, *kept, layers]
-    return [Gap(place - 1, ends[place + 1]) for place in range(len(kept) + 1) if ends[place + 1] - ends[place] > 1]
+    return [Gap(i - 1, ends[i + 1]) for i in range(len(kept) + 1) if ends[i + 1] - ends[i] > 1]

@@ -1,23 +1,25 @@
 """Healing in closed form: the last matrix before a gap learns, by ridge regression, to write what the removed run wrote.
 
 After ReplaceMe (Shopkhoev et al. 2025, section 3): there a map T multiplies the MLP's output M before the gap so that
-||M T + Y - L|| is least, Y the residual stream beside it and L the output of the removed run, and is folded into the down
-projection. Here the change of the down projection is solved for directly on the activations that enter it, of which M T is a
-special case (T mixes what the matrix gives; the matrix itself is given anew), with three further differences: gaps are
+||M T + Y - L|| is least, Y the residual stream that it is added to and L the output of the removed run, and is folded into the
+down projection. Here the change of the down projection is solved for directly on the activations that enter it, of which M T is a
+special case (T mixes the matrix's outputs; here every entry of the matrix is free), with three further differences: gaps are
 closed in order and each is fitted on the stream that the model healed so far really has, so that a later one corrects
-what earlier ones left; every token counts by 1 / ||L||^2, for a few tokens have states a hundred times as long; and the
-strength of the ridge is the one of least loss on text kept for that.
+what earlier ones left; every token is weighted by 1 / ||L||^2, because a few tokens have states a hundred times as long; and
+the strength of the ridge is chosen by loss on text set aside for that.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.heal.job import Gap, HealJob
 from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import progress
@@ -26,15 +28,34 @@ from transformers.pytorch_utils import Conv1D
 log = logging.getLogger("edgepress")
 # Times the mean of the Gram matrix's diagonal.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+Matrix: TypeAlias = torch.nn.Linear | Conv1D | torch.nn.Embedding
 
 
-def heal(job: HealJob) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Target:
+    """The matrix to change, and by what its output is multiplied before it is added to the residual stream."""
+
+    name: str
+    matrix: Matrix
+    factor: float
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """A gap that was closed; losses: ridge -> loss on the selection texts, nats a token, with "0" for no change."""
+
+    matrix: str
+    ridge: float
+    losses: dict[str, float]
+
+
+def heal(job: HealJob) -> JsonObject:
     """Close every gap of ``job`` that can be; returns, for each, the matrix changed and the ridge, or why not."""
-    facts: dict[str, Any] = {}
+    facts: JsonObject = {}
     for gap in job.gaps:
         where = f"before layer {gap.target}"
         try:
-            facts[where] = _close(job, gap)
+            facts[where] = asdict(_close(job, gap))
         except ModelError as error:
             facts[where] = {"not_healed": str(error)}
             advice = "" if "lora" in job.options.healer else "; --healer lora may"
@@ -42,35 +63,41 @@ def heal(job: HealJob) -> dict[str, Any]:
     return facts
 
 
-def _close(job: HealJob, gap: Gap) -> dict[str, Any]:
-    blocks = job.student
-    name, matrix, factor = (
-        _last_matrix(blocks, gap.before, job.windows[0]) if gap.before >= 0 else _embedding(blocks, job.windows[0])
-    )
+def _close(job: HealJob, gap: Gap) -> _Closed:
+    """Solve for each ridge, and leave the matrix with the solution of least loss. Raises ModelError without such a matrix."""
+    blocks, window = job.student, job.windows[0]
+    target = _embedding(blocks, window) if gap.before < 0 else _last_matrix(blocks, gap.before, window)
+    matrix = target.matrix
     gram, cross = _statistics(job, gap, matrix)
     weight: torch.Tensor = matrix.weight.detach().clone()
-    bias = None if getattr(matrix, "bias", None) is None else matrix.bias.detach().clone()
+    bias = _bias(matrix)
     losses = {0.0: job.loss()}
     solutions = {0.0: torch.zeros_like(cross)}
     for ridge in RIDGES:
-        solutions[ridge] = _solve(gram, cross, ridge) / factor
+        solutions[ridge] = _solve(gram, cross, ridge) / target.factor
         _set(matrix, weight, bias, solutions[ridge])
         losses[ridge] = job.loss()
     best = min(losses, key=lambda ridge: losses[ridge])
     _set(matrix, weight, bias, solutions[best])
-    log.info("heal: %s, ridge %g: loss on text kept for that %.4f -> %.4f", name, best, losses[0.0], losses[best])
-    return {"matrix": name, "ridge": best, "losses": {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()}}
+    log.info("heal: %s, ridge %g: loss on selection texts %.4f -> %.4f", target.name, best, losses[0.0], losses[best])
+    return _Closed(target.name, best, {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()})
 
 
-def _set(matrix: Any, weight: torch.Tensor, bias: torch.Tensor | None, change: torch.Tensor) -> None:
-    """Add a change (in [+ 1], out) to a matrix; the last row, where there is one more than inputs, to its bias."""
+def _bias(matrix: Matrix) -> torch.Tensor | None:
+    """A copy of the matrix's bias, None where it has none."""
+    bias: torch.Tensor | None = getattr(matrix, "bias", None)
+    return None if bias is None else bias.detach().clone()
+
+
+def _set(matrix: Matrix, weight: torch.Tensor, bias: torch.Tensor | None, change: torch.Tensor) -> None:
+    """Set a matrix to ``weight`` and ``bias`` plus a change (in [+ 1], out), whose last row is the bias's where there is one."""
     inputs = change.shape[0] - (bias is not None)
     with torch.no_grad():
-        if isinstance(matrix, torch.nn.Embedding):  # the map is of what the table gives: E + E change
+        if isinstance(matrix, torch.nn.Embedding):  # the map is of the table's output: E + E change
             matrix.weight.copy_(weight + weight @ change.float())
             return
-        turned = change[:inputs].float()
-        matrix.weight.copy_(weight + (turned if isinstance(matrix, Conv1D) else turned.T))
+        added = change[:inputs].float()
+        matrix.weight.copy_(weight + (added if isinstance(matrix, Conv1D) else added.T))
         if bias is not None:
             matrix.bias.copy_(bias + change[-1].float())
 
@@ -82,28 +109,30 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tenso
     return solution
 
 
-def _statistics(job: HealJob, gap: Gap, matrix: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(job: HealJob, gap: Gap, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sums X^T X (in, in) and X^T (L - out) (in, hidden) in float64, batch by batch: memory does not grow with the text.
 
     X: what enters the matrix, with a column of ones where it has a bias. out: what leaves the block now.
     """
-    blocks, place = job.student, gap.before + 1
-    target, starts = job.teacher[gap.target], job.starts()
+    blocks, index = job.student, gap.before + 1
+    teacher, starts = job.teacher[gap.target], job.starts()
     constant = getattr(matrix, "bias", None) is not None
-    gram, cross, seen, row = torch.zeros(()), torch.zeros(()), [], 0
-    handle = matrix.register_forward_hook(
-        lambda _, args, output: seen.append(output if isinstance(matrix, torch.nn.Embedding) else args[0])
-    )
+    gram, cross, seen, row = torch.zeros(()), torch.zeros(()), list[torch.Tensor](), 0
+
+    def see(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> None:
+        seen.append(output if isinstance(matrix, torch.nn.Embedding) else args[0])
+
+    handle = matrix.register_forward_hook(see)
     try:
         for ids, real in progress(batches(blocks.model, job.windows), "statistics", "batch"):
             seen.clear()
-            states = blocks.states(ids, [place])[place]
-            wanted = torch.from_numpy(np.array(target[starts[row] : starts[row + len(ids)]]))
+            states = blocks.states(ids, [index])[index]
+            target = torch.from_numpy(np.array(teacher[starts[row] : starts[row + len(ids)]]))
             entering, leaving = seen[0].reshape(*real.shape, -1)[real].float(), states[real].float()
             if constant:
                 entering = torch.cat([entering, torch.ones(len(entering), 1)], dim=1)
-            weights = 1 / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            entering, missing = entering * weights, (wanted - leaving) * weights
+            weights = 1 / target.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            entering, missing = entering * weights, (target - leaving) * weights
             gram, cross = gram + (entering.T @ entering).double(), cross + (entering.T @ missing).double()
             row += len(ids)
     finally:
@@ -111,66 +140,67 @@ def _statistics(job: HealJob, gap: Gap, matrix: torch.nn.Module) -> tuple[torch.
     return gram, cross
 
 
-def _last_matrix(blocks: Blocks, place: int, window: np.ndarray) -> tuple[str, Any, float]:
-    """Name, module and factor of the matrix in block ``place`` whose output is added to the residual stream, times the factor.
+def _last_matrix(blocks: Blocks, index: int, window: np.ndarray) -> _Target:
+    """The matrix in block ``index`` whose output is added to the residual stream, times a factor.
 
-    Found by trial, not by name: of the matrices to whose output the block's output answers linearly, the one of most inputs (in
+    Found by trial, not by name: of the matrices to whose output the block's output responds linearly, the one of most inputs (in
     parallel attention there are two). Raises ModelError when there is none.
     """
-    block, ids = blocks.modules[place], torch.from_numpy(window[:32])[None]
-    found: list[tuple[int, str, torch.nn.Module, float]] = []
+    block, ids = blocks.modules[index], torch.from_numpy(window[:32])[None]
+    candidates: list[tuple[int, _Target]] = []
     for name, matrix in block.named_modules():
         if not isinstance(matrix, torch.nn.Linear | Conv1D):
             continue
-        plain, own = _outputs(blocks, place, matrix, ids, 0.0)
-        changed, _ = _outputs(blocks, place, matrix, ids, 0.5)
+        plain, output = _outputs(blocks, index, matrix, ids, 0.0)
+        changed, _ = _outputs(blocks, index, matrix, ids, 0.5)
         difference = changed - plain
-        if own.shape != plain.shape:
+        if output.shape != plain.shape:
             continue
-        factor = float((difference * own).sum() / (own * own).sum() / 0.5)
-        error = (difference - 0.5 * factor * own).norm() / (0.5 * own).norm()
+        factor = float((difference * output).sum() / (output * output).sum() / 0.5)
+        error = (difference - 0.5 * factor * output).norm() / (0.5 * output).norm()
         if abs(factor) > 1e-3 and float(error) < 1e-3 * abs(factor):
             inputs = matrix.in_features if isinstance(matrix, torch.nn.Linear) else matrix.nx
-            found.append((inputs, f"{blocks.name}.{place}.{name}", matrix, factor))
-    if not found:
+            candidates.append((inputs, _Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
+    if not candidates:
         kind = type(block).__name__
         raise ModelError(
             f"no single matrix of {kind} is added to the residual stream (its output passes a norm, or experts are mixed)"
         )
-    return max(found, key=lambda one: one[0])[1:]
+    return max(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def _outputs(
-    blocks: Blocks, place: int, matrix: torch.nn.Module, ids: torch.Tensor, more: float
+    blocks: Blocks, index: int, matrix: torch.nn.Module, ids: torch.Tensor, more: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What leaves the block when the matrix gives (1 + more) times its output, and that output."""
-    own: list[torch.Tensor] = []
+    """What leaves the block when the matrix's output is multiplied by 1 + more, and that output before."""
+    outputs: list[torch.Tensor] = []
 
-    def scale(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, torch.Tensor):  # a router gives more than its product
+    def scale(module: torch.nn.Module, args: BlockArgs, output: object) -> object:
+        if not isinstance(output, torch.Tensor):  # a router returns more than its product
             return output
-        own.append(output)
+        outputs.append(output)
         return output * (1 + more)
 
     handle = matrix.register_forward_hook(scale)
     try:
-        leaving = blocks.states(ids, [place + 1])[place + 1]
+        leaving = blocks.states(ids, [index + 1])[index + 1]
     finally:
         handle.remove()
-    return leaving, own[0].reshape(leaving.shape) if own and own[0].numel() == leaving.numel() else torch.zeros(())
+    same_size = bool(outputs) and outputs[0].numel() == leaving.numel()
+    return leaving, outputs[0].reshape(leaving.shape) if same_size else torch.zeros(())
 
 
-def _embedding(blocks: Blocks, window: np.ndarray) -> tuple[str, Any, float]:
+def _embedding(blocks: Blocks, window: np.ndarray) -> _Target:
     """The embedding, for a gap at the very beginning. Raises ModelError where it is tied or not all that enters the blocks."""
     model, ids = blocks.model, torch.from_numpy(window[:32])[None]
     table = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if head is not None and head.weight is table.weight:
-        raise ModelError("the removed run begins at layer 0 and the embedding, which stands before it, is tied to the head")
-    given: list[torch.Tensor] = []  # some tables scale what they give, some models scale it after them
-    handle = table.register_forward_hook(lambda _, args, output: given.append(output))
+        raise ModelError("the removed run begins at layer 0 and the embedding, which precedes it, is tied to the head")
+    outputs: list[torch.Tensor] = []  # some tables scale their output, some models scale it after them
+    handle = table.register_forward_hook(lambda _, args, output: outputs.append(output))
     try:
-        entering, rows = blocks.states(ids, [0])[0], given[0]
+        entering, rows = blocks.states(ids, [0])[0], outputs[0]
     finally:
         handle.remove()
     if entering.shape != rows.shape:
@@ -179,4 +209,4 @@ def _embedding(blocks: Blocks, window: np.ndarray) -> tuple[str, Any, float]:
     if float((entering - factor * rows).norm()) > 1e-3 * float(entering.norm()):
         raise ModelError("the removed run begins at layer 0 and more than the embedding enters it (positions)")
     name = next(name for name, module in model.named_modules() if module is table)
-    return name, table, factor
+    return _Target(name, table, factor)

@@ -1,26 +1,44 @@
-"""Quality of a model on given token ids: losses, and how far its distribution is from the original's. Needs numpy alone."""
+"""Quality of a model in numpy: losses of the true tokens, and KL divergence and top-1 agreement with the original."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 _ROWS = 64  # positions at a time: float64 copies of whole windows of a large vocabulary would need gigabytes
 
 
+class _Losses(TypedDict):
+    perplexity: float
+    tokens: int
+
+
+class QualityFigures(_Losses, total=False):
+    """Figures of one model over all scored tokens; the optional ones need an original.
+
+    perplexity: exp of the mean loss. tokens: how many were scored. kl_mean, kl_p99: mean and 99th percentile of
+    KL(original || model), nats a token. top1_agreement: share of positions with the same most likely token.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+
 @dataclass
 class Quality:
     """Per-token samples of one model over the windows, in order.
 
-    losses: nats of the true next token. divergences: KL(original || model) in nats. agreements: same top-1 token.
-    The last two stay empty without an original.
+    losses: nats of the true next token. divergences: KL(original || model) in nats. agreements: same top-1 token. changes: of the
+    loss, against the original's. The last three stay empty without an original.
     """
 
     losses: list[np.ndarray] = field(default_factory=list)
     divergences: list[np.ndarray] = field(default_factory=list)
     agreements: list[np.ndarray] = field(default_factory=list)
+    changes: list[np.ndarray] = field(default_factory=list)
 
     def add(self, ids: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
         """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original, summed in float64."""
@@ -29,22 +47,26 @@ class Quality:
             scores, following = log_softmax(logits[rows]), ids[1:][rows]
             self.losses.append(-scores[np.arange(len(following)), following])
             if original is not None:
-                truth = log_softmax(original[rows])
-                self.divergences.append((np.exp(truth) * (truth - scores)).sum(-1))
-                self.agreements.append(truth.argmax(-1) == scores.argmax(-1))
+                reference = log_softmax(original[rows])
+                self.divergences.append((np.exp(reference) * (reference - scores)).sum(-1))
+                self.changes.append(self.losses[-1] + reference[np.arange(len(following)), following])
+                self.agreements.append(reference.argmax(-1) == scores.argmax(-1))
 
-    def figures(self, text_bytes: int | None = None) -> dict[str, Any]:
-        """Perplexity and the rest as plain numbers; ``text_bytes``: UTF-8 bytes of the scored text, for bits per byte."""
+    def figures(self) -> QualityFigures:
+        """Means over all tokens scored so far, as plain numbers."""
         losses = np.concatenate(self.losses)
-        found: dict[str, Any] = {"perplexity": float(np.exp(losses.mean())), "tokens": int(losses.size)}
-        if text_bytes:
-            found["bits_per_byte"] = float(losses.sum() / np.log(2) / text_bytes)
+        figures = QualityFigures(perplexity=float(np.exp(losses.mean())), tokens=int(losses.size))
         if self.divergences:
             divergences = np.concatenate(self.divergences)
-            found["kl_mean"] = float(divergences.mean())
-            found["kl_p99"] = float(np.percentile(divergences, 99))
-            found["top1_agreement"] = float(np.concatenate(self.agreements).mean())
-        return found
+            figures["kl_mean"] = float(divergences.mean())
+            figures["kl_p99"] = float(np.percentile(divergences, 99))
+            figures["top1_agreement"] = float(np.concatenate(self.agreements).mean())
+        return figures
+
+    def loss_change(self) -> tuple[float, float]:
+        """Mean change of the loss against the original's, nats a token, and its standard error."""
+        changes = np.concatenate(self.changes)
+        return float(changes.mean()), float(changes.std() / np.sqrt(len(changes)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Quality of a torch model on windows of token ids: loss of the next token, and divergence from another model's logits."""
+"""Quality of a torch model on windows of token ids: logits, next-token losses, and KL divergence from other logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgepress.pipeline.progress import progress
 from edgepress.pipeline.text.windows import padded
 from transformers import PreTrainedModel
 
-_ROWS = 256  # positions whose probabilities stand in memory at once
+_ROWS = 256  # positions whose probabilities are in memory at once
 _LOGITS = 2**26  # float32 logits of a batch: a quarter of a gigabyte
 
 
@@ -24,8 +24,8 @@ def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[tor
 def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) of one window (tokens,), without a cache."""
     with torch.inference_mode():
-        found: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    return found
+        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    return logits
 
 
 def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[int]:
@@ -53,11 +53,11 @@ def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def divergences(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(original || model) in nats, float32 (positions,), of logits (positions, vocabulary)."""
-    found = []
+    rows = []
     for first in range(0, len(logits), _ROWS):
-        truth, own = (torch.log_softmax(part[first : first + _ROWS].float(), -1) for part in (original, logits))
-        found.append((truth.exp() * (truth - own)).sum(-1))
-    return torch.cat(found)
+        reference, scores = (torch.log_softmax(part[first : first + _ROWS].float(), -1) for part in (original, logits))
+        rows.append((reference.exp() * (reference - scores)).sum(-1))
+    return torch.cat(rows)
 
 
 def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
@@ -72,5 +72,5 @@ def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss) for JSON: four decimals, and 1e300 for what no number holds."""
+    """exp(loss) as a number that JSON can hold: four decimals, 1e300 for NaN and overflow."""
     return round(float(np.exp(loss)), 4) if loss < 690 else 1e300

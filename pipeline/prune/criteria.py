@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from edgepress.pipeline.checkpoint.blocks import Blocks
@@ -19,16 +18,43 @@ log = logging.getLogger("edgepress")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which blocks to remove, and how that was found.
+class Trial:
+    """A set of blocks without which the model was measured: KL(original || model without them), nats a token."""
 
-    removed: block indices, ascending. path: held-out loss in nats of each set tried against a limit. rounds: what
-    ``greedy`` measured, one entry a removal. evaluations: sets tried by measurement, and the seconds they took.
+    layers: list[int]
+    kl: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One removal by ``greedy``: the block removed, the KL of each candidate in nats a token, and the seconds it took."""
+
+    removed: int
+    kl: dict[int, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """A set of blocks tried against a limit, and by how many nats a token the held-out loss grows without them."""
+
+    layers: list[int]
+    loss_growth: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which blocks to remove, and how they were chosen.
+
+    removed: block indices, ascending. path: the sets tried against a limit, in order. rounds: what ``greedy`` measured, one
+    entry a removal. sets: greedy's set and those of other criteria, compared at the end. evaluations: sets tried by
+    measurement, and the seconds they took.
     """
 
     removed: list[int]
-    path: list[dict[str, Any]] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    path: list[PathStep] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
 
@@ -44,9 +70,17 @@ class Search:
     influence: Influence
     windows: list[np.ndarray]
     shortlist: int
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
+
+    def count(self, evaluations: int, begun: float) -> float:
+        """Add so many trials, begun at this time of the monotonic clock, to the record; returns the seconds they took."""
+        seconds = time.monotonic() - begun
+        self.evaluations += evaluations
+        self.seconds += seconds
+        return seconds
 
 
 def choose(
@@ -56,21 +90,32 @@ def choose(
     if options.remove_layers:
         return Choice(sorted(options.remove_layers))
     search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), options.shortlist)
-    limit, removed, path = options.max_loss, list[int](), []
-    before = mean_loss(blocks.model, held_out) if limit is not None else 0.0
-    for wanted in CRITERIA[str(options.criterion)](search, amount):
-        if limit is not None:
-            with blocks.without(wanted):
-                growth = mean_loss(blocks.model, held_out) - before
-            path.append({"layers": wanted, "held_out_loss_growth": round(growth, 6)})
-            log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, wanted)), growth)
-            if growth > limit:
-                log.info("that is more than --max-loss %g: %s will be removed", limit, listed(removed))
-                break
-        removed = wanted
-    if limit is None and options.criterion == "greedy" and amount > 1:
-        removed = _best_of(search, removed)
-    return Choice(removed, path, search.rounds, search.evaluations, search.seconds)
+    sets, removed, path = CRITERIA[str(options.criterion)](search, amount), list[int](), list[PathStep]()
+    if options.max_loss is not None:
+        removed, path = _within(options.max_loss, sets, blocks, held_out)
+    else:
+        *_, removed = [], *sets  # the last is the set of ``amount`` blocks
+        if options.criterion == "greedy" and amount > 1:
+            removed = _best_of(search, removed)
+    return Choice(removed, path, search.rounds, search.sets, search.evaluations, search.seconds)
+
+
+def _within(
+    limit: float, sets: Iterator[list[int]], blocks: Blocks, held_out: list[np.ndarray]
+) -> tuple[list[int], list[PathStep]]:
+    """The last of the growing ``sets`` that keeps the held-out loss within ``limit`` nats a token, and the sets tried."""
+    removed, path = list[int](), list[PathStep]()
+    before = mean_loss(blocks.model, held_out)
+    for layers in sets:
+        with blocks.without(layers):
+            growth = mean_loss(blocks.model, held_out) - before
+        path.append(PathStep(layers, growth))
+        log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, layers)), growth)
+        if growth > limit:
+            log.info("that is more than --max-loss %g: %s will be removed", limit, listed(removed))
+            break
+        removed = layers
+    return removed, path
 
 
 def listed(layers: Sequence[int]) -> str:
@@ -93,7 +138,7 @@ def angular(search: Search, amount: int) -> Iterator[list[int]]:
 
 
 def greedy(search: Search, amount: int) -> Iterator[list[int]]:
-    """One block after another: of those of lowest Block Influence in what is left, the one that costs least when left out.
+    """One block after another: of those of lowest Block Influence among the rest, the one whose removal costs least.
 
     The cost is the mean KL divergence from the whole model on the ranking text.
     """
@@ -104,18 +149,15 @@ def greedy(search: Search, amount: int) -> Iterator[list[int]]:
             influence = (
                 measure_influence(search.blocks, search.windows).block_influence if removed else search.influence.block_influence
             )
-        left = [index for index in np.argsort(influence, kind="stable").tolist() if index not in removed]
-        candidates = sorted(left[: search.shortlist])
+        rest = [index for index in np.argsort(influence, kind="stable").tolist() if index not in removed]
+        candidates = sorted(rest[: search.shortlist])
         costs = _costs(search, removed, candidates, f"greedy, layer {count + 1} of {amount}")
         best = min(candidates, key=lambda index: costs[index])
         removed = sorted([*removed, best])
-        seconds = time.monotonic() - begun
-        _count(search, len(candidates), seconds)
-        search.rounds.append(
-            {"removed": best, "kl": {str(i): round(costs[i], 6) for i in candidates}, "seconds": round(seconds, 2)}
-        )
+        seconds = search.count(len(candidates), begun)
+        search.rounds.append(Round(best, costs, seconds))
         log.info(
-            "greedy: layer %d goes (KL %.4f, the best of %d candidates, next %s; %.1f s)",
+            "greedy: removing layer %d (KL %.4f, the best of %d candidates, next %s; %.1f s)",
             best, costs[best], len(candidates), _runner_up(costs, best), seconds,
         )  # fmt: skip
         yield removed
@@ -144,19 +186,19 @@ def _costs(search: Search, removed: list[int], candidates: list[int], label: str
     return {index: total / tokens for index, total in sums.items()}
 
 
-def _best_of(search: Search, found: list[int]) -> list[int]:
-    """One step at a time can miss what a whole set does: the sets of the other criteria are tried beside the one found."""
+def _best_of(search: Search, removed: list[int]) -> list[int]:
+    """The best of greedy's set and those of the other criteria: one step at a time can miss what a whole set does."""
     begun = time.monotonic()
-    sets = [found]
+    sets = [removed]
     for criterion in (bi, angular):
-        *_, other = criterion(search, len(found))
+        *_, other = criterion(search, len(removed))
         if other not in sets:
             sets.append(other)
     if len(sets) == 1:
-        return found
+        return removed
     costs = kl_without(search.blocks, sets, search.windows)
-    _count(search, len(sets), time.monotonic() - begun)
-    search.rounds.append({"sets": [{"layers": s, "kl": round(c, 6)} for s, c in zip(sets, costs, strict=True)]})
+    search.count(len(sets), begun)
+    search.sets.extend(Trial(layers, cost) for layers, cost in zip(sets, costs, strict=True))
     return sets[int(np.argmin(costs))]
 
 
@@ -165,9 +207,9 @@ def kl_without(blocks: Blocks, sets: list[list[int]], windows: list[np.ndarray])
     sums, tokens = [0.0] * len(sets), 0
     for ids, real in batches(blocks.model, windows):
         original = blocks.logits(ids)[real]
-        for place, removed in enumerate(sets):
+        for number, removed in enumerate(sets):
             with blocks.without(removed):
-                sums[place] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
+                sums[number] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
         tokens += int(real.sum())
     return [total / tokens for total in sums]
 
@@ -178,11 +220,9 @@ def _first_tokens(windows: list[np.ndarray], budget: int) -> list[np.ndarray]:
     return windows[: int(np.searchsorted(ends, budget)) + 1]
 
 
-def _count(search: Search, evaluations: int, seconds: float) -> None:
-    search.evaluations += evaluations
-    search.seconds += seconds
-
-
 def _runner_up(costs: dict[int, float], best: int) -> str:
     others = {index: cost for index, cost in costs.items() if index != best}
-    return f"layer {(second := min(others, key=lambda i: others[i]))} {others[second]:.4f}" if others else "none"
+    if not others:
+        return "none"
+    second = min(others, key=lambda index: others[index])
+    return f"layer {second} {others[second]:.4f}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import Blocks, block_input, block_output
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, Blocks, block_input, block_output
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import progress
@@ -30,17 +29,17 @@ class Influence:
     @property
     def block_influence(self) -> np.ndarray:
         """BI_i = 1 - E[cos(x_i, x_i+1)], (blocks,), x_i the residual stream before block i (ShortGPT, section 3, equation 1)."""
-        found: np.ndarray = self.changes.sum(0) / self.tokens.sum()
-        return found
+        means: np.ndarray = self.changes.sum(0) / self.tokens.sum()
+        return means
 
     def angular_distance(self, length: int) -> np.ndarray:
         """Distance arccos(cos(x_i, x_i+n)) / pi across each run of ``length`` blocks, (runs,).
 
-        Gromov et al. 2024, section 3.2, equation 7; the mean of all tokens where the paper takes the last of each sequence, of
-        which a calibration text for a laptop has too few.
+        Gromov et al. 2024, section 3.2, equation 7, averaged over all tokens; the paper takes the last of each sequence, and a
+        calibration text for a laptop has too few of those.
         """
-        found: np.ndarray = self.angles[length].sum(0) / self.tokens.sum()
-        return found
+        means: np.ndarray = self.angles[length].sum(0) / self.tokens.sum()
+        return means
 
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
         """Block Influence over the even and over the odd windows, (blocks,) each; of two windows or more."""
@@ -60,53 +59,71 @@ def measure_influence(blocks: Blocks, windows: list[np.ndarray], lengths: Sequen
 
     Taken by hooks on the blocks themselves (the last hidden state that transformers returns has passed the final norm,
     which would falsify the last block), streaming, in float32. Windows of unequal length are padded on the right, where
-    no real token sees it, and padding is not counted. Blocks that ``blocks.without`` leaves out have influence 0.
+    no real token sees it, and padding is not counted. Blocks skipped by ``blocks.without`` have influence 0.
     Raises ModelError that names the first block whose output is not finite.
     """
-    changes, angles = [], {length: [] for length in lengths}  # type: ignore[var-annotated]
-    real = torch.empty(0)
-    batch: np.ndarray = np.zeros(0)
-    states: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=max(lengths, default=0) + 1)
-    turned: dict[int, np.ndarray] = {}
-
-    def entering(index: int, hidden: torch.Tensor) -> None:
-        states.append((hidden.float(), torch.linalg.vector_norm(hidden.float(), dim=-1)))
-        for length in lengths:
-            if index >= length:
-                angle = torch.arccos(_cosine(*states[-1 - length], *states[-1]).clamp(-1, 1)) / torch.pi
-                turned[length][:, index - length] = _sums(angle)
-
-    def _sums(values: torch.Tensor) -> np.ndarray:
-        return values.masked_fill(~real, 0).double().sum(1).numpy()
-
-    def hook(index: int) -> Any:
-        def measure(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if index == 0:
-                states.clear()
-                entering(0, block_input(args, kwargs))
-            before = states[-1]
-            entering(index + 1, block_output(output))
-            change = _sums(1 - _cosine(*before, *states[-1]))
-            if not np.isfinite(change).all():
-                raise ModelError(f"the output of layer {index} is not finite (NaN or Inf); the checkpoint is broken there")
-            batch[:, index] = change
-
-        return measure
-
-    handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks.modules)]
+    meter = _Meter(len(blocks), lengths)
+    handles = [block.register_forward_hook(meter.hook(i), with_kwargs=True) for i, block in enumerate(blocks.modules)]
     try:
-        for ids, real in progress(batches(blocks.model, windows), "block influence", "batch"):  # noqa: B007 (the hooks read it)
-            batch = np.zeros((len(ids), len(blocks)))
-            turned = {length: np.zeros((len(ids), len(blocks) - length + 1)) for length in lengths}
+        for ids, real in progress(batches(blocks.model, windows), "block influence", "batch"):
+            meter.begin(real)
             blocks.logits(ids)
-            changes.append(batch)
-            for length in lengths:
-                angles[length].append(turned[length])
     finally:
         for handle in handles:
             handle.remove()
     tokens = np.array([len(row) for row in windows])
-    return Influence(np.concatenate(changes), {length: np.concatenate(rows) for length, rows in angles.items()}, tokens)
+    angles = {length: np.concatenate(sums) for length, sums in meter.angles.items()}
+    return Influence(np.concatenate(meter.changes), angles, tokens)
+
+
+class _Meter:
+    """The sums of Influence, batch by batch.
+
+    changes: an array (batch, blocks) a batch. angles: length -> an array (batch, blocks - length + 1) a batch.
+    """
+
+    def __init__(self, count: int, lengths: Sequence[int]) -> None:
+        self.count = count
+        self.changes: list[np.ndarray] = []
+        self.angles: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
+        self._real = torch.empty(0)
+        # The latest states and their norms, as many as the longest run needs.
+        self._states: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=max(lengths, default=0) + 1)
+
+    def begin(self, real: torch.Tensor) -> None:
+        """A new batch; real: which positions are tokens, not padding, bool (batch, tokens)."""
+        self._real = real
+        self.changes.append(np.zeros((len(real), self.count)))
+        for length, sums in self.angles.items():
+            sums.append(np.zeros((len(real), self.count - length + 1)))
+
+    def hook(self, index: int) -> Callable[[torch.nn.Module, BlockArgs, dict[str, object], BlockOutput], None]:
+        """For block ``index``, called with its output."""
+
+        def measure(module: torch.nn.Module, args: BlockArgs, kwargs: dict[str, object], output: BlockOutput) -> None:
+            if index == 0:
+                self._states.clear()
+                self._enter(0, block_input(args, kwargs))
+            before = self._states[-1]
+            self._enter(index + 1, block_output(output))
+            change = self._sums(1 - _cosine(*before, *self._states[-1]))
+            if not np.isfinite(change).all():
+                raise ModelError(f"the output of layer {index} is not finite (NaN or Inf); the checkpoint is broken there")
+            self.changes[-1][:, index] = change
+
+        return measure
+
+    def _enter(self, index: int, hidden: torch.Tensor) -> None:
+        """Take what enters block ``index``, and the angles of the runs that end before it."""
+        self._states.append((hidden.float(), torch.linalg.vector_norm(hidden.float(), dim=-1)))
+        for length, sums in self.angles.items():
+            if index >= length:
+                cosine = _cosine(*self._states[-1 - length], *self._states[-1])
+                sums[-1][:, index - length] = self._sums(torch.arccos(cosine.clamp(-1, 1)) / torch.pi)
+
+    def _sums(self, values: torch.Tensor) -> np.ndarray:
+        """Over the real tokens of each window, float64 (batch,)."""
+        return values.masked_fill(~self._real, 0).double().sum(1).numpy()
 
 
 def _cosine(x: torch.Tensor, x_norm: torch.Tensor, y: torch.Tensor, y_norm: torch.Tensor) -> torch.Tensor:

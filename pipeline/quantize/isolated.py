@@ -1,8 +1,7 @@
-"""The quantize stage; with GPTQ, in a process of its own.
+"""Calls a function in a process of its own, and logs, shows and raises here what it logs, reports and raises there.
 
-gptqmodel changes environment variables, patches libraries and talks a great deal: a process of its own keeps that, and its
-memory, away from the stages that follow. The whole stage runs there, so that torch and transformers are loaded once, and the
-process that waits, which needs neither, stays small.
+For work that changes environment variables, patches libraries or prints a great deal: that, and its memory, stays away from
+the stages that follow. The process that waits imports nothing of the work.
 """
 
 from __future__ import annotations
@@ -11,134 +10,131 @@ import json
 import logging
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
-from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import bar
-from edgepress.pipeline.registry import load, require
+from edgepress.pipeline.registry import load
 
 log = logging.getLogger("edgepress")
 PARENT = "EDGEPRESS_PARENT"
 CHILD = "import sys; from edgepress.pipeline.quantize.isolated import child; child(sys.argv[1])"
-# In the folder that both processes know: arguments, what libraries print, what the child says (JSON lines), and its answer,
-# facts or an exception.
-ASKED, NOISE, SAID, ANSWER = "asked.pickle", "noise.log", "said.jsonl", "answer.pickle"
+# In the folder that both processes know: the pickled call, all output, the child's messages (JSON lines), and its answer, a
+# pickled result or exception.
+CALL, OUTPUT, MESSAGES, ANSWER = "call.pickle", "output.log", "messages.jsonl", "answer.pickle"
 
 
-def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> dict[str, Any]:
-    """Run the stage, ``quantize.quantize``; what it raises and logs there is raised and logged here.
+@dataclass(frozen=True)
+class Begun:
+    """The long part of the work has begun: so many matrices.
 
-    Raises ProofError with its last words when the process ends without an answer. An interrupted GPTQ leaves what it needs to
-    go on in ``scratch_of(out)`` where gptqmodel can resume, and the log says what is kept or lost.
+    checkpoint: the file below the scratch folder with which it can be resumed once that file exists. lost_because: why it
+    cannot be resumed at all, "" where it can.
     """
-    if not METHODS[options.method].isolated:
-        facts: dict[str, Any] = load("edgepress.pipeline.quantize.stage:quantize")(source, out, options)
-        return facts
-    for package in METHODS[options.method].packages:
-        require(package)
+
+    matrices: int
+    checkpoint: str
+    lost_because: str = ""
+
+
+def run_isolated(function: str, arguments: tuple[object, ...], label: str, scratch: Path) -> object:
+    """Call ``function``, "module:name", with ``arguments`` in a process of its own; returns what it returns.
+
+    label: of the work in messages and on the progress bar. scratch: the folder in which the work leaves what it can resume
+    from; removed when the call succeeds. Raises what the function raises, and ProofError with the last line of its output
+    when the process ends without an answer.
+    """
     with tempfile.TemporaryDirectory(prefix="edgepress-") as shared:
-        (Path(shared) / ASKED).write_bytes(pickle.dumps((source, out, options)))
-        (Path(shared) / SAID).touch()
-        facts = _followed(Path(shared), scratch_of(out))
-    remove(scratch_of(out))
-    return facts
+        (Path(shared) / CALL).write_bytes(pickle.dumps((function, arguments)))
+        (Path(shared) / MESSAGES).touch()
+        result = _follow(Path(shared), label, scratch)
+    remove(scratch)
+    return result
 
 
-def scratch_of(out: Path) -> Path:
-    """The folder beside the output in which GPTQ works, ``.NAME.gptq``."""
-    return out.with_name(out.name.removesuffix(".partial") + ".gptq")
-
-
-def _followed(shared: Path, scratch: Path) -> dict[str, Any]:
-    """Start the child, and pass on what it says until it ends."""
-    # Without a worker count that fits the machine gptqmodel refuses to start on few cores.
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2)), PARENT: str(os.getpid())}
+def _follow(shared: Path, label: str, scratch: Path) -> object:
+    """Start the child, and pass its messages on until it ends."""
+    environment = os.environ | {PARENT: str(os.getpid())}
     with (
-        (shared / NOISE).open("wb") as noise,
-        subprocess.Popen([sys.executable, "-c", CHILD, shared], stdout=noise, stderr=noise, env=environment) as process,
-        _Listener(shared) as listener,
+        (shared / OUTPUT).open("wb") as output,
+        subprocess.Popen([sys.executable, "-c", CHILD, shared], stdout=output, stderr=output, env=environment) as process,
+        _Listener(shared, label) as listener,
     ):
         try:
             while process.poll() is None:
-                listener.hear()
+                listener.receive()
                 time.sleep(0.2)
             return listener.answer(process.returncode)
         except BaseException as error:
             process.kill()
             process.wait()
-            listener.hear()
-            if listener.begun:
+            listener.receive()
+            if listener.begun is not None:
                 # a proof that failed would fail again
-                _leave(scratch, listener.begun, go_on=not (isinstance(error, ProofError) and (shared / ANSWER).is_file()))
+                resumable = not (isinstance(error, ProofError) and (shared / ANSWER).is_file())
+                leave(scratch, label, listener.begun, resumable)
             raise
 
 
-def _leave(scratch: Path, begun: dict[str, Any], go_on: bool) -> None:
-    """Keep what GPTQ can go on from, remove the rest, and say which."""
-    if go_on and (scratch / "checkpoint" / "CURRENT").is_file():
-        log.info("quantize: GPTQ of the layers done so far is kept in %s; the same command goes on there", scratch)
+def leave(scratch: Path, label: str, begun: Begun, resumable: bool) -> None:
+    """Keep what the work can be resumed from, remove the rest, and log which."""
+    if resumable and (scratch / begun.checkpoint).is_file():
+        log.info("quantize: the progress of %s so far is kept in %s; the same command resumes it", label, scratch)
         return
     remove(scratch)
-    if go_on:
-        log.info("quantize: GPTQ of the layers done so far is lost%s", begun["lost_because"])
+    if resumable:
+        log.info("quantize: the progress of %s so far is lost%s", label, begun.lost_because)
 
 
 class _Listener:
-    """Hears a child: its log lines, its answer, and what gptqmodel prints, a line for every matrix.
+    """Receives the messages of a child and its answer. begun: None until the long part of the work begins."""
 
-    begun: empty until GPTQ itself has begun.
-    """
-
-    def __init__(self, shared: Path) -> None:
-        self._noise, self._said = (shared / NOISE).open("rb"), (shared / SAID).open("rb")
-        self._shared, self._half = shared, b""
-        self.begun: dict[str, Any] = {}
-        self._shown = bar("gptq", None, "matrix")
+    def __init__(self, shared: Path, label: str) -> None:
+        self._messages, self._rest = (shared / MESSAGES).open("rb"), b""
+        self._shared, self._label = shared, label
+        self.begun: Begun | None = None
+        self._bar = bar(label, None, "matrix")
 
     def __enter__(self) -> _Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for opened in (self._shown, self._noise, self._said):
-            opened.close()
+        self._bar.close()
+        self._messages.close()
 
-    def hear(self) -> None:
-        """Take in what is new."""
-        *lines, self._half = (self._half + self._said.read()).split(b"\n")
-        for what in map(json.loads, lines):
-            if "log" in what:
-                log.info("%s", what["log"])
-            if "begun" in what:
-                self.begun, self._shown.total = what["begun"], what["begun"]["matrices"]
-        printed = self._noise.read()
-        if layers := re.findall(rb"Quantizing layer (\d+) of (\d+)", printed):
-            self._shown.set_description(f"  gptq, layer {int(layers[-1][0])} of {int(layers[-1][1])}", refresh=False)
-        self._shown.update(printed.count(b"'process': 'gptq'"))
+    def receive(self) -> None:
+        """Act on the messages that are new."""
+        *lines, self._rest = (self._rest + self._messages.read()).split(b"\n")
+        for message in map(json.loads, lines):
+            if "log" in message:
+                log.info("%s", message["log"])
+            if "begun" in message:
+                self.begun = Begun(**message["begun"])
+                self._bar.total = self.begun.matrices
+            if "step" in message:
+                self._bar.set_description(f"  {self._label}, {message['step']}", refresh=False)
+            self._bar.update(message.get("finished", 0))
 
-    def answer(self, code: int) -> dict[str, Any]:
-        """The facts of a child that ended. Raises its error, or ProofError when it left none."""
-        self.hear()
+    def answer(self, code: int) -> object:
+        """The result of a child that ended. Raises its error, or ProofError when it left none."""
+        self.receive()
         if not (self._shared / ANSWER).is_file():
-            self._noise.seek(0)
-            lines = [line.strip() for line in self._noise.read().decode(errors="replace").splitlines() if line.strip()]
-            raise ProofError(f"gptqmodel failed with exit code {code}: {lines[-1] if lines else 'no output'}")
-        answer = pickle.loads((self._shared / ANSWER).read_bytes())
+            lines = [line.strip() for line in (self._shared / OUTPUT).read_text(errors="replace").splitlines() if line.strip()]
+            raise ProofError(f"{self._label} failed with exit code {code}: {lines[-1] if lines else 'no output'}")
+        answer: object = pickle.loads((self._shared / ANSWER).read_bytes())
         if isinstance(answer, BaseException):
             raise answer
-        facts: dict[str, Any] = answer
-        return facts
+        return answer
 
 
 # --- in the child
@@ -146,28 +142,61 @@ class _Listener:
 _shared: Path | None = None
 
 
-def tell(**what: Any) -> None:
-    """Say something to the process that waits, if there is one."""
+def report_begun(begun: Begun) -> None:
+    """Tell the waiting process, if there is one, that the long part of the work begins."""
+    _send(begun=asdict(begun))
+
+
+def report_progress(finished: int, step: str = "") -> None:
+    """Report matrices finished since the last report, and what is being done."""
+    _send(**{"finished": finished} | ({"step": step} if step else {}))
+
+
+def _send(**message: object) -> None:
     if _shared is not None:
-        with (_shared / SAID).open("ab") as file:
-            file.write(json.dumps(what).encode() + b"\n")
+        with (_shared / MESSAGES).open("ab") as file:
+            file.write(json.dumps(message).encode() + b"\n")
+
+
+@contextmanager
+def output_watched(receive: Callable[[str], None]) -> Iterator[None]:
+    """Within the context, ``receive`` gets what this process prints, several times a second; nothing outside a child."""
+    if _shared is None:
+        yield
+        return
+    ended = threading.Event()
+    with (_shared / OUTPUT).open("r", errors="replace") as output:
+
+        def watch() -> None:
+            while not ended.wait(0.2):
+                if printed := output.read():
+                    receive(printed)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class _Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tell(log=record.getMessage())
+        _send(log=record.getMessage())
 
 
 def child(shared: str) -> None:
-    """Run the stage that is asked for in a folder, and say there what came of it."""
+    """Make the call that is pickled in a folder, and leave the result or the exception there."""
     global _shared
     _shared = Path(shared)
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent decides
     log.addHandler(_Relay())
     log.setLevel(logging.INFO)
+    function, arguments = pickle.loads((_shared / CALL).read_bytes())
     try:
-        answer = load("edgepress.pipeline.quantize.stage:quantize")(*pickle.loads((_shared / ASKED).read_bytes()))
+        answer = load(function)(*arguments)
     except (EdgepressError, OSError, MemoryError) as error:
         answer = error
     part = _shared / f"{ANSWER}.part"
@@ -176,7 +205,7 @@ def child(shared: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process soon after its parent: one that was killed outright cannot end it itself, and GPTQ runs for hours."""
+    """End this process soon after its parent: one that was killed outright cannot end it itself, and the work may take hours."""
     parent = int(os.environ.get(PARENT, 0))
 
     def watch() -> None:

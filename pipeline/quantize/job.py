@@ -8,22 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.weights import read_tensors
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.options import QuantizeOptions
 
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """What a quantizer is given: the checkpoint folder, the matrices to quantize, and calibration windows.
+    """What a quantizer is given: the checkpoint, the matrices to quantize, and calibration windows.
 
     linears: full name -> (out, in). windows: called only by quantizers that calibrate. scratch: a folder that a quantizer
-    may make beside the output, and clears away when done; what is left there by an interrupted run is its own to resume.
-    exceptions: bits of the matrices that have others than ``options.bits``. kept_float: matrices of the blocks that stay float.
+    may make next to the output; what an interrupted run leaves there is its own to resume from.
+    exceptions: bits of the matrices whose bits are not ``options.bits``. kept_float: matrices of the blocks that stay float.
     transposed: those stored as (in, out).
     """
 
-    folder: Path
+    checkpoint: Checkpoint
     linears: dict[str, tuple[int, int]]
     windows: Callable[[], list[np.ndarray]]
     options: QuantizeOptions
@@ -37,10 +36,8 @@ class QuantizeJob:
         return self.exceptions.get(name, self.options.weight_bits)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time."""
-        for name, tensor in read_tensors(self.folder):
-            if name.removesuffix(".weight") in self.linears:
-                if not torch.isfinite(tensor).all():
-                    raise ModelError(f"{name} holds NaN or Inf; the checkpoint is broken there, fetch it again")
-                module = name.removesuffix(".weight")
+        """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time. Raises ModelError for NaN and Inf."""
+        for name, tensor in self.checkpoint.tensors():
+            module = name.removesuffix(".weight")
+            if module in self.linears:
                 yield module, (tensor.T if module in self.transposed else tensor).float().contiguous()

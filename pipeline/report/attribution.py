@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+from edgepress.pipeline.report.model import StageRow
 
 # Mean change of a token's loss, in nats, between a packed checkpoint in torch and its ONNX graph at float activations.
 # Rounding alone gives about 1e-6; one changed scale of one group gives a hundred times this limit or more.
@@ -18,30 +20,42 @@ WORRYING = 1.5
 LEAST = 1e-3
 
 
-def attribute(rows: list[dict[str, Any]], losses: list[np.ndarray | None]) -> None:
-    """Add to each row after the first what changed since the last row that was measured.
+def attribute(
+    rows: Sequence[StageRow], losses: Sequence[np.ndarray | None], exact: Mapping[str, str] | None = None
+) -> tuple[StageRow, ...]:
+    """The rows with what changed since the last row that was scored, its share of the whole loss, and any suspicion.
 
-    rows: stages in order, each with "perplexity" unless it failed, and "exact" where it must compute what the row before
-    computes. losses: of every scored token in nats (tokens,), None for a failed row. Adds "change_nats" (mean),
-    "token_change_nats" (mean of absolute changes), "share" of the whole loss, and "suspect" with the reason.
+    rows: stages in order. losses: of every scored token in nats (tokens,), None for a failed row. exact: name of a row -> name of
+    the row before it whose results it must reproduce but for rounding.
     """
-    known = [(row, loss.astype(np.float64)) for row, loss in zip(rows, losses, strict=True) if loss is not None]
-    if not known:
-        return
-    total = known[-1][1].mean() - known[0][1].mean()
-    for (before, earlier), (row, loss) in pairwise(known):
+    scored = [(i, loss.astype(np.float64)) for i, loss in enumerate(losses) if loss is not None]
+    if not scored:
+        return tuple(rows)
+    result = list(rows)
+    total = scored[-1][1].mean() - scored[0][1].mean()
+    for (first, earlier), (second, loss) in pairwise(scored):
         change = float((loss - earlier).mean())
-        row["change_nats"] = change
-        row["token_change_nats"] = float(np.abs(loss - earlier).mean())
-        if total > LEAST:
-            row["share"] = change / total
-        if row["exact"] == before["name"] and not row["token_change_nats"] <= EXACT:
-            row["suspect"] = (
-                f"computes something else than the {before['name']} checkpoint that it was made from: the loss of a token moves by "
-                f"{row['token_change_nats']:.2g} nat on average ({EXACT:g} is allowed); the files are damaged or of another model"
-            )
-        elif before["name"] == "onnx_level_0" and not row["perplexity"] <= ACTIVATIONS * before["perplexity"]:
-            row["suspect"] = (
-                f"int8 activations cost {100 * (row['perplexity'] / before['perplexity'] - 1):.1f} % of perplexity; "
-                "export with --accuracy-level 0"
-            )
+        row = replace(
+            rows[second],
+            change_nats=change,
+            token_change_nats=float(np.abs(loss - earlier).mean()),
+            share=float(change / total) if total > LEAST else None,
+        )
+        must_equal = (exact or {}).get(row.name) == rows[first].name
+        result[second] = replace(row, suspect=_suspicion(rows[first], row, must_equal))
+    return tuple(result)
+
+
+def _suspicion(before: StageRow, row: StageRow, must_equal: bool) -> str | None:
+    change = row.token_change_nats or 0.0
+    if must_equal and not change <= EXACT:
+        return (
+            f"does not reproduce the {before.name} checkpoint that it was exported from: the loss of a token moves by "
+            f"{change:.2g} nats on average ({EXACT:g} is allowed); the files are damaged or belong to another model"
+        )
+    if before.name != "onnx_level_0" or before.perplexity is None or row.perplexity is None:
+        return None
+    if not row.perplexity <= ACTIVATIONS * before.perplexity:
+        growth = 100 * (row.perplexity / before.perplexity - 1)
+        return f"int8 activations raise perplexity by {growth:.1f} %; export with --accuracy-level 0"
+    return None

@@ -1,12 +1,12 @@
-"""Artifacts against each other, from their reports alone: paired ratios, the frontier, and the verdict on pruning."""
+"""Artifacts against each other, from their reports alone: paired ratios, and whether an unpruned one does better."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from edgepress.pipeline.report.model import Comparison, Report
 from edgepress.pipeline.report.stats import LEVEL, Ratio, ratio
 
 # Figure -> the words for more and for less of it.
@@ -16,6 +16,7 @@ WORDS = {
     "load.warm_s": ("slower", "faster"),
     "memory.peak_rss_bytes": ("larger", "smaller"),
 }
+DECODE, SIZE = "speed.decode_tokens_per_s", "size.total_bytes"
 # Files of this much difference in size count as equal.
 EQUAL_SIZE = 1.02
 # A speed-up counts as none when even the upper end of its interval is no more than this.
@@ -23,85 +24,63 @@ EQUAL_SPEED = 1.05
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder, all different: its own, its build's for ``BUILD/04-export``, longer where needed."""
-    parts = [tuple(p for p in f.resolve().parts if not re.match(r"\d\d-", p)) for f in folders]
+    """A short name for each folder, all different: the folder's name, its build's for ``BUILD/04-export``, longer where needed."""
+    paths = [tuple(p for p in f.resolve().parts if not re.match(r"\d\d-", p)) for f in folders]
     names: list[str] = []
-    for own in parts:
-        others = {other for other in parts if other != own}
-        depth = next((d for d in range(1, len(own)) if all(own[-d:] != other[-d:] for other in others)), len(own))
-        name = "/".join(own[-depth:])
+    for path in paths:
+        others = {other for other in paths if other != path}
+        depth = next((d for d in range(1, len(path)) if all(path[-d:] != other[-d:] for other in others)), len(path))
+        name = "/".join(path[-depth:])
         same = sum(known.partition(" (")[0] == name for known in names)
         names.append(f"{name} ({same + 1})" if same else name)
     return names
 
 
-def compare(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> Ratio | None:
-    """``ours`` over ``theirs``, paired by round; None unless both were measured in the same interleaved run."""
-    mine, other = ours["figures"].get(figure), theirs["figures"].get(figure)
-    if mine is None or other is None or ours["run"] != theirs["run"]:
+def compare(report: Report, baseline: Report, figure: str) -> Ratio | None:
+    """``report`` over ``baseline``, paired by round; None unless both were measured in the same interleaved run."""
+    ours, theirs = report.figures.get(figure), baseline.figures.get(figure)
+    if ours is None or theirs is None or report.run != baseline.run:
         return None
-    rounds = min(len(mine["values"]), len(other["values"]))  # one that crashed has fewer
-    return ratio(mine["values"][:rounds], other["values"][:rounds])
+    rounds = min(len(ours.values), len(theirs.values))  # one that crashed has fewer
+    return ratio(ours.values[:rounds], theirs.values[:rounds])
 
 
-def words(figure: str) -> tuple[str, str] | None:
-    """The words for a figure's name, its prompt length left out."""
-    return WORDS.get(re.sub(r"\.\d+$", "", figure))
-
-
-def comparisons(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def comparisons(reports: Sequence[Report]) -> tuple[Comparison, ...]:
     """Every further artifact against the first, figure by figure."""
-    found = []
-    for other in reports[1:]:
-        for figure in reports[0]["figures"]:
-            said = words(figure)
-            result = compare(other, reports[0], figure) if said else None
-            if said and result:
-                found.append(
-                    {
-                        "artifact": other["artifact"],
-                        "than": reports[0]["artifact"],
-                        "figure": figure,
-                        "ratio": result.value,
-                        "rounds": result.rounds,
-                        "verdict": result.verdict(*said),
-                        **({"low": result.low, "high": result.high, "level": LEVEL} if result.rounds > 1 else {}),
-                    }
-                )
-    return found
+    first, *others = reports
+    pairs = [(other, figure) for other in others for figure in first.figures]
+    return tuple(made for other, figure in pairs if (made := _comparison(other, first, figure)))
 
 
-def removed_layers(report: dict[str, Any]) -> list[int]:
-    """Layers that its prune steps removed."""
-    return [layer for step in report["steps"] for layer in step["facts"].get("removed_layers", [])]
+def _comparison(report: Report, baseline: Report, figure: str) -> Comparison | None:
+    words = WORDS.get(re.sub(r"\.\d+$", "", figure))  # the figure may end in a prompt length
+    result = compare(report, baseline, figure) if words else None
+    if not words or not result:
+        return None
+    low, high, level = (result.low, result.high, LEVEL) if result.rounds > 1 else (None, None, None)
+    names = (report.artifact, baseline.artifact, figure)
+    return Comparison(*names, result.value, result.rounds, result.verdict(*words), low, high, level)
 
 
-def quantized_as(report: dict[str, Any]) -> dict[str, Any]:
-    """The options of its quantize step that decide the format."""
-    step: dict[str, Any] = next((s for s in report["steps"] if s["stage"] == "quantize"), {"options": {}})
-    return {k: v for k, v in step["options"].items() if k in ("method", "bits", "group_size", "head_bits", "symmetric")}
-
-
-def loss(report: dict[str, Any]) -> tuple[str, float] | None:
-    """The figure that tells quality best, and its value: KL against the original, else perplexity."""
+def loss(report: Report) -> tuple[str, float] | None:
+    """The figure that shows quality best, and its value: KL against the original, else perplexity."""
     for name in ("quality.kl_mean", "quality.perplexity"):
-        if name in report["figures"]:
-            return name, report["figures"][name]["median"]
+        if name in report.figures:
+            return name, report.figures[name].median
     return None
 
 
-def losing(report: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+def losing(report: Report, baseline: Report) -> list[str]:
     """At what ("size", "speed") an unpruned baseline is as good as a pruned artifact while it loses less."""
     ours, theirs = loss(report), loss(baseline)
-    if not removed_layers(report) or removed_layers(baseline) or ours is None or theirs is None or ours[0] != theirs[0]:
+    if not report.removed_layers or baseline.removed_layers or ours is None or theirs is None or ours[0] != theirs[0]:
         return []
     if theirs[1] >= ours[1]:
         return []
-    found = []
-    bytes_of = [r["figures"]["size.total_bytes"]["median"] for r in (report, baseline)]
-    if bytes_of[1] <= EQUAL_SIZE * bytes_of[0]:
-        found.append("size")
-    decode = compare(report, baseline, "speed.decode_tokens_per_s")
+    result = []
+    if baseline.figures[SIZE].median <= EQUAL_SIZE * report.figures[SIZE].median:
+        result.append("size")
+    decode = compare(report, baseline, DECODE)
     if decode and decode.rounds > 1 and decode.high <= EQUAL_SPEED:  # shown to be no faster, which is more than not shown to be
-        found.append("speed")
-    return found
+        result.append("speed")
+    return result

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-from edgepress.pipeline.report.comparison import removed_layers
-from edgepress.pipeline.report.tables import STAGES, best_of, points, quantized
+from edgepress.pipeline.report.model import Report
+from edgepress.pipeline.report.tables import STAGES, best_of, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,7 +17,7 @@ WIDTH = 6.4  # inches, about the width of a column of text
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe and Ito, safe for colour blindness
 _MARKERS = "osD^vP*X"
 _REMOVED, _KEPT = _COLOURS[1], "#9aa7b3"
-_STYLE: Any = {
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys of its settings one by one
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -26,32 +26,32 @@ _STYLE: Any = {
 }
 
 
-def against_quality(reports: Sequence[dict[str, Any]], kind: str) -> str:
-    """Size or speed against quality, a numbered point an artifact, the frontier as a line; "" without two points."""
-    found = points(reports, kind)
-    if len(found) < 2:
+def against_quality(reports: Sequence[Report], kind: str) -> str:
+    """Size or speed against quality, a numbered point an artifact, the Pareto frontier as a line; "" without two points."""
+    known = points(reports, kind)
+    if len(known) < 2:
         return ""
     figure, axes = _figure(3.6)
-    methods = list(dict.fromkeys(quantized(r) for r in reports))
-    removals = sorted({len(removed_layers(r)) for r in reports})
-    for number, (x, y) in found.items():
+    methods = list(dict.fromkeys(r.quantization.label for r in reports))
+    removals = sorted({len(r.removed_layers) for r in reports})
+    for number, (x, y) in known.items():
         report = reports[number]
-        colour = _COLOURS[methods.index(quantized(report)) % len(_COLOURS)]
-        marker = _MARKERS[removals.index(len(removed_layers(report))) % len(_MARKERS)]
+        colour = _COLOURS[methods.index(report.quantization.label) % len(_COLOURS)]
+        marker = _MARKERS[removals.index(len(report.removed_layers)) % len(_MARKERS)]
         axes.plot(x, y, marker, color=colour, markersize=8)
         axes.annotate(str(number + 1), (x, y), xytext=(6, 5), textcoords="offset points")
-    best = [found[number] for number in best_of(reports, kind)]
+    best = [known[number] for number in best_of(reports, kind)]
     axes.plot([x for x, _ in best], [y for _, y in best], "-", color="#444444", linewidth=1, zorder=0)
-    kl = all("quality.kl_mean" in r["figures"] for r in reports)
+    kl = all("quality.kl_mean" in r.figures for r in reports)
     axes.set_ylabel("KL from the original, nat" if kl else "perplexity")
-    axes.set_xlabel("size of the folder, MB" if kind == "size" else "decode, tokens/s")
+    axes.set_xlabel("size on disk, MB" if kind == "size" else "decode, tokens/s")
     axes.margins(0.1)
     handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=m)[0] for i, m in enumerate(methods)]
     handles += [
         axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n or 'no'} layer{'s' if n > 1 else ''} removed")[0]
         for i, n in enumerate(removals)
     ]
-    handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="frontier")[0]]
+    handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="Pareto frontier")[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _svg(figure, f"{kind} against quality")
 
@@ -77,37 +77,36 @@ def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
     return figure
 
 
-def losses(reports: Sequence[dict[str, Any]]) -> str:
+def losses(reports: Sequence[Report]) -> str:
     """What each stage added to the loss, nats a token, stacked; "" where no stages were measured."""
-    reports = [r for r in reports if any("change_nats" in row for row in r["stages"])]
+    reports = [r for r in reports if any(row.change_nats is not None for row in r.stages)]
     if not reports:
         return ""
-    longest = sorted(reports, key=lambda r: -len(r["stages"]))  # it has the stages in their order
-    names = list(dict.fromkeys(row["name"] for r in longest for row in r["stages"] if "change_nats" in row))
+    longest = sorted(reports, key=lambda r: -len(r.stages))  # it has the stages in their order
+    names = list(dict.fromkeys(row.name for r in longest for row in r.stages if row.change_nats is not None))
     figure, axes = _figure(0.9 + 0.32 * len(reports))
     for index, name in enumerate(names):
-        for place, report in enumerate(reports):
-            rows = {row["name"]: row.get("change_nats", 0.0) for row in report["stages"]}
+        for position, report in enumerate(reports):
+            rows = {row.name: row.change_nats or 0.0 for row in report.stages}
             value = rows.get(name, 0.0)
             # those of the same sign stand one behind the other
             start = sum(v for n in names[:index] if (v := rows.get(n, 0.0)) * value > 0)
-            axes.barh(
-                place, value, left=start, color=_COLOURS[index % len(_COLOURS)], label=STAGES.get(name, name) if not place else None
-            )
+            label = None if position else STAGES.get(name, name)  # once in the legend
+            axes.barh(position, value, left=start, color=_COLOURS[index % len(_COLOURS)], label=label)
     _artifacts(axes, reports)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_xlabel("loss added, nats a token")
+    axes.set_xlabel("loss added, nats per token")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return _svg(figure, "loss by stage")
 
 
-def spread(reports: Sequence[dict[str, Any]], figure_name: str, label: str, scale: float = 1.0) -> str:
+def spread(reports: Sequence[Report], figure_name: str, label: str, scale: float = 1.0) -> str:
     """Samples of a figure, a box an artifact: median, quartiles, whiskers at percentiles 1 and 99; "" where none has it."""
-    reports = [r for r in reports if figure_name in r["figures"]]
+    reports = [r for r in reports if figure_name in r.figures]
     if not reports:
         return ""
     figure, axes = _figure(0.8 + 0.32 * len(reports))
-    samples = [[scale * v for v in r["figures"][figure_name]["values"]] for r in reports]
+    samples = [[scale * v for v in r.figures[figure_name].values] for r in reports]
     axes.boxplot(
         samples, orientation="horizontal", positions=range(len(reports)), whis=(1, 99), widths=0.6, showfliers=False,
         medianprops={"color": _COLOURS[1], "linewidth": 2},
@@ -117,8 +116,8 @@ def spread(reports: Sequence[dict[str, Any]], figure_name: str, label: str, scal
     return _svg(figure, label)
 
 
-def _artifacts(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
-    axes.set_yticks(range(len(reports)), [r["artifact"][-28:] for r in reports])
+def _artifacts(axes: Axes, reports: Sequence[Report]) -> None:
+    axes.set_yticks(range(len(reports)), [r.artifact[-28:] for r in reports])
     axes.invert_yaxis()
 
 

@@ -1,11 +1,10 @@
-"""Samples and what is derived from them, in one place: medians, percentiles, and ratios with their interval."""
+"""Statistics of samples: ratios with their confidence interval, and the Pareto frontier."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,23 +13,6 @@ import numpy as np
 _T99 = (63.657, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169, 3.106, 3.055, 3.012, 2.977, 2.947, 2.921,
         2.898, 2.878, 2.861, 2.845)  # fmt: skip
 LEVEL = 0.99
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One figure: all its raw samples in ``unit``. standard_error: of a figure that is itself a mean over many items."""
-
-    unit: str
-    values: list[float]
-    standard_error: float | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON: samples, median, and with enough of them the percentiles 50, 95 and 99."""
-        values = [float(f"{v:.8g}") if isinstance(v, float) else v for v in self.values]
-        found: dict[str, Any] = {"unit": self.unit, "values": values, "median": float(np.median(values))}
-        if len(values) >= 20:
-            found |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
-        return found | ({} if self.standard_error is None else {"standard_error": self.standard_error})
 
 
 @dataclass(frozen=True)

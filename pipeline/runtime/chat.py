@@ -1,4 +1,4 @@
-"""A conversation with an artifact: the key-value cache stays between turns, so that only what is new is read."""
+"""A conversation with an artifact: the key-value cache is kept between turns, so that only new text is read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime import generate
 from edgepress.pipeline.runtime.chat_template import Message, read_template, special_tokens
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
-from edgepress.pipeline.text.windows import load_tokenizer
+from tokenizers import Tokenizer
 
 
 class Conversation:
-    """Turns so far, and the cache of their tokens.
+    """The turns so far, and the cache of their tokens.
 
-    read: tokens that the last answer had to read before its first. full: whether it ended because the context is full.
+    read: tokens that had to be read before the last answer began. full: whether it ended because the context is full.
     """
 
     def __init__(self, folder: Path, options: RunOptions) -> None:
@@ -27,17 +26,18 @@ class Conversation:
         template = read_template(folder)
         if template is None:
             raise InputError(
-                f"{folder} has no chat template (its model continues texts); put one there, chat_template.jinja, or continue text: "
+                f"{folder} has no chat template (its model continues text); add a chat_template.jinja, or continue text: "
                 f'edgepress run {shlex.quote(str(folder))} "Once upon a time"'
             )
-        self._template, self._tokenizer, self._options = template, load_tokenizer(folder), options
-        self._stop = end_tokens(folder) | _end_of_turn(folder)
-        self.decoder = Decoder(folder, threads=options.threads)
+        model = generate.TextModel(folder, options.threads)
+        self._template, self._tokenizer, self._options = template, model.tokenizer, options
+        self._stop = model.stop | _end_of_turn(folder, model.tokenizer)
+        self.decoder = model.decoder
         self._random = np.random.default_rng(options.seed)
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self.messages: list[Message] = []
         if self._options.system is not None:
             self.messages.append({"role": "system", "content": self._options.system})
@@ -46,22 +46,22 @@ class Conversation:
         self.read, self.full = 0, False
 
     def answer(self, text: str) -> Generator[str]:
-        """Pieces of the answer to a message, as soon as they are whole characters. What was told stays, also when interrupted.
+        """Pieces of the answer to a message, each as soon as its characters are whole; an interrupted answer is kept too.
 
-        Raises OptionError when the conversation no longer fits into the context; it then goes on as if nothing was said.
+        Raises OptionError when the conversation no longer fits into the context, and leaves it as it was.
         """
         generate.check_text(text + (self._options.system or ""))
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self._tokenizer.encode(self._template.render(asked), add_special_tokens=False).ids
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        ids = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
         if not ids:
-            raise InputError("the chat template makes nothing of this message; correct it, or run without --chat")
+            raise InputError("the chat template renders this message as an empty text; correct the template, or run without --chat")
         room = self.decoder.context - len(ids)
         if room < 1:
             raise OptionError(
                 f"the context is full: {len(ids)} tokens with this message, and the model takes {self.decoder.context}; "
-                "say something shorter, or start afresh with /new"
+                "write a shorter one, or start afresh with /new"
             )
-        self.messages, self.full = asked, False
+        self.messages, self.full = messages, False
         pieces: list[str] = []
         try:
             for piece in generate.pieces(self._tokenizer, ids[-1], self._tokens(ids, min(room, self._options.limit))):
@@ -72,20 +72,20 @@ class Conversation:
             self.full = self.decoder.length >= self.decoder.context - 1
 
     def _tokens(self, ids: list[int], limit: int) -> Iterator[int]:
-        """Feed what the cache does not hold yet, and generate; a template may tell former turns otherwise than they were fed."""
-        known = self._fed[: self.decoder.length]
-        same = next((i for i, (a, b) in enumerate(zip(known, ids[:-1], strict=False)) if a != b), min(len(known), len(ids) - 1))
-        self.decoder.rewind(same)
-        self._fed, self.read = list(ids), len(ids) - same
-        new = np.array(ids[same:], dtype=np.int64)
+        """Feed what the cache does not hold yet, and generate; a template may render earlier turns differently than before."""
+        cached = self._fed[: self.decoder.length]
+        common = next((i for i, (a, b) in enumerate(zip(cached, ids[:-1], strict=False)) if a != b), min(len(cached), len(ids) - 1))
+        self.decoder.rewind(common)
+        self._fed, self.read = list(ids), len(ids) - common
+        new = np.array(ids[common:], dtype=np.int64)
         for token in generate.tokens(self.decoder, new, self._stop, limit, self._options.temperature, self._random):
             self._fed.append(token)
             yield token
 
 
-def _end_of_turn(folder: Path) -> frozenset[int]:
-    """The tokenizer's own end token: chat models may name the end of a turn there alone."""
+def _end_of_turn(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The end token of tokenizer_config.json: some chat models name the end of a turn only there."""
     file = folder / "tokenizer_config.json"
     token = special_tokens(read_json(file)).get("eos_token") if file.is_file() else None
-    number = load_tokenizer(folder).token_to_id(token) if token else None
-    return frozenset() if number is None else frozenset({number})
+    id = tokenizer.token_to_id(token) if token else None
+    return frozenset() if id is None else frozenset({id})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.files import JsonObject, read_json
 from jinja2 import TemplateError
 from jinja2.ext import Extension
 from jinja2.nodes import Node, Scope
@@ -23,7 +23,7 @@ class ChatTemplate:
     """The template of a folder, and the special tokens that it may name."""
 
     def __init__(self, source: str, special: dict[str, str], name: str) -> None:
-        """Raises InputError for a template that is no Jinja."""
+        """Raises InputError for a template that is not valid Jinja."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _json
@@ -32,18 +32,20 @@ class ChatTemplate:
         self._name, self._special = name, special
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # a stranger's program: anything may go wrong in it
+        except Exception as error:  # a template is a program of unknown origin
             raise InputError(f"the chat template in {name} cannot be read ({error}); correct it or fetch it again") from error
 
     def render(self, messages: list[Message], answer: bool = True) -> str:
-        """The text of a conversation, special tokens included; ``answer``: up to where the model has to go on.
+        """The text of a conversation, special tokens included. answer: end it where the model's answer begins.
 
         Raises InputError when the template refuses the messages.
         """
         try:
             text: str = self._template.render(messages=messages, add_generation_prompt=answer, **self._special)
         except Exception as error:
-            raise InputError(f"the chat template in {self._name} refuses this conversation ({error})") from error
+            raise InputError(
+                f"the chat template in {self._name} refuses this conversation ({error}); change the message, or run without --chat"
+            ) from error
         return text
 
 
@@ -52,7 +54,7 @@ def read_template(folder: Path) -> ChatTemplate | None:
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     source, name = settings.get("chat_template"), "tokenizer_config.json"
     if isinstance(source, list):  # several by name
-        source = next((one.get("template") for one in source if isinstance(one, dict) and one.get("name") == "default"), None)
+        source = next((row.get("template") for row in source if isinstance(row, dict) and row.get("name") == "default"), None)
     if (folder / FILE).is_file():
         try:
             source, name = (folder / FILE).read_text(encoding="utf-8"), FILE
@@ -63,7 +65,7 @@ def read_template(folder: Path) -> ChatTemplate | None:
     return ChatTemplate(str(source), special_tokens(settings), name)
 
 
-def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+def special_tokens(settings: JsonObject) -> dict[str, str]:
     """bos_token, eos_token and the like of a tokenizer_config."""
     named = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
@@ -71,9 +73,13 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes HTML; json's other settings would run what the template gives them outside the sandbox."""
+    """The filter tojson without Jinja's HTML escapes; other settings of json.dumps would call the template's code unsandboxed."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -87,6 +93,6 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
 
     def parse(self, parser: Parser) -> Node:
-        """The block's content in a scope of its own."""
+        """The block's content in its own scope."""
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)

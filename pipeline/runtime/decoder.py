@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.files import read_json
-from edgepress.pipeline.registry import load
+from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime import targets
 
+if TYPE_CHECKING:
+    import onnxruntime
+
 MODEL = "model.onnx"
-# Tokens that a shared cache has room for at first: one for the whole context may take more memory than the model.
+# Tokens that a shared cache holds at first: one for the whole context may take more memory than the model.
 FIRST_CAPACITY = 256
 
 
@@ -30,13 +33,15 @@ class Decoder:
     """
 
     def __init__(self, folder: Path, *, threads: int = 0, model: str = MODEL, target: str = "cpu") -> None:
-        load("onnxruntime:__name__")
+        require("onnxruntime")
         import onnxruntime
 
         if not (folder / model).is_file():
             raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
         if threads > (os.cpu_count() or threads):
-            raise OptionError(f"{threads} threads are more than this machine's {os.cpu_count()} processors; give at most those")
+            raise OptionError(
+                f"{threads} threads are more than the {os.cpu_count()} processors of this machine; give at most as many"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
@@ -52,21 +57,23 @@ class Decoder:
         caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._shapes = {i.name: i.shape for i in caches}
         # Activations, cache and logits: float16 in what is exported for a GPU.
-        self.dtype: type[np.floating[Any]] = np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
+        self.dtype: type[np.float16] | type[np.float32] = (
+            np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
+        )
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.shared = metadata.get("edgepress.shared_cache") == "1"
-        self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side on which it takes padding
+        self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
         try:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'genai_config.json'} names no context_length; export again") from error
+            raise InputError(f"{folder / 'genai_config.json'} has no context_length; export again") from error
         self._vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
-        self._binding: Any = None  # of the cache, as long as it stays where it is
+        self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0
         self.reset()
 
     def reset(self, capacity: int | None = None) -> None:
-        """Forget the sequence. capacity: tokens that a shared cache has room for (default: it grows up to the context)."""
+        """Forget the sequence. capacity: tokens that a shared cache holds (default: it grows up to the context)."""
         self.length = 0
         self._limit = capacity or self.context
         if self.shared:
@@ -88,7 +95,7 @@ class Decoder:
         """Make room for ``total`` tokens in a shared cache; what is in it stays."""
         self._binding = None
         capacity = min(self.context, max(total, 2 * self._capacity, FIRST_CAPACITY))
-        self._capacity = 0  # interrupted in the middle, the next one begins anew: both sizes hold what was read
+        self._capacity = 0  # if interrupted, the next call starts over: caches of both sizes hold what was read
         for name, value in self._cache.items():  # one after the other: never the whole cache twice
             array = value.numpy()
             grown = np.zeros((*array.shape[:2], capacity, array.shape[3]), dtype=array.dtype)
@@ -122,22 +129,22 @@ class Decoder:
             binding.bind_output("logits", "cpu")
         try:
             self.session.run_with_iobinding(binding)
-        except Exception as error:  # as when a token is none of the model's
+        except Exception as error:  # such as a token id outside the vocabulary
             raise InputError(f"onnxruntime cannot run {self._file}: {str(error).splitlines()[0]}; export again") from error
         binding.synchronize_outputs()  # a GPU may still be at work when the call returns
         if not self.shared:
             self._cache = dict(zip(self._cache, binding.get_outputs()[1:], strict=True))
-        found: np.ndarray = (logits if one else binding.get_outputs()[0].numpy())[0]
+        result: np.ndarray = (logits if one else binding.get_outputs()[0].numpy())[0]
         self._binding = binding if self.shared else None
         self.length = total
-        return found.astype(np.float32, copy=False)
+        return result.astype(np.float32, copy=False)
 
-    def _bound_cache(self) -> Any:
-        """A binding of the cache; a shared one stays bound until it grows, for binding costs small models time at every token."""
+    def _bound_cache(self) -> onnxruntime.IOBinding:
+        """A binding of the cache; a shared one stays bound until it grows: for small models, binding at every token is slow."""
         binding = self.session.io_binding()
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")  # takes the first place among the outputs
+        binding.bind_output("logits", "cpu")  # must be the first of the outputs
         for name, value in self._cache.items():
             present = name.replace("past_key_values", "present")
             if self.shared:
@@ -160,7 +167,7 @@ class Decoder:
     def forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Logits float32 (tokens, vocabulary) of every position of several sequences int64 (tokens,), each from its beginning.
 
-        One run, padded on the right; the sequence that ``feed`` builds is left alone.
+        One run, padded on the right; the sequence that ``feed`` builds is not changed.
         """
         length = max(map(len, rows))
         ids = np.zeros((len(rows), length), dtype=np.int64)
@@ -169,13 +176,13 @@ class Decoder:
             ids[index, : len(row)] = row
             mask[index, : len(row)] = 1
         feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
-        logits = self.session.run(["logits"], feeds | self.nothing(len(rows)))[0].astype(np.float32, copy=False)
+        logits = self.session.run(["logits"], feeds | self.empty_cache(len(rows)))[0].astype(np.float32, copy=False)
         return [logits[index, : len(row)] for index, row in enumerate(rows)]
 
     def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
         names = [output.name for output in self.session.get_outputs()]
-        cache = self.nothing(len(ids))
+        cache = self.empty_cache(len(ids))
         total = ids.shape[1]
         while total <= self.context:
             feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
@@ -186,35 +193,35 @@ class Decoder:
             yield ids[:, 0]
 
     def step(
-        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray] | None = None, also: Sequence[str] = ()
+        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray] | None = None, extra: Sequence[str] = ()
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """One run over a batch with a cache of its own, for checks.
+        """One run over a batch with its own cache, for checks.
 
-        ids int64 (batch, tokens), mask int64 (batch, all tokens so far and these). Returns the logits of all positions and
-        the outputs ``also``, and the cache for the next step.
+        ids int64 (batch, tokens), mask int64 (batch, past and these tokens). Returns the logits of all positions followed
+        by the outputs ``extra``, and the cache for the next step.
         """
-        cache = cache or self.nothing(len(ids))
-        wanted = ["logits", *also, *(name.replace("past_key_values", "present") for name in cache)]
+        cache = cache or self.empty_cache(len(ids))
+        names = ["logits", *extra, *(name.replace("past_key_values", "present") for name in cache)]
         feeds = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": np.zeros(1, dtype=np.int64)}
-        found = self.session.run(wanted, feeds | cache)
-        count = 1 + len(also)
-        return found[:count], dict(zip(cache, found[count:], strict=True))
+        outputs = self.session.run(names, feeds | cache)
+        count = 1 + len(extra)
+        return outputs[:count], dict(zip(cache, outputs[count:], strict=True))
 
-    def nothing(self, batch: int) -> dict[str, np.ndarray]:
+    def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
         return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
 
-    def _empty(self, shape: list[Any], length: int) -> Any:
+    def _empty(self, shape: list[int], length: int) -> onnxruntime.OrtValue:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
         return self._filled(array)
 
-    def _filled(self, array: np.ndarray) -> Any:
+    def _filled(self, array: np.ndarray) -> onnxruntime.OrtValue:
         return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
     """Ids that end a generation, from generation_config.json or config.json."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (found := read_json(folder / name).get("eos_token_id")) is not None:
-            return frozenset(found if isinstance(found, list) else [found])
+        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()

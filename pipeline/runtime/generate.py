@@ -13,33 +13,51 @@ from edgepress.pipeline.text.windows import load_tokenizer
 from tokenizers import Tokenizer
 
 
-def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
-    """The prompt, then pieces of its continuation, one a token, as soon as they are whole characters.
+class TextModel:
+    """An artifact folder ready to generate text: its tokenizer, its end tokens and one onnxruntime session.
 
-    temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature).
-    Raises TextError for a prompt without text, OptionError when prompt and new tokens exceed the context.
+    decoder: of one sequence at a time; the next ``stream`` starts it afresh.
     """
+
+    def __init__(self, folder: Path | str, threads: int = 0) -> None:
+        """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact."""
+        self.folder = Path(folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.stop = end_tokens(self.folder)
+        self.decoder = Decoder(self.folder, threads=threads)
+
+    def stream(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """Pieces of the prompt's continuation, each as soon as its characters are whole.
+
+        temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature), seeded.
+        Raises TextError for a prompt without text, OptionError when prompt and new tokens exceed the context.
+        """
+        check_text(prompt)
+        ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
+        if not prompt or not len(ids):
+            raise TextError("the prompt is empty; give some text to continue")
+        needed = len(ids) + max_new_tokens
+        if needed > self.decoder.context:
+            raise OptionError(
+                f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {self.decoder.context}; "
+                "shorten the prompt or give fewer --max-new-tokens"
+            )
+        self.decoder.reset(needed)
+        random = np.random.default_rng(seed)
+        new = tokens(self.decoder, ids, self.stop, max_new_tokens, temperature, random)
+        return pieces(self.tokenizer, int(ids[-1]), new)
+
+
+def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
+    """The prompt, then what ``TextModel.stream`` yields."""
     check_text(prompt)
-    tokenizer = load_tokenizer(folder)
-    ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
-    if not prompt or not len(ids):
-        raise TextError("the prompt is empty; give some text to continue")
-    decoder = Decoder(folder, threads=options.threads)
-    room = len(ids) + options.limit
-    if room > decoder.context:
-        raise OptionError(
-            f"{len(ids)} prompt and {options.limit} new tokens exceed the context of {decoder.context}; "
-            "shorten the prompt or give fewer --max-new-tokens"
-        )
-    decoder.reset(room)
-    random = np.random.default_rng(options.seed)
+    new = TextModel(folder, options.threads).stream(prompt, options.limit, options.temperature, options.seed)
     yield prompt
-    new = tokens(decoder, ids, end_tokens(folder), options.limit, options.temperature, random)
-    yield from pieces(tokenizer, int(ids[-1]), new)
+    yield from new
 
 
 def check_text(text: str) -> None:
-    """Raises TextError for what a terminal gave that is no UTF-8."""
+    """Raises TextError for text from a terminal that is not valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -61,15 +79,15 @@ def tokens(
 
 
 def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[str]:
-    """The text of new tokens after the token ``before`` (so that a leading space is kept), as soon as its characters are whole."""
+    """The text of new tokens after the token ``before`` (which keeps a leading space), as soon as its characters are whole."""
     ids: list[int] = []
-    told, start = "", len(tokenizer.decode([before]))
+    yielded, start = "", len(tokenizer.decode([before]))
     for token in new:
         ids.append(token)
-        whole = tokenizer.decode([before, *ids])[start:]
-        if not whole.endswith("\ufffd"):  # a character may take several tokens
-            yield whole[len(told) :]
-            told = whole
+        text = tokenizer.decode([before, *ids])[start:]
+        if not text.endswith("\ufffd"):  # a character may take several tokens
+            yield text[len(yielded) :]
+            yielded = text
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

@@ -1,4 +1,4 @@
-"""What an artifact is measured on: one row a target, and the one place that chooses onnxruntime's execution provider."""
+"""What an artifact runs on: one row per target, and the one place that chooses onnxruntime's execution provider."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgepress.pipeline.errors import InputError, MissingPackageError
-from edgepress.pipeline.registry import load, look_up
+from edgepress.pipeline.registry import look_up, require
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 @dataclass(frozen=True)
 class Target:
-    """provider: onnxruntime's name for it; device: where the key-value cache lives, as OrtValue names it."""
+    """One row. provider: onnxruntime's name for it. device: where the key-value cache is, as OrtValue names it."""
 
     provider: str
     device: str
@@ -28,15 +31,18 @@ TARGETS = {
 
 
 def target(name: str) -> Target:
-    """The row of a target that this machine has. Raises MissingPackageError or InputError that names what is missing."""
+    """The row of a target. Raises MissingPackageError or InputError that names what this machine lacks for it."""
     row = look_up(TARGETS, name, "target")
     if name == "cuda":
-        known: list[str] = []
-        with suppress(MissingPackageError):  # which names the extra for the CPU
-            known = load("onnxruntime:get_available_providers")()
-        if row.provider not in known:
+        providers: list[str] = []
+        with suppress(MissingPackageError):  # its message names the extra for the CPU
+            require("onnxruntime")
+            import onnxruntime
+
+            providers = onnxruntime.get_available_providers()
+        if row.provider not in providers:
             raise MissingPackageError(
-                "onnxruntime-gpu is not installed (the onnxruntime that is here, if any, has no CUDA); "
+                "onnxruntime-gpu is not installed (the installed onnxruntime, if any, has no CUDA); "
                 "in an environment without onnxruntime: pip install '.[cuda]'"
             )
         if not gpus():
@@ -44,20 +50,20 @@ def target(name: str) -> Target:
     return row
 
 
-def session(model: str, options: Any, name: str = "cpu") -> Any:
-    """An InferenceSession on a target. Raises InputError when onnxruntime quietly fell back to another provider."""
+def session(model: str, options: onnxruntime.SessionOptions, name: str = "cpu") -> onnxruntime.InferenceSession:
+    """A session on a target. Raises InputError when onnxruntime silently fell back to another provider."""
     import onnxruntime
 
     row = target(name)
-    # The CPU stays as the place for operators that a GPU provider has no kernel for.
+    # The CPU runs the operators that a GPU provider has no kernel for.
     providers = list(dict.fromkeys([row.provider, TARGETS["cpu"].provider]))
-    made = onnxruntime.InferenceSession(model, options, providers=providers)
-    if made.get_providers()[0] != row.provider:
+    session = onnxruntime.InferenceSession(model, options, providers=providers)
+    if session.get_providers()[0] != row.provider:
         raise InputError(
             f"onnxruntime could not start {row.provider} and would have run on the CPU; install the CUDA 13 and cuDNN 9 libraries "
             "that onnxruntime-gpu needs"
         )
-    return made
+    return session
 
 
 def gpus() -> list[str]:
@@ -66,9 +72,9 @@ def gpus() -> list[str]:
 
 
 def gpu_memory(pid: int | None = None) -> int | None:
-    """Bytes that a process (default: this one) holds on all GPUs, as the driver counts them; None when it does not tell.
+    """Bytes that a process (default: this one) holds on all GPUs, as the driver counts them; None when it does not list it.
 
-    In a container the driver may know the process under another number: then None, never another process's memory.
+    In a container the driver may list the process under another id: then None, never another process's memory.
     """
     rows = [line.split(",") for line in _smi("--query-compute-apps=pid,used_memory")]
     used = [row[1].strip() for row in rows if len(row) == 2 and row[0].strip() == str(pid or os.getpid())]
@@ -76,9 +82,9 @@ def gpu_memory(pid: int | None = None) -> int | None:
 
 
 def _smi(query: str) -> list[str]:
-    """Lines that nvidia-smi answers, none without a driver or a GPU."""
+    """The lines that nvidia-smi prints, none without a driver or a GPU."""
     program = shutil.which("nvidia-smi")
     if not program:
         return []
-    done = subprocess.run([program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    result = subprocess.run([program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    return [line for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []

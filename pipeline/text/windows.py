@@ -10,9 +10,9 @@ from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.files import read_json
 from tokenizers import Tokenizer
 
-# Longer windows would need minutes a window on a laptop; the models that reach this are told apart by far less.
+# Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
 LONGEST_WINDOW = 2048
-# Of the proof of an export: tokens that it reads at least, and that it generates.
+# For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 
 
@@ -63,17 +63,20 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 def context_length(folder: Path) -> int:
     """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
     config = read_json(folder / "config.json")
-    known = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
-    if not all(isinstance(value, int) for value in known):
-        raise ModelError(f"{folder / 'config.json'} gives its context as {known[0]!r}; it must be a whole number")
-    return int(min([LONGEST_WINDOW, *known]))
+    lengths = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
+    if not all(isinstance(value, int) for value in lengths):
+        raise ModelError(f"{folder / 'config.json'} gives its context as {lengths[0]!r}; it must be a whole number")
+    return int(min([LONGEST_WINDOW, *lengths]))
 
 
 def proof_window(folder: Path) -> int:
     """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it. Raises ModelError."""
     context = context_length(folder)
     if context < GREEDY_TOKENS + 8:
-        raise ModelError(f"a context of {context} tokens is too short for the proof of an export, it takes {GREEDY_TOKENS + 8}")
+        raise ModelError(
+            f"a context of {context} tokens is too short for the proof of an export, it takes {GREEDY_TOKENS + 8}; "
+            "give a model with a longer context"
+        )
     return min(context - GREEDY_TOKENS, PROOF_TOKENS)
 
 
@@ -94,11 +97,11 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError when not one full window is there, or (``exact``) less than the budget.
+    Raises TextError for a text shorter than one window, or (``exact``) than the budget.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
-    # Enough characters for the budget is found by doubling: a long novel need not be tokenized to its end.
+    # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
     text = read_text(path)
     characters = 8 * (skip + budget)
     ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids

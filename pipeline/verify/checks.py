@@ -1,7 +1,7 @@
-"""Checks of an artifact folder, one line each: whole, sound, running, and still computing what it was made from.
+"""Checks of an artifact folder, one line each: complete, valid, running, and still computing what it was made from.
 
 The light base and onnxruntime are enough for all but the graph check (onnx) and parity (torch, transformers, onnx_ir);
-a check whose packages are missing says so.
+a check whose packages are missing is reported as not checked.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
 from edgepress.pipeline.files import MANIFEST, files_below, read_json
 from edgepress.pipeline.options import VerifyOptions
-from edgepress.pipeline.registry import load, require
+from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder, end_tokens
 from edgepress.pipeline.text.windows import load_tokenizer
 
@@ -25,20 +26,20 @@ PROMPT, NEW_TOKENS = "The old house stood", 8
 # Largest difference of a logit between the two ways to read a prompt, as a share of the logits' standard deviation. Int8
 # activations may round the other way now and then; a cache that is wrong gives differences of the size of the logits.
 CACHE_TOLERANCE = 0.1
-SPOKEN = [{"role": "user", "content": "Good morning."}]
+FIRST_MESSAGE = [{"role": "user", "content": "Good morning."}]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, how it ended, and what was found, or what to do."""
+    """One check. detail: what was measured, or what is wrong and what to do."""
 
     name: str
     state: State
-    says: str
+    detail: str
 
 
 def verify(folder: Path, options: VerifyOptions) -> Iterator[Check]:
-    """Every check in order, each as soon as it is done. One that fails does not keep the others from being made."""
+    """Every check in order, each as soon as it is done; the others run even if one fails."""
     original = None if options.original is None else Artifact.load(options.original)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _files(folder)),
@@ -66,37 +67,44 @@ def verify(folder: Path, options: VerifyOptions) -> Iterator[Check]:
 
 def _files(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"no {MANIFEST}, so nobody can tell whether the files are whole; copy the complete folder or export again")
+        raise InputError(f"no {MANIFEST}, so the files cannot be checked; copy the complete folder or export again")
     artifact = Artifact.load(folder)
     if artifact.format != "onnx":
-        raise InputError(f"the manifest is of a folder of the kind {artifact.format}; copy the complete folder or export again")
+        raise InputError(
+            f"{MANIFEST} describes a folder of format {artifact.format}, not onnx; copy the complete folder or export again"
+        )
     if MODEL not in artifact.files:
-        raise InputError(f"the manifest lists no {MODEL}; copy the complete folder or export again")
+        raise InputError(f"{MANIFEST} does not list {MODEL}; copy the complete folder or export again")
     if damaged := artifact.damaged():
-        there = "is not what was written" if (folder / damaged[0]).is_file() else "is missing"
-        more = f", {len(damaged) - 1} more too" if len(damaged) > 1 else ""
-        raise InputError(f"{damaged[0]} {there} (sha256{more}); copy the complete folder again or export again")
-    others = [str(p.relative_to(folder)) for p in files_below(folder) if str(p.relative_to(folder)) not in artifact.files]
-    beside = f"; not in the manifest: {', '.join(others)}" if others else ""
-    return f"{len(artifact.files)} of {len(artifact.files)} have the sha256 of the manifest{beside}"
+        fault = "differs from the manifest (sha256)" if (folder / damaged[0]).is_file() else "is missing"
+        total = f" (damaged files in all: {len(damaged)})" if len(damaged) > 1 else ""
+        raise InputError(f"{damaged[0]} {fault}{total}; copy the complete folder again or export again")
+    names = [str(p.relative_to(folder)) for p in files_below(folder)]
+    others = [name for name in names if name not in artifact.files]
+    extra = f"; not in the manifest: {', '.join(others)}" if others else ""
+    return f"{len(artifact.files)} of {len(artifact.files)} have the sha256 of the manifest{extra}"
 
 
 def _graph(folder: Path) -> str:
-    """ONNX's own checker with shape inference, on the path: weights beside the graph may exceed what one message holds."""
-    checker, defs = load("onnx.checker:check_model"), load("onnx:defs")
+    """ONNX's own checker with shape inference, on the path: the weights may exceed the size of one protobuf message."""
+    require("onnx")
+    from onnx import checker
+
     if not (folder / MODEL).is_file():
         raise InputError(f"no {MODEL}; copy the complete folder again or export again")
-    _know_normalization(defs)
+    _register_normalization()
     try:
-        checker(str(folder / MODEL), full_check=True)
+        checker.check_model(str(folder / MODEL), full_check=True)
     except Exception as error:  # the checker's and the inference's errors share no public base class
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{MODEL} is no sound graph ({reason}); copy the complete folder again or export again") from error
-    return "the checker of onnx has no complaint, shapes included"
+        raise InputError(f"{MODEL} is not a valid ONNX graph ({reason}); copy the complete folder again or export again") from error
+    return "valid for the checker of onnx, shapes included"
 
 
-def _know_normalization(defs: Any) -> None:
-    """SimplifiedLayerNormalization is onnxruntime's, yet in ONNX's own domain, where the checker demands a schema."""
+def _register_normalization() -> None:
+    """SimplifiedLayerNormalization is onnxruntime's, but in ONNX's own domain, where the checker demands a schema."""
+    from onnx import defs
+
     name, schema = "SimplifiedLayerNormalization", defs.OpSchema
     if defs.has(name):
         return
@@ -125,42 +133,48 @@ def _tokenizer(folder: Path) -> str:
     ids = tokenizer.encode(PROMPT).ids
     size = int(config.get("vocab_size", 0))
     if not ids or max(ids) >= size:
-        raise InputError(f"tokenizer.json gives ids that the model of {size} tokens does not have; copy the complete folder again")
+        raise InputError(f"tokenizer.json has ids beyond the {size} tokens of the model; copy the complete folder again")
     return f"{tokenizer.get_vocab_size():,} tokens"
 
 
 def _chat_template(folder: Path) -> str:
-    template = load("edgepress.pipeline.runtime.chat_template:read_template")(folder)
+    require("jinja2")
+    from edgepress.pipeline.runtime.chat_template import read_template
+
+    template = read_template(folder)
     if template is None:
         return "none: the model continues text"
-    ids = load_tokenizer(folder).encode(template.render(SPOKEN), add_special_tokens=False).ids
+    ids = load_tokenizer(folder).encode(template.render(FIRST_MESSAGE), add_special_tokens=False).ids
     return f"a first message takes {len(ids)} tokens"
 
 
 def _loads(folder: Path) -> str:
     decoder = Decoder(folder)
+    import onnxruntime
+
     described = read_json(folder / "genai_config.json")["model"]
     layers = sum(i.name.endswith(".key") for i in decoder.session.get_inputs())
-    told = (described.get("decoder", {}).get("num_hidden_layers"), described.get("vocab_size"))
-    found = (layers, decoder.session.get_outputs()[0].shape[-1])
-    if told != found:
+    configured = (described.get("decoder", {}).get("num_hidden_layers"), described.get("vocab_size"))
+    actual = (layers, decoder.session.get_outputs()[0].shape[-1])
+    if configured != actual:
         raise InputError(
-            f"genai_config.json tells of {told[0]} layers and {told[1]} tokens, {MODEL} has {found[0]} and {found[1]}; export again"
+            f"genai_config.json has {configured[0]} layers and {configured[1]} tokens, "
+            f"but {MODEL} has {actual[0]} and {actual[1]}; export again"
         )
-    return f"onnxruntime {load('onnxruntime:__version__')}, {layers} layers, context of {decoder.context:,} tokens"
+    return f"onnxruntime {onnxruntime.__version__}, {layers} layers, context of {decoder.context:,} tokens"
 
 
 def _generates(folder: Path) -> str:
-    """Greedy tokens from a prompt; and the cache holds what a prompt read in one piece holds."""
+    """Greedy tokens from a prompt; and a prompt read token by token through the cache gives the same logits."""
     decoder, tokenizer = Decoder(folder), load_tokenizer(folder)
     ids = np.array(tokenizer.encode(PROMPT).ids, dtype=np.int64)
     whole = decoder.feed(ids, keep=0)[-1]
     if not np.isfinite(whole).all():
-        raise InputError("its logits are not finite (NaN or Inf); export again")
+        raise InputError(f"the logits of {MODEL} are not finite (NaN or Inf); export again")
     decoder.reset()
     step = [decoder.feed(ids[i : i + 1]) for i in range(len(ids))][-1][-1]
     if not np.abs(step - whole).max() <= CACHE_TOLERANCE * whole.std():
-        raise InputError("a prompt read token by token gives other logits than one read whole; export again")
+        raise InputError("a prompt read token by token gives different logits than in one piece; export again")
     decoder.reset()
     new = decoder.greedy(ids, NEW_TOKENS, end_tokens(folder))
     return repr(tokenizer.decode([*ids.tolist(), *new]))
@@ -169,13 +183,15 @@ def _generates(folder: Path) -> str:
 def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
     for package in ("torch", "transformers", "onnx_ir", "safetensors"):
         require(package)
+    from edgepress.exporters.proof.parity import proof_windows
+    from edgepress.exporters.proof.recheck import recheck
+
     artifact = Artifact.load(folder)
     if artifact.format != "onnx" or not artifact.steps:
-        raise InputError(f"no {MANIFEST} tells what {folder} was made from; copy the complete folder or export again")
+        raise InputError(f"no {MANIFEST} records what {folder} was made from; copy the complete folder or export again")
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
-        raise ProofError(f"{original.path} has another tokenizer; give the checkpoint that it was made from")
-    windows = load("edgepress.exporters.proof.parity:proof_windows")(options.text, folder)
-    candidates = [original, *map(Artifact.load, load("edgepress.pipeline.bench.subject:stages_of")(artifact))]
+        raise ProofError(f"{original.path} has a different tokenizer; give the checkpoint that it was made from")
+    windows = proof_windows(options.text, folder)
+    candidates = [original, *map(Artifact.load, stages_of(artifact))]
     source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
-    said: str = load("edgepress.exporters.proof.recheck:recheck")(artifact, original, source, windows, options.trust_remote_code)
-    return said
+    return recheck(artifact, original, source, windows, options.trust_remote_code)

@@ -32,10 +32,10 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "config is no JSON": (write("config.json", b"{model_type: llama"), ("config.json is not valid JSON",)),
     "config is no object": (write("config.json", b"[]"), ("config.json must hold a JSON object",)),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), ("config.json is not valid JSON",)),
-    "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "no causal language model", "give")),
+    "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "not a causal language model", "give")),
     "t5": (
         change(architectures=["T5ForConditionalGeneration"], model_type="t5"),
-        ("T5ForConditionalGeneration", "no causal language model", "give"),
+        ("T5ForConditionalGeneration", "not a causal language model", "give"),
     ),
     "no model type": (change(model_type=None), ("model_type", "give")),
     "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),

@@ -24,7 +24,7 @@ from edgepress.pipeline.text.windows import load_tokenizer
 
 Call = Callable[..., Any]
 
-VERBS = ["build", "prune", "heal", "quantize", "export", "bench", "report", "run", "sensitivity", "show", "verify"]
+VERBS = ["build", "fetch", "import", "prune", "heal", "quantize", "export", "bench", "report", "run", "sensitivity", "show", "verify"]
 CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
 PROMPT = "Once upon a time"
 
@@ -258,3 +258,17 @@ def test_a_read_that_fails_does_not_blame_the_disk(
 def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
     with pytest.raises(ModuleNotFoundError):
         terminal.exit_code(ModuleNotFoundError("No module named 'edgepress.gone'", name="edgepress.gone"))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("prune SRC OUT --heal linear", "edgepress heal"),
+        ("build SRC OUT --heal linear", "--heal is now --healer"),
+        ("bench DIR --beside DIR", "--beside is now --compare-with"),
+        ("quantize SRC OUT --group 64", "unrecognized arguments"),
+    ],
+)
+def test_former_and_shortened_flags_are_refused(line: str, says: str, call: Callable) -> None:
+    result = call(*line.split())
+    assert result.code == 2 and says in result.err and result.err.count("\n") == 1

@@ -1,1 +1,1 @@
-"""Checkpoints that others quantized, read as they are: one format a file, each a mapping of module name -> PackedLinear."""
+"""Readers of third-party quantized checkpoints: one format a file, each a mapping of module name -> PackedLinear."""

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear
-from edgepress.pipeline.checkpoint.tensors import Tensors
+from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, PackedMatrices
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import JsonObject
 
 _STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(nf4|fp4)")
 _PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-class BnbFolder:
-    """Module name -> PackedLinear of a folder. parts: names of the tensors behind them, which are no float weights."""
+class BnbFolder(PackedMatrices):
+    """The packed matrices of a bitsandbytes folder."""
 
     def __init__(
         self,
         folder: Path,
-        shards: list[Path],
-        settings: dict[str, Any],
+        index: ShardIndex,
+        settings: JsonObject,
         original: Callable[[str], np.ndarray | None] | None = None,
     ) -> None:
-        self._tensors = Tensors(shards)
-        names = self._tensors.names
+        self._index, names = index, index.names
         self._kinds = {match[1]: match[2] for name in sorted(names) if (match := _STATE.fullmatch(name))}
         self._kinds |= {name.removesuffix(".SCB"): "int8" for name in sorted(names) if name.endswith(".SCB")}
+        super().__init__(self._kinds)
         if not self._kinds:
-            raise ModelError(f"{folder} says bitsandbytes and holds no matrix of it; give the complete checkpoint")
+            raise ModelError(f"{folder} claims to be bitsandbytes but holds no such matrix; give the complete checkpoint")
         self.parts = {name for name in names if self._module(name) in self._kinds}
         self.described = {"quant_method": "bitsandbytes", "kinds": sorted(set(self._kinds.values()))}
 
@@ -45,28 +46,24 @@ class BnbFolder:
         """The module behind ``M.weight``, ``M.weight.absmax``, ``M.SCB`` and so on."""
         return re.sub(r"\.(weight(\..+)?|SCB|weight_format)$", "", name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._kinds
-
     def __getitem__(self, name: str) -> PackedLinear:
         kind = self._kinds[name]
         return self._int8(name) if kind == "int8" else self._codebook(name, "nf4" if kind == "nf4" else "fp4")
 
     def _codebook(self, name: str, kind: Literal["nf4", "fp4"]) -> PackedLinear:
         """Codes as they are; absmax too, or dequantized where it is quantized itself (Dettmers et al. 2023, section 3)."""
-        state = json.loads(bytes(self._tensors[f"{name}.weight.quant_state.bitsandbytes__{kind}"].tolist()))
-        if not np.array_equal(self._tensors[f"{name}.weight.quant_map"].float().numpy(), CODEBOOKS[kind]):
-            raise ModelError(f"{name} has a codebook of its own, which no operator carries; give the original float checkpoint")
+        state = json.loads(bytes(self._index.tensor(f"{name}.weight.quant_state.bitsandbytes__{kind}").tolist()))
+        if not np.array_equal(self._index.tensor(f"{name}.weight.quant_map").float().numpy(), CODEBOOKS[kind]):
+            raise ModelError(f"{name} has a custom codebook, which no operator supports; give the original float checkpoint")
         rows, columns = state["shape"]
         block = int(state["blocksize"])
-        codes = self._tensors[f"{name}.weight"].contiguous().view(torch.uint8).flatten().numpy()  # whatever type stored the bytes
-        absmax = self._tensors[f"{name}.weight.absmax"].numpy()
+        codes = (
+            self._index.tensor(f"{name}.weight").contiguous().view(torch.uint8).flatten().numpy()
+        )  # whatever type stored the bytes
+        absmax = self._index.tensor(f"{name}.weight.absmax").numpy()
         if absmax.dtype == np.uint8:
-            table = self._tensors[f"{name}.weight.nested_quant_map"].float().numpy()
-            outer = self._tensors[f"{name}.weight.nested_absmax"].float().numpy()
+            table = self._index.tensor(f"{name}.weight.nested_quant_map").float().numpy()
+            outer = self._index.tensor(f"{name}.weight.nested_absmax").float().numpy()
             spread = np.repeat(outer, int(state["nested_blocksize"]))[: absmax.size]
             absmax = table[absmax] * spread + np.float32(state["nested_offset"])
         if codes.size != -(-rows * columns // 2) or absmax.size != -(-rows * columns // block):
@@ -77,10 +74,12 @@ class BnbFolder:
 
     def _int8(self, name: str) -> PackedLinear:
         """Row-wise int8 (Dettmers et al. 2022): code = q + 128, scale = SCB / 127, repeated for every block of the operator."""
-        q, absmax = self._tensors[f"{name}.weight"], self._tensors[f"{name}.SCB"].float().numpy()
+        q, absmax = self._index.tensor(f"{name}.weight"), self._index.tensor(f"{name}.SCB").float().numpy()
         if q.dtype != torch.int8 or q.ndim != 2 or absmax.shape != (q.shape[0],):
-            raise ModelError(f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are no LLM.int8 matrix; fetch it again")
-        if f"{name}.weight_format" in self._tensors.names and int(self._tensors[f"{name}.weight_format"]):
-            raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a bitsandbytes of today")
+            raise ModelError(
+                f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are not an LLM.int8 matrix; fetch it again"
+            )
+        if f"{name}.weight_format" in self._index and int(self._index.tensor(f"{name}.weight_format")):
+            raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a current bitsandbytes")
         codes = (q.to(torch.int16) + 128).to(torch.uint8).numpy()
         return PackedLinear.from_codes(name, codes, (absmax / np.float32(127))[:, None], None, 8, -1)

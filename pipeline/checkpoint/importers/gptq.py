@@ -7,59 +7,53 @@ zero itself. scales float16 (groups, out). g_idx int32 (in,): the group of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear
-from edgepress.pipeline.checkpoint.tensors import Tensors
+from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear, PackedMatrices
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import JsonObject
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
-_LOOKED_AT = 24  # matrices that vote on the format
+_VOTERS = 24  # matrices that vote on the format
 
 
-class GptqFolder:
-    """Module name -> PackedLinear of a folder. parts: names of the tensors behind them, which are no float weights.
+class GptqFolder(PackedMatrices):
+    """The packed matrices of a GPTQ folder.
 
     Bits and group size are read from the arrays of each matrix, not from the config: they may differ from one to the next.
-    format: how zero points are stored, where the caller knows it; else it is found from the values, for labels lie.
+    format: how zero points are stored, where the caller knows it; else it is decided by the values, because labels lie.
     """
 
     def __init__(
         self,
         folder: Path,
-        shards: list[Path],
-        settings: dict[str, Any],
+        index: ShardIndex,
+        settings: JsonObject,
         original: Callable[[str], np.ndarray | None] | None = None,
         format: str | None = None,
     ) -> None:
-        self._tensors, self._settings = Tensors(shards), settings
-        names = self._tensors.names
-        self._modules = [name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight")]
+        names = index.names
+        super().__init__(name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight"))
+        self._index, self._settings = index, settings
         if not self._modules:
-            raise ModelError(f"{folder} says GPTQ and holds no matrix of it; give the complete checkpoint")
+            raise ModelError(f"{folder} claims to be GPTQ but holds no GPTQ matrix; give the complete checkpoint")
         self.parts = {f"{module}.{part}" for module in self._modules for part in PARTS} & names
         self.format, evidence = (format, "known") if format else self._find_format(folder, original)
         self.described = {"quant_method": "gptq", "zero_points": self.format, "zero_points_by": evidence}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __contains__(self, name: str) -> bool:
-        return f"{name}.qweight" in self.parts
 
     def __getitem__(self, name: str) -> PackedLinear:
         return self._read(name, self.format)
 
     def _read(self, name: str, format: str) -> PackedLinear:
-        arrays = {part: self._tensors[f"{name}.{part}"].numpy() for part in ("qweight", "qzeros", "scales")}
+        arrays = {part: self._index.tensor(f"{name}.{part}").numpy() for part in ("qweight", "qzeros", "scales")}
         words, rows = arrays["qweight"].shape
         length = int(self._settings.get("group_size", -1))
         if f"{name}.g_idx" in self.parts:
-            order = self._tensors[f"{name}.g_idx"].numpy().astype(np.int64)
+            order = self._index.tensor(f"{name}.g_idx").numpy().astype(np.int64)
             counts = np.bincount(order) if order.size and order.min() >= 0 else np.zeros(1, np.int64)
             # the length of a group, where there are several, stands in g_idx
             if counts.size > 1:
@@ -73,8 +67,8 @@ class GptqFolder:
         return convert(name, (rows, order.size), arrays | {"g_idx": order}, bits, length, format)
 
     def _find_format(self, folder: Path, original: Callable[[str], np.ndarray | None] | None) -> tuple[str, str]:
-        """Format of the zero points, and what told it. Raises ModelError when nothing does."""
-        chosen = self._modules[:: max(1, len(self._modules) // _LOOKED_AT)]
+        """Format of the zero points, and what decided it. Raises ModelError when nothing does."""
+        chosen = self._modules[:: max(1, len(self._modules) // _VOTERS)]
         if original is not None:
             weights = {name: weight for name in chosen if (weight := original(name)) is not None}
             if not weights:
@@ -88,8 +82,8 @@ class GptqFolder:
             if votes.count(format) >= 0.9 * len(votes):
                 return format, source
         raise ModelError(
-            f"the zero points of {folder} can be read in two ways (v1, v2), and its values do not tell which; "
-            "give the float checkpoint that it was made from with --original DIR"
+            f"the zero points of {folder} are ambiguous (format v1 or v2); give the float checkpoint that it was made from "
+            "with --original DIR"
         )
 
     def _nearest(self, name: str, weight: np.ndarray) -> str:
@@ -108,7 +102,7 @@ class GptqFolder:
         return best
 
     def _plausible(self, name: str) -> str | None:
-        """The format by the zero points themselves, None when they do not tell.
+        """The format by the zero points themselves, None when they are ambiguous.
 
         Symmetric ones are all 2^(bits-1), so stored as that or one less. Else: the weights of a matrix average to about
         nothing, and the wrong reading moves every one of them by a whole step.
@@ -148,8 +142,8 @@ def convert(
 ) -> PackedLinear:
     """GPTQ tensors to PackedLinear, code for code.
 
-    Where the rows are not in order of their groups (act-order) they are sorted by group, stably, and ``permutation`` says
-    where each came from: an operator that is given g_idx beside packed zero points would ignore the zero points.
+    Where the rows are not in order of their groups (act-order) they are sorted by group, stably, and ``permutation`` holds
+    where each came from: an operator with both g_idx and packed zero points would ignore the zero points.
     group_size -1: one group. Raises ModelError for a layout that is not known.
     """
     rows, columns = shape
@@ -161,8 +155,8 @@ def convert(
         raise ModelError(f"{name}: checkpoint format '{format}' is not known; give the original float checkpoint")
     groups = -(-columns // length)
     if tensors["scales"].shape != (groups, rows) or tensors["qzeros"].shape != (groups, -(-rows * bits // 32)):
-        found = f"scales {tensors['scales'].shape} and qzeros {tensors['qzeros'].shape}"
-        raise ModelError(f"{name}: {found} do not fit {groups} groups of {rows} rows at {bits} bits; fetch it again")
+        shapes = f"scales {tensors['scales'].shape} and qzeros {tensors['qzeros'].shape}"
+        raise ModelError(f"{name}: {shapes} do not fit {groups} groups of {rows} rows at {bits} bits; fetch it again")
     in_order = np.array_equal(order, np.arange(columns))
     codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
     zeros = unpack_zeros(tensors["qzeros"], bits, format)[:, :rows].T
@@ -183,10 +177,10 @@ def unpack_zeros(stored: np.ndarray, bits: int, format: str) -> np.ndarray:
     """Zero points uint8 (groups, out or a little more) from qzeros."""
     if format == "gptq_v2":
         return unpack_int32(stored, bits)
-    if bits == 3:  # fields run across words here, and the writer took 1 from each by itself
+    if bits == 3:  # fields run across words here, and the writer took 1 from each of them
         return (unpack_int32(stored, bits) + np.uint8(1)) & np.uint8(7)
     # v1 was written by taking 1 from every field of the whole word: a zero point of 0 borrowed from the field above
-    # it, so the 1s must be given back to the whole word as well.
+    # it, so the 1s must be added to the whole word as well.
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
     return unpack_int32((stored.view(np.uint32) + ones).view(np.int32), bits)
 

@@ -1,4 +1,4 @@
-"""Which reader a folder that others quantized takes."""
+"""The reader of each format that other libraries quantize to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.checkpoint.importers.bnb import BnbFolder
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
+from edgepress.pipeline.checkpoint.packed import PackedMatrices
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.source import settings_of
 from edgepress.pipeline.errors import ModelError
 
@@ -16,9 +18,9 @@ READERS: dict[str, type[GptqFolder | BnbFolder]] = {"gptq": GptqFolder, "bitsand
 
 
 def open_quantized(
-    folder: Path, shards: list[Path], original: Callable[[str], np.ndarray | None] | None = None
-) -> GptqFolder | BnbFolder | None:
-    """The packed matrices of a folder that others quantized, None for a float one.
+    folder: Path, index: ShardIndex, original: Callable[[str], np.ndarray | None] | None = None
+) -> PackedMatrices | None:
+    """The packed matrices of a folder that another library quantized, None for a float one.
 
     original: the float weights (out, in) of a module, where the user has them. Raises ModelError for what cannot be read.
     """
@@ -29,4 +31,4 @@ def open_quantized(
     if method not in READERS:
         known = " and ".join(READERS)
         raise ModelError(f"{folder} is quantized by {method}, and only {known} can be read; give the original float checkpoint")
-    return READERS[method](folder, shards, settings, original)
+    return READERS[method](folder, index, settings, original)

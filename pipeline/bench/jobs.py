@@ -1,0 +1,161 @@
+"""What goes to a measuring process and what comes back: one job and one answer for each kind of measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+RowKind = Literal["torch", "onnx", "onnx_level_0"]
+
+
+@dataclass(frozen=True)
+class SpeedJob:
+    """ids: fixed token ids, at least as many as the longest prompt. threads: 0 leaves the choice to onnxruntime."""
+
+    folder: str
+    ids: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    new_tokens: int
+    threads: int
+    target: str = "cpu"
+
+
+@dataclass(frozen=True)
+class SpeedSample:
+    """One sample of each figure from one process; memory is None where the system does not report it.
+
+    prefill: prompt length (a key of JSON, hence text) -> seconds up to its first token. Loading in seconds, memory in bytes.
+    """
+
+    load_s: float
+    prefill: dict[str, float]
+    inter_token_ms: tuple[float, ...]
+    peak_rss_bytes: int | None = None
+    peak_pss_bytes: int | None = None
+    gpu_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ColdJob:
+    """Load with the files out of the page cache."""
+
+    folder: str
+    threads: int
+    target: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ColdSample:
+    """Seconds to load, or the ``reason`` why a cold load could not be measured."""
+
+    load_s: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class BandwidthJob:
+    """threads: 0 takes one a core."""
+
+    threads: int
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second that the threads read from memory together."""
+
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one round measures of one artifact."""
+
+    speed: SpeedSample
+    cold: ColdSample
+
+
+@dataclass(frozen=True)
+class Round:
+    """bandwidth: bytes/s, None where it could not be measured. samples: by number of the artifact, none for one that died."""
+
+    bandwidth: float | None = None
+    samples: dict[str, Sample] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoringRow:
+    """A model to score: a checkpoint in torch, the shipped files, or these at float activations. key: of its answer."""
+
+    key: str
+    kind: RowKind
+    folder: str
+
+
+@dataclass(frozen=True)
+class QualityJob:
+    """Score rows on windows of token ids, against the checkpoint ``reference`` where there is one."""
+
+    windows: tuple[tuple[int, ...], ...]
+    reference: str | None
+    rows: tuple[ScoringRow, ...]
+    trust_remote_code: bool
+    target: str
+
+
+@dataclass(frozen=True)
+class QualityFigures:
+    """Quality of one model on the windows; divergences in nats. All after ``tokens`` only with a reference."""
+
+    perplexity: float
+    tokens: int
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    greedy_match_tokens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64."""
+
+    key: str
+    figures: QualityFigures
+    losses: str
+
+
+@dataclass(frozen=True)
+class QualityEvent:
+    """Another window was scored, or a row is finished."""
+
+    window: int = 0
+    scored: Scored | None = None
+
+
+@dataclass(frozen=True)
+class TasksJob:
+    """Tasks of lm-evaluation-harness. files: their documents, in the same order, or none; limit: documents of each, 0 for all."""
+
+    folder: str
+    tasks: tuple[str, ...]
+    files: tuple[str, ...]
+    limit: int
+    threads: int
+    target: str
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one task."""
+
+    value: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """By ``task.metric``."""
+
+    figures: dict[str, TaskFigure]
+
+
+Job = SpeedJob | ColdJob | BandwidthJob | QualityJob | TasksJob

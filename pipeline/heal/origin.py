@@ -1,0 +1,45 @@
+"""Where a pruned checkpoint comes from: which layers it lacks, and whether the given original is the one they were removed from."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.source import check_checkpoint
+from edgepress.pipeline.errors import ModelError, OptionError
+
+_OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.)(?!\d+\.)")  # names of tensors without a number
+
+
+def kept_layers(source: Artifact, original: Checkpoint) -> list[int]:
+    """Indices in ``original`` of the layers that ``source`` has, ascending.
+
+    Raises ModelError when ``source`` was never pruned, OptionError when it was not pruned from a model of so many layers.
+    """
+    steps = [step.facts for step in source.steps if step.stage == "prune"]
+    if not steps:
+        raise ModelError(f"the manifest of {source.path} does not name the layers removed; give a folder that prune wrote")
+    kept = list(range(steps[-1]["layers"][1]))
+    for facts in reversed(steps):  # a second removal counts layers among those that the first one kept
+        before = [index for index in range(facts["layers"][0]) if index not in facts["removed_layers"]]
+        kept = [before[index] for index in kept]
+        if facts["layers"][0] == original.layers:
+            return kept
+    raise OptionError(
+        f"{original.path} has {original.layers} layers, and {source.path} was not pruned from such a model; "
+        "give the one that it was pruned from as --original"
+    )
+
+
+def check_original(source: Checkpoint, original: Checkpoint) -> None:
+    """Compare what removal leaves alone, the tensors outside the blocks. Raises OptionError that names one that differs."""
+    check_checkpoint(original.path, original.trust_remote_code)
+    for name in filter(_OUTSIDE_BLOCKS.match, sorted(source.weights.names)):
+        same = name in original.weights and np.array_equal(source.weights.array(name), original.weights.array(name))
+        if not same:
+            raise OptionError(
+                f"{original.path} is not what {source.path} was pruned from: {name} differs; "
+                "give the one that it was pruned from as --original"
+            )

@@ -1,0 +1,127 @@
+"""The work of the quantize stage: what the quantizer chose is stored as PackedLinear and ships unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import packed
+from edgepress.pipeline.checkpoint.blocks import decoder_blocks
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.update import carry_files
+from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.files import JsonObject, folder_bytes, write_json
+from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.quantize.plan import plan, with_full_names
+from edgepress.pipeline.quantize.proof import prove_errors, prove_written
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.registry import load
+from transformers import PreTrainedModel
+
+log = logging.getLogger("edgepress")
+
+
+def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, scratch: Path) -> JsonObject:
+    """Write the checkpoint with its block matrices packed into ``out``; returns the facts for the manifest.
+
+    scratch: see QuantizeJob. Raises what ``plan`` and the quantizer raise, and ProofError when the result is wrong.
+    """
+    checkpoint, run = Checkpoint(source.path, options.trust_remote_code), METHODS[options.method].run
+    carry_files(source.path, out)
+    write_json(out / "config.json", checkpoint.raw_config)
+    if run is None:
+        checkpoint.index.rewrite(out, lambda name: name)
+        packed.save({}, out)
+        return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
+
+    model = checkpoint.meta_model()
+    with with_full_names(checkpoint, model, out) as named:
+        job, used = plan(named, model, options, scratch)
+        linears = load(run)(job)
+        if missing := sorted(set(job.linears) - set(linears)):
+            raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")
+        errors = prove_errors(job, linears)
+        ends = quantize_ends(named, model, options)
+        linears |= ends
+        packed.save(linears, out)
+        # A tied model may store its head a second time; it would outlive the packed one.
+        tied = model.config.tie_word_embeddings and ends
+        dropped = set(linears) | ({"lm_head"} if tied else set())
+        named.index.rewrite(out, lambda name: None if name.removesuffix(".weight") in dropped else name)
+    prove_written(linears, out)
+    bits = [x.bits for name, x in linears.items() if name not in ends]
+    return {
+        "linears": len(linears),
+        "head": {name: x.bits for name, x in ends.items()} or "float",
+        "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
+        "kept_float": _kept_float(model, linears),
+        "calibration": _calibration(used, options),
+        "calibration_positions": sum(len(row) for row in used),
+        **_sizes(linears),
+        "relative_error": errors,
+        "bytes": [folder_bytes(source.path), folder_bytes(out)],
+    }
+
+
+def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions) -> dict[str, PackedLinear]:
+    """Embedding and output head rounded to their bits, one matrix under the embedding's name where they are tied.
+
+    A group size must divide the hidden size here, for the embedding is gathered from the same blocks.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    requested = {embedding: options.embedding_bits or options.head_bits}
+    if not model.config.tie_word_embeddings:
+        requested[head] = options.head_bits
+    ends: dict[str, PackedLinear] = {}
+    for name, bits in requested.items():
+        if bits == 16:
+            continue
+        weight = checkpoint.tensor(f"{name}.weight")
+        longest = options.group if options.group > 0 else 128
+        group = next((g for g in (128, 64, 32, 16) if g <= longest and weight is not None and weight.shape[1] % g == 0), None)
+        if group is None or weight is None:
+            log.info("quantize: %s stays float (its width takes no group size)", name)
+            continue
+        ends[name] = round_to_nearest(name, weight, bits, group, symmetric=bits == 8)
+    return ends
+
+
+def _sizes(linears: dict[str, PackedLinear]) -> JsonObject:
+    """What a weight costs, the blocks in which weights share a scale, and by how many columns each matrix was padded."""
+    weights = sum(x.shape[0] * x.shape[1] for x in linears.values())
+    return {
+        "bits_per_weight": round(8 * sum(x.nbytes for x in linears.values()) / weights, 3),
+        "blocks": sorted({x.group_size for x in linears.values()}),  # -1 as group size becomes repeated scales in such blocks
+        "padded": {
+            n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size
+        },
+    }
+
+
+def _kept_float(model: PreTrainedModel, linears: dict[str, PackedLinear]) -> list[str]:
+    """Matrices of the blocks that no quantizer took: experts of MoE models in one 3-D weight, routers, --bits-for ...=16."""
+    prefix, blocks = decoder_blocks(model)
+    sizes = {f"{prefix}.{n}": p.numel() for n, p in blocks.named_parameters() if p.ndim > 1}
+    kept = {name: size for name, size in sizes.items() if name.removesuffix(".weight") not in linears}
+    if kept:
+        share, largest = 100 * sum(kept.values()) / sum(sizes.values()), max(kept, key=lambda name: kept[name])
+        log.info("quantize: %.0f %% of the blocks' weights stay float, %s for one", share, largest)
+    return list(kept)
+
+
+def _calibration(used: list[np.ndarray], options: QuantizeOptions) -> JsonObject:
+    """What was read, so that a run can be repeated: hash of the ids, how many, and how they were chosen."""
+    if not used:
+        return {}
+    return {
+        "sha256_of_ids": hashlib.sha256(np.concatenate(used).tobytes()).hexdigest(),
+        "windows": len(used),
+        "token_budget": options.calibration_tokens,
+        "seed": "the text from its beginning" if options.calibration_seed is None else options.calibration_seed,
+    }

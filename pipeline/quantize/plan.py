@@ -1,0 +1,111 @@
+"""Which matrices of a checkpoint are quantized, and to how many bits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.checkpoint.blocks import block_matrices
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.update import carry_files
+from edgepress.pipeline.errors import ModelError, OptionError
+from edgepress.pipeline.options import QuantizeOptions, bits_rules
+from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.text.windows import text_windows
+from transformers import PreTrainedModel
+
+
+def plan(
+    checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions, scratch: Path
+) -> tuple[QuantizeJob, list[np.ndarray]]:
+    """The job of a quantizer; the list is filled with the calibration windows once the quantizer asks for them.
+
+    Raises ModelError where the checkpoint does not hold the model's matrices, OptionError for a rule that matches none.
+    """
+    if model.config.tie_word_embeddings and options.embedding_bits not in (None, options.head_bits):
+        raise OptionError(
+            f"the embedding is the head in this model and cannot have other bits than --head-bits {options.head_bits}; "
+            "leave --embedding-bits out"
+        )
+    matrices, transposed = block_matrices(model)
+    check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
+    exceptions = bits_of_exceptions(options.bits_for, matrices)
+    kept_float = frozenset(name for name, bits in exceptions.items() if bits == 16)
+    used: list[np.ndarray] = []
+
+    def windows() -> list[np.ndarray]:
+        used[:] = text_windows(
+            options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16,
+            seed=options.calibration_seed,
+        )  # fmt: skip
+        return used
+
+    linears = {name: shape for name, shape in matrices.items() if name not in kept_float}
+    others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.weight_bits)}
+    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, kept_float, transposed), used
+
+
+def bits_of_exceptions(bits_for: tuple[str, ...], names: Collection[str]) -> dict[str, int]:
+    """Bits of the matrices that a ``bits_for`` rule matches; the first match counts. Raises OptionError for an unused rule."""
+    exceptions: dict[str, int] = {}
+    used: set[str] = set()
+    for name in names:
+        for rule, (pattern, bits) in zip(bits_for, bits_rules(bits_for), strict=True):
+            if pattern.fullmatch(name):
+                exceptions[name] = bits
+                used.add(rule)
+                break
+    if unused := [rule for rule in bits_for if rule not in used]:
+        raise OptionError(
+            f"--bits-for '{unused[0]}' is the first match of no matrix; names are like {next(iter(names))}, and an earlier rule "
+            "goes first: correct it"
+        )
+    return exceptions
+
+
+def check_names(checkpoint: Checkpoint, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless the checkpoint holds the model, and every matrix of ``shapes`` under its name and in its shape.
+
+    The headers decide where tensors have the modules' names; else the checkpoint is loaded, which shows what is missing.
+    """
+    folder, stored = checkpoint.path, checkpoint.shapes
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if parameters.keys() - stored.keys():
+        checkpoint.model()
+    why = "" if shapes else "its blocks have no matrices of a known kind"
+    if absent := {f"{name}.weight" for name in shapes} - stored.keys():
+        why = f"its weights lack {min(absent)} under that name"
+    if why:
+        raise ModelError(
+            f"{folder} cannot be quantized yet ({why}); load it and save it once with transformers, or use --method none"
+        )
+    for name, shape in parameters.items():
+        if name in stored and stored[name] != shape:
+            raise ModelError(
+                f"the weights in {folder} do not fit its config.json ({name} is {stored[name]}, not {shape}); fetch both again"
+            )
+
+
+@contextmanager
+def with_full_names(checkpoint: Checkpoint, model: PreTrainedModel, out: Path) -> Iterator[Checkpoint]:
+    """The checkpoint with the modules' full names: itself, or a copy of a base model's ("h.0..." for "transformer.h.0...").
+
+    The copy is below ``out`` and is removed afterwards.
+    """
+    prefix = model.base_model_prefix + "."
+    parameters = {name for name, _ in model.named_parameters()}
+    if not any(name not in parameters and prefix + name in parameters for name in checkpoint.index):
+        yield checkpoint
+        return
+    copy = out / "full-names"
+    copy.mkdir()
+    try:
+        carry_files(checkpoint.path, copy)
+        shutil.copy2(checkpoint.path / "config.json", copy)
+        checkpoint.index.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
+        yield Checkpoint(copy, checkpoint.trust_remote_code)
+    finally:
+        shutil.rmtree(copy)

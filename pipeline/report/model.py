@@ -1,0 +1,203 @@
+"""The values of a report, and report.json: written and read here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.files import JsonObject, read_json, write_json
+from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.steps import Quantization, Step
+
+SCHEMA = 3
+# Samples from which on percentiles are given.
+MANY = 20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """All raw samples of one quantity in ``unit``. standard_error: where the value is itself a mean over many items."""
+
+    unit: str
+    values: tuple[float, ...]
+    standard_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("a figure has no values")
+
+    @classmethod
+    def of(cls, unit: str, values: Iterable[float], standard_error: float | None = None) -> Figure:
+        """From measured samples, of which 8 digits are kept."""
+        return cls(unit, tuple(float(f"{v:.8g}") if isinstance(v, float) else v for v in values), standard_error)
+
+    @property
+    def median(self) -> float:
+        """Of the samples, in ``unit``."""
+        return float(np.median(self.values))
+
+    @property
+    def percentiles(self) -> dict[int, float]:
+        """The 50th, 95th and 99th, where there are samples enough for them."""
+        return {q: float(np.percentile(self.values, q)) for q in (50, 95, 99)} if len(self.values) >= MANY else {}
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """Quality after one stage, every row on the same tokens; ``bytes`` of weights. failed: why it could not be scored.
+
+    Losses and divergences are in nats a token. change_nats and token_change_nats: mean and mean absolute change of a token's loss
+    from the row before; share: of the whole loss. suspect: why the stage is not to be trusted.
+    """
+
+    name: str
+    bytes: int
+    perplexity: float | None = None
+    tokens: int | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    bits_per_byte: float | None = None
+    change_nats: float | None = None
+    token_change_nats: float | None = None
+    share: float | None = None
+    suspect: str | None = None
+    failed: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.perplexity is None and self.failed is None:
+            raise ValueError(f"stage {self.name} has neither perplexity nor the reason why it failed")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``artifact`` against ``than`` in one figure: their ratio, with an interval (of confidence ``level``) from two rounds on."""
+
+    artifact: str
+    than: str
+    figure: str
+    ratio: float
+    rounds: int
+    verdict: str
+    low: float | None = None
+    high: float | None = None
+    level: float | None = None
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """flags: of its vector instructions, None where the system does not list them."""
+
+    model: str
+    flags: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a resumed measurement must find unchanged; ``versions`` of packages, ``gpus`` only where one is used."""
+
+    system: str
+    python: str
+    cpu: Cpu
+    cores: int
+    versions: dict[str, str]
+    gpus: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Machine):
+    """The machine, and what is particular to one run; ``load_average`` is that of the minute before."""
+
+    date: str
+    command: str
+    threads: int | str
+    provider: str
+    load_average: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured of one artifact.
+
+    identity: hash of its files. figures: by flat dotted name. missing: figure -> why it could not be measured.
+    failed: kind of measurement -> how its process died. run: shared by artifacts that were measured in interleaved rounds.
+    """
+
+    artifact: str
+    identity: str
+    steps: tuple[Step, ...]
+    figures: dict[str, Figure]
+    stages: tuple[StageRow, ...]
+    missing: dict[str, str]
+    failed: dict[str, str]
+    environment: Environment
+    run: str
+
+    @property
+    def removed_layers(self) -> list[int]:
+        """Layers that its prune steps removed."""
+        return [layer for step in self.steps if step.removal for layer in step.removal.removed_layers]
+
+    @property
+    def quantization(self) -> Quantization:
+        """Of its first quantize step."""
+        return next((step.quantization for step in self.steps if step.quantization), Quantization())
+
+    @property
+    def perplexities(self) -> dict[str, float]:
+        """Of each stage that was scored."""
+        return {row.name: row.perplexity for row in self.stages if row.perplexity is not None and row.failed is None}
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """The whole content of a report.json: one report or several, and how each compares with the first."""
+
+    reports: tuple[Report, ...]
+    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def first(self) -> Report:
+        """The artifact that the others are compared with."""
+        return self.reports[0]
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The keys of a report.json that its first report does not have."""
+
+    compared_with: tuple[Report, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def write(content: ReportFile, file: Path) -> None:
+    """Write report.json: the keys of the first report, then the others under ``compared_with``."""
+    first, *others = map(_report_object, content.reports)
+    comparisons = [object_of(comparison) for comparison in content.comparisons]
+    write_json(file, {"schema": SCHEMA} | first | {"compared_with": others, "comparisons": comparisons})
+
+
+def read(file: Path) -> ReportFile:
+    """The content of a report.json. Raises InputError when it is absent, damaged, or of another schema."""
+    content = read_json(file)
+    if content.get("schema") != SCHEMA:
+        raise InputError(f"{file} was written by another edgepress; run edgepress bench again")
+    try:
+        others = from_plain(_Others, content, "report")
+        return ReportFile((from_plain(Report, content, "report"), *others.compared_with), others.comparisons)
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); run edgepress bench again") from error
+
+
+def _report_object(report: Report) -> JsonObject:
+    return object_of(report) | {"figures": {name: _figure_object(figure) for name, figure in report.figures.items()}}
+
+
+def _figure_object(figure: Figure) -> JsonObject:
+    """With what readers would otherwise compute again."""
+    derived = {"median": figure.median} | {f"p{q}": value for q, value in figure.percentiles.items()}
+    error = {} if figure.standard_error is None else {"standard_error": figure.standard_error}
+    return {"unit": figure.unit, "values": list(figure.values)} | derived | error

@@ -1,0 +1,150 @@
+"""The stages behind an artifact as its manifest records them, and what the report reads from each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.report.plain import from_plain
+
+
+@dataclass(frozen=True)
+class HealMethod:
+    """One method of healing, and whether its result was kept."""
+
+    method: str
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Healing:
+    """why: the reason that nothing was tried."""
+
+    methods: tuple[HealMethod, ...] = ()
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
+
+    removed_layers: tuple[int, ...]
+    layers: tuple[int, ...]
+    criterion: str = "bi"
+    influences: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The options that decide the format of the weights; the default is a model that was never quantized."""
+
+    method: str = "none"
+    bits: int = 0
+    group_size: int = 0
+    head_bits: int = 0
+    symmetric: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method's label in tables, as ``gptq 4 bits/128``."""
+        row = METHODS.get(self.method)
+        return self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class Export:
+    """not_fused_because: why the portable graph was taken. exact_layers: matrices that keep float activations."""
+
+    exporter: str
+    accuracy_level: int
+    not_fused_because: str | None = None
+    exact_layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Bits of each quantized matrix of the head, or a word for a float one."""
+
+    head: str | dict[str, int] = "float"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: its options and facts as the manifest has them. Raises ValueError for facts that are damaged."""
+
+    stage: str
+    options: JsonObject = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ = self.removal, self.healing, self.quantization, self.head, self.export
+
+    @cached_property
+    def removal(self) -> Removal | None:
+        """Of a prune step."""
+        return from_plain(Removal, self.facts, "prune") if self.stage == "prune" else None
+
+    @cached_property
+    def healing(self) -> Healing | None:
+        """Of a heal step."""
+        return from_plain(Healing, self.facts, "heal") if self.stage == "heal" else None
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """Of a quantize step."""
+        return from_plain(Quantization, self.options, "quantize") if self.stage == "quantize" else None
+
+    @cached_property
+    def head(self) -> int | None:
+        """Bits of the head after a quantize step; None where it is float."""
+        head = from_plain(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
+        return next(iter(head.values()), None) if isinstance(head, dict) else None
+
+    @cached_property
+    def export(self) -> Export | None:
+        """Of an export step."""
+        return from_plain(Export, self.facts, "export") if self.stage == "export" else None
+
+
+CHOSEN = {
+    "greedy": "chosen greedily by KL divergence among those of low Block Influence",
+    "bi": "lowest Block Influence",
+    "angular": "lowest angular distance",
+    "list": "as given",
+}
+
+
+def describe(step: Step) -> str:
+    """What a stage did, in one line."""
+    if step.removal:
+        removed = ", ".join(map(str, step.removal.removed_layers)) or "none"
+        chosen = CHOSEN.get(step.removal.criterion, step.removal.criterion)
+        return f"prune: layers {removed} of {step.removal.layers[0]} removed ({chosen})"
+    if step.healing:
+        return _healed(step.healing)
+    if step.quantization:
+        return _quantized(step.quantization, step.head)
+    if step.export:
+        made = step.export
+        because = f" ({made.not_fused_because})" if made.not_fused_because else ""
+        exact = f" but for {len(made.exact_layers)} matrices at 0" if made.exact_layers else ""
+        return f"export: {made.exporter} graph{because}, accuracy level {made.accuracy_level}{exact}"
+    return step.stage
+
+
+def _quantized(made: Quantization, head: int | None) -> str:
+    row = METHODS.get(made.method)
+    if row is not None and row.run is None:
+        return f"quantize: {made.method}"
+    symmetry = "symmetric" if made.symmetric else "asymmetric"
+    details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
+    return f"quantize: {made.method}{details}; head {'float' if head is None else f'{head} bits'}"
+
+
+def _healed(made: Healing) -> str:
+    if made.why is not None:
+        return f"heal: unchanged, {made.why}"
+    accepted = [method.method for method in made.methods if method.accepted]
+    return f"heal: {' and '.join(accepted)}" if accepted else "heal: unchanged, no method improved perplexity on both texts"

@@ -1,0 +1,70 @@
+"""The measuring process: what it measures is its own, and nothing else is in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample
+from edgepress.pipeline.bench.process import measured
+
+
+def test_memory_is_the_measured_process_alone() -> None:
+    """A child of a big process must not report its parent's peak (ru_maxrss would: it survives exec)."""
+    code = (
+        "import subprocess, sys; ballast = bytearray(b'x' * (300 << 20));"
+        "child = 'from edgepress.pipeline.bench.worker import peak_rss; print(peak_rss())';"
+        "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 << 20 < int(done.stdout) < 200 << 20
+
+
+def test_the_measuring_process_loads_neither_torch_nor_transformers() -> None:
+    """Its peak memory is reported as the artifact's: nothing else may be in it."""
+    code = "import sys, edgepress.pipeline.bench.worker; print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_peak_memory_is_what_an_outside_measure_says(build: Path, tmp_path: Path) -> None:
+    """/usr/bin/time -v, or the kernel's account of the child where that is absent; to 5 %."""
+    job = {"folder": str(build / "04-export"), "ids": list(range(3, 35)), "prompt_lengths": [32], "new_tokens": 8, "threads": 1}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", "speed", str(tmp_path / "job.json")]
+    if Path("/usr/bin/time").exists():
+        done = subprocess.run(["/usr/bin/time", "-v", *command], capture_output=True, text=True, check=True)
+        line = next(line for line in done.stderr.splitlines() if "Maximum resident set size" in line)
+        outside = 1024 * int(line.rpartition(" ")[2])
+    else:
+        # a small process between: a child's peak begins with its parent's
+        between = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        between += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        done = subprocess.run([sys.executable, "-c", between, *command], capture_output=True, text=True, check=True)
+        outside = 1024 * int(done.stdout.splitlines()[-1])
+    sample = json.loads(done.stdout.splitlines()[0])
+    assert sample["peak_rss_bytes"] == pytest.approx(outside, rel=0.05)
+    assert 0 < sample["peak_pss_bytes"] <= 1.05 * sample["peak_rss_bytes"]
+
+
+def test_cold_load_reads_from_the_disk_or_says_why_not(build: Path) -> None:
+    sample = measured("cold", ColdJob(str(build / "04-export"), threads=1), ColdSample)
+    assert sample.load_s is not None or any(word in sample.reason for word in ("page cache", "report", "posix"))
+
+
+def test_bandwidth_is_that_of_a_memory() -> None:
+    """Neither a cache's nor a disk's."""
+    assert 1e9 < measured("bandwidth", BandwidthJob(threads=1), Bandwidth).bytes_per_s < 1e12
+
+
+def test_bytes_per_token_leave_out_the_embedding(build: Path) -> None:
+    """Untied: the embedding is 5120 x 64 bytes and their scales, of which a step reads one row."""
+    facts = Artifact.load(build / "04-export").steps[-1].facts
+    stored = (build / "04-export" / "model.onnx.data").stat().st_size
+    assert facts["weight_bytes_per_token"] < stored - 5120 * 64 + 4096
+    assert facts["weight_bytes_per_token"] > 0.9 * (stored - 5120 * (64 + 2 * 5) - 2 * 4 * 256 * 16)
+    assert isinstance(facts["parameters"], int) and facts["parameters"] > 5120 * 64

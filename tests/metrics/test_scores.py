@@ -1,0 +1,35 @@
+"""The same figures in numpy and in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.torch_scores import divergences, next_token_losses, perplexity
+
+
+def test_numpy_and_torch_agree() -> None:
+    """Losses and divergences of random logits, over more positions than either takes at once."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, 300)
+    original, logits = (rng.normal(size=(300, 50)).astype(np.float32) for _ in range(2))
+    quality = Quality()
+    quality.add(ids, logits, original)
+    losses = next_token_losses(torch.from_numpy(logits)[None], torch.from_numpy(ids)[None])[0]
+    kl = divergences(torch.from_numpy(original[:-1]), torch.from_numpy(logits[:-1]))
+    assert np.concatenate(quality.losses) == pytest.approx(losses.numpy(), abs=1e-5)
+    assert np.concatenate(quality.divergences) == pytest.approx(kl.numpy(), abs=1e-5)
+    figures = quality.figures()
+    assert figures["tokens"] == 299 and figures["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert figures["top1_agreement"] == np.mean(original[:-1].argmax(-1) == logits[:-1].argmax(-1))
+
+
+def test_without_an_original_nothing_is_compared() -> None:
+    quality = Quality()
+    quality.add(np.arange(4), np.zeros((4, 8), dtype=np.float32), None)
+    assert quality.figures() == {"perplexity": pytest.approx(8), "tokens": 3}
+
+
+def test_a_perplexity_is_always_valid_json() -> None:
+    assert [perplexity(loss) for loss in (0.0, 800.0, float("nan"))] == [1.0, 1e300, 1e300]

@@ -1,0 +1,57 @@
+"""Pages, tables and text, from made-up figures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from edgepress.pipeline.report.html import html
+from edgepress.pipeline.report.steps import Step, describe
+from edgepress.pipeline.report.tables import artifact_rows, figure_rows, made_by
+from edgepress.pipeline.report.text import markdown, terminal
+from made_up import PRUNED, WHOLE, content_of
+
+
+def test_page_stands_alone() -> None:
+    """Nothing is fetched, what a user may name is escaped, and every section is there."""
+    page = html(content_of(replace(PRUNED, artifact="<b>mine</b>"), WHOLE))
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", re.sub(r"xmlns(:xlink)?=\"[^\"]*\"", "", page))
+    assert not re.search(r"@import|<script|<link|url\((?!#)", page)
+    assert "<b>mine</b>" not in page and "&lt;b&gt;mine" in page and "a &lt;chip&gt;" in page
+    assert page.count("<svg") >= 6 and "frontier" in page
+    for part in (
+        "Loss by stage",
+        "Influence of each layer",
+        "Memory and latency",
+        "edgepress bench a b",
+        "measured on the CPU",
+        "arc_easy.acc",
+    ):
+        assert part in page
+    assert "0.3" in page and "± 0.02" in page
+    assert page == html(content_of(replace(PRUNED, artifact="<b>mine</b>"), WHOLE))  # the same content, the same page
+
+
+def test_markdown_and_terminal_show_the_same() -> None:
+    content = content_of(PRUNED, WHOLE)
+    for text in (markdown(content), terminal(content)):
+        for part in ("7.00 MB", "0.06 nat", "slower", "no difference shown"):
+            assert part in text, part
+    assert "**2: 0.02 (removed)**" in markdown(content)
+
+
+def test_headers_are_the_fields_terms() -> None:
+    header = artifact_rows([PRUNED, WHOLE])[0]
+    assert header[-4:] == ["decode, tokens/s", "TTFT @32", "peak RSS", "Pareto-optimal in"]
+    assert {"peak RSS", "TTFT @32", "decode throughput", "inter-token latency"} <= {row[0] for row in figure_rows(PRUNED)}
+
+
+def test_labels_come_from_the_table_of_methods() -> None:
+    """An unknown method, of another version's report, is shown by its name."""
+    assert PRUNED.quantization.label == "gptq 4 bits/64"
+    options = {"method": "int8", "bits": 8, "group_size": 128}
+    assert Step("quantize", options).quantization.label == "int8"
+    unknown = Step("quantize", options | {"method": "awq"})
+    assert unknown.quantization.label == "awq" and describe(unknown) == "quantize: awq; head float"
+    assert describe(Step("quantize", {"method": "none"})) == "quantize: none"
+    assert made_by(PRUNED)[1] == "quantize: gptq, 4 bits, groups of 64, asymmetric; head 8 bits"

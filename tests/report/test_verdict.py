@@ -1,0 +1,75 @@
+"""The first lines of a report, from made-up figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from edgepress.pipeline.report.comparison import losing
+from edgepress.pipeline.report.model import Report, StageRow
+from edgepress.pipeline.report.text import markdown
+from edgepress.pipeline.report.verdict import verdict
+from made_up import PRUNED, WHOLE, a_report, content_of
+
+
+def test_worthwhile_pruning_is_given_with_its_price() -> None:
+    (first, *_) = verdict([PRUNED, WHOLE])
+    assert "without 1 layer 12.5 % smaller and faster (decode 1.25x" in first and "KL 0.06 against 0.01" in first
+    assert not losing(PRUNED, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "says"),
+    [
+        (a_report("low", removed=[], size=6.9e6, kl=0.05, decode=90, bits=2), "is no larger (6.90 MB against 7.00 MB)"),
+        (a_report("same", removed=[], size=9e6, kl=0.05, decode=125), "is no slower (pruned against it: decode 1x"),
+    ],
+    ids=["at equal size", "at equal speed"],
+)
+def test_pruning_that_loses_is_the_first_line(baseline: Report, says: str) -> None:
+    (first, *_) = verdict([PRUNED, WHOLE, baseline])
+    assert first.startswith("Pruning loses") and says in first and baseline.artifact in first
+    assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning loses")
+
+
+def test_noise_is_no_proof_that_pruning_loses() -> None:
+    """A wide interval shows neither that removal made it faster nor that it did not."""
+    noisy = a_report("noisy", removed=[], size=9e6, kl=0.01, decode=120)
+    decode = noisy.figures["speed.decode_tokens_per_s"]
+    values = tuple(v * f for v, f in zip(decode.values, (0.5, 1.6, 0.9, 1.3, 0.7), strict=True))
+    noisy = replace(noisy, figures=noisy.figures | {"speed.decode_tokens_per_s": replace(decode, values=values)})
+    (first, *_) = verdict([PRUNED, noisy])
+    assert "Pruning loses" not in first and "no difference in speed shown" in first and "smaller" in first
+
+
+def test_pruning_without_a_baseline_claims_nothing() -> None:
+    assert "nothing shows what removal is worth" in verdict([PRUNED])[0]
+
+
+def test_crash_and_suspect_come_first() -> None:
+    broken = replace(WHOLE, failed={"speed": "killed by the system"})
+    odd = replace(PRUNED, stages=(PRUNED.stages[0], replace(PRUNED.stages[1], suspect="computes something else")))
+    first, second, *_ = verdict([odd, broken])
+    assert "could not be measured (speed): killed by the system" in first and "is suspect" in second
+
+
+STAGES_DEGRADED = [
+    ({"pruned": (45.0, 0.9), "onnx": (50.0, 0.1)}, "most of it where layers were removed: remove fewer or none"),
+    ({"pruned'": (21.0, 0.1), "quantized'": (49.0, 0.8), "onnx": (50.0, 0.1)}, "most of it in quantization: give more bits"),
+    ({"onnx_level_0": (21.0, 0.1), "onnx": (50.0, 0.9)}, "most of it by int8 activations: export with --accuracy-level 0"),
+    ({"onnx_level_0": (50.0, 0.99), "onnx": (50.1, 0.01)}, "the checkpoints in between (--stages) would show where"),
+    ({"onnx": (50.0, 1.0)}, "the checkpoints in between (--stages) would show where"),
+]
+
+
+@pytest.mark.parametrize(("stages", "says"), STAGES_DEGRADED, ids=[" ".join(stages) for stages, _ in STAGES_DEGRADED])
+def test_a_model_that_is_of_no_use_is_named_first(stages: dict[str, tuple[float, float]], says: str) -> None:
+    """However small and fast it is, and where that happened, if that was measured."""
+    rows = [StageRow(name, 30_000_000, perplexity=p, share=share) for name, (p, share) in stages.items()]
+    hurt = replace(PRUNED, stages=(PRUNED.stages[0], *rows))
+    (first, second, *_) = verdict([hurt, WHOLE])
+    assert first.startswith("pruned is badly degraded") and "perplexity 20 to 50" in first and says in first
+    assert second.startswith("pruned: without 1 layer")
+    assert not any("degraded" in line for line in verdict([PRUNED, WHOLE]))
+    failed = replace(hurt, stages=(*hurt.stages[:-1], replace(rows[-1], failed="killed")))
+    assert not any("degraded" in line for line in verdict([failed, WHOLE]))

@@ -1,0 +1,62 @@
+"""How much to remove, as flags and recipes give it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.recipe import plan, read
+
+
+@pytest.mark.parametrize(("fraction", "layers", "amount"), [(0.1, 16, 1), (0.25, 16, 4), (0.3, 5, 1), (0.1, 4, 1), (0.99, 4, 3)])
+def test_a_fraction_rounds_down_and_removes_at_least_one(fraction: float, layers: int, amount: int) -> None:
+    assert PruneOptions(remove_fraction=fraction).amount(layers) == amount
+
+
+def test_every_layer_cannot_go() -> None:
+    with pytest.raises(OptionError, match="at most 3"):
+        PruneOptions(remove_count=4).amount(4)
+    with pytest.raises(OptionError, match="at most 3"):
+        PruneOptions(remove_layers=(0, 1, 2, 3)).amount(4)
+
+
+def test_ways_to_say_what_to_remove_exclude_each_other() -> None:
+    ways = [{"remove_count": 2}, {"remove_fraction": 0.1}, {"remove_layers": (1, 2)}]
+    for one, other in itertools.combinations(ways, 2):
+        with pytest.raises(OptionError):
+            make(PruneOptions, one | other)
+
+
+def test_a_flag_replaces_the_recipes_amount() -> None:
+    """The default recipe removes a tenth: neither a list nor a limit on the command line may be capped by that."""
+    for flags in ({"remove_layers": "3,4"}, {"max_loss": "0.1"}, {"remove_count": "2"}):
+        (_, options), *_ = plan(read("default"), flags)
+        assert options.remove_fraction is None
+    (_, options), *_ = plan({"prune": {"criterion": "bi", "remove_count": 2}}, {"remove_layers": "3,4"})
+    assert (options.resolved().criterion, options.remove_layers) == ("list", (3, 4))
+
+
+def test_each_flag_reaches_its_stage() -> None:
+    """--method is quantize's, --healer is heal's."""
+    steps = dict(plan(read("default"), {"method": "rtn", "healer": "lora"}))
+    assert (steps["heal"].healer, steps["quantize"].method) == ("lora", "rtn")
+    for flag in ("healer", "method"):
+        with pytest.raises(OptionError, match="no stage of this recipe"):
+            plan({"prune": {"remove_count": 1}}, {flag: "linear"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "new"),
+    [
+        ({"prune": {"layers": [4, 5]}}, "--layers is now --remove-layers"),
+        ({"prune": {"remove_layers": 4}}, "remove_count: 4"),
+        ({"prune": {"remove_count": 1}, "heal": {"method": "linear"}}, "--method is now --healer"),
+    ],
+)
+def test_a_former_spelling_names_the_new_one(recipe: dict[str, Any], new: str) -> None:
+    with pytest.raises(OptionError, match=new):
+        plan(recipe, {})

@@ -1,0 +1,42 @@
+"""Texts and their windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.text.windows import load_tokenizer, read_text, text_windows
+
+
+def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Drawn from the whole text, the same for the same seed; a .jsonl file is read as its texts."""
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": part}) for part in text.read_text().split("\n\n")))
+    ids = np.concatenate([row[1:] for row in text_windows(text, tiny, budget=10**6)]).tolist()
+    drawn = [text_windows(text, tiny, budget=1024, shortest=16, seed=seed) for seed in (1, 1, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    firsts = [[row[1:9].tolist() for row in rows] for rows in drawn]
+    assert firsts[0] != firsts[2] and len({str(f) for f in firsts[0]}) == len(drawn[0]) == 4
+    places = sorted(next(i for i in range(len(ids)) if ids[i : i + 8] == first) for first in firsts[0])
+    assert places[-1] > 1024  # not only from its beginning
+    assert text_windows(lines, tiny, budget=1024, shortest=16, seed=1)
+
+
+def test_truncation_in_the_tokenizer_file_cuts_no_text(tiny: Path, copy_of: Callable[..., Path], text: Path) -> None:
+    """Fine-tuning saves truncation and padding with the tokenizer."""
+    source = copy_of(tiny)
+    tokenizer = load_tokenizer(source)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=300)
+    tokenizer.save(str(source / "tokenizer.json"))
+    prose = text.read_text()[:2000]
+    assert load_tokenizer(source).encode(prose).ids == load_tokenizer(tiny).encode(prose).ids
+
+
+def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 in a string; splitting there would break the object."""
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
+    assert read_text(file) == "one\u2028two\n\nthree"
