@@ -186,6 +186,10 @@ class QuantizeOptions(Options):
         None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
         (4, 8, 16),
     )  # fmt: skip
+    max_growth: float | None = option(
+        None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
+        "on the calibration text",
+    )  # fmt: skip
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
         False, f"quantize columns by falling activation ({joined(ACT_ORDER, 'and')}); more exact, costs a gather of the input"
@@ -219,11 +223,16 @@ class QuantizeOptions(Options):
                 f"{name} has blocks of {joined(tuple(sorted(row.groups)))}; give one of these for --group-size, "
                 f"not {self.group_size}"
             )
+        if self.max_growth is not None and (self.bits is not None or self.bits_for):
+            raise OptionError("--max-growth chooses the bits; leave it or --bits and --bits-for out")
+        if self.max_growth is not None and self.max_growth <= 0:
+            raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
         bits_rules(self.bits_for)
 
     def resolved(self) -> QuantizeOptions:
         """The same with the method's defaults where nothing was said, as they are recorded."""
-        return dataclasses.replace(self, bits=self.weight_bits, group_size=self.group)
+        bits = self.bits if self.max_growth is not None else self.weight_bits
+        return dataclasses.replace(self, bits=bits, group_size=self.group)
 
     @property
     def weight_bits(self) -> int:

@@ -14,7 +14,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, check_disk, folder_bytes, read_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.options import (
     BenchOptions,
@@ -35,7 +35,7 @@ Plan = list[tuple[str, Options]]
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
-METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order")
+METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth")
 
 
 def read(name: str) -> Recipe:
@@ -99,6 +99,8 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
         kept = {k: v for k, v in kept.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in flags)}
     if flags.get("method", kept.get("method")) != kept.get("method"):  # the settings of one method mean nothing to another
         kept = {k: v for k, v in kept.items() if k not in METHOD_OPTIONS}
+    if not {"bits", "bits_for"}.isdisjoint(flags):  # then nothing is left to choose
+        kept.pop("max_growth", None)
     return kept
 
 
@@ -167,7 +169,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
     """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
-    between = tuple(a.path for a in done if a.format in ("hf", "packed"))
+    between = tuple(a.path for a in done if a.format in ("hf", "packed") and _changed(a))
     options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
     removed = any(step.facts.get("removed_layers") for step in done[-1].steps)
     if not (options.baseline and removed):
@@ -177,8 +179,22 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     artifact = original
     kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
     for number, (name, given) in enumerate(kept, 1):
+        if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)):
+            given = dataclasses.replace(given, max_growth=None, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))
+
+
+def _changed(artifact: Artifact) -> bool:
+    """Whether the last stage changed the model: a removal of no layer and a healing that was refused need not be measured."""
+    facts = artifact.steps[-1].facts
+    return bool(facts.get("removed_layers", True)) and bool(facts.get("accepted", True))
+
+
+def _chosen(done: list[Artifact]) -> JsonObject:
+    """What the quantize stage settled itself, if it did."""
+    chosen: JsonObject = next((step.facts["chosen"] for step in done[-1].steps if "chosen" in step.facts), {})
+    return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
+from transformers.pytorch_utils import Conv1D
 
 _ROWS = 4096
 
@@ -55,3 +58,19 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
         offset = zeros[..., None].astype(np.float32)
     codes = np.clip(np.rint(blocks / scales[..., None]) + offset, 0, top).astype(np.uint8)
     return PackedLinear.from_codes(name, codes.reshape(rows, -1)[:, :columns], scales, zeros, bits, length)
+
+
+@contextmanager
+def rounded(modules: dict[str, torch.nn.Linear | Conv1D], bits: int, group_size: int) -> Iterator[None]:
+    """Within the context the weights of the modules, by name, are those that rounding to nearest leaves."""
+    kept = {name: module.weight.detach().clone() for name, module in modules.items()}
+    with torch.no_grad():
+        for name, module in modules.items():
+            weight = kept[name].T if isinstance(module, Conv1D) else kept[name]
+            restored = round_to_nearest(name, weight.contiguous().numpy(), bits, group_size, False).dequantized()
+            module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                module.weight.copy_(kept[name])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +16,7 @@ from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -69,7 +68,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     rows, groups = [], _groups(model)
     log.info("sensitivity: %d groups, each rounded alone and measured on %d tokens", len(groups), sum(map(len, windows)))
     for name, modules in progress(groups.items(), "sensitivity", "group"):
-        with _rounded(modules, options):
+        with rounded(modules, options.bits, options.group_size):
             scores = Quality()
             for ids, reference in zip(windows, references, strict=True):
                 scores.add(ids, logits_of(model, ids), reference)
@@ -117,19 +116,3 @@ def _groups(model: PreTrainedModel) -> dict[str, dict[str, torch.nn.Linear | Con
         index, sublayer, *_ = name.removeprefix(prefix + ".").split(".")
         groups[f"{prefix}.{index}.{sublayer}"][name] = module
     return groups
-
-
-@contextmanager
-def _rounded(modules: dict[str, torch.nn.Linear | Conv1D], options: SensitivityOptions) -> Iterator[None]:
-    """Within the context the weights of the modules are rounded."""
-    kept = {name: module.weight.detach().clone() for name, module in modules.items()}
-    with torch.no_grad():
-        for name, module in modules.items():
-            weight = kept[name].T if isinstance(module, Conv1D) else kept[name]
-            rounded = round_to_nearest(name, weight.contiguous().numpy(), options.bits, options.group_size, False).dequantized()
-            module.weight.copy_(torch.from_numpy(rounded.T if isinstance(module, Conv1D) else rounded))
-        try:
-            yield
-        finally:
-            for name, module in modules.items():
-                module.weight.copy_(kept[name])

@@ -5,6 +5,8 @@ Nothing here imports torch: the process that waits for an isolated one stays sma
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact
@@ -14,6 +16,17 @@ from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize.isolated import run_isolated
 from edgepress.pipeline.registry import require
 
+log = logging.getLogger("edgepress")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The options to go by, why, and the expected growth of perplexity (a share) by bits."""
+
+    options: QuantizeOptions
+    because: str
+    growth: dict[str, float]
+
 
 def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject:
     """Write the checkpoint with its block matrices packed into ``out``; returns the facts for the manifest.
@@ -21,6 +34,8 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObjec
     An interrupted run of an isolated method leaves what it can resume from in ``scratch_of``, and the log says what is kept
     or lost. Raises MissingPackageError, OptionError and ModelError before the work, ProofError when its result is wrong.
     """
+    if options.max_growth is not None:
+        return _within(source, out, options)
     method, scratch = METHODS[options.method], scratch_of(out, options.method)
     for package in ("torch", "transformers", *method.packages):
         require(package)
@@ -33,6 +48,18 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObjec
     facts = run_isolated(work, (source, out, options, scratch), options.method, scratch)
     assert isinstance(facts, dict)
     return facts
+
+
+def _within(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject:
+    """Choose the bits by trial, then quantize."""
+    require("torch")
+    work = "edgepress.pipeline.quantize.choose:choose"
+    chosen = run_isolated(work, (source, options), "choosing the bits", scratch_of(out, "bits"))
+    assert isinstance(chosen, Chosen)
+    settled = chosen.options
+    log.info("quantize: %s, %d bits, groups of %d; %s", settled.method, settled.weight_bits, settled.group, chosen.because)
+    taken = {"method": settled.method, "bits": settled.weight_bits, "group_size": settled.group}
+    return quantize(source, out, settled) | {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
 
 
 def scratch_of(out: Path, method: str) -> Path:

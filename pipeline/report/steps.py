@@ -94,7 +94,8 @@ class Step:
     @cached_property
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
-        return from_plain(Quantization, self.options, "quantize") if self.stage == "quantize" else None
+        options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
+        return from_plain(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property
     def head(self) -> int | None:

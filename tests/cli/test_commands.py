@@ -24,7 +24,21 @@ from edgepress.pipeline.text.windows import load_tokenizer
 
 Call = Callable[..., Any]
 
-VERBS = ["build", "fetch", "import", "prune", "heal", "quantize", "export", "bench", "report", "run", "sensitivity", "show", "verify"]
+VERBS = [
+    "build",
+    "fetch",
+    "import",
+    "prune",
+    "heal",
+    "quantize",
+    "export",
+    "bench",
+    "report",
+    "run",
+    "sensitivity",
+    "show",
+    "verify",
+]
 CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
 PROMPT = "Once upon a time"
 
