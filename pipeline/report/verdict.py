@@ -12,6 +12,8 @@ from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.vocabulary import PAST_TENSE
 
 FEW = 3
+HEAVY = 50e6  # bytes read a token
+SLOW, EXPECTED = 0.25, 0.6  # shares of the memory's bandwidth: called out below the first, most graphs reach the second
 HURT = {
     PAST_TENSE["prune"]: "where layers were removed: remove fewer or none, and heal with text of the same kind",
     PAST_TENSE["heal"]: "in healing: heal with text of the same kind",
@@ -22,11 +24,38 @@ LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
 def verdict(reports: Sequence[Report]) -> list[str]:
     """One line a finding, the worst first."""
-    return [*_failures(reports), *_suspects(reports), *_hurt(reports), *_pruning(reports), *_pressed(reports)]
+    return [*_failures(reports), *_suspects(reports), *_hurt(reports), *_slow(reports), *_pruning(reports), *_pressed(reports)]
 
 
 def _failures(reports: Sequence[Report]) -> list[str]:
     return [f"{r.artifact} could not be measured ({what}): {why}" for r in reports for what, why in r.failed.items()]
+
+
+def _slow(reports: Sequence[Report]) -> list[str]:
+    """Artifacts that decode far below what their bytes promise, and the likely cause.
+
+    Only where the weights are large enough to decide the speed: small ones wait for the dispatch of operators.
+    """
+    lines = []
+    for report in reports:
+        used, read = (report.figures.get(f"speed.{name}") for name in ("bandwidth_fraction", "bytes_per_token"))
+        if used is None or read is None or read.median < HEAVY or used.median >= SLOW:
+            continue
+        decode = report.figures[DECODE].median
+        lines.append(
+            f"{report.artifact} decodes at {100 * used.median:.0f} % of the memory's bandwidth, {decode:.3g} tokens/s where its "
+            f"bytes promise about {EXPECTED * decode / used.median:.3g}: {_cause(report)}"
+        )
+    return lines
+
+
+def _cause(report: Report) -> str:
+    export = next((step.export for step in reversed(report.steps) if step.export), None)
+    if export is not None and export.exporter == "portable":
+        return "the portable graph copies its cache at every token"
+    if export is not None and export.accuracy_level == 0:
+        return "float activations have no fast kernel for its bits here; export with --accuracy-level auto or 4"
+    return "its operators are slow on this processor, or other programs were busy"
 
 
 def _suspects(reports: Sequence[Report]) -> list[str]:

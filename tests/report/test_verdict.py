@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from edgepress.pipeline.report.comparison import losing
-from edgepress.pipeline.report.model import Report, StageRow
+from edgepress.pipeline.report.model import Figure, Report, StageRow
+from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.report.text import markdown
 from edgepress.pipeline.report.verdict import verdict
 from made_up import PRUNED, WHOLE, a_report, content_of
@@ -73,3 +74,31 @@ def test_a_model_that_is_of_no_use_is_named_first(stages: dict[str, tuple[float,
     assert not any("degraded" in line for line in verdict([PRUNED, WHOLE]))
     failed = replace(hurt, stages=(*hurt.stages[:-1], replace(rows[-1], failed="killed")))
     assert not any("degraded" in line for line in verdict([failed, WHOLE]))
+
+
+def slow(fraction: float, read: float, level: int = 0, exporter: str = "fused") -> Report:
+    report = a_report("a", removed=[], size=1e8, kl=0.01, decode=12.0)
+    figures = report.figures | {
+        "speed.bandwidth_fraction": Figure.of("1", [fraction]),
+        "speed.bytes_per_token": Figure.of("byte", [read]),
+    }
+    export = Step("export", {}, {"exporter": exporter, "accuracy_level": level})
+    return replace(report, figures=figures, steps=(*report.steps[:-1], export))
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        (slow(0.03, 94e6), "--accuracy-level auto or 4"),
+        (slow(0.03, 94e6, exporter="portable"), "the portable graph"),
+        (slow(0.03, 94e6, level=4), "other programs were busy"),
+    ],
+)
+def test_a_decode_rate_below_what_the_bytes_promise_is_called_out(report: Report, says: str) -> None:
+    first = verdict([report])[0]
+    assert "decodes at 3 % of the memory's bandwidth, 12 tokens/s where its bytes promise about 240" in first and says in first
+
+
+@pytest.mark.parametrize("report", [slow(0.4, 94e6), slow(0.03, 8e6)], ids=["fast", "small"])
+def test_nothing_is_called_slow_that_is_not(report: Report) -> None:
+    assert not any("bandwidth" in line for line in verdict([report]))
