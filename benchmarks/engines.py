@@ -98,7 +98,11 @@ def speed(engine: dict[str, Any], ids: list[int], options: argparse.Namespace) -
     if engine["kind"] == "ours":
         job = SpeedJob(engine["file"], tuple(ids), (PROMPT,), NEW_TOKENS, options.threads)
         ours = measured("speed", job, SpeedSample)
-        one = {"prefill_s": ours.prefill[str(PROMPT)], "inter_token_ms": ours.inter_token_ms, "peak_rss_bytes": ours.peak_rss_bytes}
+        one = {
+            "prefill_s": ours.prefill[str(PROMPT)],
+            "inter_token_ms": ours.inter_token_ms,
+            "peak_rss_bytes": ours.values["memory.peak_rss_bytes"],
+        }
     elif engine["kind"] == "genai":
         one = process(sys.executable, "genai_speed", common | {"folder": engine["file"]})
     else:

@@ -52,6 +52,14 @@ class Artifact:
         """``model_type`` of its config."""
         return str(read_json(self.path / "config.json").get("model_type", ""))
 
+    @property
+    def changed(self) -> bool:
+        """Whether its last stage changed what the model computes: not an import, a removal of no layer, a refused healing."""
+        if not self.steps:
+            return True
+        step = self.steps[-1]
+        return step.stage != "import" and bool(step.facts.get("removed_layers", True)) and bool(step.facts.get("accepted", True))
+
     @classmethod
     def load(cls, path: Path) -> Artifact:
         """Read a directory: one of ours by its manifest, otherwise a plain Hugging Face checkpoint.

@@ -169,7 +169,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
     """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
-    between = tuple(a.path for a in done if a.format in ("hf", "packed") and _changed(a))
+    between = tuple(a.path for a in done if a.format in ("hf", "packed") and a.changed)
     options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
     removed = any(step.facts.get("removed_layers") for step in done[-1].steps)
     if not (options.baseline and removed):
@@ -186,12 +186,6 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))
-
-
-def _changed(artifact: Artifact) -> bool:
-    """Whether the last stage changed the model: a removal of no layer and a healing that was refused need not be measured."""
-    facts = artifact.steps[-1].facts
-    return bool(facts.get("removed_layers", True)) and bool(facts.get("accepted", True))
 
 
 def _chosen(done: list[Artifact]) -> JsonObject:

@@ -22,17 +22,16 @@ class SpeedJob:
 
 @dataclass(frozen=True)
 class SpeedSample:
-    """One sample of each figure from one process; memory is None where the system does not report it.
+    """One sample of each figure from one process.
 
-    prefill: prompt length (a key of JSON, hence text) -> seconds up to its first token. Loading in seconds, memory in bytes.
+    prefill: prompt length (a key of JSON, hence text) -> seconds up to its first token. load_s in seconds. values: every
+    figure that is one number per process, by its name in the report, whose ending gives the unit; None where it is not reported.
     """
 
     load_s: float
     prefill: dict[str, float]
     inter_token_ms: tuple[float, ...]
-    peak_rss_bytes: int | None = None
-    peak_pss_bytes: int | None = None
-    gpu_bytes: int | None = None
+    values: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

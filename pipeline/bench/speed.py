@@ -19,6 +19,7 @@ from edgepress.pipeline.report.model import Figure
 from edgepress.pipeline.text.windows import context_length, text_windows
 
 log = logging.getLogger("edgepress")
+_UNITS = {"bytes": "byte", "ms": "millisecond", "s": "second"}  # by the ending of a figure's name
 
 
 def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[SpeedJob]:
@@ -82,21 +83,13 @@ def _round(subjects: list[Subject], jobs: list[SpeedJob], order: list[int], opti
 def _speed_figures(subject: Subject, samples: list[SpeedSample], options: BenchOptions) -> None:
     figures, missing = subject.figures, subject.missing
     figures["load.warm_s"] = Figure.of("second", [s.load_s for s in samples])
-    system = platform.system()
-    memory = (
-        ("memory.peak_rss_bytes", [s.peak_rss_bytes for s in samples], f"{system} does not report it"),
-        ("memory.peak_pss_bytes", [s.peak_pss_bytes for s in samples], f"{system} does not report it (PSS is Linux only)"),
-        (
-            "memory.gpu_bytes",
-            [s.gpu_bytes for s in samples],
-            "measured on the CPU" if options.target == "cpu" else "the driver does not report it",
-        ),
-    )
-    for name, values, reason in memory:
-        if known := [value for value in values if value is not None]:
-            figures[name] = Figure.of("byte", known)
+    for name in samples[0].values:
+        if known := [value for sample in samples if (value := sample.values[name]) is not None]:
+            figures[name] = Figure.of(_UNITS[name.rpartition("_")[2]], known)
+        elif name == "memory.gpu_bytes":
+            missing[name] = "measured on the CPU" if options.target == "cpu" else "the driver does not report it"
         else:
-            missing[name] = reason
+            missing[name] = f"{platform.system()} does not report it" + (" (PSS is Linux only)" if "pss" in name else "")
     for length in samples[0].prefill:
         seconds = [s.prefill[length] for s in samples]
         figures[f"speed.ttft_ms.{length}"] = Figure.of("millisecond", [1000 * t for t in seconds])

@@ -55,9 +55,11 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
         load_s=load_s,
         prefill=prefill,
         inter_token_ms=tuple(1000 * s for s in steps),
-        peak_rss_bytes=peak_rss(),
-        peak_pss_bytes=max((value for value in (*pss, _pss()) if value is not None), default=None),
-        gpu_bytes=gpu_memory() if job.target == "cuda" else None,
+        values={
+            "memory.peak_rss_bytes": peak_rss(),
+            "memory.peak_pss_bytes": max((value for value in (*pss, _pss()) if value is not None), default=None),
+            "memory.gpu_bytes": gpu_memory() if job.target == "cuda" else None,
+        },
     )
 
 

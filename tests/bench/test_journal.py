@@ -63,7 +63,7 @@ def test_journal_holds_what_depends_on_the_same(tmp_path: Path) -> None:
 
 def test_what_was_measured_comes_back_as_the_same_value(tmp_path: Path) -> None:
     """From the job's file and the journal's line: JSON has no tuples and no classes."""
-    sample = Sample(SpeedSample(0.5, {"8": 0.25}, (1.0, 2.0), gpu_bytes=3), ColdSample(reason="no disk"))
+    sample = Sample(SpeedSample(0.5, {"8": 0.25}, (1.0, 2.0), values={"memory.gpu_bytes": 3}), ColdSample(reason="no disk"))
     measured = Round(None, {"0": sample})
     key = Journal(tmp_path / "journal").key("round")
     Journal(tmp_path / "journal").put(key, measured)

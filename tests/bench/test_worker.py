@@ -47,8 +47,8 @@ def test_peak_memory_is_what_an_outside_measure_says(build: Path, tmp_path: Path
         done = subprocess.run([sys.executable, "-c", between, *command], capture_output=True, text=True, check=True)
         outside = 1024 * int(done.stdout.splitlines()[-1])
     sample = json.loads(done.stdout.splitlines()[0])
-    assert sample["peak_rss_bytes"] == pytest.approx(outside, rel=0.05)
-    assert 0 < sample["peak_pss_bytes"] <= 1.05 * sample["peak_rss_bytes"]
+    assert sample["values"]["memory.peak_rss_bytes"] == pytest.approx(outside, rel=0.05)
+    assert 0 < sample["values"]["memory.peak_pss_bytes"] <= 1.05 * sample["values"]["memory.peak_rss_bytes"]
 
 
 def test_cold_load_reads_from_the_disk_or_says_why_not(build: Path) -> None:
