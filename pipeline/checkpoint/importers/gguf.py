@@ -24,6 +24,7 @@ log = logging.getLogger("edgepress")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Two quantizations of one matrix differ by a few per cent of its length; two matrices by about 1.4 times.
 _SAME_MATRIX = 0.2
+_VISION = frozenset({"clip", "mmproj"})  # what a multi-modal model keeps in a file of its own
 
 
 def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObject:
@@ -86,7 +87,7 @@ def _types(file: Path) -> Counter[str]:
         raise InputError(f"{file} is damaged or cut short ({type(error).__name__}); fetch it again") from error
     if not ends or max(ends) > file.stat().st_size:
         raise InputError(f"{file} is damaged or cut short; fetch it again")
-    if name in ("clip", "mmproj"):
+    if name in _VISION:
         raise ModelError(f"{file.name} is the vision part of a model; give the GGUF of its language model")
     return Counter(tensor.tensor_type.name for tensor in reader.tensors)
 
