@@ -9,10 +9,11 @@ from pathlib import Path
 
 import yaml
 from edgepress.models import RECIPES
-from edgepress.models.config import layer_count_key
+from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.files import MANIFEST, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make

@@ -94,7 +94,7 @@ def test_arrows_point_downward() -> None:
         ("edgepress.pipeline.quantize.stage", "def f():\n    from edgepress.exporters.stage import export"),
         ("edgepress.pipeline.stages", "from edgepress.pipeline.bench.stage import bench"),
         ("edgepress.pipeline.report.text", "from edgepress.pipeline.artifact import Artifact"),
-        ("edgepress.models.config", "import edgepress.pipeline.options"),
+        ("edgepress.models.pruned_config", "import edgepress.pipeline.options"),
     ],
 )
 def test_an_upward_arrow_is_found(module: str, line: str) -> None:

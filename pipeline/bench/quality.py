@@ -13,7 +13,7 @@ from edgepress.pipeline.artifact import Step as ArtifactStep
 from edgepress.pipeline.bench.evaluate import losses_of
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Scored, ScoringRow
 from edgepress.pipeline.bench.journal import Journal
-from edgepress.pipeline.bench.process import events
+from edgepress.pipeline.bench.launch import events
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import OptionError, WorkerError
 from edgepress.pipeline.options import BenchOptions

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepress.pipeline.cli.terminal import say, signals
+from edgepress.pipeline.cli.interrupt import signals
+from edgepress.pipeline.cli.terminal import say
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import RunOptions
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from edgepress.models.config import arithmetic_fields, layer_count_key, pruned_configs, renamed
+from edgepress.models.pruned_config import arithmetic_fields, layer_count_key, pruned_configs, renamed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import quiet
