@@ -77,7 +77,8 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         stage = look_up(STAGES, name, "stage")
         if format not in stage.takes:
             raise OptionError(
-                f"{name} cannot follow in this recipe: it takes {' or '.join(stage.takes)}, and what comes before gives {format}"
+                f"{name} cannot come here: it takes {' or '.join(stage.takes)}, "
+                f"but {'the previous stage produces' if planned else 'the source is'} {format}"
             )
         format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}

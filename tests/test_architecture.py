@@ -101,7 +101,7 @@ def test_an_upward_arrow_is_found(module: str, line: str) -> None:
     assert faults(module, line)
 
 
-def test_no_circle() -> None:
+def test_no_import_cycle() -> None:
     """Not between rooms, nor between the modules of one."""
     names = modules()
     graph: dict[str, set[str]] = {}

@@ -213,4 +213,4 @@ def _same_tokens(reference: Path, artifact: Path, window: tuple[int, ...]) -> No
     """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
     text = load_tokenizer(artifact).decode(list(window))[:2000]
     if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
-        raise OptionError(f"{reference} has another tokenizer than {artifact}; give the checkpoint that it was made from")
+        raise OptionError(f"{reference} has a different tokenizer from {artifact}; give the checkpoint that it was made from")
