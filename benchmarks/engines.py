@@ -31,7 +31,7 @@ import numpy as np
 from edgepress.models import REFERENCE
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
-from edgepress.pipeline.bench.process import measured
+from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.report.stats import ratio
 from engine_files import TITLES, build, process
 

@@ -1,4 +1,7 @@
-"""What is known of each architecture: one row that holds everything in which it differs from Llama."""
+"""What is known of each architecture: one row that holds everything in which it differs from Llama.
+
+To add one: docs/adding-a-family.md.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An artifact is a directory and its manifest: what it holds, how it came to be, and proof that it is whole.
 
-Every stage is ``f(source: Artifact, out: Path, options) -> Artifact``. A directory is written beside its final name
-and renamed when complete, so what carries the final name is always whole.
+Every stage is ``f(source: Artifact, out: Path, options) -> facts``; ``stages.run`` adds the manifest and returns the Artifact. A
+directory is written beside its final name and renamed when complete, so what carries the final name is always whole.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Artifact:
             return cls._from_manifest(path)
         if not (path / "config.json").is_file():
             raise InputError(
-                f"{path} has no config.json, so it is no Hugging Face checkpoint; give the folder that holds config.json"
+                f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that holds config.json"
             )
         return cls(path, "hf")
 

@@ -1,14 +1,16 @@
 """What can go wrong, as a tree. The command line turns every one into one line and exit code 2.
 
-EdgepressError
-InputError           a folder, model or text that cannot be used
-ModelError         not a causal language model that edgepress can read
-TextError          a text that is missing, empty or too short
-OptionError          an option or recipe that makes no sense
-OutputError          the output cannot be written (occupied, read-only, disk full)
-MissingPackageError  an optional package is not installed; the message names the pip command
-ProofError           a result failed its own check and was thrown away
-WorkerError          a measuring process crashed or was killed
+::
+
+    EdgepressError
+      InputError           a folder, model or text that cannot be used
+        ModelError         not a causal language model that edgepress can read
+        TextError          a text that is missing, empty or too short
+      OptionError          an option or recipe that makes no sense
+      OutputError          the output cannot be written (occupied, read-only, disk full)
+      MissingPackageError  an optional package is not installed; the message names the pip command
+      ProofError           a result failed its own check and was thrown away
+      WorkerError          a measuring process crashed or was killed
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:
     if value is None:
         if setting.optional:
             return None
-        raise OptionError(f"{flag(name)} needs a value; leave the line out to have the default")
+        raise OptionError(f"{flag(name)} needs a value; omit it to use the default")
     if kind.type is bool:
         if not isinstance(value, bool):
             raise OptionError(f"{flag(name)} is true or false, not {value!r}")

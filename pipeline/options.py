@@ -105,7 +105,7 @@ class PruneOptions(Options):
         if named and (amounts or self.max_loss is not None):
             raise OptionError(f"--remove-layers names the layers already; leave out {(*amounts, '--max-loss')[0]}")
         if self.criterion == "list" and not named:
-            raise OptionError("--criterion list needs to be told them; give --remove-layers 4,5")
+            raise OptionError("--criterion list needs --remove-layers, for example 4,5")
         if named and self.criterion not in (None, "list"):
             raise OptionError(f"--remove-layers names the layers already; leave out --criterion {self.criterion}")
         if len(set(named)) != len(named):
@@ -149,8 +149,8 @@ class HealOptions(Options):
     lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)
     lora_rank: int = option(16, "rank of the low-rank change of each matrix", at_least=1)
     lora_blocks: int = option(0, "train only so many blocks on each side of a gap; 0 trains all", at_least=0)
-    learning_rate: float = option(2e-3, "of lora, at its highest", at_least=0)
-    temperature: float = option(1.0, "of the distributions that lora compares", at_least=0)
+    learning_rate: float = option(2e-3, "peak learning rate of lora", at_least=0)
+    temperature: float = option(1.0, "softmax temperature of lora's loss", at_least=0)
     contrastive: float = option(0.0, "weight of the contrastive term on hidden states (Contrastive Pruning)", at_least=0)
     trust_remote_code: bool = _trust()
 
@@ -177,7 +177,8 @@ class QuantizeOptions(Options):
     )
     bits_for: tuple[str, ...] = option(
         (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8': a regular expression for the whole name, the first that "
-        f"matches counts, 16 leaves them float; again for more ({joined(ADJUSTABLE, 'and')}; edgepress sensitivity proposes some)",
+        f"matches counts, 16 leaves them float; repeat the flag for more rules ({joined(ADJUSTABLE, 'and')}; "
+        "edgepress sensitivity proposes some)",
     )  # fmt: skip
     head_bits: int = option(
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
@@ -192,7 +193,8 @@ class QuantizeOptions(Options):
     )  # fmt: skip
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
-        False, f"quantize columns by falling activation ({joined(ACT_ORDER, 'and')}); more exact, costs a gather of the input"
+        False,
+        f"quantize columns in order of decreasing activation ({joined(ACT_ORDER, 'and')}); more exact, adds a Gather on the input",
     )
     calibration: Path = _calibration()
     calibration_tokens: int = _calibration_tokens()
@@ -261,7 +263,7 @@ def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise OptionError(f"{name}: '{pattern}' is no regular expression ({error}); correct it") from error
+        raise OptionError(f"{name}: '{pattern}' is not a valid regular expression ({error}); correct it") from error
 
 
 @dataclass(frozen=True)
@@ -301,9 +303,9 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         if self.target == "cuda" and self.accuracy_level == "4":
-            raise OptionError("int8 activations are the CPU's, and the target is cuda; leave --accuracy-level out")
+            raise OptionError("int8 activations are CPU-only, and the target is cuda; leave --accuracy-level out")
         if self.target == "cuda" and self.exact_layers is not None:
-            raise OptionError("--exact-layers is for int8 activations, which are the CPU's; leave it out for --target cuda")
+            raise OptionError("--exact-layers is for int8 activations, which are CPU-only; leave it out for --target cuda")
         if self.exact_layers is not None:
             if self.accuracy_level == "0":
                 raise OptionError("--exact-layers is for int8 activations, and --accuracy-level 0 has none; leave one of them out")
@@ -352,11 +354,11 @@ class BenchOptions(Options):
 class RunOptions(Options):
     """Continue a prompt, tokens streamed, or keep a conversation."""
 
-    chat: bool = option(False, "keep a conversation: Ctrl-C ends an answer, /new starts afresh, Ctrl-D or /bye ends the talk")
+    chat: bool = option(False, "keep a conversation: Ctrl-C ends an answer, /new starts over, Ctrl-D or /bye quits")
     system: str | None = option(None, "with --chat: what the model is told before the first message")
     max_new_tokens: int | None = option(None, "tokens to generate at most (default: 64, and 1024 an answer in --chat)", at_least=1)
     temperature: float = option(0.0, "0 takes the most likely token; about 0.8 varies", at_least=0)
-    seed: int = option(0, "of the random choice", at_least=0)
+    seed: int = option(0, "random seed for sampling", at_least=0)
     threads: int = _threads()
 
     def __post_init__(self) -> None:

@@ -19,5 +19,5 @@ def progress(items: Iterable[Item], label: str, unit: str = "it") -> Iterator[It
 
 
 def bar(label: str, total: int | None, unit: str = "it") -> tqdm[NoReturn]:
-    """A bar on stderr, for work that is no iteration."""
+    """A bar on stderr, for work that is not a simple loop."""
     return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, disable=None)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 from edgepress.models import RECIPES
-from edgepress.models.config import layer_count_key
+from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.source import check_checkpoint
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
@@ -77,7 +77,8 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         stage = look_up(STAGES, name, "stage")
         if format not in stage.takes:
             raise OptionError(
-                f"{name} cannot follow in this recipe: it takes {' or '.join(stage.takes)}, and what comes before gives {format}"
+                f"{name} cannot come here: it takes {' or '.join(stage.takes)}, "
+                f"but {'the previous stage produces' if planned else 'the source is'} {format}"
             )
         format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}

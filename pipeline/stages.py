@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
-from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256

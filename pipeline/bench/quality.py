@@ -13,7 +13,7 @@ from edgepress.pipeline.artifact import Step as ArtifactStep
 from edgepress.pipeline.bench.evaluate import losses_of
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Scored, ScoringRow
 from edgepress.pipeline.bench.journal import Journal
-from edgepress.pipeline.bench.process import events
+from edgepress.pipeline.bench.launch import events
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import OptionError, WorkerError
 from edgepress.pipeline.options import BenchOptions
@@ -213,4 +213,4 @@ def _same_tokens(reference: Path, artifact: Path, window: tuple[int, ...]) -> No
     """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
     text = load_tokenizer(artifact).decode(list(window))[:2000]
     if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
-        raise OptionError(f"{reference} has another tokenizer than {artifact}; give the checkpoint that it was made from")
+        raise OptionError(f"{reference} has a different tokenizer from {artifact}; give the checkpoint that it was made from")

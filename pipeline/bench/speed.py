@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, Round, Sample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
-from edgepress.pipeline.bench.process import measured
+from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.options import BenchOptions

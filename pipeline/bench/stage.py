@@ -10,7 +10,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.environment import environment, machine
 from edgepress.pipeline.bench.jobs import TaskFigures, TasksJob
 from edgepress.pipeline.bench.journal import Journal
-from edgepress.pipeline.bench.process import measured
+from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.quality import quality, texts
 from edgepress.pipeline.bench.speed import speed, speed_jobs
 from edgepress.pipeline.bench.subject import Subject, subjects_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.source import check_checkpoint
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import MANIFEST
 from edgepress.pipeline.options import BenchOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.models.config import layer_count_key
+from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_config
 from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear

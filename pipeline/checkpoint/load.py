@@ -1,4 +1,7 @@
-"""A checkpoint as a torch model: its config, its module tree, its weights in float32."""
+"""A checkpoint as a torch model: its config, its module tree, its weights in float32.
+
+Whether Python code in the folder may run is decided before, in admission.py.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def save(linears: dict[str, PackedLinear], folder: Path) -> None:
-    """Write ``packed.safetensors``; the fields that are no arrays go into its metadata."""
+    """Write ``packed.safetensors``; the non-array fields go into its metadata."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

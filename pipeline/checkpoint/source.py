@@ -1,4 +1,4 @@
-"""What a user may call a source: a local folder, a hub id, or ``reference``; and whether it can be used."""
+"""What a user may call a source: a local folder, a hub id, or ``reference``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from edgepress.models import REFERENCE
-from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.errors import InputError
 
-READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Code (*.py) too: it is run only with --trust-remote-code (admission.py), and a model that brings code cannot load without it.
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def resolve(source: str) -> Path:
@@ -38,48 +37,3 @@ def _download(name: str) -> Path:
         raise InputError(
             f"no folder '{name}' here, and it could not be downloaded ({reason}); give a local folder, or go online"
         ) from error
-
-
-def settings_of(folder: Path) -> JsonObject | None:
-    """The quantization settings of a folder: from config.json, or AutoGPTQ's quantize_config.json; None for a float one.
-
-    ``quant_method`` is always there, "?" where the folder does not say.
-    """
-    settings = read_json(folder / "config.json").get("quantization_config")
-    if not settings and (folder / "quantize_config.json").is_file():
-        settings = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
-    if not settings:
-        return None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{folder / 'config.json'}: quantization_config must be an object; correct it or fetch it again")
-    return {"quant_method": "?"} | settings
-
-
-def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
-    """Refuse, before anything is written, a folder that is not a causal language model in safetensors. Raises ModelError.
-
-    quantized: accept one that GPTQ or bitsandbytes quantized.
-    """
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise ModelError(
-            f"{folder} holds {architectures[0]}, which is not a causal language model; give a ...ForCausalLM checkpoint"
-        )
-    if "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
-    if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{folder} contains Python code to run; read it, and allow it with --trust-remote-code")
-    if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
-        method = settings["quant_method"]
-        way = ", or export it as it is" if method in READABLE else ""
-        raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder} holds pickled weights, which can run code when read; convert them once, if you trust them: "
-            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"M.from_pretrained('{folder}').save_pretrained('NEW'); T.from_pretrained('{folder}').save_pretrained('NEW')\""
-        )
-    raise ModelError(f"{folder} has no weights (*.safetensors); give the complete checkpoint")

@@ -1,4 +1,4 @@
-"""The command line: grammar, commands, what the terminal hears. Nothing else prints, nothing else makes exit codes."""
+"""The command line: grammar, commands, terminal. No other room prints for the user or chooses exit codes."""
 
 from edgepress.pipeline.cli.commands import main
 

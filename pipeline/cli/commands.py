@@ -9,17 +9,18 @@ import argparse
 import contextlib
 import json
 import shlex
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact, onnx_folder
-from edgepress.pipeline.checkpoint.source import check_checkpoint, resolve
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.checkpoint.source import resolve
+from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
-from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say, signals, stop
+from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import write_json
 from edgepress.pipeline.flags import make
@@ -34,10 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = parser().parse_args(arguments)
     log_to_terminal()
-    signals.clear()
-    for name in ("SIGINT", "SIGTERM"):  # a polite kill cleans up as Ctrl-C does; a Ctrl-C that the shell ignores stays ignored
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), stop)
+    interrupt.install_handlers()
     if warning := double_runtime():
         say(f"warning: {warning}")
     own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "prompt")
@@ -48,15 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options, flags)
     except BaseException as error:
-        # Native code may swallow the KeyboardInterrupt and fail in its own way: what was asked for was to stop.
-        if not signals and not isinstance(error, KeyboardInterrupt):
+        # Native code may swallow the KeyboardInterrupt and fail in its own way; the signal still asked to stop.
+        if not interrupt.signals and not isinstance(error, KeyboardInterrupt):
             return exit_code(error)
     if options.verb == "run":
         with contextlib.suppress(OSError):
             print()  # after the words so far
-    more = "; nothing half-written is left" if options.verb == "build" or options.verb in STAGES else ""
-    goes_on = ", and the same command goes on after the last finished stage" if options.verb == "build" else ""
-    say(f"interrupted{more}{goes_on}")
+    building = options.verb == "build"
+    say(interrupt.message(writes=building or options.verb in STAGES, resumes=building))
     return 130
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepress.pipeline.cli.terminal import say, signals
+from edgepress.pipeline.cli.interrupt import signals
+from edgepress.pipeline.cli.terminal import say
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import RunOptions
 
@@ -23,7 +24,7 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
 
     talk = Conversation(folder, settings)
     message = first
-    say("Ctrl-C ends an answer, /new starts afresh, /bye or Ctrl-D ends the talk")
+    say("Ctrl-C ends an answer, /new starts over, /bye or Ctrl-D quits")
     while True:
         try:
             if message is None:
@@ -44,7 +45,7 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
             signals.clear()
             print()
             if message is None:
-                say("/bye or Ctrl-D ends the talk")
+                say("/bye or Ctrl-D quits")
         message = None
 
 
@@ -62,4 +63,4 @@ def _answer(talk: Conversation, message: str) -> None:
         rate = (count - 1) / (time.monotonic() - begun)
         say(f"{rate:.1f} tokens/s, {talk.read} tokens read, {talk.decoder.length} in the context")
     if talk.full:
-        say(f"the context of {talk.decoder.context} tokens is full, so the answer ends here; /new starts afresh")
+        say(f"the context of {talk.decoder.context} tokens is full, so the answer ends here; /new starts over")

@@ -1,4 +1,4 @@
-"""What the terminal hears: the log, one line for an error, and Ctrl-C."""
+"""What is written to stderr: the log, single lines, and one line with an exit code for an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import sys
-from typing import NoReturn
 
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.registry import missing_package
@@ -45,15 +44,6 @@ def _disk_reason(error: OSError) -> str:
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
         return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
-
-
-signals: list[object] = []
-
-
-def stop(number: int, frame: object) -> NoReturn:
-    """Handle a signal: note it, and interrupt what runs."""
-    signals.append(number)
-    raise KeyboardInterrupt
 
 
 def log_to_terminal() -> None:

@@ -1,1 +1,1 @@
-"""The heal stage: one file a way of winning back what the removal of layers cost."""
+"""The heal stage: one file per way of winning back what the removal of layers cost."""

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.source import check_checkpoint
 from edgepress.pipeline.errors import ModelError, OptionError
 
 _OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.)(?!\d+\.)")  # names of tensors without a number

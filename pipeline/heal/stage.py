@@ -25,7 +25,7 @@ from edgepress.pipeline.heal.teacher import record
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import HealOptions
 from edgepress.pipeline.registry import load
-from edgepress.pipeline.text.calibration import Texts, split
+from edgepress.pipeline.text.calibration import HealingSets, healing_sets
 
 log = logging.getLogger("edgepress")
 # Name in --healer -> function HealJob -> facts; "linear+lora" runs one after the other.
@@ -59,7 +59,7 @@ def heal_checkpoint(pruned: Checkpoint, original: Checkpoint, kept: list[int], o
         why = "as requested" if gaps else "no layer was removed"
         log.info("heal: left as it is, %s", why)
         return {"methods": [], "accepted": False, "why": why}
-    texts = split(original.path, options)
+    texts = healing_sets(original.path, options)
     scratch = pruned.path.parent / f"{pruned.path.name}.healing"
     with (
         _kept_if_begun(scratch),
@@ -89,7 +89,7 @@ def _kept_if_begun(scratch: Path) -> Iterator[None]:
 
 
 def _heal(
-    pruned: Checkpoint, original: Checkpoint, gaps: list[Gap], texts: Texts, options: HealOptions, scratch: Path, states: Path
+    pruned: Checkpoint, original: Checkpoint, gaps: list[Gap], texts: HealingSets, options: HealOptions, scratch: Path, states: Path
 ) -> list[Outcome]:
     """Record the teacher, load the student, and try each method of ``options.healer`` on what the one before it left."""
     teacher = record(original, texts.fit, sorted({*(gap.target for gap in gaps), original.layers}), states)
@@ -98,7 +98,7 @@ def _heal(
     return [_try(method, job, pruned, texts) for method in options.healer.split("+")]
 
 
-def _try(method: str, job: HealJob, pruned: Checkpoint, texts: Texts) -> Outcome:
+def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> Outcome:
     """One method: healed in memory, judged, and written only if both texts are better for it."""
     model = job.student.model
     former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

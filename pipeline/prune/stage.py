@@ -48,7 +48,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     """Write the checkpoint without the chosen blocks into ``out``, with influence.json and .png; returns the manifest's facts.
 
     Raises OptionError when no block would be left, ModelError when the architecture's config cannot express what would be
-    left, ProofError when the checkpoint written does not compute what the original computes with those blocks skipped.
+    left, ProofError when the written checkpoint's logits differ from the original's with those blocks skipped.
     """
     options = options.resolved()
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
@@ -104,9 +104,9 @@ def _prove(plan: _Plan, pruned: torch.nn.Module, family: str) -> None:
         logits = pruned(input_ids=plan.probe, use_cache=False).logits
     if not torch.equal(logits, plan.logits):
         raise ProofError(
-            f"without layers {plan.choice.removed} the checkpoint does not compute what the model with them skipped computes "
-            f"(largest difference {float((logits - plan.logits).abs().max()):.3g}); {family} keeps per-layer settings that its "
-            "config cannot express for these layers, so nothing was written; remove other layers"
+            f"without layers {plan.choice.removed} the written checkpoint's logits differ from the original's with those layers "
+            f"skipped (largest difference {float((logits - plan.logits).abs().max()):.3g}); {family} keeps per-layer settings that "
+            "its config cannot express for these layers, so nothing was written; remove other layers"
         )
 
 
@@ -126,7 +126,9 @@ def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
     summary = "prune: removed %s of %d; perplexity of held-out calibration text %.4g -> %.4g"
     log.info(summary, listed(removed), layers, before, after)
     if after > WORRYING * before:
-        log.warning("warning: without these layers the model is badly hurt; remove fewer or none, or set a limit: --max-loss 0.1")
+        log.warning(
+            "warning: without these layers the model is badly degraded; remove fewer or none, or set a limit: --max-loss 0.1"
+        )
 
 
 def _choice_facts(options: PruneOptions, plan: _Plan, layers: int) -> JsonObject:

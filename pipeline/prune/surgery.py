@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from edgepress.models.config import arithmetic_fields, layer_count_key, pruned_configs, renamed
+from edgepress.models.pruned_config import arithmetic_fields, layer_count_key, pruned_configs, renamed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import quiet
@@ -52,7 +52,7 @@ def pruned_config(checkpoint: Checkpoint, kept: Sequence[int]) -> JsonObject:
         fields = ", ".join(arithmetic_fields(checkpoint.config.to_dict())) or "its layout"
         removed = [index for index in range(checkpoint.layers) if index not in kept]
         raise ModelError(
-            f"without layers {', '.join(map(str, removed))} the others would become something else, because "
+            f"removing layers {', '.join(map(str, removed))} would change the layers that stay, because "
             f"{checkpoint.config.model_type} derives what a layer is from its index ({fields}); {search.allowed(len(removed))}"
         )
     return config

@@ -1,1 +1,1 @@
-"""The quantize stage: one file a quantizer, each QuantizeJob -> {name: PackedLinear}."""
+"""The quantize stage: one file per quantizer, each QuantizeJob -> {name: PackedLinear}."""

@@ -86,7 +86,7 @@ def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: Quant
         longest = options.group if options.group > 0 else 128
         group = next((g for g in (128, 64, 32, 16) if g <= longest and weight is not None and weight.shape[1] % g == 0), None)
         if group is None or weight is None:
-            log.info("quantize: %s stays float (its width takes no group size)", name)
+            log.info("quantize: %s stays float (no group size divides its width)", name)
             continue
         ends[name] = round_to_nearest(name, weight, bits, group, symmetric=bits == 8)
     return ends

@@ -13,7 +13,7 @@ from edgepress.pipeline.report.model import StageRow
 # Rounding alone gives about 1e-6; one changed scale of one group gives a hundred times this limit or more.
 EXACT = 1e-4
 # Perplexity that int8 activations may add before the report warns.
-ACTIVATIONS = 1.02
+ACTIVATION_TOLERANCE = 1.02
 # Perplexity that grows by this factor leaves a model of little use.
 WORRYING = 1.5
 # Below this much loss in all, in nats a token, shares of it would be noise.
@@ -55,7 +55,7 @@ def _suspicion(before: StageRow, row: StageRow, must_equal: bool) -> str | None:
         )
     if before.name != "onnx_level_0" or before.perplexity is None or row.perplexity is None:
         return None
-    if not row.perplexity <= ACTIVATIONS * before.perplexity:
+    if not row.perplexity <= ACTIVATION_TOLERANCE * before.perplexity:
         growth = 100 * (row.perplexity / before.perplexity - 1)
         return f"int8 activations raise perplexity by {growth:.1f} %; export with --accuracy-level 0"
     return None

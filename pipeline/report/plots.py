@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from edgepress.pipeline.report.model import Report
-from edgepress.pipeline.report.tables import STAGES, best_of, points
+from edgepress.pipeline.report.tables import STAGE_LABELS, best_of, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def losses(reports: Sequence[Report]) -> str:
             value = rows.get(name, 0.0)
             # those of the same sign stand one behind the other
             start = sum(v for n in names[:index] if (v := rows.get(n, 0.0)) * value > 0)
-            label = None if position else STAGES.get(name, name)  # once in the legend
+            label = None if position else STAGE_LABELS.get(name, name)  # once in the legend
             axes.barh(position, value, left=start, color=_COLOURS[index % len(_COLOURS)], label=label)
     _artifacts(axes, reports)
     axes.axvline(0, color="#444444", linewidth=0.8)

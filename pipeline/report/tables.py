@@ -31,7 +31,7 @@ FIGURES = {
     "quality.top1_agreement": "top-1 agreement with the original",
     "quality.greedy_match_tokens": "matching greedy tokens",
 }
-STAGES = {"onnx_level_0": "ONNX, float activations", "onnx": "ONNX as shipped"}
+STAGE_LABELS = {"onnx_level_0": "ONNX, float activations", "onnx": "ONNX as shipped"}
 STAGE_HEADER = ["stage", "weights", "perplexity", "change", "share of loss", "KL, nat", "top-1 agreement"]
 FIGURE_HEADER = ["figure", "median", "range"]
 COMPARISON_HEADER = ["artifact", "figure", "ratio", "99 % interval", "verdict"]
@@ -94,7 +94,7 @@ def stage_rows(report: Report) -> Rows:
 
 
 def _stage_cells(row: StageRow, first: StageRow) -> list[str]:
-    name = STAGES.get(row.name, row.name) + (" (suspect)" if row.suspect else "")
+    name = STAGE_LABELS.get(row.name, row.name) + (" (suspect)" if row.suspect else "")
     if row.failed is not None or row.perplexity is None:
         return [name, shown(row.bytes, "byte"), "failed", "", "", "", ""]
     change = None if row is first or first.perplexity is None else row.perplexity / first.perplexity - 1

@@ -123,8 +123,8 @@ def _lost(report: Report, other: Report, at: list[str]) -> str:
     if "speed" in at:
         reasons.append(f"is no slower ({report.artifact} against it: {_times(report, other)})")
     return (
-        f"Pruning loses in {report.artifact}: {other.artifact}, with all layers, {' and '.join(reasons)}, "
-        f"and loses less ({_losses(other, report)})"
+        f"Pruning does not pay off in {report.artifact}: {other.artifact} keeps all layers, {', '.join(reasons)} "
+        f"and has the better quality ({_losses(other, report)})"
     )
 
 

@@ -12,7 +12,7 @@ from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions
 from edgepress.pipeline.text.windows import context_length, text_windows
 
 # Longer windows distinguish the blocks no better, and their logits fill the memory of a laptop.
-LONGEST_WINDOW = 1024
+LONGEST_CALIBRATION_WINDOW = 1024
 SHORTEST_WINDOW = 8
 OTHER_TEXT_TOKENS = 8192
 FEWEST = 32  # tokens in each set
@@ -35,7 +35,7 @@ def even_windows(path: Path, folder: Path, budget: int, skip: int = 0, exact: bo
     tokens = sum(map(len, shortest))
     if len(shortest) < 8:
         raise TextError(f"{path} is too short: {tokens} tokens, at least {8 * SHORTEST_WINDOW} are needed; give a longer text")
-    length = max(SHORTEST_WINDOW, min(LONGEST_WINDOW, context_length(folder), min(budget, tokens) // 8))
+    length = max(SHORTEST_WINDOW, min(LONGEST_CALIBRATION_WINDOW, context_length(folder), min(budget, tokens) // 8))
     windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact)
     return [row for row in windows if len(row) == len(windows[0])]
 
@@ -69,11 +69,6 @@ def healing_sets(original: Path, options: HealOptions) -> HealingSets:
     if sha256(options.other_text) == sha256(options.calibration):
         raise OptionError("--other-text is the --calibration text, and healing would judge itself; give another --other-text")
     return sets
-
-
-# former names
-Texts = HealingSets
-split = healing_sets
 
 
 def _halves(windows: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:

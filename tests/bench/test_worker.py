@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample
-from edgepress.pipeline.bench.process import measured
+from edgepress.pipeline.bench.launch import measured
 
 
 def test_memory_is_the_measured_process_alone() -> None:

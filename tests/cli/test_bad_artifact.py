@@ -156,4 +156,4 @@ def test_reference_with_another_tokenizer(
     content["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(content))
     flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4, "--prompt-lengths", 8, "--reference", other]
-    refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, says=("another tokenizer", "give the checkpoint"))
+    refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, says=("different tokenizer", "give the checkpoint"))

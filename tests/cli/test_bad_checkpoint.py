@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgepress.pipeline.checkpoint.source import resolve
 from refusal import COMMANDS, Copy, Refused, command, truncated_to, write
 from safetensors.torch import load_file, save_file
 from transformers import XLMConfig
@@ -154,6 +155,19 @@ def test_trusted_code_is_run(
     result = call(*command("prune", source, tmp_path / "out"), "--trust-remote-code")
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "own.py").is_file()
+
+
+def test_code_of_a_hub_model_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, --trust-remote-code could never load a model from the hub that brings code."""
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("somebody/model") == tmp_path
+    assert "*.py" in asked[0]
 
 
 def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

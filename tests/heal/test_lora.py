@@ -35,7 +35,7 @@ def test_lora_helps_merges_and_goes_on(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(lora, "BATCH", 2)
-    monkeypatch.setattr("edgepress.pipeline.text.calibration.LONGEST_WINDOW", 128)
+    monkeypatch.setattr("edgepress.pipeline.text.calibration.LONGEST_CALIBRATION_WINDOW", 128)
     monkeypatch.setattr(lora, "_Bar", Counting)
     with pytest.raises(KeyboardInterrupt):
         stages.run("heal", pruned, tmp_path / "healed", options(reference, **changes))

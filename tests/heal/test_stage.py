@@ -18,7 +18,7 @@ from edgepress.pipeline.files import sha256
 from edgepress.pipeline.heal.stage import heal_checkpoint
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import HealOptions, PruneOptions
-from edgepress.pipeline.text.calibration import Texts, split
+from edgepress.pipeline.text.calibration import HealingSets, healing_sets
 from transformers import AutoModelForCausalLM
 
 
@@ -53,7 +53,7 @@ def test_a_stored_type_is_kept_and_judged(tmp_path: Path, reference: Path, optio
     facts = healed.steps[-1].facts
     assert facts["accepted"]
     assert AutoModelForCausalLM.from_pretrained(healed.path).dtype == torch.bfloat16
-    texts: Texts = split(source, options(source, calibration_tokens=8000))
+    texts: HealingSets = healing_sets(source, options(source, calibration_tokens=8000))
     assert facts["held_out_perplexity"][1] == pytest.approx(np.exp(mean_loss(load_model(healed.path), texts.judging)), rel=1e-4)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgepress.models.config import pruned_configs, renamed
+from edgepress.models.pruned_config import pruned_configs, renamed
 from transformers import Qwen2Config
 
 

@@ -29,8 +29,8 @@ def test_worthwhile_pruning_is_given_with_its_price() -> None:
 )
 def test_pruning_that_loses_is_the_first_line(baseline: Report, says: str) -> None:
     (first, *_) = verdict([PRUNED, WHOLE, baseline])
-    assert first.startswith("Pruning loses") and says in first and baseline.artifact in first
-    assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning loses")
+    assert first.startswith("Pruning does not pay off") and says in first and baseline.artifact in first
+    assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning does not pay off")
 
 
 def test_noise_is_no_proof_that_pruning_loses() -> None:
@@ -40,7 +40,7 @@ def test_noise_is_no_proof_that_pruning_loses() -> None:
     values = tuple(v * f for v, f in zip(decode.values, (0.5, 1.6, 0.9, 1.3, 0.7), strict=True))
     noisy = replace(noisy, figures=noisy.figures | {"speed.decode_tokens_per_s": replace(decode, values=values)})
     (first, *_) = verdict([PRUNED, noisy])
-    assert "Pruning loses" not in first and "no difference in speed shown" in first and "smaller" in first
+    assert "Pruning does not pay off" not in first and "no difference in speed shown" in first and "smaller" in first
 
 
 def test_pruning_without_a_baseline_claims_nothing() -> None:

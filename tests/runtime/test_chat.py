@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.cli import terminal
+from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(
     result = call("run", artifact, "--chat", "--max-new-tokens", 5)
     assert result.code == 0 and len(fed) == 2, result.err
     assert sum("tokens/s" in line for line in result.err.splitlines()) == 1
-    assert not terminal.signals
+    assert not interrupt.signals
 
 
 def test_a_missing_template_is_reported(reference: Path, artifact: Path, copy_of: Callable, call: Callable) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from edgepress.pipeline.options import HealOptions, PruneOptions
-from edgepress.pipeline.text.calibration import calibration, split
+from edgepress.pipeline.text.calibration import calibration, healing_sets
 
 
 def test_the_five_sets_share_no_window(reference: Path) -> None:
     """What heals never judges."""
-    texts = split(reference, HealOptions(original=reference, calibration_tokens=6000))
+    texts = healing_sets(reference, HealOptions(original=reference, calibration_tokens=6000))
     sets = [{row.tobytes() for row in getattr(texts, name)} for name in ("fit", "selection", "judging", "other_selection", "other")]
     assert all(sets) and sum(map(len, sets)) == len(set.union(*sets))
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from edgepress.pipeline.checkpoint.admission import settings_of
 from edgepress.pipeline.checkpoint.importers.bnb import BnbFolder
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedMatrices
 from edgepress.pipeline.checkpoint.shards import ShardIndex
-from edgepress.pipeline.checkpoint.source import settings_of
 from edgepress.pipeline.errors import ModelError
 
-# quant_method of config.json -> reader; the same names as source.READABLE
+# quant_method of config.json -> reader; the same names as admission.READABLE
 READERS: dict[str, type[GptqFolder | BnbFolder]] = {"gptq": GptqFolder, "bitsandbytes": BnbFolder}
 
 

@@ -1,4 +1,4 @@
-"""Measuring processes."""
+"""Starts a measuring process and reads its answers; what is measured, such as peak RSS, is in worker.py."""
 
 from __future__ import annotations
 
