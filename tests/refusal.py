@@ -16,7 +16,8 @@ Copy = Callable[..., Path]
 
 # Every error tells what to do or what is allowed; these are the words it does so with.
 ADVICE = re.compile(
-    r"--help|\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
+    r"--help|needs --[a-z-]+, for example|"
+    r"\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
     r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
 )
 LOG = re.compile(r"(prune|greedy|quantize|export|bench): ")
