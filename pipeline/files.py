@@ -56,10 +56,10 @@ def folder_bytes(folder: Path) -> int:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A fresh folder beside ``out`` to write into; renamed to ``out`` on success, removed on any failure.
+    """A fresh folder next to ``out`` to write into; renamed to ``out`` on success, removed on any failure.
 
-    A former ``out`` is replaced only when it is one of ours (it has a manifest) or empty.
-    Raises OutputError when ``out`` is occupied by something else or cannot be written.
+    A former ``out`` is replaced as a whole: whoever calls checks first that it may be (artifact.check_free). Raises OutputError
+    when the folder cannot be made.
     """
     partial = out.parent / f".{out.name}.partial"
     created = [parent for parent in out.absolute().parents if not parent.exists()]

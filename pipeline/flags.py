@@ -141,6 +141,8 @@ def make(cls: type[Chosen], values: Mapping[str, object], where: str = "option")
             raise OptionError(f"{flag(name)} is now {flag(RENAMED[name])}")
         if name not in fields:
             raise OptionError(f"unknown {where} '{raw_name}'{suggestion(name, fields)}; there are: {', '.join(fields)}")
+        if name == "remove_layers" and type(value) is int:  # a count, as it used to be: on the command line it is text
+            raise OptionError(f"remove_layers takes indices, as [4, 5]; for a count give remove_count: {value}")
         kind, setting = kinds[name], setting_of(fields[name])
         if kind.many:
             items = value if isinstance(value, list | tuple) else [value] if kind.type is str else str(value).split(",")

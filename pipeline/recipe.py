@@ -94,7 +94,7 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
 def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> dict[str, object]:
     """The recipe's options of one stage, without those that a flag makes meaningless."""
     kept = dict(given)
-    if type(count := kept.get("remove_layers")) is int:  # the former spelling of a count
+    if str(count := kept.get("remove_layers", "")).isdecimal():  # the former spelling of a count
         raise OptionError(f"remove_layers takes indices, as [4, 5]; for a count write remove_count: {count}")
     if not _AMOUNTS.isdisjoint(flags):  # ways to say what to remove exclude each other: a flag replaces them all
         kept = {k: v for k, v in kept.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in flags)}

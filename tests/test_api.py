@@ -58,3 +58,28 @@ def test_errors_name_the_option(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         api.load(tmp_path / "nowhere")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def onnx(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return api.export(tiny, tmp_path_factory.mktemp("api") / "onnx", text=text).path
+
+
+@pytest.mark.parametrize("option", [{"temperature": -1}, {"max_new_tokens": -3}, {"seed": -1}])
+def test_generation_takes_the_command_lines_checks(option: dict[str, int], onnx: Path) -> None:
+    with pytest.raises(OptionError, match="must be at least"):
+        api.load(onnx).stream("It was", **option)
+
+
+def test_a_later_stream_ends_an_earlier_one(onnx: Path) -> None:
+    model = api.load(onnx)
+    first = model.stream("It was", max_new_tokens=5)
+    next(first)
+    assert len(list(model.stream("A cold", max_new_tokens=5))) > 0
+    with pytest.raises(OptionError, match="a later stream has begun"):
+        next(first)
+
+
+def test_a_count_is_not_taken_for_an_index(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="remove_count: 2"):
+        api.prune(tiny, tmp_path / "out", remove_layers=2)

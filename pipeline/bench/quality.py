@@ -134,7 +134,7 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
     failed = None
     if "speed" in subject.failed:
         failed = f"not tried because the measurement of speed failed: {subject.failed['speed']}"
-    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), None if level else exported_from, failed)
+    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), exported_from if level == 0 else None, failed)
     if rows and level:
         rows.append(replace(shipped, name="onnx_level_0", kind="onnx_level_0", exact=exported_from))
     return [*rows, shipped]

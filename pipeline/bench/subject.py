@@ -63,7 +63,7 @@ class Subject:
             artifact=self.label,
             identity=self.artifact.identity(),
             steps=self.steps,
-            figures=self.figures,
+            figures=dict(self.figures),
             stages=self.rows,
             missing=self.missing,
             failed=self.failed,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, write_json
+from edgepress.pipeline.files import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,23 @@ _Copies = list[tuple[str, "TensorEntry"]]  # new name, what it is copied from
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files with float weights."""
+    """The safetensors files with float weights: those that the index names; without one model.safetensors, else all there are.
+
+    What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too. Raises
+    ModelError for a damaged index and for a file that it names and that is not there.
+    """
+    if (folder / INDEX).is_file():
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ModelError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
+        files = [folder / name for name in sorted(set(places.values()))]
+        if missing := next((file for file in files if not file.is_file() or file.parent != folder), None):
+            raise ModelError(f"{folder / INDEX} names {missing.name}, which is not there; give the complete checkpoint")
+        if (single := folder / "model.safetensors").is_file() and single not in files:
+            raise ModelError(f"{folder} holds both {single.name} and the shards of {INDEX}; move away what is not the model's")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
     return sorted(folder.glob("model*.safetensors")) or others
 

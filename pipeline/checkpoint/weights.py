@@ -99,9 +99,3 @@ class Weights:
     def floats(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The float weights in their stored types, file by file. Raises ModelError for NaN and Inf."""
         return ((name, tensor) for name, tensor in self.index.tensors() if name in self._floats)
-
-
-def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
-    """One tensor of a checkpoint as it is stored, None where it has no such name."""
-    index = ShardIndex.of(folder)
-    return index.tensor(name) if name in index else None

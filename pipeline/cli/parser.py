@@ -21,8 +21,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit 2; a former spelling is answered with the present one."""
+        given = {word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()}
         for old, new in RENAMED.items():
-            if f"arguments: {flag(old)} " in f"{message} ":
+            if flag(old) in given and old != "method":  # which is quantize's still
                 of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
                 message = f"{flag(old)} is now {flag(new)}{of}"
         self.exit(2, f"error: {message}; see {self.prog} --help\n")

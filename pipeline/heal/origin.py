@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
+import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -37,8 +37,8 @@ def check_original(source: Checkpoint, original: Checkpoint) -> None:
     """Compare what removal leaves alone, the tensors outside the blocks. Raises OptionError that names one that differs."""
     check_checkpoint(original.path, original.trust_remote_code)
     for name in filter(_OUTSIDE_BLOCKS.match, sorted(source.weights.names)):
-        same = name in original.weights and np.array_equal(source.weights.array(name), original.weights.array(name))
-        if not same:
+        own, theirs = source.tensor(name), original.tensor(name)  # as stored: a packed original has none of that name
+        if own is None or theirs is None or not torch.equal(own, theirs):
             raise OptionError(
                 f"{original.path} is not what {source.path} was pruned from: {name} differs; "
                 "give the one that it was pruned from as --original"

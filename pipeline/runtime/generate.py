@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
+from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
 from edgepress.pipeline.text.windows import load_tokenizer
@@ -25,13 +26,16 @@ class TextModel:
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = end_tokens(self.folder)
         self.decoder = Decoder(self.folder, threads=threads)
+        self._streams = 0
 
     def stream(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the prompt's continuation, each as soon as its characters are whole.
 
         temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature), seeded.
-        Raises TextError for a prompt without text, OptionError when prompt and new tokens exceed the context.
+        A model keeps one sequence: to advance a stream after a later one has begun raises OptionError, as do options out of range
+        and a prompt whose tokens and new ones exceed the context. Raises TextError for a prompt without text.
         """
+        make(RunOptions, {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed})  # the command line's checks
         check_text(prompt)
         ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
         if not prompt or not len(ids):
@@ -45,7 +49,16 @@ class TextModel:
         self.decoder.reset(needed)
         random = np.random.default_rng(seed)
         new = tokens(self.decoder, ids, self.stop, max_new_tokens, temperature, random)
-        return pieces(self.tokenizer, int(ids[-1]), new)
+        self._streams += 1
+        return self._own(pieces(self.tokenizer, int(ids[-1]), new), self._streams)
+
+    def _own(self, new: Iterator[str], number: int) -> Iterator[str]:
+        """The pieces, as long as no later stream has taken the decoder."""
+        while self._streams == number:
+            if (piece := next(new, None)) is None:
+                return
+            yield piece
+        raise OptionError("a later stream has begun on this model, which keeps one sequence; load it again to have two at once")
 
 
 def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgepress.pipeline.checkpoint.shards import INDEX, read_header, rewrite, shards
+from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header, rewrite, shards
 from edgepress.pipeline.errors import ModelError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 
 def bits_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -241,3 +243,51 @@ def test_memory(tmp_path: Path) -> None:
     finally:  # pytest keeps the folders of its last runs
         file.unlink()
         shutil.rmtree(out)
+
+
+@pytest.fixture
+def sharded(tiny: Path, tmp_path: Path) -> Path:
+    """The random model in two shards and an index."""
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="1MB")
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model-00009-of-00009.safetensors", "model_old.safetensors", "other.safetensors"])
+def test_files_that_the_index_does_not_name_are_not_the_checkpoints(name: str, sharded: Path) -> None:
+    before = {key: tensor.clone() for key, tensor in load_model(sharded).state_dict().items()}
+    stray = {key: torch.zeros_like(tensor) for key, tensor in before.items()}
+    save_file(stray, sharded / name, metadata={"format": "pt"})
+    after = load_model(sharded).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_backup_beside_a_single_file_is_not_the_checkpoints(tiny: Path, copy_of: Callable[..., Path]) -> None:
+    folder = copy_of(tiny)
+    before = load_model(folder).state_dict()
+    save_file({key: torch.zeros_like(t) for key, t in before.items()}, folder / "model_old.safetensors", metadata={"format": "pt"})
+    after = load_model(folder).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_index_and_a_single_file_are_refused(sharded: Path) -> None:
+    """Transformers would take the single file, the index says otherwise: nobody can tell which is meant."""
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, sharded / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="move away what"):
+        ShardIndex.of(sharded)
+
+
+def test_a_shard_that_is_named_and_not_there(sharded: Path) -> None:
+    next(sharded.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ModelError, match="which is not there; give the complete checkpoint"):
+        ShardIndex.of(sharded)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index(content: str, sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="no weight_map"):
+        ShardIndex.of(sharded)

@@ -280,6 +280,9 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
         ("prune SRC OUT --heal linear", "edgepress heal"),
         ("build SRC OUT --heal linear", "--heal is now --healer"),
         ("bench DIR --beside DIR", "--beside is now --compare-with"),
+        ("prune SRC OUT --layers=4,5", "--layers is now --remove-layers"),
+        ("prune SRC OUT --foo 1 --layers 4", "--layers is now --remove-layers"),
+        ("prune SRC OUT --method gptq", "unrecognized arguments"),
         ("quantize SRC OUT --group 64", "unrecognized arguments"),
     ],
 )

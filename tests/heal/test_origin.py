@@ -10,8 +10,8 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.heal.origin import kept_layers
-from edgepress.pipeline.options import HealOptions, PruneOptions
+from edgepress.pipeline.heal.origin import check_original, kept_layers
+from edgepress.pipeline.options import HealOptions, PruneOptions, QuantizeOptions
 
 
 def test_layers_removed_twice_are_counted_in_the_original(pruned: Artifact, reference: Path, tiny: Path, tmp_path: Path) -> None:
@@ -36,3 +36,10 @@ def test_a_foreign_original_is_refused(
         with pytest.raises(OptionError, match=message):
             stages.run("heal", pruned, tmp_path / "out", options(original))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_original_is_refused(pruned: Artifact, reference: Path, tmp_path: Path) -> None:
+    """Its tensors have other names: the line is about the original, and does not call the checkpoint damaged."""
+    packed = stages.run("quantize", Artifact.load(reference), tmp_path / "packed", QuantizeOptions(method="rtn"))
+    with pytest.raises(OptionError, match="is not what .* was pruned from"):
+        check_original(Checkpoint(pruned.path), Checkpoint(packed.path))

@@ -19,7 +19,6 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject
 
 _STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(nf4|fp4)")
-_PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 class BnbFolder(PackedMatrices):
