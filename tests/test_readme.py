@@ -128,15 +128,12 @@ def test_commands_take_the_flags_that_are_shown(page: Path) -> None:
 
 
 def test_every_figure_of_the_readme_is_printed_in_the_docs() -> None:
-    pages = ("engines.md", "real-models.md")
-    printed = {
-        cell.strip() for page in pages for line in (ROOT / "docs" / page).read_text().splitlines() for cell in line.split("|")
-    }
+    printed = "".join((ROOT / "docs" / page).read_text() for page in ("engines.md", "real-models.md"))
     results = README.read_text().partition("## Results")[2].partition("## Install")[0]
     cells = {cell.strip() for line in results.splitlines() if line.startswith("|") for cell in line.split("|")}
     figures = {cell for cell in cells if re.match(r"\d", cell)}
     assert len(figures) > 40
-    assert not figures - printed
+    assert not {figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", printed)}
 
 
 def test_shell_examples_can_be_parsed() -> None:

@@ -41,5 +41,5 @@ def test_a_foreign_original_is_refused(
 def test_a_packed_original_is_refused(pruned: Artifact, reference: Path, tmp_path: Path) -> None:
     """Its tensors have other names: the line is about the original, and does not call the checkpoint damaged."""
     packed = stages.run("quantize", Artifact.load(reference), tmp_path / "packed", QuantizeOptions(method="rtn"))
-    with pytest.raises(OptionError, match="is not what .* was pruned from"):
+    with pytest.raises(OptionError, match=r"is not what .* was pruned from"):
         check_original(Checkpoint(pruned.path), Checkpoint(packed.path))
