@@ -14,7 +14,6 @@ from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, writ
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.methods import METHODS
@@ -109,6 +108,8 @@ def source_of(source: str) -> Artifact:
     artifact = Artifact.load(resolve(source))
     if artifact.format != "gguf":
         return artifact
+    from edgepress.pipeline.fetch import cache_folder  # it knows of downloads, which --help does without
+
     folder = cache_folder() / "imports" / f"{artifact.path.stem}-{artifact.identity()[:12]}"
     return run("import", artifact, folder, ImportOptions())
 

@@ -1,4 +1,4 @@
-"""The files that benchmarks/engines.py compares: shapes, checkpoints, and what each engine makes of them."""
+"""The files that benchmarks/engines/compare.py compares: shapes, checkpoints, and what each engine makes of them."""
 
 from __future__ import annotations
 

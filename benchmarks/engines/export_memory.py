@@ -1,8 +1,8 @@
 """Peak memory and time of the export stage, in a process of its own, against the size of the float16 checkpoint.
 
-    python benchmarks/export_memory.py [--shape llama] [--work out/engines]
+    python benchmarks/engines/export_memory.py [--shape llama] [--work out/engines]
 
-Exports the packed folder that benchmarks/engines.py builds (and builds it if it is not there): Llama-3.2-1B's shape, random
+Exports the packed folder that benchmarks/engines/compare.py builds (and builds it if it is not there): Llama-3.2-1B's shape, random
 weights, 4 bits in blocks of 128, embedding and head at 8 bits. The stage writes the graph and proves it.
 """
 

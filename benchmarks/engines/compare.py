@@ -1,7 +1,7 @@
 """Our artifacts beside what people run otherwise: onnxruntime-genai's model builder and llama.cpp, in one interleaved run.
 
-    python benchmarks/engines.py --shape qwen --llama LLAMA_PYTHON [--repeats 5] [--build-only]
-    python benchmarks/engines.py --shape reference --llama LLAMA_PYTHON --text HELD_OUT.txt
+    python benchmarks/engines/compare.py --shape qwen --llama LLAMA_PYTHON [--repeats 5] [--build-only]
+    python benchmarks/engines/compare.py --shape reference --llama LLAMA_PYTHON --text HELD_OUT.txt
 
 Shapes smol (SmolLM2-135M), qwen (Qwen2.5-0.5B) and llama (Llama-3.2-1B) have random weights, which cost the same time as trained
 ones; ``reference`` is the embedded trained model, and adds quality: KL and perplexity of every engine's file over the same tokens.

@@ -1,4 +1,4 @@
-"""What benchmarks/engines.py runs in processes of their own: the engines that are not ours. Needs no edgepress.
+"""What benchmarks/engines/compare.py runs in processes of their own: the engines that are not ours. Needs no edgepress.
 
     PYTHON engine_process.py KIND JOB.json      (prints one JSON object)
 
