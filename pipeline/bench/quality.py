@@ -1,4 +1,4 @@
-"""The parent's side of quality: which rows there are, which are known already, and which stage each loss belongs to."""
+"""The parent's side of quality: which rows there are, and which stage each loss belongs to; evaluate.py computes the scores."""
 
 from __future__ import annotations
 

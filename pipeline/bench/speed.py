@@ -1,4 +1,4 @@
-"""Speed and memory: rounds over all artifacts, each sample from a process of its own."""
+"""Speed and memory: rounds over all artifacts, each sample from a process of its own (worker.py)."""
 
 from __future__ import annotations
 

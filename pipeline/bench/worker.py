@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, QualityJob, SpeedJob, SpeedSample, TasksJob
+from edgepress.pipeline.bench.memory import peak_rss, pss
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.registry import require
@@ -40,7 +41,7 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
     decoder = Decoder(Path(job.folder), threads=job.threads, target=job.target)
     load_s = time.perf_counter() - begun
     prompt, prefill = np.array(job.ids, dtype=np.int64), {}
-    pss = [_pss()]
+    sizes = [pss()]
     for length in job.prompt_lengths:
         decoder.reset()
         _timed(decoder, prompt[:length])  # warm-up: allocates for this length
@@ -49,7 +50,7 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
             decoder.reset()
             seconds.append(_timed(decoder, prompt[:length])[0])
         prefill[str(length)] = float(np.median(seconds))
-        pss.append(_pss())
+        sizes.append(pss())
     steps = _decode(decoder, prompt[: min(job.prompt_lengths)], job.new_tokens)
     yield SpeedSample(
         load_s=load_s,
@@ -57,7 +58,7 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
         inter_token_ms=tuple(1000 * s for s in steps),
         values={
             "memory.peak_rss_bytes": peak_rss(),
-            "memory.peak_pss_bytes": max((value for value in (*pss, _pss()) if value is not None), default=None),
+            "memory.peak_pss_bytes": max((value for value in (*sizes, pss()) if value is not None), default=None),
             "memory.gpu_bytes": gpu_memory() if job.target == "cuda" else None,
         },
     )
@@ -127,32 +128,6 @@ def bandwidth(job: BandwidthJob) -> Iterator[Bandwidth]:
             worker.join()
         best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - begun))
     yield Bandwidth(best)
-
-
-def peak_rss() -> int | None:
-    """Peak resident bytes of this process; None where the system does not report them.
-
-    VmHWM, not ru_maxrss: the latter is inherited over exec, so a child of a big process starts with its parent's peak.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        if os.name != "posix":
-            return None
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _pss() -> int | None:
-    """Proportional set size now; the kernel keeps no peak of it."""
-    try:
-        rollup = Path("/proc/self/smaps_rollup").read_text()
-        return 1024 * next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _read_from_disk() -> int | None:

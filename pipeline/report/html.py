@@ -1,4 +1,4 @@
-"""The report as one HTML file: plots and style inside, nothing fetched."""
+"""The report as one HTML file: as text that files.py writes; plots and style inside."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def test_memory_is_the_measured_process_alone() -> None:
     """A child of a big process must not report its parent's peak (ru_maxrss would: it survives exec)."""
     code = (
         "import subprocess, sys; ballast = bytearray(b'x' * (300 << 20));"
-        "child = 'from edgepress.pipeline.bench.worker import peak_rss; print(peak_rss())';"
+        "child = 'from edgepress.pipeline.bench.memory import peak_rss; print(peak_rss())';"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
