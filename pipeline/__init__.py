@@ -36,10 +36,10 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
     from edgepress.pipeline import recipe as recipes
     from edgepress.pipeline.checkpoint.source import resolve
 
-    name = recipe or ("reference" if str(source) == "reference" else "default")
+    name = recipe or recipes.recipe_for(str(source))
     steps = recipes.plan(recipes.read(name), options)
     done = recipes.build(resolve(str(source)), Path(out) if out else Path("out") / Path(source).name, steps)
-    return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
+    return recipes.shipped_artifact(done)
 
 
 def prune(source: str | Path, out: str | Path, **options: object) -> Artifact:
@@ -67,10 +67,10 @@ def bench(source: str | Path, out: str | Path | None = None, **options: object) 
 
     out: default SOURCE-bench beside it. ``reference`` adds KL divergence (nats) and top-1 agreement with the original.
     """
-    from edgepress.pipeline.artifact import onnx_folder
+    from edgepress.pipeline.artifact import bench_folder, onnx_folder
 
     folder = onnx_folder(Path(source).expanduser())
-    return _run("bench", folder, out or folder.parent / f"{folder.resolve().name}-bench", options)
+    return _run("bench", folder, out or bench_folder(folder), options)
 
 
 def verify(source: str | Path, *, original: str | Path | None = None, **options: object) -> list[Check]:

@@ -158,3 +158,8 @@ def onnx_folder(folder: Path) -> Path:
     if not exported:
         raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")
     return exported[-1].parent
+
+
+def bench_folder(folder: Path) -> Path:
+    """Where the benchmark of an artifact goes where nothing else is said: next to it, ``NAME-bench``."""
+    return folder.parent / f"{folder.resolve().name}-bench"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -136,6 +136,16 @@ def _resolve_models(options: Options) -> Options:
     return dataclasses.replace(
         options, **{name: stages.source_of(str(value)).path for name, value in named.items() if value is not None}
     )
+
+
+def recipe_for(source: str) -> str:
+    """The name of the shipped recipe that a source is built by where none is given."""
+    return "reference" if source == "reference" else "default"
+
+
+def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
+    """What a build ships: the last ONNX artifact of its stages, else what the last stage wrote."""
+    return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
 
 
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact, onnx_folder
+from edgepress.pipeline.artifact import Artifact, bench_folder, onnx_folder
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli import interrupt
@@ -63,13 +63,13 @@ def _resolved(flags: Flags) -> Flags:
 
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
-    chosen = options.recipe or ("reference" if options.source == "reference" else "default")
+    chosen = options.recipe or recipe.recipe_for(options.source)
     steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
     out = options.out or Path("out") / Path(options.source).name
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
-    artifact = next((a for a in reversed(done) if a.format == "onnx"), done[-1])
+    artifact = recipe.shipped_artifact(done)
     print(f"\nartifact: {artifact.path}")
     if artifact.format == "onnx":
         print(f'try:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
@@ -84,7 +84,7 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
     values = make(stage.options, _resolved(flags))
     if options.verb == "bench":
         folder = _onnx(options.source)
-        out = options.out or folder.parent / f"{folder.resolve().name}-bench"
+        out = options.out or bench_folder(folder)
         artifact = stages.run("bench", Artifact.load(folder), out, values)
     else:
         artifact = stages.run(options.verb, _source(options), options.out, values)
