@@ -100,6 +100,7 @@ def _run(name: str, source: str | Path, out: str | Path, options: dict[str, obje
     from edgepress.pipeline import stages
     from edgepress.pipeline.flags import make
 
-    models = {key: stages.source_of(str(options[key])).path for key in ("reference", "original") if options.get(key)}
+    named = ("reference", "original", "calibration_model")
+    models = {key: stages.source_of(str(options[key])).path for key in named if options.get(key)}
     settings = make(stages.STAGES[name].options, options | models)
     return stages.run(name, stages.source_of(str(source)), Path(out), settings)

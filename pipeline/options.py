@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT
+from edgepress.models import CALIBRATION_TEXT, EVALUATION_TEXT, OTHER_TEXT, PROMPTS
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.flags import Options, flag, option
 from edgepress.pipeline.methods import ACT_ORDER, ADJUSTABLE, BITS, GROUP_SIZES, METHODS, defaults_of_group_size, joined
 from edgepress.pipeline.registry import look_up
 
 PRUNE_TOKENS = 32768
+SELF = Path("self")  # as calibration text: what the model itself writes
+SAMPLER = 1  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "greedy": "one after another, of those of lowest Block Influence the one whose removal costs the least KL divergence",
     "bi": "the lowest Block Influence, as in ShortGPT",
@@ -40,7 +43,24 @@ TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDI
 
 
 def _calibration() -> Path:
-    return option(CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field (default: the shipped calibration.txt)")
+    return option(
+        CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field, or 'self': what the model itself writes, sampled "
+        "once (default: the shipped calibration.txt)",
+    )  # fmt: skip
+
+
+def _calibration_model() -> Path | None:
+    return option(None, "the model that writes the text of --calibration self (default: SRC or --original; in a build its SRC)")
+
+
+def _check_model(calibration: Path, model: Path | None) -> None:
+    if model is not None and calibration != SELF:
+        raise OptionError("--calibration-model is the model that writes for --calibration self; give both or neither")
+
+
+def sampler() -> str:
+    """What of ``--calibration self`` is neither the model's nor an option: the sampler's version, and the prompts."""
+    return f"{SAMPLER}-{hashlib.sha256(PROMPTS.read_bytes()).hexdigest()[:16]}"
 
 
 def _calibration_tokens() -> int:
@@ -95,11 +115,13 @@ class PruneOptions(Options):
     shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
     greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
     calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
+        _check_model(self.calibration, self.calibration_model)
         amounts = [flag(name) for name in ("remove_count", "remove_fraction") if getattr(self, name) is not None]
         named = self.remove_layers
         if named and (amounts or self.max_loss is not None):
@@ -143,6 +165,7 @@ class HealOptions(Options):
     healer: str = option("linear", "how the model is healed", HEALERS)
     original: Path | None = option(None, "the checkpoint before layers were removed (a build knows it)")
     calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
     other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
@@ -155,6 +178,7 @@ class HealOptions(Options):
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
+        _check_model(self.calibration, self.calibration_model)
         for name in ("learning_rate", "temperature"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
@@ -197,15 +221,20 @@ class QuantizeOptions(Options):
         f"quantize columns in order of decreasing activation ({joined(ACT_ORDER, 'and')}); more exact, adds a Gather on the input",
     )
     calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = _calibration_tokens()
     calibration_skip: int = _calibration_skip()
     calibration_seed: int | None = option(
-        None, "draw the calibration windows from all of the text by this seed (default: the text from its beginning)", at_least=0
+        None,
+        "draw the calibration windows from all of the text by this seed (default: the text from its beginning); with "
+        "--calibration self the seed that it is sampled by",
+        at_least=0,
     )
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
         """Refuse what the method would ignore."""
+        _check_model(self.calibration, self.calibration_model)
         name, row = self.method, look_up(METHODS, self.method, "method")
         if self.bits is not None and self.bits not in row.bits:
             raise OptionError(
@@ -275,9 +304,13 @@ class SensitivityOptions(Options):
     better_bits: int = option(8, "bits of the groups that are proposed for more", (4, 8, 16))
     extra: float = option(0.05, "bytes that the proposal may add to the blocks, as a share of them at --bits", at_least=0)
     calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = option(4096, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        _check_model(self.calibration, self.calibration_model)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.options import (
+    SELF,
     BenchOptions,
     ExportOptions,
     HealOptions,
@@ -61,7 +62,8 @@ def read(name: str) -> Recipe:
 def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:
     """A recipe travels with its texts: their paths are relative to it."""
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
-    return {key: str(file.parent / value) if key in _TEXTS and isinstance(value, str) else value for key, value in named.items()}
+    texts = {key for key in _TEXTS if isinstance(named.get(key), str) and (key, named[key]) != ("calibration", str(SELF))}
+    return {key: str(file.parent / str(value)) if key in texts else value for key, value in named.items()}
 
 
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
@@ -112,7 +114,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
     config = read_json(source / "config.json")
     for _, options in steps:
         for name in _TEXTS:
-            if isinstance(text := getattr(options, name, None), Path):
+            if isinstance(text := getattr(options, name, None), Path) and (name, text) != ("calibration", SELF):
                 read_text(text)
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
@@ -132,10 +134,17 @@ def _bits(options: QuantizeOptions) -> list[int]:
 
 def _resolve_models(options: Options) -> Options:
     """Models that a recipe names may be anything that the source may be."""
-    named = {name: getattr(options, name, None) for name in ("original", "reference")}
+    named = {name: getattr(options, name, None) for name in ("original", "reference", "calibration_model")}
     return dataclasses.replace(
         options, **{name: stages.source_of(str(value)).path for name, value in named.items() if value is not None}
     )
+
+
+def _calibrated_by(model: Path, options: Options) -> Options:
+    """Where the calibration text is the model's own, every stage reads that of the model that the build began with."""
+    if not isinstance(options, PruneOptions | HealOptions | QuantizeOptions) or options.calibration != SELF:
+        return options
+    return dataclasses.replace(options, calibration_model=options.calibration_model or model)
 
 
 def recipe_for(source: str) -> str:
@@ -155,7 +164,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         original = stages.run("import", original, out / "00-import", ImportOptions())
         source = original.path
     artifact = original
-    steps = [(name, _resolve_models(options)) for name, options in steps]
+    steps = [(name, _calibrated_by(source, _resolve_models(options))) for name, options in steps]
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]

@@ -17,7 +17,16 @@ from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, ImportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import (
+    SELF,
+    BenchOptions,
+    ExportOptions,
+    HealOptions,
+    ImportOptions,
+    PruneOptions,
+    QuantizeOptions,
+    sampler,
+)
 from edgepress.pipeline.registry import load, versions
 
 log = logging.getLogger("edgepress")
@@ -124,9 +133,14 @@ def finished(out: Path, fingerprint: str) -> Artifact | None:
 
 
 def record(options: Options) -> JsonObject:
-    """Options as plain data for manifest and fingerprint; a path becomes its name and the hash of its content."""
+    """Options as plain data for manifest and fingerprint; a path becomes its name and the hash of its content.
+
+    A text that the model writes is known by how, before it is there.
+    """
 
     def plain(value: object) -> object:
+        if value == SELF:
+            return {"self": sampler()}
         if isinstance(value, Path):
             if value.is_dir():
                 return {"folder": value.name, "identity": Artifact.load(value).identity()}

@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.text",),
     ("pipeline.checkpoint",),
     ("pipeline.metrics", "pipeline.runtime"),
+    ("pipeline.own_text",),
     ("pipeline.prune", "pipeline.heal", "pipeline.quantize", "exporters"),
     ("pipeline.bench",),
     ("pipeline.verify",),

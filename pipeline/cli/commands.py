@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _resolved(flags: Flags) -> Flags:
-    """--reference and --original may be anything that SRC may be."""
-    return flags | {name: stages.source_of(str(flags[name])).path for name in ("reference", "original") if name in flags}
+    """--reference, --original and --calibration-model may be anything that SRC may be."""
+    named = ("reference", "original", "calibration_model")
+    return flags | {name: stages.source_of(str(flags[name])).path for name in named if name in flags}
 
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
@@ -154,7 +155,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
-    values = make(SensitivityOptions, flags)
+    values = make(SensitivityOptions, _resolved(flags))
     folder = stages.source_of(options.source).path
     check_checkpoint(folder, values.trust_remote_code)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():

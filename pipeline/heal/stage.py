@@ -24,6 +24,7 @@ from edgepress.pipeline.heal.outcome import Change, Outcome
 from edgepress.pipeline.heal.teacher import record
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import HealOptions
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.registry import load
 from edgepress.pipeline.text.calibration import HealingSets, healing_sets
 
@@ -59,6 +60,7 @@ def heal_checkpoint(pruned: Checkpoint, original: Checkpoint, kept: list[int], o
         why = "as requested" if gaps else "no layer was removed"
         log.info("heal: left as it is, %s", why)
         return {"methods": [], "accepted": False, "why": why}
+    options = with_text(options, original.path)
     texts = healing_sets(original.path, options)
     scratch = pruned.path.parent / f"{pruned.path.name}.healing"
     with (

@@ -16,6 +16,7 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, sha256
 from edgepress.pipeline.metrics.torch_scores import mean_loss, perplexity
 from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.prune.criteria import Choice, choose, listed
 from edgepress.pipeline.prune.influence import Influence, measure_influence
 from edgepress.pipeline.prune.record import rounded, write_influence
@@ -58,6 +59,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
         log.info("prune: removing the layer with index %d (for a number of layers: --remove-count)", options.remove_layers[0])
     if options.remove_layers:
         pruned_config(checkpoint, _others(layers, options.remove_layers))
+    options = with_text(options, source.path)
     ranking, held_out = calibration(source.path, options)
     plan = _plan(checkpoint, options, ranking, held_out)
     remove_blocks(source.path, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)

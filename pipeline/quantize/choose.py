@@ -17,6 +17,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.stage import Chosen
@@ -36,8 +37,8 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     Measured on the calibration text, of which rounding learns nothing.
     """
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
+    text, skip = with_text(options, source.path).calibration, options.calibration_skip
     model = checkpoint.model()
-    text, skip = options.calibration, options.calibration_skip
     windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=min(TRIAL_WINDOW, checkpoint.context))
     references = [logits_of(model, ids) for ids in progress(windows, "bits", "window")]
     limit = options.max_growth or 0.0

@@ -13,6 +13,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
@@ -37,9 +38,10 @@ def plan(
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
+        given = with_text(options, checkpoint.path)
         used[:] = text_windows(
-            options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16,
-            seed=options.calibration_seed,
+            given.calibration, checkpoint.path, budget=given.calibration_tokens, skip=given.calibration_skip, shortest=16,
+            seed=given.calibration_seed,
         )  # fmt: skip
         return used
 

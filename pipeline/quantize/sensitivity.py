@@ -15,6 +15,7 @@ from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import SensitivityOptions
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.text.windows import text_windows
@@ -60,6 +61,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     The proposal takes groups by KL per added byte until ``extra`` is spent. KL of single groups does not add up exactly:
     the proposal is a good guess, to be measured like any recipe.
     """
+    options = with_text(options, checkpoint.path)
     windows = text_windows(
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
     )

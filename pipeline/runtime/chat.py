@@ -31,7 +31,7 @@ class Conversation:
             )
         model = generate.TextModel(folder, options.threads)
         self._template, self._tokenizer, self._options = template, model.tokenizer, options
-        self._stop = model.stop | _end_of_turn(folder, model.tokenizer)
+        self._stop = model.stop | end_of_turn(folder, model.tokenizer)
         self.decoder = model.decoder
         self._random = np.random.default_rng(options.seed)
         self.forget()
@@ -83,7 +83,7 @@ class Conversation:
             yield token
 
 
-def _end_of_turn(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+def end_of_turn(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """The end token of tokenizer_config.json: some chat models name the end of a turn only there."""
     file = folder / "tokenizer_config.json"
     token = special_tokens(read_json(file)).get("eos_token") if file.is_file() else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from tokenizers import Tokenizer
 LONGEST_WINDOW = 2048
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
+# How the name of a file ends that holds token ids in place of a text: what --calibration self keeps.
+IDS = ".ids.npz"
 
 
 def read_text(path: Path) -> str:
@@ -30,6 +34,16 @@ def read_text(path: Path) -> str:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
     return content
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """The token ids of a file of them, int64 (tokens,). Raises TextError when it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids: np.ndarray = file["ids"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise TextError(f"{path} is no whole file of token ids; delete it, and give a text or 'self'") from error
+    return ids.astype(np.int64)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -101,13 +115,7 @@ def text_windows(
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
-    # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
-    text = read_text(path)
-    characters = 8 * (skip + budget)
-    ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
-    while (len(ids) <= skip + budget or seed is not None) and characters < len(text):
-        characters = characters * 2 if seed is None else len(text)
-        ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+    ids = ids_of(path, tokenizer, skip + budget if seed is None else None)
     ids = ids[skip : skip + budget] if seed is None else ids[skip:]
     start = beginning(tokenizer)
     body = length - len(start)
@@ -118,9 +126,36 @@ def text_windows(
         raise TextError(f"{path} is too short: {len(ids)} tokens, {budget} were asked for; give a longer text or ask for fewer")
     if seed is not None and len(ids) > budget:
         firsts = np.random.default_rng(seed).permutation(len(ids) // body)[: max(1, budget // body)] * body
-        return [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in firsts]
-    rows = [np.asarray(start + ids[first : first + body], dtype=np.int64) for first in range(0, len(ids), body)]
+        return [_window(start, ids, first, body) for first in firsts]
+    rows = [_window(start, ids, first, body) for first in range(0, len(ids), body)]
     return [row for row in rows if len(row) >= max(shortest, 2)]
+
+
+def ids_of(path: Path, tokenizer: Tokenizer, count: int | None) -> list[int]:
+    """More than ``count`` token ids of a text's beginning, or all there are; of a file of ids those that it holds.
+
+    Raises TextError for ids that the tokenizer does not know.
+    """
+    if path.name.endswith(IDS):
+        ids: list[int] = read_ids(path).tolist()
+        if ids and not 0 <= min(ids) <= max(ids) < tokenizer.get_vocab_size(with_added_tokens=True):
+            raise TextError(f"{path} holds ids of another tokenizer; give a text, or 'self'")
+        return ids
+    # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
+    text = read_text(path)
+    characters = len(text) if count is None else 8 * count
+    while True:
+        ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+        if characters >= len(text) or (count is not None and len(ids) > count):
+            return ids
+        characters *= 2
+
+
+def _window(start: list[int], ids: list[int], first: int, body: int) -> np.ndarray:
+    """One window: ``start``, once, and ``body`` ids from ``first`` on; a text of the model's own brings its BOS."""
+    if start and ids[first : first + len(start)] == start:
+        first += len(start)
+    return np.asarray(start + ids[first : first + body], dtype=np.int64)
 
 
 def padded(windows: list[np.ndarray], size: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,88 @@
+"""The calibration text of ``--calibration self``: written once for a model, a seed and a length, then kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError, OutputError, TextError
+from edgepress.pipeline.fetch import cache_folder
+from edgepress.pipeline.files import sha256
+from edgepress.pipeline.options import PRUNE_TOKENS, SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, sampler
+from edgepress.pipeline.text.windows import IDS, load_tokenizer, read_ids
+
+Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, QuantizeOptions, SensitivityOptions)
+# Files of a checkpoint that decide what it writes.
+_DECISIVE = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja")
+
+
+def with_text(options: Calibrated, model: Path) -> Calibrated:
+    """The options with a file for ``self``: token ids that ``options.calibration_model`` wrote, or else ``model`` itself.
+
+    Raises OptionError for a calibration model with another tokenizer, OutputError when the cache folder cannot be written.
+    """
+    if options.calibration != SELF:
+        return options
+    writer = options.calibration_model or model
+    if options.calibration_model is not None:
+        check_checkpoint(writer, options.trust_remote_code)
+        if load_tokenizer(writer).get_vocab() != load_tokenizer(model).get_vocab():
+            raise OptionError(f"{writer} has another tokenizer than {model}; give the model that it was made from")
+    tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
+    seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
+    file = own_text(Checkpoint(writer, options.trust_remote_code), tokens, seed or 0)
+    return replace(options, calibration=file, calibration_model=None)
+
+
+def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0) -> Path:
+    """The file with ``tokens`` ids that a checkpoint wrote, there already or written now; a damaged one is written anew."""
+    file = cache_folder() / "own-text" / f"{_key(checkpoint.path, tokens, seed)}{IDS}"
+    if _holds(file, tokens):
+        return file
+    from edgepress.pipeline.own_text.sampler import sample
+
+    return _write(file, sample(checkpoint, tokens, seed))
+
+
+def _key(folder: Path, tokens: int, seed: int) -> str:
+    """Hash of all that decides what is written."""
+    from edgepress.pipeline.own_text.sampler import dtype
+
+    files = {file for pattern in _DECISIVE for file in folder.glob(pattern)}
+    content = {file.name: sha256(file) for file in sorted(files)}
+    return hashlib.sha256(json.dumps([content, tokens, seed, sampler(), str(dtype())], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _holds(file: Path, tokens: int) -> bool:
+    """Whether a file is there and whole."""
+    with suppress(TextError):
+        return file.is_file() and len(read_ids(file)) == tokens
+    return False
+
+
+def _write(file: Path, ids: np.ndarray) -> Path:
+    """Written beside and renamed: whole or not there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=IDS, delete=False) as part:
+            try:
+                np.savez_compressed(part, ids=ids.astype(np.int32))
+                part.close()
+                os.replace(part.name, file)
+            except BaseException:
+                Path(part.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the calibration text in {file.parent} ({error.strerror}); let EDGEPRESS_CACHE name a folder to write in"
+        ) from error
+    return file
