@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.text.windows import load_tokenizer, read_text, text_windows
+import pytest
+from edgepress.pipeline.errors import TextError
+from edgepress.pipeline.text.windows import IDS, beginning, load_tokenizer, read_text, text_windows
 
 
 def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -40,3 +42,22 @@ def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> Non
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
     assert read_text(file) == "one\u2028two\n\nthree"
+
+
+def test_ids_are_windowed_as_they_are(tiny: Path, tmp_path: Path) -> None:
+    """Special tokens within stay, and a document's own BOS at the beginning of a window is not doubled."""
+    file = tmp_path / f"text{IDS}"
+    np.savez(file, ids=np.array([0, 7, 8, 0, 9, 10, 11, 12]))
+    assert beginning(load_tokenizer(tiny)) == [0]
+    assert [row.tolist() for row in text_windows(file, tiny, budget=8, length=5)] == [[0, 7, 8, 0, 9], [0, 9, 10, 11, 12]]
+    assert text_windows(file, tiny, budget=3, skip=4, length=4)[0].tolist() == [0, 9, 10, 11]
+
+
+def test_ids_that_cannot_be_used_are_refused(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"text{IDS}"
+    file.write_bytes(b"no ids")
+    with pytest.raises(TextError, match="no whole file"):
+        text_windows(file, tiny, budget=8)
+    np.savez(file, ids=np.array([5120] * 400))
+    with pytest.raises(TextError, match="another tokenizer"):
+        text_windows(file, tiny, budget=8)

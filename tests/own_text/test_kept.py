@@ -1,0 +1,146 @@
+"""`--calibration self`: written once, kept, and read by every stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgepress.pipeline import recipe, stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError, OutputError
+from edgepress.pipeline.files import sha256
+from edgepress.pipeline.flags import Options
+from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.own_text import kept, sampler
+from edgepress.pipeline.own_text.kept import own_text, with_text
+from edgepress.pipeline.quantize.plan import plan
+from edgepress.pipeline.text.windows import read_ids, text_windows
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes fails the test."""
+
+    def sample(*_: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(sampler, "sample", sample)
+
+
+def test_written_once(tiny: Path, cache: Path, request: pytest.FixtureRequest) -> None:
+    file = own_text(Checkpoint(tiny), 64)
+    others = {file, own_text(Checkpoint(tiny), 65), own_text(Checkpoint(tiny), 64, seed=1)}
+    assert len(others) == 3 and {*cache.iterdir()} == others
+    request.getfixturevalue("silent")
+    assert own_text(Checkpoint(tiny), 64) == file
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "of another length", "no ids"])
+def test_a_damaged_file_is_written_anew(damage: str, tiny: Path) -> None:
+    file = own_text(Checkpoint(tiny), 64)
+    whole, ids = file.read_bytes(), read_ids(file)
+    if damage in ("cut short", "changed"):
+        middle = len(whole) // 2
+        file.write_bytes(
+            whole[:middle] if damage == "cut short" else whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        )
+    else:
+        np.savez_compressed(file, **({"ids": ids[:9]} if damage == "of another length" else {"other": ids}))
+    assert np.array_equal(read_ids(own_text(Checkpoint(tiny), 64)), ids) and file.read_bytes() == whole
+
+
+def test_whole_or_not_at_all(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept.np, "savez_compressed", full)
+    with pytest.raises(OutputError, match=r"No space left.*EDGEPRESS_CACHE"):
+        own_text(Checkpoint(tiny), 64)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_whatever_decides_what_is_written_makes_another_file(changed: str, tiny: Path, copy_of: Callable[..., Path]) -> None:
+    folder = copy_of(tiny)
+    before = kept._key(folder, 64, 0)
+    with (folder / changed).open("ab") as file:
+        file.write(b" ")
+    assert kept._key(folder, 64, 0) != before
+
+
+def test_every_stage_of_a_build_is_told_who_writes(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The original, also once layers are gone."""
+    told: dict[str, Options] = {}
+
+    def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
+        told[name] = options
+        return source
+
+    monkeypatch.setattr(recipe.stages, "run", run)
+    steps = {"prune": {"remove_count": 1}, "heal": {}, "quantize": {}}
+    recipe.build(tiny, tmp_path / "out", recipe.plan(steps, {"calibration": "self"}))
+    assert [told[name].calibration_model for name in steps] == [tiny] * 3
+    recipe.build(tiny, tmp_path / "out", recipe.plan(steps, {}))
+    assert [told[name].calibration_model for name in steps] == [None] * 3
+
+
+def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself prune reads what SRC writes, heal what --original writes, quantize what it is told."""
+    monkeypatch.setattr("edgepress.pipeline.text.calibration.OTHER_TEXT_TOKENS", 1600)
+    options = {"calibration": SELF, "calibration_tokens": 512}
+    pruned = stages.run("prune", Artifact.load(tiny), tmp_path / "pruned", PruneOptions(remove_layers=(1,), **options))
+    healed = stages.run("heal", pruned, tmp_path / "healed", HealOptions(original=tiny, **options))
+    (file,) = cache.iterdir()
+    assert {artifact.steps[-1].facts["calibration"]["sha256"] for artifact in (pruned, healed)} == {sha256(file)}
+    given, checkpoint = QuantizeOptions(calibration_model=tiny, **options), Checkpoint(pruned.path)
+    job, used = plan(checkpoint, checkpoint.meta_model(), given, tmp_path / "scratch")
+    assert not used and np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512)[1])
+    assert {*cache.iterdir()} == {file} and with_text(replace(given, calibration_model=None), pruned.path).calibration != file
+
+
+def test_the_seed_of_quantize_is_that_of_the_text(tiny: Path) -> None:
+    options = QuantizeOptions(calibration=SELF, calibration_tokens=64)
+    files = {with_text(replace(options, calibration_seed=seed), tiny).calibration for seed in (None, 0, 1)}
+    assert len(files) == 2
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_stage_that_is_done_samples_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its fingerprint knows how the text is made: by which sampler, from which prompts, by which model."""
+    artifact = Artifact.load(tiny)
+    shipped = PruneOptions(remove_count=1)
+    first = stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
+    assert first == stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
+    assert first != stages.fingerprint("prune", shipped, artifact)
+    monkeypatch.setattr("edgepress.pipeline.options.PROMPTS", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    assert first != stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
+
+
+def test_a_recipe_may_say_self(tmp_path: Path) -> None:
+    """The word is no file beside the recipe."""
+    (tmp_path / "r.yaml").write_text("prune: {remove_count: 1, calibration: self}\nquantize: {calibration: other.txt}\n")
+    (_, prune), (_, quantize) = recipe.plan(recipe.read(str(tmp_path / "r.yaml")), {})
+    assert prune.calibration == SELF and quantize.calibration == tmp_path / "other.txt"
+
+
+def test_who_writes_is_said_only_of_a_text_that_is_written(call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    for verb in ("prune", "heal", "quantize", "sensitivity"):
+        where = ("--out", tmp_path / "out") if verb == "sensitivity" else (tmp_path / "out",)
+        result = call(verb, tiny, *where, "--calibration-model", tiny)
+        assert result.code == 2 and "--calibration self" in result.err and result.err.count("\n") == 1
+
+
+def test_another_tokenizer_cannot_write(tiny: Path, copy_of: Callable[..., Path]) -> None:
+    folder = copy_of(tiny)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 5120, "content": "<|more|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(OptionError, match="another tokenizer"):
+        with_text(PruneOptions(remove_count=1, calibration=SELF, calibration_model=folder), tiny)
