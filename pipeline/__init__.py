@@ -15,6 +15,7 @@ import edgepress.pipeline.bench
 import edgepress.pipeline.heal
 import edgepress.pipeline.prune
 import edgepress.pipeline.quantize
+import edgepress.pipeline.tune
 import edgepress.pipeline.verify  # noqa: F401
 from edgepress.pipeline.artifact import Artifact
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
     from edgepress.pipeline.verify.checks import Check
 
-__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "verify"]
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "tune", "verify"]
 
 
 def build(source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, **options: object) -> Artifact:
@@ -55,6 +56,11 @@ def heal(source: str | Path, out: str | Path, *, original: str | Path, **options
 def quantize(source: str | Path, out: str | Path, **options: object) -> Artifact:
     """Quantize the matrices of the decoder blocks by ``method`` to ``bits`` in groups of ``group_size``; returns the checkpoint."""
     return _run("quantize", source, out, options)
+
+
+def tune(source: str | Path, out: str | Path, *, original: str | Path, **options: object) -> Artifact:
+    """Train scales, norms and biases towards the ``original``; returns the checkpoint, unchanged if nothing helped."""
+    return _run("tune", source, out, {**options, "original": original})
 
 
 def export(source: str | Path, out: str | Path, **options: object) -> Artifact:

@@ -56,6 +56,10 @@ def _calibration_skip() -> int:
     return option(0, "tokens of the calibration text to leave out at its beginning", at_least=0)
 
 
+def _other_text() -> Path:
+    return option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+
+
 def _text() -> Path:
     return option(EVALUATION_TEXT, "text that quality is measured on (default: the shipped evaluation.txt)")
 
@@ -145,7 +149,7 @@ class HealOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
-    other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+    other_text: Path = _other_text()
     lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)
     lora_rank: int = option(16, "rank of the low-rank change of each matrix", at_least=1)
     lora_blocks: int = option(0, "train only so many blocks on each side of a gap; 0 trains all", at_least=0)
@@ -264,6 +268,31 @@ def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise OptionError(f"{name}: '{pattern}' is not a valid regular expression ({error}); correct it") from error
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """Recover what quantization and removal cost: scales, norms and biases learn the original's predictions; no integer moves.
+
+    Kept only if the KL divergence falls on two held-out texts. What was interrupted goes on when the same command is given again.
+    """
+
+    original: Path | None = option(None, "the float checkpoint before anything was removed or quantized (a build knows it)")
+    minutes: float = option(10.0, "time to train, as estimated at the start; the result then depends on this machine's speed")
+    tune_tokens: int | None = option(
+        None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
+    )
+    tune_rate: float = option(2e-3, "peak learning rate, as a share of the mean size of each parameter")
+    calibration: Path = _calibration()
+    calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
+    calibration_skip: int = _calibration_skip()
+    other_text: Path = _other_text()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "tune_rate"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from edgepress.pipeline.options import (
     ImportOptions,
     PruneOptions,
     QuantizeOptions,
+    TuneOptions,
     bits_rules,
 )
 from edgepress.pipeline.registry import look_up, suggestion
@@ -171,7 +172,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
             options = _with_comparisons(original, out, steps, done, options)
         if isinstance(options, ExportOptions):
             options = dataclasses.replace(options, reference=options.reference or original.path)
-        if isinstance(options, HealOptions):
+        if isinstance(options, HealOptions | TuneOptions):
             options = dataclasses.replace(options, original=options.original or original.path)
         artifact = stages.run(name, artifact, folder, options)
         done.append(artifact)

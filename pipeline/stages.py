@@ -17,7 +17,15 @@ from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, ImportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import (
+    BenchOptions,
+    ExportOptions,
+    HealOptions,
+    ImportOptions,
+    PruneOptions,
+    QuantizeOptions,
+    TuneOptions,
+)
 from edgepress.pipeline.registry import load, versions
 
 log = logging.getLogger("edgepress")
@@ -54,6 +62,7 @@ STAGES: dict[str, Stage] = {
         _BUILD,
         1.0,
     ),
+    "tune": Stage(TuneOptions, "edgepress.pipeline.tune.stage:tune", ("packed",), "packed", _BUILD, 1.5),
     # a float export is float32, twice the bytes of a 16-bit checkpoint
     "export": Stage(
         ExportOptions,

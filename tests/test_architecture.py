@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.text",),
     ("pipeline.checkpoint",),
     ("pipeline.metrics", "pipeline.runtime"),
-    ("pipeline.prune", "pipeline.heal", "pipeline.quantize", "exporters"),
+    ("pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "exporters"),
     ("pipeline.bench",),
     ("pipeline.verify",),
     ("pipeline.stages",),
@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # These reach a stage by its string in a table alone.
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
-STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.bench", "exporters"}
+STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "pipeline.bench", "exporters"}
 # report knows its own values and the ground.
 REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")}
 

@@ -46,8 +46,8 @@ def _file_name(names: Container[str], name: str, folder: Path) -> str:
     raise ModelError(f"{folder} has no tensor '{name}'; save the model again with this transformers' save_pretrained")
 
 
-def replace_tensors(folder: Path, changed: dict[str, torch.Tensor]) -> None:
-    """Put changed tensors into the checkpoint's files, in the type that each has there."""
+def replace_tensors(folder: Path, changed: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    """Put changed tensors into the checkpoint's files, in ``dtype`` or the type that each has there."""
     names = stored_dtypes(folder)
     new = {_file_name(names, name, folder): tensor for name, tensor in changed.items()}
     for shard in shards(folder):
@@ -55,5 +55,5 @@ def replace_tensors(folder: Path, changed: dict[str, torch.Tensor]) -> None:
         if not content.keys() & new.keys():
             continue
         for name in content.keys() & new.keys():
-            content[name] = new[name].to(content[name].dtype).contiguous()
+            content[name] = new[name].to(dtype or content[name].dtype).contiguous()
         save_file(content, shard, metadata={"format": "pt"})

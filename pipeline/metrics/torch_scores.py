@@ -24,7 +24,7 @@ def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[tor
 def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) of one window (tokens,), without a cache."""
     with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
     return logits
 
 

@@ -27,6 +27,15 @@ class Healing:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Training of scales, norms and biases; why: the reason that nothing was tried."""
+
+    accepted: bool
+    tokens: int = 0
+    why: str | None = None
+
+
+@dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
 
@@ -79,7 +88,7 @@ class Step:
     facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.removal, self.healing, self.quantization, self.head, self.export
+        _ = self.removal, self.healing, self.quantization, self.head, self.tuning, self.export
 
     @cached_property
     def removal(self) -> Removal | None:
@@ -102,6 +111,11 @@ class Step:
         """Bits of the head after a quantize step; None where it is float."""
         head = from_plain(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
         return next(iter(head.values()), None) if isinstance(head, dict) else None
+
+    @cached_property
+    def tuning(self) -> Tuning | None:
+        """Of a tune step."""
+        return from_plain(Tuning, self.facts, "tune") if self.stage == "tune" else None
 
     @cached_property
     def export(self) -> Export | None:
@@ -127,6 +141,8 @@ def describe(step: Step) -> str:
         return _healed(step.healing)
     if step.quantization:
         return _quantized(step.quantization, step.head)
+    if step.tuning:
+        return _tuned(step.tuning)
     if step.export:
         made = step.export
         because = f" ({made.not_fused_because})" if made.not_fused_because else ""
@@ -142,6 +158,14 @@ def _quantized(made: Quantization, head: int | None) -> str:
     symmetry = "symmetric" if made.symmetric else "asymmetric"
     details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
     return f"quantize: {made.method}{details}; head {'float' if head is None else f'{head} bits'}"
+
+
+def _tuned(made: Tuning) -> str:
+    if made.why is not None:
+        return f"tune: unchanged, {made.why}"
+    if not made.accepted:
+        return "tune: unchanged, the KL divergence did not fall on both texts"
+    return f"tune: scales, norms and biases trained on {made.tokens} tokens towards the original's predictions"
 
 
 def _healed(made: Healing) -> str:
