@@ -75,9 +75,7 @@ def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: in
         if sum(len(row) - 1 for row in windows) < FEWEST:
             raise TextError(f"too little text to learn from and to judge on: each set needs {FEWEST} tokens; give a longer text")
     if sha256(options.other_text) == sha256(options.calibration):
-        raise OptionError(
-            "--other-text is the --calibration text, which would judge what it taught; give another --other-text"
-        )
+        raise OptionError("--other-text is the --calibration text, which would judge what it taught; give another --other-text")
     return sets
 
 

