@@ -4,7 +4,7 @@
         [--method gptq] [--bits 4] [--group-size 64] [--tokens 65536] [--variants default,rate/3,scales]
 
 Prints Markdown. Every row is a checkpoint that the command line's own stages wrote; finished folders are kept, so an interrupted
-run resumes (its seconds are then unknown). Texts are read after --skip tokens, so that a calibration text may be the beginning of one.
+run resumes (its seconds are then unknown). Texts are read after --skip tokens: a calibration text may be the beginning of one.
 """
 
 from __future__ import annotations

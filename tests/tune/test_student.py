@@ -91,7 +91,7 @@ def test_the_gradient_of_a_scale_is_the_change_that_it_makes(quantized: Artifact
 def test_a_model_computes_what_its_folder_computes(
     family: str, head_bits: int, tmp_path: Path, random_model: Callable[..., Path]
 ) -> None:
-    """Tied heads, embeddings that multiply, matrices stored the other way round; a head of 4 bits learns too, once for both ends."""
+    """Tied heads, embeddings that multiply, matrices stored the other way round; a 4-bit head learns for both ends."""
     config = LlamaConfig(**TINY, tie_word_embeddings=True) if family == "llama" else family_config(family)
     source = Artifact.load(random_model(config, tmp_path / "model"))
     settings = QuantizeOptions(method="rtn", bits=4, group_size=32, head_bits=head_bits)
