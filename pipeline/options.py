@@ -180,8 +180,9 @@ class QuantizeOptions(Options):
         None, f"weights that share one scale; -1 is a whole row (default: {defaults_of_group_size()})", GROUP_SIZES
     )
     bits_for: tuple[str, ...] = option(
-        (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8': a regular expression for the whole name, the first that "
-        f"matches counts, 16 leaves them float; repeat the flag for more rules ({joined(ADJUSTABLE, 'and')}; "
+        (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8', or bits and group size, as '.*o_proj=8/64': a regular "
+        "expression for the whole name, the first that matches counts, 16 leaves them float; repeat the flag for more rules "
+        f"({joined(ADJUSTABLE, 'and')}; "
         "edgepress sensitivity proposes some)",
     )  # fmt: skip
     head_bits: int = option(
@@ -192,9 +193,14 @@ class QuantizeOptions(Options):
         (4, 8, 16),
     )  # fmt: skip
     max_growth: float | None = option(
-        None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
-        "on the calibration text",
+        None, "perplexity may grow by this share (0.05 is 5 %): every matrix gets as few bits as that allows, between 4 and 8, by "
+        "what it costs as measured on the calibration text",
     )  # fmt: skip
+    target_bits: float | None = option(
+        None, "mean bits of a block weight, scales and zero points counted (between 2.3 and 8.5): every matrix gets 2, 4 or 8 bits "
+        "in groups of 32 to 128, so that the measured loss is least",
+    )  # fmt: skip
+    tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
         False,
@@ -229,15 +235,33 @@ class QuantizeOptions(Options):
                 f"{name} has blocks of {joined(tuple(sorted(row.groups)))}; give one of these for --group-size, "
                 f"not {self.group_size}"
             )
-        if self.max_growth is not None and (self.bits is not None or self.bits_for):
-            raise OptionError("--max-growth chooses the bits; leave it or --bits and --bits-for out")
+        self._check_choice()
+        bits_rules(self.bits_for)
+
+    def _check_choice(self) -> None:
+        """What chooses the bits itself leaves nothing else to say of them."""
+        choosing = [flag(name) for name in ("max_growth", "target_bits") if getattr(self, name) is not None]
+        if not choosing:
+            return
+        if len(choosing) == 2:
+            raise OptionError("--max-growth and --target-bits both choose the bits; leave one out")
+        if self.bits is not None or self.bits_for:
+            raise OptionError(f"{choosing[0]} chooses the bits; leave it or --bits and --bits-for out")
+        if not METHODS[self.method].adjustable:
+            raise OptionError(f"{choosing[0]} is for {joined(ADJUSTABLE, 'and')}, and the method is {self.method}; leave it out")
         if self.max_growth is not None and self.max_growth <= 0:
             raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
-        bits_rules(self.bits_for)
+        if self.target_bits is not None and not 2.3 <= self.target_bits <= 8.5:
+            raise OptionError(f"--target-bits must lie between 2.3 and 8.5, not {self.target_bits}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the stage settles the bits itself."""
+        return self.max_growth is not None or self.target_bits is not None
 
     def resolved(self) -> QuantizeOptions:
         """The same with the method's defaults where nothing was said, as they are recorded."""
-        bits = self.bits if self.max_growth is not None else self.weight_bits
+        bits = self.bits if self.chooses else self.weight_bits
         return dataclasses.replace(self, bits=bits, group_size=self.group)
 
     @property
@@ -251,15 +275,28 @@ class QuantizeOptions(Options):
         return METHODS[self.method].groups[0] if self.group_size is None else self.group_size
 
 
-def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
-    """``bits_for`` as patterns and bits. Raises OptionError for what is no such rule."""
-    found = []
+@dataclass(frozen=True)
+class BitsRule:
+    """One rule of ``bits_for``; group_size: None for that of all others."""
+
+    pattern: re.Pattern[str]
+    bits: int
+    group_size: int | None
+
+
+def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
+    """``bits_for``, read. Raises OptionError for what is no such rule."""
+    read = []
     for rule in rules:
-        pattern, sign, bits = rule.rpartition("=")
-        if not sign or bits not in ("2", "3", "4", "8", "16"):
-            raise OptionError(f"--bits-for takes PATTERN=BITS, BITS one of 2, 3, 4, 8, 16, not '{rule}'")
-        found.append((regular_expression("--bits-for", pattern), int(bits)))
-    return found
+        pattern, sign, form = rule.rpartition("=")
+        bits, slash, group = form.partition("/")
+        if not sign or bits not in ("2", "3", "4", "8", "16") or (slash and group not in ("16", "32", "64", "128", "256")):
+            raise OptionError(
+                f"--bits-for takes PATTERN=BITS or PATTERN=BITS/GROUP, BITS one of 2, 3, 4, 8, 16 and GROUP one of 16, 32, 64, "
+                f"128, 256, not '{rule}'"
+            )
+        read.append(BitsRule(regular_expression("--bits-for", pattern), int(bits), int(group) if slash else None))
+    return read
 
 
 def regular_expression(name: str, pattern: str) -> re.Pattern[str]:

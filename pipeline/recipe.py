@@ -36,7 +36,7 @@ Plan = list[tuple[str, Options]]
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
-METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth")
+METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits")
 
 
 def read(name: str) -> Recipe:
@@ -101,7 +101,7 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
         kept = {k: v for k, v in kept.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in flags)}
     if flags.get("method", kept.get("method")) != kept.get("method"):  # the settings of one method mean nothing to another
         kept = {k: v for k, v in kept.items() if k not in METHOD_OPTIONS}
-    if not {"bits", "bits_for"}.isdisjoint(flags):  # then nothing is left to choose
+    if not {"bits", "bits_for", "target_bits"}.isdisjoint(flags):  # then nothing is left to choose, or by something else
         kept.pop("max_growth", None)
     return kept
 
@@ -128,7 +128,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 
 
 def _bits(options: QuantizeOptions) -> list[int]:
-    return [options.weight_bits, *(bits for _, bits in bits_rules(options.bits_for))]
+    return [options.weight_bits, *(rule.bits for rule in bits_rules(options.bits_for))]
 
 
 def _resolve_models(options: Options) -> Options:
@@ -192,7 +192,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
     for number, (name, given) in enumerate(kept, 1):
         if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)):
-            given = dataclasses.replace(given, max_growth=None, **chosen)
+            given = dataclasses.replace(given, max_growth=None, target_bits=None, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)

@@ -36,8 +36,8 @@ CHECKPOINT = "checkpoint/CURRENT"  # exists once a layer is finished
 class GptqSettings:
     """All that decides what gptqmodel writes, as job.json of the scratch folder records it: a run with the same can be resumed.
 
-    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits of single matrices. windows: token
-    ids. The rest as gptqmodel calls it.
+    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits and group size of single matrices.
+    windows: token ids. The rest as gptqmodel calls it.
     """
 
     model: str
@@ -47,7 +47,7 @@ class GptqSettings:
     group_size: int
     sym: bool
     desc_act: bool
-    exceptions: dict[str, int]
+    exceptions: dict[str, list[int]]
     kept_float: list[str]
     resumable: bool
     trust_remote_code: bool
@@ -60,7 +60,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     It works in ``job.scratch`` and leaves its checkpoint there: the same job resumes after the last finished layer.
     """
     for name, shape in job.linears.items():
-        if job.bits(name) == 3 and any(n % 32 for n in shape):
+        if job.format(name)[0] == 3 and any(n % 32 for n in shape):
             raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {name}; use --bits 4 or 2")
     folder, settings, lost_because = job.scratch, _settings(job), _why_lost(job)
     report_begun(Begun(len(job.linears), CHECKPOINT, lost_because))
@@ -88,7 +88,7 @@ def _settings(job: QuantizeJob) -> GptqSettings:
         group_size=options.group,
         sym=options.symmetric,
         desc_act=options.act_order,
-        exceptions=job.exceptions,
+        exceptions={name: list(form) for name, form in job.exceptions.items()},
         kept_float=sorted(job.kept_float),
         resumable=_resumable(job),
         trust_remote_code=job.checkpoint.trust_remote_code,
@@ -122,7 +122,9 @@ def _run(settings: GptqSettings) -> None:
     from gptqmodel.looper.checkpoint_store import CheckpointConfig
 
     here = Path.cwd()
-    exceptions: dict[str, dict[str, int]] = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in settings.exceptions.items()}
+    exceptions: dict[str, dict[str, int]] = {
+        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": group} for name, (bits, group) in settings.exceptions.items()
+    }
     exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.kept_float}
     config = QuantizeConfig(
         bits=settings.bits,

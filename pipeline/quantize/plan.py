@@ -32,8 +32,8 @@ def plan(
         )
     matrices, transposed = block_matrices(model)
     check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
-    exceptions = bits_of_exceptions(options.bits_for, matrices)
-    kept_float = frozenset(name for name, bits in exceptions.items() if bits == 16)
+    exceptions = exceptions_of(options, matrices)
+    kept_float = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16)
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -44,21 +44,26 @@ def plan(
         return used
 
     linears = {name: shape for name, shape in matrices.items() if name not in kept_float}
-    others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.weight_bits)}
+    usual = (options.weight_bits, options.group)
+    others = {name: form for name, form in exceptions.items() if form[0] != 16 and form != usual}
     return QuantizeJob(checkpoint, linears, windows, options, scratch, others, kept_float, transposed), used
 
 
-def bits_of_exceptions(bits_for: tuple[str, ...], names: Collection[str]) -> dict[str, int]:
-    """Bits of the matrices that a ``bits_for`` rule matches; the first match counts. Raises OptionError for an unused rule."""
-    exceptions: dict[str, int] = {}
+def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Bits and group size of the matrices that a ``bits_for`` rule matches; the first match counts.
+
+    Raises OptionError for an unused rule.
+    """
+    exceptions: dict[str, tuple[int, int]] = {}
     used: set[str] = set()
+    rules = list(zip(options.bits_for, bits_rules(options.bits_for), strict=True))
     for name in names:
-        for rule, (pattern, bits) in zip(bits_for, bits_rules(bits_for), strict=True):
-            if pattern.fullmatch(name):
-                exceptions[name] = bits
-                used.add(rule)
+        for text, rule in rules:
+            if rule.pattern.fullmatch(name):
+                exceptions[name] = (rule.bits, rule.group_size or options.group)
+                used.add(text)
                 break
-    if unused := [rule for rule in bits_for if rule not in used]:
+    if unused := [rule for rule in options.bits_for if rule not in used]:
         raise OptionError(
             f"--bits-for '{unused[0]}' is the first match of no matrix; names are like {next(iter(names))}, and an earlier rule "
             "goes first: correct it"

@@ -68,7 +68,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     rows, groups = [], _groups(model)
     log.info("sensitivity: %d groups, each rounded alone and measured on %d tokens", len(groups), sum(map(len, windows)))
     for name, modules in progress(groups.items(), "sensitivity", "group"):
-        with rounded(modules, options.bits, options.group_size):
+        with rounded(modules, dict.fromkeys(modules, (options.bits, options.group_size))):
             scores = Quality()
             for ids, reference in zip(windows, references, strict=True):
                 scores.add(ids, logits_of(model, ids), reference)
