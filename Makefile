@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run verify show prune heal quantize export bench report sensitivity \
+.PHONY: help demo real artifact run verify show prune heal quantize tune export bench report sensitivity \
 	test test-families test-consumers test-real lint types wheel example clean
 
 help:
@@ -76,6 +76,9 @@ heal: $(READY) ## recover what that cost: MODEL=pruned [OUT=...] ARGS='--origina
 
 quantize: $(READY) ## to integer weights: MODEL=... [OUT=...] ARGS='--method gptq --bits 4'
 	$(PRESS) quantize "$(MODEL)" "$(FOLDER)" $(ARGS)
+
+tune: $(READY) ## train scales and norms towards the original: MODEL=quantized [OUT=...] ARGS='--original SRC'
+	$(PRESS) tune "$(MODEL)" "$(FOLDER)" $(ARGS)
 
 export: $(READY) ## to ONNX: MODEL=... [OUT=...] [TARGET=cpu]
 	$(PRESS) export "$(MODEL)" "$(FOLDER)" --target $(TARGET) $(ARGS)

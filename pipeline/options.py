@@ -197,7 +197,7 @@ class QuantizeOptions(Options):
         "what it costs as measured on the calibration text",
     )  # fmt: skip
     target_bits: float | None = option(
-        None, "mean bits of a block weight, scales and zero points counted (between 2.3 and 8.5): every matrix gets 2, 4 or 8 bits "
+        None, "mean bits of a block weight, scales and zero points counted (between 2.6 and 8.7): every matrix gets 2, 4 or 8 bits "
         "in groups of 32 to 128, so that the measured loss is least",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
@@ -251,8 +251,8 @@ class QuantizeOptions(Options):
             raise OptionError(f"{choosing[0]} is for {joined(ADJUSTABLE, 'and')}, and the method is {self.method}; leave it out")
         if self.max_growth is not None and self.max_growth <= 0:
             raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
-        if self.target_bits is not None and not 2.3 <= self.target_bits <= 8.5:
-            raise OptionError(f"--target-bits must lie between 2.3 and 8.5, not {self.target_bits}")
+        if self.target_bits is not None:
+            _check_target_bits(self.target_bits)
 
     @property
     def chooses(self) -> bool:
@@ -273,6 +273,12 @@ class QuantizeOptions(Options):
     def group(self) -> int:
         """``group_size``, or the method's default; -1 for a whole row."""
         return METHODS[self.method].groups[0] if self.group_size is None else self.group_size
+
+
+def _check_target_bits(bits: float) -> None:
+    """The least and the most that the forms of quantize.mix can store."""
+    if not 2.6 <= bits <= 8.7:
+        raise OptionError(f"--target-bits must lie between 2.6 and 8.7, not {bits}")
 
 
 @dataclass(frozen=True)
@@ -334,16 +340,16 @@ class TuneOptions(Options):
 
 @dataclass(frozen=True)
 class SensitivityOptions(Options):
-    """Measure what each group of matrices costs when it alone is rounded, and propose where more bits are best spent."""
+    """Estimate what each matrix costs at 2, 4 and 8 bits, and which bits a mean allows at least loss."""
 
-    bits: int = option(4, "bits that every group in turn is rounded to", (2, 3, 4))
-    group_size: int = option(128, "weights that share one scale; -1 is a whole row", (-1, 16, 32, 64, 128, 256))
-    better_bits: int = option(8, "bits of the groups that are proposed for more", (4, 8, 16))
-    extra: float = option(0.05, "bytes that the proposal may add to the blocks, as a share of them at --bits", at_least=0)
+    target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
     calibration: Path = _calibration()
-    calibration_tokens: int = option(4096, "tokens of it to measure on at most", at_least=16)
+    calibration_tokens: int = option(16384, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
     trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        _check_target_bits(self.target_bits)
 
 
 @dataclass(frozen=True)

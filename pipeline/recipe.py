@@ -170,13 +170,20 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
             options = _with_comparisons(original, out, steps, done, options)
-        if isinstance(options, ExportOptions):
-            options = dataclasses.replace(options, reference=options.reference or original.path)
-        if isinstance(options, HealOptions | TuneOptions):
-            options = dataclasses.replace(options, original=options.original or original.path)
-        artifact = stages.run(name, artifact, folder, options)
+        artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
     return done
+
+
+def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
+    """The options of a stage with what a build knows: the original, and whether a tune stage follows."""
+    if isinstance(options, ExportOptions):
+        return dataclasses.replace(options, reference=options.reference or original.path)
+    if isinstance(options, HealOptions | TuneOptions):
+        return dataclasses.replace(options, original=options.original or original.path)
+    if isinstance(options, QuantizeOptions) and options.max_growth is not None:
+        return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
+    return options
 
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
@@ -196,11 +203,11 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
-        artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
+        artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", _informed(given, original, steps))
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))
 
 
 def _chosen(done: list[Artifact]) -> JsonObject:
     """What the quantize stage settled itself, if it did."""
     chosen: JsonObject = next((step.facts["chosen"] for step in done[-1].steps if "chosen" in step.facts), {})
-    return chosen
+    return chosen | ({"bits_for": tuple(chosen["bits_for"])} if "bits_for" in chosen else {})

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -26,19 +26,19 @@ from edgepress.pipeline.quantize.mix import (
     Form,
     Item,
     by_matrix,
-    items_of,
     mean_bits,
     most_common,
     rules_of,
     solve,
 )  # fmt: skip
 from edgepress.pipeline.quantize.rtn import rounded
+from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
-COST_TOKENS, COST_WINDOW = 8192, 128
+COST_TOKENS = 16384
 # Growth of the loss under a calibrated method, in that of rounding: 0.42 to 0.52 on the models of docs/quantization.md, whose
 # weights lie on no grid; of weights that were quantized before, GPTQ may lose as much as rounding.
 CALIBRATED = 0.7
@@ -56,7 +56,7 @@ class _Trial:
         self.model, self.options, self.path = checkpoint.model(), options, source.path
         self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
         self.references = [logits_of(self.model, ids) for ids in progress(self.windows, "bits", "window")]
-        self.errors = Errors(self.model, *BASE)
+        self.modules = block_linears(self.model)
         self.growth: dict[str, float] = {}
 
     def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
@@ -66,13 +66,11 @@ class _Trial:
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        windows = self._windows(COST_TOKENS, COST_WINDOW)
-        by_name = costs(self.model, self.errors, [row for row in windows if len(row) == len(windows[0])])
-        return items_of(self.errors, by_name, self.errors.together)
+        return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW))
 
     def measure(self, label: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
-        with rounded(self.errors.modules, forms):
+        with rounded(self.modules, forms):
             scores = Quality()
             for ids, reference in zip(progress(self.windows, label, "window"), self.references, strict=True):
                 scores.add(ids, logits_of(self.model, ids), reference)
@@ -81,7 +79,7 @@ class _Trial:
 
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
-        return dict.fromkeys(self.errors.modules, form)
+        return dict.fromkeys(self.modules, form)
 
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:

@@ -54,12 +54,14 @@ class Quantization:
     group_size: int = 0
     head_bits: int = 0
     symmetric: bool = False
+    bits_for: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """The method's label in tables, as ``gptq 4 bits/128``."""
         row = METHODS.get(self.method)
-        return self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+        label = self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+        return f"{label}, mixed" if self.bits_for else label
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _quantized(made: Quantization, head: int | None) -> str:
         return f"quantize: {made.method}"
     symmetry = "symmetric" if made.symmetric else "asymmetric"
     details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
+    details += ", other bits for some matrices" if made.bits_for else ""
     return f"quantize: {made.method}{details}; head {'float' if head is None else f'{head} bits'}"
 
 

@@ -37,9 +37,14 @@ VERBS = [
     "run",
     "sensitivity",
     "show",
+    "tune",
     "verify",
 ]
-CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
+CLASSES = [
+    c
+    for _, c in inspect.getmembers(options, inspect.isclass)
+    if c.__module__ == options.__name__ and issubclass(c, options.Options)
+]
 PROMPT = "Once upon a time"
 
 
