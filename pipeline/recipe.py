@@ -169,6 +169,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
+    if (out / MANIFEST).is_file():
+        raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
     stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in (source, *folders)]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
