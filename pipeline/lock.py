@@ -188,8 +188,8 @@ def _take(out: Path, file: Path, flags: int) -> _Held | None:
         try:
             lease.acquire(timeout=0.2)
         except Timeout:
-            log.info("waiting up to %d s for a sign of life: %s", LEASE_SECONDS + 5, _holder(file))
-            lease.acquire(timeout=LEASE_SECONDS + 5)
+            log.info("waiting up to %.0f s for a sign of life: %s", 1.2 * LEASE_SECONDS, _holder(file))
+            lease.acquire(timeout=1.2 * LEASE_SECONDS)
         return _Held(out, file, descriptor, lease)
     except (Timeout, LeaseSettingsMismatch):
         os.close(descriptor)
@@ -229,11 +229,11 @@ def _record(out: Path) -> str:
 def _holder(file: Path) -> str:
     """Who holds a lock, in words fit for a terminal."""
     try:
-        content = file.read_text(encoding="utf-8", errors="replace")[:5000]
+        content = file.read_text(encoding="utf-8", errors="replace")[:5000] if file.is_file() else ""
     except OSError:
         content = ""
     parts = ["".join(c if c.isprintable() else "?" for c in line) for line in content.split("\n")]
     if len(parts) != 5:  # it has not written it yet
-        return f"another edgepress works in {file.parent}"
+        return f"another edgepress works in {file.parent}, as {file.name} there says"
     out, command, pid, host, since = parts
     return f"{out} is being written by '{command}' (process {pid} on {host}, since {since})"
