@@ -32,8 +32,20 @@ def read_json(path: Path) -> JsonObject:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write JSON with two spaces of indent and a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON with two spaces of indent and a final newline, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and move it there: whoever is killed leaves the former one, or none."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -106,6 +118,8 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder if it is there."""
-    if folder.exists():
+    """Delete a folder if it is there; of a link, the link alone."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)

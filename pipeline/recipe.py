@@ -16,6 +16,7 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
+from edgepress.pipeline.lock import writing
 from edgepress.pipeline.options import (
     BenchOptions,
     ExportOptions,
@@ -150,7 +151,15 @@ def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
 
 
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
-    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
+    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
+
+    Raises OutputError, which names it, when another edgepress writes there.
+    """
+    with writing(out, build=True):
+        return _build(source, out, steps)
+
+
+def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     original = Artifact.load(source)
     if original.format == "gguf":
         original = stages.run("import", original, out / "00-import", ImportOptions())
@@ -161,11 +170,14 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
+    if (out / MANIFEST).is_file():
+        raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
     stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in (source, *folders)]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
-    check_disk(out, int(folder_bytes(source) * sum(missing)))
+    if missing:  # a finished build may lie on a disk that is read-only
+        check_disk(out, int(folder_bytes(source) * sum(missing)))
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):

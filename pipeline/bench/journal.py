@@ -19,7 +19,7 @@ class Journal:
     """Finished measurements, one JSON line each, next to the output until it is whole.
 
     A line is looked up by the hash of everything that it depends on, so that a resumed benchmark reuses exactly what
-    the same artifact, options, machine and versions gave. A line truncated by a kill is ignored.
+    the same artifact, options, machine and versions gave. A line that is broken, as by a kill, is ignored.
     """
 
     def __init__(self, file: Path, **common: object) -> None:
@@ -28,11 +28,10 @@ class Journal:
         self._known: dict[str, object] = {}
         if file.is_file():
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    key, value = json.loads(line)
-                except ValueError:
-                    continue
-                self._known[key] = value
+                with suppress(ValueError, RecursionError):
+                    match json.loads(line):
+                        case [str(key), value]:
+                            self._known[key] = value
         self.resumed = len(self._known)
 
     def key(self, *depends: object) -> str:

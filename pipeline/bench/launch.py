@@ -34,6 +34,8 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
         try:
             assert process.stdout is not None
             for line in process.stdout:
+                if not line.endswith("\n"):  # killed in the middle of it
+                    break
                 event = json.loads(line)
                 if "error" in event:
                     error = event["error"]

@@ -20,8 +20,8 @@ import torch
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import ShardIndex
-from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import read_json, remove, sha256, write_json
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.registry import version
@@ -64,7 +64,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
             raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {name}; use --bits 4 or 2")
     folder, settings, lost_because = job.scratch, _settings(job), _why_lost(job)
     report_begun(Begun(len(job.linears), CHECKPOINT, lost_because))
-    if not ((folder / "job.json").is_file() and read_json(folder / "job.json") == asdict(settings)):
+    if _left_in(folder) != asdict(settings):
         remove(folder)
         folder.mkdir(parents=True)
         write_json(folder / "job.json", asdict(settings))
@@ -94,6 +94,14 @@ def _settings(job: QuantizeJob) -> GptqSettings:
         trust_remote_code=job.checkpoint.trust_remote_code,
         windows=[row.tolist() for row in job.windows()],
     )
+
+
+def _left_in(scratch: Path) -> JsonObject | None:
+    """The job that an interrupted run left in its scratch folder, if it can still be read."""
+    try:
+        return read_json(scratch / "job.json")
+    except (InputError, OSError, RecursionError):
+        return None
 
 
 def _resumable(job: QuantizeJob) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
+from edgepress.pipeline.lock import descriptors
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.registry import load
 
@@ -67,7 +68,9 @@ def _follow(shared: Path, label: str, scratch: Path) -> object:
     environment = os.environ | {PARENT: str(os.getpid())}
     with (
         (shared / OUTPUT).open("wb") as output,
-        subprocess.Popen([sys.executable, "-c", CHILD, shared], stdout=output, stderr=output, env=environment) as process,
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, shared], stdout=output, stderr=output, env=environment, pass_fds=descriptors()
+        ) as process,
         _Listener(shared, label) as listener,
     ):
         try:

@@ -10,6 +10,7 @@ from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.runtime.whole import check_whole
 from edgepress.pipeline.text.windows import load_tokenizer
 from tokenizers import Tokenizer
 
@@ -21,8 +22,9 @@ class TextModel:
     """
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
-        """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact."""
+        """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact, or not whole."""
         self.folder = Path(folder)
+        check_whole(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = end_tokens(self.folder)
         self.decoder = Decoder(self.folder, threads=threads)

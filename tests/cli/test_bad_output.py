@@ -141,3 +141,40 @@ def test_files_may_not_grow_in_a_process_of_its_own(tiny: Path, tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     check_refusal(done.returncode, done.stderr, ("too large", "choose another output folder"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.former"])
+@pytest.mark.parametrize("leftover", ["a file", "a link", "a dead link"])
+def test_something_else_in_the_place_of_a_leftover(
+    leftover: str, name: str, call: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
+    """It is removed, and never what a link leads to."""
+    precious, place = tmp_path / "precious", tmp_path / name
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    if leftover == "a file":
+        place.write_text("x")
+    else:
+        place.symlink_to("precious" if leftover == "a link" else "nothing")
+    assert call(*command("quantize", tiny, tmp_path / "out")).code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"] and (precious / "thesis.txt").is_file()
+
+
+def test_build_into_an_artifact(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """Its stages would lie in a folder that is complete without them."""
+    assert call(*command("quantize", tiny, tmp_path / "out")).code == 0
+    refused(*command("build", tiny, tmp_path / "out"), says=("not a build", "choose another output folder"))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The disk fills up half-way: what was there stays."""
+    file = tmp_path / "job.json"
+    files.write_json(file, {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            files.write_json(file, {"a": "x" * 20_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files.read_json(file) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["job.json"]
