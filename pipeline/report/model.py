@@ -11,6 +11,7 @@ from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
 from edgepress.pipeline.report.plain import from_plain, object_of
 from edgepress.pipeline.report.steps import Quantization, Step
+from edgepress.pipeline.visible import one_line
 
 SCHEMA = 3
 # Samples from which on percentiles are given.
@@ -190,6 +191,19 @@ def read(file: Path) -> ReportFile:
         return ReportFile((from_plain(Report, content, "report"), *others.compared_with), others.comparisons)
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); run edgepress bench again") from error
+
+
+def for_people(content: ReportFile) -> ReportFile:
+    """The same with every text in one line that prints: names come from manifests and folders that strangers wrote."""
+    return from_plain(ReportFile, _printing(object_of(content)), "report")
+
+
+def _printing(value: object) -> object:
+    if isinstance(value, dict):
+        return {one_line(str(key)): _printing(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printing(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def _report_object(report: Report) -> JsonObject:
