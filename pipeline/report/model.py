@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from edgepress.pipeline.errors import InputError
@@ -195,14 +196,16 @@ def read(file: Path) -> ReportFile:
 
 def for_people(content: ReportFile) -> ReportFile:
     """The same with every text in one line that prints: names come from manifests and folders that strangers wrote."""
-    return from_plain(ReportFile, _printing(object_of(content)), "report")
+    return replace(content, reports=_printing(content.reports), comparisons=_printing(content.comparisons))
 
 
-def _printing(value: object) -> object:
+def _printing(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _printing(getattr(value, item.name)) for item in fields(value)})
     if isinstance(value, dict):
-        return {one_line(str(key)): _printing(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printing(item) for item in value]
+        return {one_line(key): _printing(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printing, value))
     return one_line(value) if isinstance(value, str) else value
 
 
