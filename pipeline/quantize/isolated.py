@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.registry import load
-from edgepress.pipeline.search_path import child_command, child_environment
+from edgepress.pipeline.search_path import child_environment
 
 log = logging.getLogger("edgepress")
 PARENT = "EDGEPRESS_PARENT"
@@ -65,7 +66,7 @@ def run_isolated(function: str, arguments: tuple[object, ...], label: str, scrat
 def _follow(shared: Path, label: str, scratch: Path) -> object:
     """Start the child, and pass its messages on until it ends."""
     environment = child_environment() | {PARENT: str(os.getpid())}
-    command = child_command("-c", CHILD, shared)
+    command = [sys.executable, "-c", CHILD, str(shared)]
     with (
         (shared / OUTPUT).open("wb") as output,
         subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,

@@ -1,4 +1,4 @@
-"""Renders a chat template in a process of its own, which template_process.py starts: ``python -P template_child.py``.
+"""Renders a chat template in a process of its own, which template_process.py starts: ``python template_child.py``.
 
 A template is a program of unknown origin. Jinja's sandbox keeps it from the objects around it, and bounds neither time nor
 memory; here the system does. Requests and answers are JSON objects, a line each. Nothing of edgepress is imported.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from edgepress.pipeline.search_path import child_command, child_environment
+from edgepress.pipeline.search_path import child_environment
 
 CHILD = Path(__file__).with_name("template_child.py")
 SECONDS = 15.0  # on the clock, for one request; the child itself gives up earlier, after so much time on a processor
@@ -37,7 +38,7 @@ class TemplateProcess:
         if self._process is None:
             pipe = subprocess.PIPE
             process = subprocess.Popen(
-                child_command(CHILD), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=child_environment()
+                [sys.executable, str(CHILD)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=child_environment()
             )
             weakref.finalize(self, _end, process)
             self._process = process
