@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 def write_configs(checkpoint: Checkpoint, out: Path, target: str, *, shared_cache: bool) -> None:
     """Write everything but the graph into the artifact ``out``: configs, tokenizer and genai_config.json."""
-    carry_files(checkpoint.path, out)
+    carry_files(checkpoint.path, out, checkpoint.trust_remote_code)
     config = with_v4_keys(checkpoint.raw_config)
     write_json(out / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
     generation = out / "generation_config.json"

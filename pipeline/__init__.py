@@ -6,6 +6,9 @@ Every error that edgepress raises on purpose is an EdgepressError (edgepress.pip
 
 from __future__ import annotations
 
+import edgepress.pipeline.search_path  # first: no module of the current folder may stand in for one imported below
+
+# isort: split
 from pathlib import Path
 from typing import TYPE_CHECKING
 

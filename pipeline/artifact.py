@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, read_json, sha256, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, leads_out, read_json, sha256, write_json
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
@@ -86,6 +86,8 @@ class Artifact:
         if not {"fingerprint", "steps", "files"} <= content.keys():
             raise InputError(f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote")
         try:
+            for name in content["files"]:
+                _check_inside(path, name)
             steps = tuple(Step(**step) for step in content["steps"])
             return cls(path, content["format"], steps, content["fingerprint"], content["files"])
         except (KeyError, TypeError) as error:
@@ -112,6 +114,15 @@ class Artifact:
         else:
             content = {p.name: sha256(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Raise InputError for a name of a manifest that is no plain path to a file of its folder."""
+    path = Path(name)
+    if path.anchor or ".." in path.parts or not name.isprintable():
+        raise InputError(f"{folder / MANIFEST} names {name!r}, no file of its folder; delete the folder and build it again")
+    if leads_out(folder, folder / path):
+        raise InputError(f"{folder / name} is a link that leads out of its folder; give a copy of the folder made with cp -rL")
 
 
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:

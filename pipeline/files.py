@@ -59,6 +59,13 @@ def files_below(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
 
 
+def leads_out(folder: Path, file: Path) -> bool:
+    """Whether what ``file`` is a link to lies outside of ``folder``; the links of a hub cache to its own blobs do not count."""
+    root = Path(os.path.realpath(folder))
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder, the manifest left out; of a file, its own."""
     if folder.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
-from edgepress.pipeline.checkpoint.source import resolve
+from edgepress.pipeline.checkpoint.source import hub_origin, resolve
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
@@ -111,6 +111,8 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     begun = time.monotonic()
     with atomic_folder(out) as folder:
         facts = function(source, folder, options)
+        if origin := hub_origin(source.path):
+            facts = facts | {"downloaded": origin}
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, stage.gives, (*source.steps, step), inputs)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the ground up; a room imports those of earlier lines, and none of its own line but itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
-    ("pipeline.files", "pipeline.lock", "pipeline.progress", "pipeline.registry", "pipeline.vocabulary", "models"),
+    (*(f"pipeline.{name}" for name in ("files", "lock", "progress", "registry", "search_path", "visible", "vocabulary")), "models"),
     ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
@@ -34,7 +34,9 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
 STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "pipeline.bench", "exporters"}
 # report knows its own values and the ground.
-REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")}
+REPORT_KNOWS = {"models", "pipeline.visible"} | {
+    f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")
+}
 
 
 def room_of(module: str) -> str:

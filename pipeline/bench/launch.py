@@ -16,6 +16,7 @@ from edgepress.pipeline.bench.jobs import Job
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import write_json
 from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.search_path import child_environment
 
 Answer = TypeVar("Answer")
 
@@ -28,8 +29,14 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
     ):
         file = Path(scratch) / "job.json"
         write_json(file, object_of(job))
-        command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            env=child_environment(),
+        )
         error = None
         try:
             assert process.stdout is not None

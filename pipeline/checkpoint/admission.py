@@ -1,13 +1,19 @@
-"""Which folders are refused: no causal language model, no safetensors, already quantized, or Python code that is not trusted."""
+"""Which folders are refused: no causal language model, no safetensors, already quantized, code or links that are not trusted."""
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
 from pathlib import Path
 
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject, leads_out, read_json
 
+log = logging.getLogger("edgepress")
 READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
+# Keys of a config at which transformers takes "owner/repository" and runs a kernel from there.
+_KERNELS = ("attn_implementation", "experts_implementation")
 
 
 def settings_of(folder: Path) -> JsonObject | None:
@@ -25,11 +31,53 @@ def settings_of(folder: Path) -> JsonObject | None:
     return {"quant_method": "?"} | settings
 
 
+def check_code(folder: Path, config: JsonObject, trust_remote_code: bool) -> None:
+    """Refuse a config at which transformers runs code that is not its own, or reads another file. Raises ModelError."""
+    if not trust_remote_code and _names_code(config):
+        raise ModelError(f"{folder} contains Python code to run; read it, and allow it with --trust-remote-code")
+    if config.get("configuration_files") not in (None, [], ["config.json"]):
+        raise ModelError(
+            f"{folder / 'config.json'} names other configs for other versions of transformers (configuration_files), and edgepress "
+            "reads this one alone; delete that key where this one is right"
+        )
+
+
+def _names_code(value: object) -> bool:
+    """Whether a config or a part of it has an ``auto_map`` or a kernel of somebody's repository."""
+    if isinstance(value, list):
+        return any(map(_names_code, value))
+    if not isinstance(value, dict):
+        return False
+    kernels = [content for key, content in value.items() if str(key).endswith(_KERNELS)]
+    return bool(value.get("auto_map")) or any("/" in str(kernel) for kernel in kernels) or any(map(_names_code, value.values()))
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links that lead out of a checkpoint: what they lead to would be copied into what is built from it.
+
+    Weights may lie elsewhere; the log names the place. Raises ModelError.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and leads_out(folder, file):
+            if file.suffix != ".safetensors":
+                raise ModelError(
+                    f"{file} is a link to {os.path.realpath(file)}, outside of the checkpoint; give a copy made with cp -rL, "
+                    "or delete the link"
+                )
+            _name(file)
+
+
+@cache  # a build checks its source more than once
+def _name(file: Path) -> None:
+    log.info("%s is a link: the weights are read from %s", file, os.path.realpath(file))
+
+
 def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
     """Refuse, before anything is written, a folder that is not a causal language model in safetensors. Raises ModelError.
 
     quantized: accept one that GPTQ or bitsandbytes quantized.
     """
+    check_links(folder)
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -38,8 +86,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         )
     if "model_type" not in config:
         raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
-    if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{folder} contains Python code to run; read it, and allow it with --trust-remote-code")
+    check_code(folder, config, trust_remote_code)
     if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
         method = settings["quant_method"]
         way = ", or export it as it is" if method in READABLE else ""

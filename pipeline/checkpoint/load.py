@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from edgepress.pipeline.checkpoint.admission import check_code
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import read_json
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint. Raises ModelError for one that this transformers does not know."""
+    """The config of a checkpoint. Raises ModelError for one that this transformers does not know, and for code not trusted."""
+    check_code(folder, read_json(folder / "config.json"), trust_remote_code)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):  # we read third-party packed matrices ourselves; transformers must not

@@ -1,4 +1,4 @@
-"""What a user may call a source: a local folder, a hub id, or ``reference``."""
+"""What a user may call a source: a local folder, a hub id (of one revision: ``name/model@revision``), or ``reference``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,24 @@ def resolve(source: str) -> Path:
     return _download(source)
 
 
-def _download(name: str) -> Path:
+def hub_origin(folder: Path) -> dict[str, str]:
+    """The model and the commit that a folder of the hub's cache holds; nothing for any other folder."""
+    snapshot = Path(os.path.realpath(folder))
+    model = snapshot.parent.parent.name
+    if snapshot.parent.name != "snapshots" or not model.startswith("models--"):
+        return {}
+    return {"model": model.removeprefix("models--").replace("--", "/", 1), "revision": snapshot.name}
+
+
+def _download(source: str) -> Path:
+    """The snapshot of one commit: all of its files are of the same one, also when somebody pushes meanwhile."""
     from huggingface_hub import snapshot_download
 
+    name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADED))
     except Exception as error:  # every failure of the hub client (offline, absent, gated) means the same here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"no folder '{name}' here, and it could not be downloaded ({reason}); give a local folder, or go online"
+            f"no folder '{source}' here, and it could not be downloaded ({reason}); give a local folder, or go online"
         ) from error

@@ -20,19 +20,25 @@ from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
-from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say
+from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.visible import one_line
 
 Flags = dict[str, object]  # those that were given, by option name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    with plain_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     log_to_terminal()
     interrupt.install_handlers()
@@ -146,7 +152,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
     settings = make(VerifyOptions, _resolved(flags))
     folder, states = _onnx(options.source), []
     for check in verify(folder, settings):
-        print(f"{check.state:<12} {check.name}: {check.detail}", flush=True)
+        print(one_line(f"{check.state:<12} {check.name}: {check.detail}"), flush=True)
         states.append(check.state)
     if failed := states.count("failed"):
         raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")
@@ -176,16 +182,17 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
-        print(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress")
+        print(one_line(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress"))
         return 0
-    print(f"{folder}: {artifact.format}, {len(artifact.files)} files")
+    print(one_line(f"{folder}: {artifact.format}, {len(artifact.files)} files"))
     for number, step in enumerate(artifact.steps, 1):
-        print(f"\n{number}. {step.stage}  ({step.seconds:.1f} s; {', '.join(f'{k} {v}' for k, v in step.versions.items())})")
+        versions = ", ".join(f"{k} {v}" for k, v in step.versions.items())
+        print("\n" + one_line(f"{number}. {step.stage}  ({step.seconds:.1f} s; {versions})"))
         for title, content in (("options", step.options), ("facts", step.facts)):
             print(f"   {title}:")
             for key, value in content.items():
                 text = json.dumps(value)
-                print(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}")
+                print(one_line(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}"))
     print("\nfiles:")
     for name, known in artifact.files.items():
         print(f"   {known['bytes']:>12,}  {known['sha256'][:16]}  {name}")
@@ -211,12 +218,12 @@ def _onnx(source: str) -> Path:
 
 
 def _print_report(artifact: Artifact) -> None:
-    from edgepress.pipeline.report.model import read
+    from edgepress.pipeline.report.model import for_people, read
     from edgepress.pipeline.report.tables import made_by
     from edgepress.pipeline.report.text import terminal
 
     if artifact.format != "report":
         return
-    content = read(artifact.path / "report.json")
+    content = for_people(read(artifact.path / "report.json"))
     print("\n".join(["", *made_by(content.first), "", terminal(content)]))
     print(f"\nreport:   {artifact.path / 'report.md'}")

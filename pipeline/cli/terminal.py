@@ -1,4 +1,4 @@
-"""What is written to stderr: the log, single lines, and one line with an exit code for an error."""
+"""What the terminal gets, and nothing that steers it: on stderr the log, single lines, and one with an exit code for an error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,41 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO, cast
 
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.registry import missing_package
+from edgepress.pipeline.visible import one_line, plain_progress, plain_text
+
+
+class _Plain:
+    """A text stream that shows what is written to it, and lets none of it steer the terminal."""
+
+    def __init__(self, stream: TextIO, plain: Callable[[str], str]) -> None:
+        self._stream, self._plain = stream, plain
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length."""
+        self._stream.write(self._plain(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Within the context nothing that is printed, by edgepress or by a library in Python, steers the terminal."""
+    out, err = _Plain(sys.stdout, plain_text), _Plain(sys.stderr, plain_progress)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        yield
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 def exit_code(error: BaseException) -> int:
@@ -49,7 +81,7 @@ def _disk_reason(error: OSError) -> str:
 def log_to_terminal() -> None:
     """Send edgepress's log to stderr, plain, and keep other libraries' advice away."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     log = logging.getLogger("edgepress")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
@@ -61,4 +93,4 @@ def log_to_terminal() -> None:
 
 def say(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr)
+    print(one_line(text), file=sys.stderr)

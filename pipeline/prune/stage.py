@@ -60,7 +60,9 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
         pruned_config(checkpoint, _others(layers, options.remove_layers))
     ranking, held_out = calibration(source.path, options)
     plan = _plan(checkpoint, options, ranking, held_out)
-    remove_blocks(source.path, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)
+    remove_blocks(
+        source.path, out, plan.block_list, _others(layers, plan.choice.removed), plan.config, checkpoint.trust_remote_code
+    )
     pruned = Checkpoint(out, options.trust_remote_code).model()
     _prove(plan, pruned, source.family)
     perplexities = [perplexity(loss) for loss in (plan.loss, mean_loss(pruned, held_out))]

@@ -25,18 +25,19 @@ Setting = int | float | bool | str | None
 Shape = tuple[int, ...]
 
 
-def remove_blocks(source: Path, out: Path, name: str, kept: Sequence[int], config: JsonObject) -> None:
+def remove_blocks(source: Path, out: Path, name: str, kept: Sequence[int], config: JsonObject, trusted: bool = False) -> None:
     """Write ``source`` with only the ``kept`` blocks (indices in ``source``, ascending) into the folder ``out``.
 
     name: of the block list, as "model.layers". Weights keep their dtype and bytes and are never loaded: memory does not grow
-    with the checkpoint. Tokenizer and generation config are carried over; ``config`` is the new config.json.
+    with the checkpoint. Tokenizer and generation config are carried over, Python code where ``trusted``; ``config`` is the new
+    config.json.
     Raises ModelError when the tensors in the files do not go by the architecture's names.
     """
     prefixes = (name, name.split(".", 1)[-1])  # some checkpoints omit the base model's prefix in their names
     if not any(renamed(tensor, prefixes, []) is None for tensor in rows_of(source)):
         raise ModelError(f"no tensor in {source} belongs to '{name}'; save the model again with this transformers' save_pretrained")
     rewrite(shards(source), out, lambda tensor: renamed(tensor, prefixes, kept))
-    carry_files(source, out)
+    carry_files(source, out, trusted)
     write_json(out / "config.json", config)
 
 

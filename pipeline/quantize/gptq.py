@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, shards
+from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
@@ -145,7 +147,7 @@ def _run(settings: GptqSettings) -> None:
         offload_to_disk_path=str(here / "offload"),
     )
     model = GPTQModel.load(
-        settings.model,
+        str(_source_folder(Path(settings.model), here / "source", settings.trust_remote_code)),
         config,
         dtype=torch.float32,  # it would take bfloat16 by itself
         device="cpu",
@@ -157,6 +159,31 @@ def _run(settings: GptqSettings) -> None:
     model.quantize(rows, batch_size=4, checkpoint=checkpoint)
     model.save(str(here / "model"))
     model.model = None  # gptqmodel holds on to the object around it
+
+
+def _source_folder(checkpoint: Path, out: Path, trusted: bool) -> Path:
+    """The checkpoint in a folder of its own, without code unless it is ``trusted``.
+
+    gptqmodel's tokenizer helper runs the code of a tokenizer that it cannot read, whatever it is told, and it reads whatever
+    weights it finds. Here are the float weights that count, under the names that it looks for, and no pickled ones or adapters.
+    They are hard links (or copies, on another file system): it refuses weights that are links, as all are in a hub cache.
+    """
+    remove(out)
+    out.mkdir()
+    carry_files(checkpoint, out, trusted)
+    (out / "adapter_config.json").unlink(missing_ok=True)
+    write_json(out / "config.json", read_json(checkpoint / "config.json"))
+    files = shards(checkpoint)
+    names = ["model.safetensors"] if len(files) == 1 else [file.name for file in files]
+    for file, name in zip(files, names, strict=True):
+        try:
+            (out / name).hardlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, out / name)
+    if len(files) > 1:
+        places = {name: header.file.name for header in ShardIndex(files).headers for name in header.entries}
+        write_json(out / INDEX, {"metadata": {}, "weight_map": places})
+    return out
 
 
 def _release_memory() -> None:

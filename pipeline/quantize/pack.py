@@ -32,7 +32,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     scratch: see QuantizeJob. Raises what ``plan`` and the quantizer raise, and ProofError when the result is wrong.
     """
     checkpoint, run = Checkpoint(source.path, options.trust_remote_code), METHODS[options.method].run
-    carry_files(source.path, out)
+    carry_files(source.path, out, options.trust_remote_code)
     write_json(out / "config.json", checkpoint.raw_config)
     if run is None:
         checkpoint.index.rewrite(out, lambda name: name)

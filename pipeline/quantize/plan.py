@@ -108,7 +108,7 @@ def with_full_names(checkpoint: Checkpoint, model: PreTrainedModel, out: Path) -
     copy = out / "full-names"
     copy.mkdir()
     try:
-        carry_files(checkpoint.path, copy)
+        carry_files(checkpoint.path, copy, checkpoint.trust_remote_code)
         shutil.copy2(checkpoint.path / "config.json", copy)
         checkpoint.index.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
         yield Checkpoint(copy, checkpoint.trust_remote_code)

@@ -159,15 +159,25 @@ def test_trusted_code_is_run(
 
 def test_code_of_a_hub_model_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, --trust-remote-code could never load a model from the hub that brings code."""
-    asked: list[list[str]] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert "*.py" in allow_patterns
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve("somebody/model") == tmp_path
-    assert "*.py" in asked[0]
+    assert resolve("somebody/model") == resolve("somebody/model@v1.0") == tmp_path
+    assert asked == [("somebody/model", None), ("somebody/model", "v1.0")]
+
+
+def test_the_revision_of_a_hub_model_is_recorded(call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """A branch moves on: the manifest says which commit an artifact was made of."""
+    snapshot = tmp_path / "models--somebody--a--b" / "snapshots" / ("c0ffee" * 6 + "beef")
+    shutil.copytree(tiny, snapshot)
+    assert call("quantize", snapshot, tmp_path / "out", "--method", "rtn").code == 0
+    (step,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["steps"]
+    assert step["facts"]["downloaded"] == {"model": "somebody/a--b", "revision": snapshot.name}
 
 
 def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
