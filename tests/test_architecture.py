@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms from the ground up; a room imports those of earlier lines, and none of its own line but itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("pipeline.errors",),
+    ("pipeline.errors", "pipeline.documents"),
     ("pipeline.files", "pipeline.progress", "pipeline.registry", "pipeline.vocabulary", "models"),
+    ("pipeline.model_files",),
     ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
@@ -34,7 +35,8 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
 STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.bench", "exporters"}
 # report knows its own values and the ground.
-REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")}
+_GROUND = ("errors", "documents", "files", "progress", "registry", "methods", "vocabulary")
+REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in _GROUND}
 
 
 def room_of(module: str) -> str:

@@ -18,7 +18,8 @@ from edgepress.pipeline import options
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.cli import terminal
 from edgepress.pipeline.flags import setting_of
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.model_files import end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import stream
 from edgepress.pipeline.text.windows import load_tokenizer
 
