@@ -120,7 +120,9 @@ class Artifact:
                 writer = one_line(str(content.get("edgepress")))
                 raise InputError(f"{path} was written by a newer edgepress ({writer}); upgrade to read it")
             if not {"fingerprint", "steps", "files"} <= content.keys():
-                raise InputError(f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote")
+                raise InputError(
+                    f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote"
+                )
             manifest = typed(_Manifest, content, "manifest")
         except DocumentError as error:
             raise InputError(f"{path / MANIFEST} is damaged ({error}); delete the folder and build it again") from error

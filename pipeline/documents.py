@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 JsonObject = dict[str, Any]
 # The largest documents known (headers of models with 100,000 tensors, tokenizer configs) stay far below it.
 MAX_BYTES = 64 << 20
-MAX_YAML = 1 << 18  # bytes of a recipe; YAML takes a second for each 100,000
+MAX_YAML = 1 << 16  # bytes of a recipe; YAML takes a second for each 100,000
 MAX_DEPTH = 64  # Python's own recursion ends at 1,000, and copying a document takes several frames for each level
 MAX_YAML_NODES = 10_000  # a recipe has about fifty; aliases of aliases have billions
 _SHOWN = 120  # characters of a value that a message repeats
@@ -167,11 +167,11 @@ def _size(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     return known[id(node)]
 
 
-def one_line(text: str) -> str:
-    """A text for a message: its lines joined, cut where it is long, control characters and lone surrogates spelt out."""
+def one_line(text: str, most: int = 480) -> str:
+    """A text for a message: its lines joined, cut behind ``most`` characters, control characters and lone surrogates spelt out."""
     text = " ".join(text.split())
-    if len(text) > 4 * _SHOWN:
-        text = f"{text[: 4 * _SHOWN]} ..."
+    if len(text) > most:
+        text = f"{text[:most]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

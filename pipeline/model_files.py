@@ -47,6 +47,9 @@ def _check_config(config: JsonObject) -> None:
         raise DocumentError(f"architectures is {shown(architectures)}, it must be a list of names")
     if not isinstance(config.get("model_type", ""), str):
         raise DocumentError(f"model_type is {shown(config['model_type'])}, it must be a name")
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := config.get(key), dict) and not isinstance(rope.get("rope_type", rope.get("type", "")), str | None):
+            raise DocumentError(f"rope_type is {shown(rope.get('rope_type', rope.get('type')))}, it must be a name")
     for key in _OBJECTS:
         if not isinstance(config.get(key) or {}, dict):
             raise DocumentError(f"{key} is {shown(config[key])}, it must be an object")

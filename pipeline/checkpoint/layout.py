@@ -56,4 +56,4 @@ def check_arrays(row: PackedRow, arrays: Mapping[str, np.ndarray]) -> None:
     if "permutation" in arrays and not np.array_equal(np.sort(arrays["permutation"]), np.arange(columns)):
         raise ValueError("its permutation is none")
     if "zeros" in arrays and arrays["zeros"].max(initial=0) >> row.bits:
-        raise ValueError(f"a zero point of more than {row.bits} bits")
+        raise ValueError(f"zeros of more than {row.bits} bits")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
 
+from edgepress.pipeline.documents import one_line
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.registry import missing_package
 
@@ -28,7 +30,7 @@ def exit_code(error: BaseException) -> int:
         reason = str(missing)
     except OSError as error:  # the disk, or a path: nothing that a traceback would explain
         reason = _disk_reason(error)
-    say(f"error: {reason}")
+    say(f"error: {one_line(reason, most=4000)}")
     return 2
 
 
@@ -44,6 +46,13 @@ def _disk_reason(error: OSError) -> str:
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
         return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
+
+
+def speak_utf8() -> None:
+    """UTF-8 on stdout and stderr whatever the console's encoding; what is no character is spelt out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def log_to_terminal() -> None:

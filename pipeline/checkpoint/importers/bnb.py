@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from edgepress.pipeline.checkpoint.layout import PackedRow, check_arrays
 from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, PackedMatrices
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.documents import DocumentError, parse_json, typed
@@ -73,8 +74,6 @@ class BnbFolder(PackedMatrices):
             raise ModelError(f"{name} has a damaged quant_state ({error}); give the original float checkpoint") from error
         if not np.array_equal(self._index.tensor(f"{name}.weight.quant_map").float().numpy(), CODEBOOKS[kind]):
             raise ModelError(f"{name} has a custom codebook, which no operator supports; give the original float checkpoint")
-        rows, columns = state.shape
-        block = state.blocksize
         codes = (
             self._index.tensor(f"{name}.weight").contiguous().view(torch.uint8).flatten().numpy()
         )  # whatever type stored the bytes
@@ -88,11 +87,12 @@ class BnbFolder(PackedMatrices):
                     f"{name}: its nested scales do not fit its {absmax.size} blocks; give the original float checkpoint"
                 )
             absmax = table[absmax] * spread + np.float32(state.nested_offset)
-        if codes.size != -(-rows * columns // 2) or absmax.size != -(-rows * columns // block):
-            raise ModelError(
-                f"{name}: {codes.size} bytes and {absmax.size} scales do not fit a matrix of {rows} x {columns}; fetch it again"
-            )
-        return PackedLinear(name, (rows, columns), 4, block, codes, absmax.astype(np.float32), codebook=kind)
+        scales = absmax.astype(np.float32)
+        try:
+            check_arrays(PackedRow(state.shape, 4, state.blocksize, kind), {"codes": codes, "scales": scales})
+        except ValueError as error:
+            raise ModelError(f"{name} is damaged ({error}); give the original float checkpoint") from error
+        return PackedLinear(name, state.shape, 4, state.blocksize, codes, scales, codebook=kind)
 
     def _int8(self, name: str) -> PackedLinear:
         """Row-wise int8 (Dettmers et al. 2022): code = q + 128, scale = SCB / 127, repeated for every block of the operator."""
