@@ -46,6 +46,7 @@ class Tally:
         counts[result] += 1
         if result in FAULTS:
             self.faults.append(f"{result}: {told}")
+            print(self.faults[-1], file=sys.stderr, flush=True)  # at once, for a campaign may be stopped
 
     def table(self) -> str:
         """A line a kind, and their sum."""
