@@ -8,7 +8,7 @@ from edgepress.models.families import FAMILIES, head_size
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.files import JsonObject, read_json, write_json
-from edgepress.pipeline.runtime.decoder import end_tokens
+from edgepress.pipeline.model_files import end_tokens
 from transformers import PreTrainedConfig
 
 

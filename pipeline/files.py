@@ -9,26 +9,30 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, parse_object
 from edgepress.pipeline.errors import InputError, OutputError
 
-# What a JSON file holds whose keys are not ours: config.json of any model, tokenizer_config.json.
-JsonObject = dict[str, Any]
+__all__ = [
+    "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "files_below", "folder_bytes", "journal_of", "read_json", "remove",
+    "sha256", "write_json",
+]  # fmt: skip
 MANIFEST = "manifest.json"
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object from a file; InputError names the file when it is absent or not one."""
+    """A JSON object from a file; InputError names the file when it is absent or not one (documents.py has the bounds)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise InputError(f"{path} is not a file; give the complete folder")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}; give the complete folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); correct it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; correct it or fetch it again")
-    return content
+    try:
+        return parse_object(content)
+    except DocumentError as error:
+        raise InputError(f"{path} is {error}; correct it or replace it") from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -7,16 +7,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from edgepress.models import RECIPES
 from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.documents import DocumentError, parse_yaml
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.lock import writing
+from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     BenchOptions,
     ExportOptions,
@@ -50,9 +51,9 @@ def read(name: str) -> Recipe:
             raise OptionError(f"no recipe '{name}'{suggestion(name, shipped)}; give a YAML file or one of: {known}")
         file = shipped[name]
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); correct it") from error
+        content = parse_yaml(file.read_bytes())
+    except DocumentError as error:
+        raise OptionError(f"{file} is {error}; correct it") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
         raise OptionError(f"{file} must map each stage to its options, as in 'quantize: {{method: gptq}}'")
     if not content:
@@ -111,7 +112,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
     from edgepress.pipeline.text.windows import context_length, proof_window, read_text, text_windows  # not needed for --help
 
-    config = read_json(source / "config.json")
+    config = read_config(source)
     for _, options in steps:
         for name in _TEXTS:
             if isinstance(text := getattr(options, name, None), Path):

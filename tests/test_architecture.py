@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms from the ground up; a room imports those of earlier lines, and none of its own line but itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("pipeline.errors",),
-    (*(f"pipeline.{name}" for name in ("files", "lock", "progress", "registry", "search_path", "visible", "vocabulary")), "models"),
+    ("pipeline.errors", "pipeline.visible"),
+    ("pipeline.documents",),
+    (*(f"pipeline.{name}" for name in ("files", "lock", "progress", "registry", "search_path", "vocabulary")), "models"),
+    ("pipeline.model_files",),
     ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
@@ -34,9 +36,8 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
 STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "pipeline.bench", "exporters"}
 # report knows its own values and the ground.
-REPORT_KNOWS = {"models", "pipeline.visible"} | {
-    f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")
-}
+_GROUND = ("errors", "documents", "files", "progress", "registry", "methods", "visible", "vocabulary")
+REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in _GROUND}
 
 
 def room_of(module: str) -> str:

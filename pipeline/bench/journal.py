@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from edgepress.pipeline.report.plain import from_plain, to_plain
+from edgepress.pipeline.documents import DocumentError, parse_json, typed
+from edgepress.pipeline.report.plain import to_plain
 
 Value = TypeVar("Value")
 
@@ -28,10 +29,11 @@ class Journal:
         self._known: dict[str, object] = {}
         if file.is_file():
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, RecursionError):
-                    match json.loads(line):
-                        case [str(key), value]:
-                            self._known[key] = value
+                try:
+                    key, value = typed(tuple[str, object], parse_json(line), "line")
+                except DocumentError:
+                    continue
+                self._known[key] = value
         self.resumed = len(self._known)
 
     def key(self, *depends: object) -> str:
@@ -42,7 +44,7 @@ class Journal:
         """What was measured under a key, or None."""
         if key in self._known:
             with suppress(ValueError):  # written by another version: measured again
-                return from_plain(kind, self._known[key])
+                return typed(kind, self._known[key])
         return None
 
     def put(self, key: str, value: Value) -> Value:

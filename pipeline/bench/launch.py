@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgepress.pipeline.bench.jobs import Job
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import write_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.search_path import child_environment
 
 Answer = TypeVar("Answer")
@@ -47,7 +48,7 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
                 if "error" in event:
                     error = event["error"]
                 else:
-                    yield from_plain(answer, event)
+                    yield typed(answer, event)
             code = process.wait()
         finally:
             process.kill()

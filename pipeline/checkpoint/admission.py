@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, leads_out, read_json
+from edgepress.pipeline.files import JsonObject, leads_out
+from edgepress.pipeline.model_files import read_config
 
 log = logging.getLogger("edgepress")
 READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
@@ -21,13 +22,11 @@ def settings_of(folder: Path) -> JsonObject | None:
 
     ``quant_method`` is always there, "?" where the folder does not say.
     """
-    settings = read_json(folder / "config.json").get("quantization_config")
+    settings: JsonObject | None = read_config(folder).get("quantization_config")
     if not settings and (folder / "quantize_config.json").is_file():
         settings = {"quant_method": "gptq"} | read_json(folder / "quantize_config.json")
     if not settings:
         return None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{folder / 'config.json'}: quantization_config must be an object; correct it or fetch it again")
     return {"quant_method": "?"} | settings
 
 
@@ -78,7 +77,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
     quantized: accept one that GPTQ or bitsandbytes quantized.
     """
     check_links(folder)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ModelError(

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.models.pruned_config import layer_count_key
+from edgepress.pipeline import model_files
 from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_config
 from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import Weights
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.text.windows import context_length, load_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,7 +38,7 @@ class Checkpoint:
     @cached_property
     def raw_config(self) -> JsonObject:
         """The content of config.json."""
-        return read_json(self.path / "config.json")
+        return model_files.read_config(self.path)
 
     @cached_property
     def config(self) -> PreTrainedConfig:

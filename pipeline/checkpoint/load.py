@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from edgepress.pipeline.checkpoint.admission import check_code
 from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import read_json
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -40,7 +41,7 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
     try:
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # what a model's class raises for a number that does not fit has no common base
         raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
     return model
 
@@ -63,7 +64,9 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
             model, info = type(empty).from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=state, dtype=torch.float32, output_loading_info=True
             )
-        except (ValueError, RuntimeError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # as above
             raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); fetch both again") from error
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} for one; give the complete checkpoint")
@@ -101,4 +104,4 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return short_line(next((line for line in str(error).splitlines() if len(line.strip()) > 3), type(error).__name__))

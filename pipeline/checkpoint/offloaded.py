@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from edgepress.pipeline.checkpoint.load import quiet, read_config
 from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -53,8 +54,8 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32
             )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({error}); fetch both again") from error
+    except Exception as error:  # what a model's class raises for a number that does not fit has no common base
+        raise ModelError(f"the weights in {folder} do not fit config.json ({short_line(str(error))}); fetch both again") from error
     by_name = _WithTiedNames(weights, model.all_tied_weights_keys or {})
     for name, parameter in model.named_parameters():
         if name not in by_name:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepress.pipeline.documents import MAX_BYTES, DocumentError, parse_object, typed
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
 
@@ -21,6 +22,13 @@ _PIECE = 16 << 20
 _Copies = list[tuple[str, "TensorEntry"]]  # new name, what it is copied from
 
 
+@dataclass(frozen=True)
+class _Index:
+    """weight_map: tensor -> file."""
+
+    weight_map: dict[str, str]
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files with float weights: those that the index names; without one model.safetensors, else all there are.
 
@@ -28,9 +36,10 @@ def shards(folder: Path) -> list[Path]:
     ModelError for a damaged index and for a file that it names and that is not there.
     """
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise ModelError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
+        try:
+            places = typed(_Index, read_json(folder / INDEX), "index").weight_map
+        except DocumentError as error:
+            raise ModelError(f"{folder / INDEX} has no weight_map of file names ({error}); correct it or replace it") from error
         files = [folder / name for name in sorted(set(places.values()))]
         if missing := next((file for file in files if not file.is_file() or file.parent != folder), None):
             raise ModelError(f"{folder / INDEX} names {missing.name}, which is not there; give the complete checkpoint")
@@ -60,6 +69,19 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """What a header says of a tensor; data_offsets: of its first byte and behind its last, in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min((0, *self.shape, *self.data_offsets)) < 0 or max((0, *self.shape, *self.data_offsets)) >> 63:
+            raise ValueError("a size or offset out of range")
+
+
+@dataclass(frozen=True)
 class Header:
     """The header of one safetensors file. begin: where the data begins, in bytes."""
 
@@ -81,10 +103,15 @@ def read_header(file: Path) -> Header:
         try:
             if begin > size:
                 raise ValueError("header beyond the end")
-            content: JsonObject = json.loads(stream.read(length))
+            content = parse_object(stream.read(min(length, MAX_BYTES + 1)))
             metadata = content.pop("__metadata__", None)
-            entries = {name: _entry(file, begin, row) for name, row in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            metadata = None if metadata is None else typed(dict[str, str], metadata, "__metadata__")
+            rows = typed(dict[str, _Row], content, "tensors")
+            entries = {
+                name: TensorEntry(file, row.dtype, row.shape, *(begin + offset for offset in row.data_offsets))
+                for name, row in rows.items()
+            }
+        except ValueError as error:
             raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
     end = max((entry.end for entry in entries.values()), default=begin)
     if end != size:
@@ -95,15 +122,6 @@ def read_header(file: Path) -> Header:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or cut short ({error}); fetch or build it again") from error
     return Header(file, begin, metadata, entries)
-
-
-def _entry(file: Path, begin: int, row: JsonObject) -> TensorEntry:
-    """One row of a header whose data begins at ``begin``. Raises ValueError, KeyError or TypeError when it is malformed."""
-    first, end = row["data_offsets"]
-    integers = isinstance(first, int) and isinstance(end, int)
-    if not integers or not isinstance(row["dtype"], str) or not isinstance(row["shape"], list):
-        raise ValueError("a tensor without type, shape or offsets")
-    return TensorEntry(file, row["dtype"], tuple(row["shape"]), begin + first, begin + end)
 
 
 class ShardIndex:

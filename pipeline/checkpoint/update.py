@@ -8,7 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 
 import torch
-from edgepress.pipeline.checkpoint.dtypes import DTYPES
+from edgepress.pipeline.checkpoint.dtypes import dtype_of
 from edgepress.pipeline.checkpoint.shards import rows_of, shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
@@ -51,7 +51,7 @@ def without_code(content: JsonObject) -> JsonObject:
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The type of every tensor in a checkpoint's files."""
-    return {name: DTYPES[entry.dtype] for name, entry in rows_of(folder).items()}
+    return {name: dtype_of(name, entry.dtype) for name, entry in rows_of(folder).items()}
 
 
 def stored_dtype(dtypes: dict[str, torch.dtype], name: str, folder: Path) -> torch.dtype:

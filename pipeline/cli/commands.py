@@ -19,8 +19,8 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
-from edgepress.pipeline.cli.parser import parser
-from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say
+from edgepress.pipeline.cli.parser import parse
+from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say, speak_utf8
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import write_json
 from edgepress.pipeline.flags import make
@@ -34,12 +34,13 @@ Flags = dict[str, object]  # those that were given, by option name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    speak_utf8()
     with plain_output():
         return _main(arguments)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     log_to_terminal()
     interrupt.install_handlers()
     if warning := double_runtime():

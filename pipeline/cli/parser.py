@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +94,22 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
     return top
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command line; what may be left out at its end may also stand behind flags, where argparse loses it."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    plain = not any(word.startswith("-") for word in rest)
+    if plain and rest and options.verb == "bench":
+        options.others = [*options.others, *rest]
+    elif plain and len(rest) == 1 and options.verb == "build" and options.out is None:
+        options.out = Path(rest[0])
+    elif plain and len(rest) == 1 and options.verb == "run" and options.prompt is None:
+        options.prompt = rest[0]
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 SOURCE = "folder with config.json and safetensors, a .gguf file, a hub id, or 'reference' (the embedded model)"

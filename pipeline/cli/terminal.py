@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO, cast
 
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.registry import missing_package
 from edgepress.pipeline.visible import one_line, plain_progress, plain_text
@@ -60,7 +62,7 @@ def exit_code(error: BaseException) -> int:
         reason = str(missing)
     except OSError as error:  # the disk, or a path: nothing that a traceback would explain
         reason = _disk_reason(error)
-    say(f"error: {reason}")
+    say(f"error: {short_line(reason, most=4000)}")
     return 2
 
 
@@ -76,6 +78,13 @@ def _disk_reason(error: OSError) -> str:
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
         return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
+
+
+def speak_utf8() -> None:
+    """UTF-8 on stdout and stderr whatever the console's encoding; what is no character is spelt out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def log_to_terminal() -> None:

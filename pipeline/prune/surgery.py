@@ -12,12 +12,12 @@ import torch
 from edgepress.models.pruned_config import arithmetic_fields, layer_count_key, pruned_configs, renamed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.load import quiet
+from edgepress.pipeline.checkpoint.load import build_meta_model
 from edgepress.pipeline.checkpoint.shards import rewrite, rows_of, shards
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, write_json
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 # What a module knows of its own position; removal is there to change it.
 _POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "training"}
@@ -77,9 +77,8 @@ class _Structure:
     around: dict[str, Shape]
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, trust_remote_code: bool) -> _Structure:
-        with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    def of(cls, config: PreTrainedConfig, checkpoint: Checkpoint) -> _Structure:
+        model = build_meta_model(config, checkpoint.path, checkpoint.trust_remote_code)
         name, modules = decoder_blocks(model)
         # GPT-2 may scale attention by the layer's index: then the position is part of what a block does.
         scaled = any("layer_idx" in key and value for key, value in config.to_dict().items())
@@ -105,7 +104,7 @@ class _Search:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.whole = _Structure.of(checkpoint.config, checkpoint.trust_remote_code)
+        self.whole = _Structure.of(checkpoint.config, checkpoint)
         self.built: dict[str, _Structure | None] = {}
 
     def expressed(self, kept: Sequence[int]) -> JsonObject | None:
@@ -122,7 +121,7 @@ class _Search:
         if key not in self.built:
             config = type(self.checkpoint.config)
             try:
-                self.built[key] = _Structure.of(config.from_dict(copy.deepcopy(candidate)), self.checkpoint.trust_remote_code)
+                self.built[key] = _Structure.of(config.from_dict(copy.deepcopy(candidate)), self.checkpoint)
             except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, ModelError):
                 self.built[key] = None  # the architecture does not accept this way of writing it
         return self.built[key]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.report.steps import Quantization, Step
 from edgepress.pipeline.visible import one_line
 
@@ -24,7 +25,7 @@ class Figure:
     """All raw samples of one quantity in ``unit``. standard_error: where the value is itself a mean over many items."""
 
     unit: str
-    values: tuple[float, ...]
+    values: tuple[float | int, ...]  # a whole number stays one
     standard_error: float | None = None
 
     def __post_init__(self) -> None:
@@ -188,8 +189,8 @@ def read(file: Path) -> ReportFile:
     if content.get("schema") != SCHEMA:
         raise InputError(f"{file} was written by another edgepress; run edgepress bench again")
     try:
-        others = from_plain(_Others, content, "report")
-        return ReportFile((from_plain(Report, content, "report"), *others.compared_with), others.comparisons)
+        others = typed(_Others, content, "report")
+        return ReportFile((typed(Report, content, "report"), *others.compared_with), others.comparisons)
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); run edgepress bench again") from error
 

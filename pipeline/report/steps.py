@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.report.plain import from_plain
+
+_MOST_LAYERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Removal:
     layers: tuple[int, ...]
     criterion: str = "bi"
     influences: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != 2 or not all(0 <= count <= _MOST_LAYERS for count in self.layers):
+            raise ValueError("layers are not their number before and after")
 
 
 @dataclass(frozen=True)
@@ -95,23 +101,23 @@ class Step:
     @cached_property
     def removal(self) -> Removal | None:
         """Of a prune step."""
-        return from_plain(Removal, self.facts, "prune") if self.stage == "prune" else None
+        return typed(Removal, self.facts, "prune") if self.stage == "prune" else None
 
     @cached_property
     def healing(self) -> Healing | None:
         """Of a heal step."""
-        return from_plain(Healing, self.facts, "heal") if self.stage == "heal" else None
+        return typed(Healing, self.facts, "heal") if self.stage == "heal" else None
 
     @cached_property
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
         options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
-        return from_plain(Quantization, options, "quantize") if self.stage == "quantize" else None
+        return typed(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property
     def head(self) -> int | None:
         """Bits of the head after a quantize step; None where it is float."""
-        head = from_plain(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
+        head = typed(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
         return next(iter(head.values()), None) if isinstance(head, dict) else None
 
     @cached_property
@@ -122,7 +128,7 @@ class Step:
     @cached_property
     def export(self) -> Export | None:
         """Of an export step."""
-        return from_plain(Export, self.facts, "export") if self.stage == "export" else None
+        return typed(Export, self.facts, "export") if self.stage == "export" else None
 
 
 CHOSEN = {

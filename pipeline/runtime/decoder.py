@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.model_files import read_genai_config
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime import targets
+from edgepress.pipeline.runtime.signature import signature_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -54,20 +55,18 @@ class Decoder:
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime, self._file = onnxruntime, folder / model
         self._device = targets.TARGETS[target].device
-        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        self._shapes = {i.name: i.shape for i in caches}
+        try:
+            signature = signature_of(self.session)
+        except ValueError as error:
+            raise InputError(f"{folder / model} is not a graph that edgepress wrote: {error}; export again") from error
+        self._shapes = {name: (1, heads, 0, size) for name, (heads, size) in signature.caches.items()}
         # Activations, cache and logits: float16 in what is exported for a GPU.
-        self.dtype: type[np.float16] | type[np.float32] = (
-            np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
-        )
+        self.dtype: type[np.float16] | type[np.float32] = np.float16 if signature.half else np.float32
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.shared = metadata.get("edgepress.shared_cache") == "1"
         self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
-        try:
-            self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'genai_config.json'} has no context_length; export again") from error
-        self._vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
+        self.context = read_genai_config(folder).context_length
+        self._vocabulary = signature.vocabulary
         self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0
         self.reset()
@@ -211,17 +210,9 @@ class Decoder:
         """An empty cache for a batch."""
         return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
 
-    def _empty(self, shape: list[int], length: int) -> onnxruntime.OrtValue:
+    def _empty(self, shape: tuple[int, int, int, int], length: int) -> onnxruntime.OrtValue:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
         return self._filled(array)
 
     def _filled(self, array: np.ndarray) -> onnxruntime.OrtValue:
         return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
-
-
-def end_tokens(folder: Path) -> frozenset[int]:
-    """Ids that end a generation, from generation_config.json or config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.flags import make
+from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import RunOptions
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.whole import check_whole
 from edgepress.pipeline.text.windows import load_tokenizer
 from tokenizers import Tokenizer

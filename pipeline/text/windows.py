@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError, TextError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.model_files import read_config
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
 LONGEST_WINDOW = 2048
+_PROBE = "The old house stood. \u00c9t\u00e9, 2 \u5c71\n"
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 
@@ -42,11 +44,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
-    # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.decode(tokenizer.encode(_PROBE).ids)  # some faults show only in use
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and what is no Exception where its Rust code panics
+        raise ModelError(f"{file} cannot be used ({short_line(str(error))}); correct it or replace it") from error
     return tokenizer
 
 
@@ -62,7 +67,7 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 def context_length(folder: Path) -> int:
     """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     lengths = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
     if not all(isinstance(value, int) for value in lengths):
         raise ModelError(f"{folder / 'config.json'} gives its context as {lengths[0]!r}; it must be a whole number")

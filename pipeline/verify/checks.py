@@ -15,10 +15,11 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
-from edgepress.pipeline.files import MANIFEST, files_below, read_json
+from edgepress.pipeline.files import MANIFEST, files_below
+from edgepress.pipeline.model_files import end_tokens, read_config, read_genai_config
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.registry import require
-from edgepress.pipeline.runtime.decoder import MODEL, Decoder, end_tokens
+from edgepress.pipeline.runtime.decoder import MODEL, Decoder
 from edgepress.pipeline.text.windows import load_tokenizer
 
 State = Literal["ok", "failed", "not checked"]
@@ -129,9 +130,9 @@ def _register_normalization() -> None:
 
 def _tokenizer(folder: Path) -> str:
     tokenizer = load_tokenizer(folder)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     ids = tokenizer.encode(PROMPT).ids
-    size = int(config.get("vocab_size", 0))
+    size: int = config.get("vocab_size") or 0
     if not ids or max(ids) >= size:
         raise InputError(f"tokenizer.json has ids beyond the {size} tokens of the model; copy the complete folder again")
     return f"{tokenizer.get_vocab_size():,} tokens"
@@ -152,9 +153,9 @@ def _loads(folder: Path) -> str:
     decoder = Decoder(folder)
     import onnxruntime
 
-    described = read_json(folder / "genai_config.json")["model"]
+    described = read_genai_config(folder)
     layers = sum(i.name.endswith(".key") for i in decoder.session.get_inputs())
-    configured = (described.get("decoder", {}).get("num_hidden_layers"), described.get("vocab_size"))
+    configured = (described.decoder.num_hidden_layers, described.vocab_size)
     actual = (layers, decoder.session.get_outputs()[0].shape[-1])
     if configured != actual:
         raise InputError(

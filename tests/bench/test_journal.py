@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.bench.jobs import Bandwidth, ColdSample, QualityJob, Round, Sample, ScoringRow, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.files import read_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 
 SHORT = ["--prompt-lengths", "8", "--new-tokens", "4", "--text-tokens", "256"]
 
@@ -97,6 +98,6 @@ def test_what_was_measured_comes_back_as_the_same_value(tmp_path: Path) -> None:
     Journal(tmp_path / "journal").put(key, measured)
     assert Journal(tmp_path / "journal").get(Round, key) == measured
     job = QualityJob(((1, 2), (3,)), None, (ScoringRow("k", "onnx", "folder"),), False, "cpu")
-    assert from_plain(QualityJob, json.loads(json.dumps(object_of(job)))) == job
+    assert typed(QualityJob, json.loads(json.dumps(object_of(job)))) == job
     with pytest.raises(ValueError, match="kind"):
-        from_plain(ScoringRow, {"key": "k", "kind": "gguf", "folder": "folder"})
+        typed(ScoringRow, {"key": "k", "kind": "gguf", "folder": "folder"})

@@ -31,7 +31,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
     "config is no JSON": (write("config.json", b"{model_type: llama"), ("config.json is not valid JSON",)),
-    "config is no object": (write("config.json", b"[]"), ("config.json must hold a JSON object",)),
+    "config is no object": (write("config.json", b"[]"), ("config.json is not a JSON object",)),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), ("config.json is not valid JSON",)),
     "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "not a causal language model", "give")),
     "t5": (
@@ -88,7 +88,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
-    "negative hidden size": (change(hidden_size=-64), ("do not fit",)),
+    "negative hidden size": (change(hidden_size=-64), ("hidden_size is -64",)),
     "other shapes": (change(vocab_size=5121), ("do not fit",)),
     "more layers than weights": (change(num_hidden_layers=6), ("lacks weights", "layers.4")),
 }

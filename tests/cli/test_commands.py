@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 from edgepress.pipeline import options
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.cli import terminal
+from edgepress.pipeline.cli.parser import parse
 from edgepress.pipeline.flags import setting_of
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.model_files import end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import stream
 from edgepress.pipeline.text.windows import load_tokenizer
 
@@ -75,7 +78,7 @@ for arguments in [["--help"], ["--version"], *([verb, "--help"] for verb in {VER
         main(arguments)
     except SystemExit as stop:
         print("code", stop.code)
-heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy"}}
+heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy", "msgspec"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -294,3 +297,36 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
 def test_former_and_shortened_flags_are_refused(line: str, says: str, call: Callable) -> None:
     result = call(*line.split())
     assert result.code == 2 and says in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("run DIR --max-new-tokens 2 Once", "prompt", "Once"),
+        ("run DIR --chat Hi", "prompt", "Hi"),
+        ("run --chat DIR Hi", "prompt", "Hi"),
+        ("build reference --target cpu OUT", "out", Path("OUT")),
+        ("bench A --repeats 1 B C", "others", ["B", "C"]),
+    ],
+)
+def test_what_may_be_left_out_may_stand_behind_flags(line: str, name: str, value: object) -> None:
+    """Argparse alone takes it for absent when it meets a flag."""
+    assert getattr(parse(line.split()), name) == value
+
+
+@pytest.mark.parametrize("line", ["run DIR Once --seed 1 more", "run DIR --nothing Once", "show DIR more", "build A B --bits 4 c"])
+def test_what_is_too_much_is_refused(line: str, call: Call) -> None:
+    result = call(*line.split())
+    assert result.code == 2 and result.err.startswith("error: unrecognized arguments") and result.err.count("\n") == 1
+
+
+def test_output_is_utf8_whatever_the_console(exported: Path) -> None:
+    """A pipe of cp1252 has no arrow."""
+    command = [sys.executable, "-m", "edgepress.pipeline.cli", "run", str(exported), "Once \u2192", "--max-new-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stdout.decode().startswith("Once \u2192"), done.stderr
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(call: Call) -> None:
+    result = call("show", "a\nb\x1b[31m")
+    assert result.code == 2 and result.err.count("\n") == 1 and "\x1b" not in result.err

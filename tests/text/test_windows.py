@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.text.windows import load_tokenizer, read_text, text_windows
 
 
@@ -40,3 +42,17 @@ def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> Non
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
     assert read_text(file) == "one\u2028two\n\nthree"
+
+
+@pytest.mark.parametrize(
+    "part", [{"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}}, {"model": 5}, {"decoder": []}]
+)
+def test_a_tokenizer_that_fails_in_use_is_refused_at_once(
+    part: dict[str, object], tiny: Path, copy_of: Callable[..., Path]
+) -> None:
+    """The library loads some whose every encoding is an exception, or a panic of its Rust code."""
+    folder = copy_of(tiny)
+    content = json.loads((folder / "tokenizer.json").read_text()) | part
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer.json cannot be used"):
+        load_tokenizer(folder)
