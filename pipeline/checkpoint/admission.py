@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, leads_out
+from edgepress.pipeline.files import JsonObject, leads_out, read_json
 from edgepress.pipeline.model_files import read_config
 
 log = logging.getLogger("edgepress")

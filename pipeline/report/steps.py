@@ -123,7 +123,7 @@ class Step:
     @cached_property
     def tuning(self) -> Tuning | None:
         """Of a tune step."""
-        return from_plain(Tuning, self.facts, "tune") if self.stage == "tune" else None
+        return typed(Tuning, self.facts, "tune") if self.stage == "tune" else None
 
     @cached_property
     def export(self) -> Export | None:
