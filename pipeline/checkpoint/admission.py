@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json
 
@@ -45,6 +46,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         way = ", or export it as it is" if method in READABLE else ""
         raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
     if any(folder.glob("*.safetensors")):
+        shards(folder)
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise ModelError(
