@@ -43,7 +43,8 @@ class Reading:
             )
             facts["unused_tensors"] = list(self.unused)
         if self.untied:
-            log.info("%s: config.json ties the head to the embedding, and the weights hold two; both are kept, as transformers does", stage)
+            why = "config.json ties the head to the embedding, and the weights hold two; both are kept, as transformers does"
+            log.info("%s: %s", stage, why)
             facts["untied_head"] = True
         return facts
 

@@ -25,8 +25,8 @@ def shards(folder: Path) -> list[Path]:
     """The safetensors files with float weights: those that the index names; without an index, model.safetensors.
 
     What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too; but a
-    lone file of AutoGPTQ is. Empty where there are none. Raises ModelError for a damaged index, a file that it names and that is not there, and a folder
-    where nothing says which files count.
+    lone file of AutoGPTQ is. Empty where there are none. Raises ModelError for a damaged index, a file that it names and that
+    is not there, and a folder where nothing says which files count.
     """
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
@@ -41,7 +41,7 @@ def shards(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
-    if not others or len(others) == 1 and (folder / "quantize_config.json").is_file():
+    if not others or (len(others) == 1 and (folder / "quantize_config.json").is_file()):
         return others
     raise ModelError(
         f"{folder} has neither model.safetensors nor {INDEX}, so nothing says whether {others[0].name} is the model's; give the "

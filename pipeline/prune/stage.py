@@ -66,19 +66,23 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     _prove(plan, pruned, source.family)
     perplexities = [perplexity(loss) for loss in (plan.loss, mean_loss(pruned, held_out))]
     _report(plan.choice.removed, layers, perplexities)
-    facts = read | _choice_facts(options, plan, layers) | {
-        "parameters": [plan.parameters, pruned.num_parameters()],
-        "bytes": [folder_bytes(source.path), folder_bytes(out)],
-        "held_out_perplexity": perplexities,
-        "evaluations": plan.choice.evaluations,
-        "evaluation_seconds": round(plan.choice.seconds, 2),
-        "calibration": {
-            "sha256": sha256(options.calibration),
-            "ranking_positions": sum(map(len, ranking)),
-            "held_out_positions": sum(map(len, held_out)),
-        },
-        "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
-    }
+    facts = (
+        read
+        | _choice_facts(options, plan, layers)
+        | {
+            "parameters": [plan.parameters, pruned.num_parameters()],
+            "bytes": [folder_bytes(source.path), folder_bytes(out)],
+            "held_out_perplexity": perplexities,
+            "evaluations": plan.choice.evaluations,
+            "evaluation_seconds": round(plan.choice.seconds, 2),
+            "calibration": {
+                "sha256": sha256(options.calibration),
+                "ranking_positions": sum(map(len, ranking)),
+                "held_out_positions": sum(map(len, held_out)),
+            },
+            "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
+        }
+    )
     if (stability := plan.influence.stability()) is not None:
         facts["rank_correlation_of_halves"] = stability
     write_influence(out, facts, plan.influence, plan.choice)
