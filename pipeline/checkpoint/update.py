@@ -11,6 +11,7 @@ import torch
 from edgepress.pipeline.checkpoint.dtypes import DTYPES
 from edgepress.pipeline.checkpoint.shards import rows_of, shards
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.text.tokenizer import write_tokenizer
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
@@ -21,11 +22,15 @@ NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training
 
 
 def carry_files(source: Path, out: Path) -> None:
-    """Copy what belongs to a checkpoint besides its weights and config: tokenizer, chat template, generation config, licence."""
+    """Copy what belongs to a checkpoint besides its weights and config: tokenizer, chat template, generation config, licence.
+
+    The tokenizer's files are completed by what transformers knows beyond them.
+    """
     for file in sorted(source.iterdir()):
         carried = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES
         if file.is_file() and carried and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED:
             shutil.copy2(file, out / file.name)
+    write_tokenizer(source, out)
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:

@@ -41,7 +41,8 @@ class ChatTemplate:
         Raises InputError when the template refuses the messages.
         """
         try:
-            text: str = self._template.render(messages=messages, add_generation_prompt=answer, **self._special)
+            given = {"messages": messages, "add_generation_prompt": answer, "tools": None, "documents": None}
+            text: str = self._template.render(given | self._special)
         except Exception as error:
             raise InputError(
                 f"the chat template in {self._name} refuses this conversation ({error}); change the message, or run without --chat"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.text.tokenizer import tokenizer_of
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
@@ -33,21 +34,8 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(
-            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
-            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
-    # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    """The tokenizer of a checkpoint or artifact, as transformers makes it. Raises ModelError when it has none."""
+    return tokenizer_of(folder)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
