@@ -30,7 +30,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     """
     require("onnxruntime")
     checkpoint = Checkpoint(source.path, options.trust_remote_code, options.original)
-    read = checkpoint.reading.facts("export")
+    read = checkpoint.remarks("export")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
     # A trace needs all weights at once; a comparison reads one matrix at a time.

@@ -1,4 +1,4 @@
-"""Which folders are refused: no causal language model, no safetensors, already quantized, or Python code that is not trusted."""
+"""Which folders are refused: no causal language model, no safetensors or tokenizer, quantized already, or code that is not trusted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.text.windows import load_tokenizer
 
 READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
 
@@ -47,6 +48,8 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
     if any(folder.glob("*.safetensors")):
         shards(folder)
+        if not (folder / "tokenizer.json").is_file():  # transformers may make one of other files
+            load_tokenizer(folder)
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,11 @@ from edgepress.pipeline.checkpoint.reading import Reading
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.files import JsonObject, read_json
-from edgepress.pipeline.text.windows import context_length, load_tokenizer
+from edgepress.pipeline.text.windows import context_length, load_tokenizer, vocabulary
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger("edgepress")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,19 @@ class Checkpoint:
         """``ShardIndex.rewrite`` of what the model uses: all else is left behind."""
         used = self.weights.stored
         return self.index.rewrite(out, lambda name: rename(name) if name in used else None)
+
+    def remarks(self, stage: str) -> JsonObject:
+        """What in the folder does not fit together and is no obstacle: logged for a stage, returned for its manifest.
+
+        Raises ModelError when weights, config or tokenizer cannot be read.
+        """
+        facts, rows = self.reading.facts(stage), vocabulary(self.path)
+        beyond = {id: name for name, id in self.tokenizer.get_vocab().items() if rows is not None and id >= rows}
+        if beyond:
+            names = [beyond[id] for id in sorted(beyond)]
+            log.info("%s: the embedding has %d rows, and the tokenizer knows more tokens: %s", stage, rows, ", ".join(names[:3]))
+            facts["tokens_beyond_embedding"] = names
+        return facts
 
     def model(self) -> PreTrainedModel:
         """The torch model, float32 on the CPU, in evaluation mode; packed matrices dequantized."""

@@ -54,7 +54,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
     layers = checkpoint.layers
     options.amount(layers)  # what is impossible is refused before minutes are spent on measuring
-    read = checkpoint.reading.facts("prune")
+    read = checkpoint.remarks("prune")
     if len(options.remove_layers) == 1:  # --remove-layers used to take a count
         log.info("prune: removing the layer with index %d (for a number of layers: --remove-count)", options.remove_layers[0])
     if options.remove_layers:

@@ -34,7 +34,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     checkpoint, run = Checkpoint(source.path, options.trust_remote_code), METHODS[options.method].run
     carry_files(source.path, out)
     write_json(out / "config.json", checkpoint.raw_config)
-    read = checkpoint.reading.facts("quantize")
+    read = checkpoint.remarks("quantize")
     if run is None:
         checkpoint.rewrite(out, lambda name: name)
         packed.save({}, out)

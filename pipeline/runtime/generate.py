@@ -10,7 +10,7 @@ from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
-from edgepress.pipeline.text.windows import load_tokenizer
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
 
 
@@ -40,6 +40,7 @@ class TextModel:
         ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
         if not prompt or not len(ids):
             raise TextError("the prompt is empty; give some text to continue")
+        check_ids(ids.tolist(), self.tokenizer, self.decoder.vocabulary, "the prompt")
         needed = len(ids) + max_new_tokens
         if needed > self.decoder.context:
             raise OptionError(

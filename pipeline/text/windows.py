@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,21 @@ def context_length(folder: Path) -> int:
     return int(min([LONGEST_WINDOW, *lengths]))
 
 
+def vocabulary(folder: Path) -> int | None:
+    """Rows of the embedding, by config.json; None where it does not say."""
+    size = read_json(folder / "config.json").get("vocab_size")
+    return size if type(size) is int else None
+
+
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer, size: int | None, where: str) -> None:
+    """Raise TextError for ids beyond the embedding: a token that was added to the tokenizer and never to the model."""
+    if size is not None and ids and (highest := max(ids)) >= size:
+        raise TextError(
+            f"{where} has the token {tokenizer.id_to_token(highest)!r}, number {highest}, beyond the {size} rows of the model's "
+            "embedding; leave it out, or give the model with its own tokenizer"
+        )
+
+
 def proof_window(folder: Path) -> int:
     """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it. Raises ModelError."""
     context = context_length(folder)
@@ -85,7 +101,8 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError for a text shorter than one window, or (``exact``) than the budget.
+    Raises TextError for a text shorter than one window, or (``exact``) than the budget, and for one with tokens that the model
+    has no row for.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
@@ -98,6 +115,7 @@ def text_windows(
         ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
     ids = ids[skip : skip + budget] if seed is None else ids[skip:]
     start = beginning(tokenizer)
+    check_ids([*start, *ids], tokenizer, vocabulary(folder), str(path))
     body = length - len(start)
     if len(ids) < min(body, budget):
         after = f" after the {skip} skipped" if skip else ""
