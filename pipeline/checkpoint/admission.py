@@ -1,4 +1,4 @@
-"""Which folders are refused: no causal language model, no safetensors or tokenizer, quantized already, or code that is not trusted."""
+"""Which folders are refused: no causal model, no safetensors, no tokenizer, already quantized, or code that is not trusted."""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class Resolved:
 
 
 def read_file(folder: Path) -> Tokenizer:
-    """The tokenizer of tokenizer.json as it stands. Raises ModelError for a damaged file."""
+    """The tokenizer of tokenizer.json as it stands. Raises ModelError for a damaged file and for none."""
+    if not (folder / FILE).is_file():
+        raise ModelError(f"{folder} has no {FILE}; give the complete folder")
     try:
         return Tokenizer.from_file(str(folder / FILE))
     except Exception as error:  # the library raises plain Exception
@@ -82,7 +84,7 @@ def write_tokenizer(source: Path, out: Path) -> None:
 def _files_say_all(folder: Path) -> bool:
     """Whether edgepress wrote the folder, or tokenizer.json has every special token and is of a class that takes it as it is."""
     if (folder / MANIFEST).is_file() or (folder / "model.onnx").is_file():
-        return (folder / FILE).is_file()
+        return True
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     if not (folder / FILE).is_file() or settings.get("tokenizer_class") not in _AS_THE_FILE_SAYS or model_type in OWN_CLASS:
