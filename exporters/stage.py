@@ -30,6 +30,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     """
     require("onnxruntime")
     checkpoint = Checkpoint(source.path, options.trust_remote_code, options.original)
+    read = checkpoint.remarks("export")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
     # A trace needs all weights at once; a comparison reads one matrix at a time.
@@ -47,7 +48,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
-    facts: JsonObject = {
+    facts: JsonObject = read | {
         "source": source.identity(),
         "exporter": exporter,
         "target": options.target,

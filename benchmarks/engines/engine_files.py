@@ -121,7 +121,7 @@ def fewer_layers(source: Path, out: Path) -> None:
     out.mkdir()
     checkpoint = Checkpoint(source)
     kept = [index for index in range(checkpoint.layers) if index % EVERY_FOURTH != 2]
-    remove_blocks(source, out, "model.layers", kept, pruned_config(checkpoint, kept))
+    remove_blocks(checkpoint, out, "model.layers", kept, pruned_config(checkpoint, kept))
 
 
 def press(stage: str, *arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Which folders are refused: no causal language model, no safetensors, already quantized, code or links that are not trusted."""
+"""Which folders are refused: no causal model, no safetensors, no tokenizer, already quantized, code or links not trusted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 from functools import cache
 from pathlib import Path
 
+from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, leads_out, read_json
 from edgepress.pipeline.model_files import read_config
+from edgepress.pipeline.text.windows import load_tokenizer
 
 log = logging.getLogger("edgepress")
 READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
@@ -91,6 +93,9 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         way = ", or export it as it is" if method in READABLE else ""
         raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
     if any(folder.glob("*.safetensors")):
+        shards(folder)
+        if not (folder / "tokenizer.json").is_file():  # transformers may make one of other files
+            load_tokenizer(folder)
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise ModelError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from edgepress.pipeline.checkpoint.admission import check_code
+from edgepress.pipeline.checkpoint.reading import Reading, read_together
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
@@ -73,9 +74,16 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
     return model.eval()
 
 
+def read_folder(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> Reading:
+    """Config and weights of a folder as transformers takes them together. Raises ModelError."""
+    config = read_config(folder, trust_remote_code)
+    return read_together(config, Weights(folder, original), build_meta_model(config, folder, trust_remote_code))
+
+
 def load_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
     """``Checkpoint.model`` of a folder."""
-    return build_model(read_config(folder, trust_remote_code), Weights(folder, original), trust_remote_code)
+    read = read_folder(folder, trust_remote_code, original)
+    return build_model(read.config, read.weights, trust_remote_code)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:

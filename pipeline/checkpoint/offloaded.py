@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
-from edgepress.pipeline.checkpoint.load import quiet, read_config
+from edgepress.pipeline.checkpoint.load import quiet, read_folder
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
@@ -46,7 +46,7 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
     when weights are damaged, missing or of the wrong shape.
     """
     folder = weights.folder
-    for _ in weights.index.tensors():  # raises for NaN and Inf
+    for _ in weights.floats():  # raises for NaN and Inf
         pass
     try:
         # Buffers are computed by the constructors and must be real; the weights take no memory.
@@ -68,4 +68,5 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
 
 def offloaded_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
     """``Checkpoint.offloaded_model`` of a folder."""
-    return build_offloaded_model(read_config(folder, trust_remote_code), Weights(folder, original), trust_remote_code)
+    read = read_folder(folder, trust_remote_code, original)
+    return build_offloaded_model(read.config, read.weights, trust_remote_code)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -213,11 +214,14 @@ _STORED = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 class PackedMatrices(Mapping[str, PackedLinear]):
     """Module name -> PackedLinear of a folder, read one at a time so that a big model never stands in memory whole.
 
-    parts: names among the folder's float tensors that belong to packed matrices. described: what the manifest records of a
-    folder that another library quantized; None for ours.
+    parts: name among the folder's float tensors -> the module whose packed matrix it belongs to. codes: those of them that hold
+    codes, whatever their type. leaves_head_float: whether the output head is never among them. described: what the manifest
+    records of a folder that another library quantized; None for ours.
     """
 
-    parts: AbstractSet[str] = frozenset()
+    parts: Mapping[str, str] = MappingProxyType({})
+    codes: AbstractSet[str] = frozenset()
+    leaves_head_float = False
     described: JsonObject | None = None
 
     def __init__(self, modules: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,11 @@ class _Index:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files with float weights: those that the index names; without one model.safetensors, else all there are.
+    """The safetensors files with float weights: those that the index names; without an index, model.safetensors.
 
-    What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too. Raises
-    ModelError for a damaged index and for a file that it names and that is not there.
+    What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too; but a
+    lone file of AutoGPTQ is. Empty where there are none. Raises ModelError for a damaged index, a file that it names and that
+    is not there, and a folder where nothing says which files count.
     """
     if (folder / INDEX).is_file():
         try:
@@ -49,7 +50,12 @@ def shards(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
-    return sorted(folder.glob("model*.safetensors")) or others
+    if not others or (len(others) == 1 and (folder / "quantize_config.json").is_file()):
+        return others
+    raise ModelError(
+        f"{folder} has neither model.safetensors nor {INDEX}, so nothing says whether {others[0].name} is the model's; give the "
+        "complete checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -173,14 +179,15 @@ class ShardIndex:
         """A tensor in its stored type. Raises ModelError when it is missing or of a type that torch lacks."""
         return _tensor(name, self[name])
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor in its stored type, file by file. Raises ModelError for NaN and Inf."""
+    def tensors(self, names: Container[str], finite: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors ``names`` in their stored types, file by file. Raises ModelError for NaN and Inf in those of ``finite``."""
         import torch
 
         for header in self.headers:
-            for name in sorted(header.entries):
+            for name in filter(names.__contains__, sorted(header.entries)):
                 tensor = _tensor(name, header.entries[name])
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+                floating = name in finite and tensor.is_floating_point()
+                if floating and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
                     raise ModelError(f"{name} in {header.file} holds NaN or Inf; the checkpoint is broken there, fetch it again")
                 yield name, tensor
 

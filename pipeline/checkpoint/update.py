@@ -12,6 +12,7 @@ from edgepress.pipeline.checkpoint.dtypes import dtype_of
 from edgepress.pipeline.checkpoint.shards import rows_of, shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
+from edgepress.pipeline.text.tokenizer import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -25,7 +26,8 @@ NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training
 def carry_files(source: Path, out: Path, trusted: bool) -> None:
     """Copy what belongs to a checkpoint besides its weights and config: tokenizer, chat template, generation config, licence.
 
-    trusted: carry its Python code, too. Else what would make transformers run code is left out of its JSON files.
+    trusted: carry its Python code, too. Else what would make transformers run code is left out of its JSON files. The tokenizer's
+    files are completed by what transformers knows beyond them.
     """
     for file in sorted(source.iterdir()):
         carried = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES or (trusted and file.suffix == ".py")
@@ -36,6 +38,7 @@ def carry_files(source: Path, out: Path, trusted: bool) -> None:
             write_json(out / file.name, without_code(content))
         else:
             shutil.copy2(file, out / file.name)
+    write_tokenizer(source, out)
 
 
 def without_code(content: JsonObject) -> JsonObject:

@@ -54,32 +54,35 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
     layers = checkpoint.layers
     options.amount(layers)  # what is impossible is refused before minutes are spent on measuring
+    read = checkpoint.remarks("prune")
     if len(options.remove_layers) == 1:  # --remove-layers used to take a count
         log.info("prune: removing the layer with index %d (for a number of layers: --remove-count)", options.remove_layers[0])
     if options.remove_layers:
         pruned_config(checkpoint, _others(layers, options.remove_layers))
     ranking, held_out = calibration(source.path, options)
     plan = _plan(checkpoint, options, ranking, held_out)
-    remove_blocks(
-        source.path, out, plan.block_list, _others(layers, plan.choice.removed), plan.config, checkpoint.trust_remote_code
-    )
+    remove_blocks(checkpoint, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)
     pruned = Checkpoint(out, options.trust_remote_code).model()
     _prove(plan, pruned, source.family)
     perplexities = [perplexity(loss) for loss in (plan.loss, mean_loss(pruned, held_out))]
     _report(plan.choice.removed, layers, perplexities)
-    facts = _choice_facts(options, plan, layers) | {
-        "parameters": [plan.parameters, pruned.num_parameters()],
-        "bytes": [folder_bytes(source.path), folder_bytes(out)],
-        "held_out_perplexity": perplexities,
-        "evaluations": plan.choice.evaluations,
-        "evaluation_seconds": round(plan.choice.seconds, 2),
-        "calibration": {
-            "sha256": sha256(options.calibration),
-            "ranking_positions": sum(map(len, ranking)),
-            "held_out_positions": sum(map(len, held_out)),
-        },
-        "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
-    }
+    facts = (
+        read
+        | _choice_facts(options, plan, layers)
+        | {
+            "parameters": [plan.parameters, pruned.num_parameters()],
+            "bytes": [folder_bytes(source.path), folder_bytes(out)],
+            "held_out_perplexity": perplexities,
+            "evaluations": plan.choice.evaluations,
+            "evaluation_seconds": round(plan.choice.seconds, 2),
+            "calibration": {
+                "sha256": sha256(options.calibration),
+                "ranking_positions": sum(map(len, ranking)),
+                "held_out_positions": sum(map(len, held_out)),
+            },
+            "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
+        }
+    )
     if (stability := plan.influence.stability()) is not None:
         facts["rank_correlation_of_halves"] = stability
     write_influence(out, facts, plan.influence, plan.choice)

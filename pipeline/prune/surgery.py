@@ -13,7 +13,6 @@ from edgepress.models.pruned_config import arithmetic_fields, layer_count_key, p
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import build_meta_model
-from edgepress.pipeline.checkpoint.shards import rewrite, rows_of, shards
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, write_json
@@ -25,19 +24,21 @@ Setting = int | float | bool | str | None
 Shape = tuple[int, ...]
 
 
-def remove_blocks(source: Path, out: Path, name: str, kept: Sequence[int], config: JsonObject, trusted: bool = False) -> None:
+def remove_blocks(source: Checkpoint, out: Path, name: str, kept: Sequence[int], config: JsonObject) -> None:
     """Write ``source`` with only the ``kept`` blocks (indices in ``source``, ascending) into the folder ``out``.
 
     name: of the block list, as "model.layers". Weights keep their dtype and bytes and are never loaded: memory does not grow
-    with the checkpoint. Tokenizer and generation config are carried over, Python code where ``trusted``; ``config`` is the new
+    with the checkpoint. Tokenizer and generation config are carried over, Python code where it is trusted; ``config`` is the new
     config.json.
     Raises ModelError when the tensors in the files do not go by the architecture's names.
     """
     prefixes = (name, name.split(".", 1)[-1])  # some checkpoints omit the base model's prefix in their names
-    if not any(renamed(tensor, prefixes, []) is None for tensor in rows_of(source)):
-        raise ModelError(f"no tensor in {source} belongs to '{name}'; save the model again with this transformers' save_pretrained")
-    rewrite(shards(source), out, lambda tensor: renamed(tensor, prefixes, kept))
-    carry_files(source, out, trusted)
+    if not any(renamed(tensor, prefixes, []) is None for tensor in source.shapes):
+        raise ModelError(
+            f"no tensor in {source.path} belongs to '{name}'; save the model again with this transformers' save_pretrained"
+        )
+    source.rewrite(out, lambda tensor: renamed(tensor, prefixes, kept))
+    carry_files(source.path, out, source.trust_remote_code)
     write_json(out / "config.json", config)
 
 

@@ -84,7 +84,7 @@ def _settings(job: QuantizeJob) -> GptqSettings:
     options, folder = job.options, job.checkpoint.path
     return GptqSettings(
         model=str(folder.resolve()),
-        weights={p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))},
+        weights={p.name: sha256(p) for p in job.checkpoint.index.files},
         gptqmodel=version("gptqmodel"),
         bits=options.weight_bits,
         group_size=options.group,

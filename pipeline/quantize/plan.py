@@ -102,7 +102,7 @@ def with_full_names(checkpoint: Checkpoint, model: PreTrainedModel, out: Path) -
     """
     prefix = model.base_model_prefix + "."
     parameters = {name for name, _ in model.named_parameters()}
-    if not any(name not in parameters and prefix + name in parameters for name in checkpoint.index):
+    if not any(name not in parameters and prefix + name in parameters for name in checkpoint.shapes):
         yield checkpoint
         return
     copy = out / "full-names"
@@ -110,7 +110,7 @@ def with_full_names(checkpoint: Checkpoint, model: PreTrainedModel, out: Path) -
     try:
         carry_files(checkpoint.path, copy, checkpoint.trust_remote_code)
         shutil.copy2(checkpoint.path / "config.json", copy)
-        checkpoint.index.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
+        checkpoint.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
         yield Checkpoint(copy, checkpoint.trust_remote_code)
     finally:
         shutil.rmtree(copy)

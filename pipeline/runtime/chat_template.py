@@ -32,7 +32,8 @@ class ChatTemplate:
         Raises InputError when the template refuses the messages, and when it does not end.
         """
         try:
-            return self._process.render({"messages": messages, "add_generation_prompt": answer, **self._special})
+            given = {"messages": messages, "add_generation_prompt": answer, "tools": None, "documents": None}
+            return self._process.render(given | self._special)
         except TemplateError as error:
             raise InputError(
                 f"the chat template in {self._name} refuses this conversation ({error}); change the message, or run without --chat"

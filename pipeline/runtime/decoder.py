@@ -66,7 +66,7 @@ class Decoder:
         self.shared = metadata.get("edgepress.shared_cache") == "1"
         self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
         self.context = read_genai_config(folder).context_length
-        self._vocabulary = signature.vocabulary
+        self.vocabulary = signature.vocabulary
         self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0
         self.reset()
@@ -120,7 +120,7 @@ class Decoder:
         # bind_cpu_input knows only the required inputs, not an overridable initializer
         value = self._onnxruntime.OrtValue.ortvalue_from_numpy
         binding.bind_ortvalue_input("logits_to_keep", value(np.array([keep], dtype=np.int64)))
-        logits = np.empty((1, 1, self._vocabulary), dtype=self.dtype)
+        logits = np.empty((1, 1, self.vocabulary), dtype=self.dtype)
         one = 1 in (keep, len(ids))
         if one:  # asking the binding for its outputs would wrap the whole cache at every token
             binding.bind_ortvalue_output("logits", value(logits))

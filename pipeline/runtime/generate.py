@@ -12,7 +12,7 @@ from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.whole import check_whole
-from edgepress.pipeline.text.windows import load_tokenizer
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
 
 
@@ -43,6 +43,7 @@ class TextModel:
         ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
         if not prompt or not len(ids):
             raise TextError("the prompt is empty; give some text to continue")
+        check_ids(ids.tolist(), self.tokenizer, self.decoder.vocabulary, "the prompt")
         needed = len(ids) + max_new_tokens
         if needed > self.decoder.context:
             raise OptionError(

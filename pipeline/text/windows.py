@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.model_files import read_config
+from edgepress.pipeline.text.tokenizer import tokenizer_of
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
 LONGEST_WINDOW = 2048
-_PROBE = "The old house stood. \u00c9t\u00e9, 2 \u5c71\n"
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 
@@ -35,24 +35,8 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(
-            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
-            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-        # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.decode(tokenizer.encode(_PROBE).ids)  # some faults show only in use
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and what is no Exception where its Rust code panics
-        raise ModelError(f"{file} cannot be used ({short_line(str(error))}); correct it or replace it") from error
-    return tokenizer
+    """The tokenizer of a checkpoint or artifact, as transformers makes it. Raises ModelError when it has none."""
+    return tokenizer_of(folder)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -72,6 +56,21 @@ def context_length(folder: Path) -> int:
     if not all(isinstance(value, int) for value in lengths):
         raise ModelError(f"{folder / 'config.json'} gives its context as {lengths[0]!r}; it must be a whole number")
     return int(min([LONGEST_WINDOW, *lengths]))
+
+
+def vocabulary(folder: Path) -> int | None:
+    """Rows of the embedding, by config.json; None where it does not say."""
+    size = read_config(folder).get("vocab_size")
+    return size if type(size) is int else None
+
+
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer, size: int | None, where: str) -> None:
+    """Raise TextError for ids beyond the embedding: a token that was added to the tokenizer and never to the model."""
+    if size is not None and ids and (highest := max(ids)) >= size:
+        raise TextError(
+            f"{where} has the token {tokenizer.id_to_token(highest)!r}, number {highest}, beyond the {size} rows of the model's "
+            "embedding; leave it out, or give the model with its own tokenizer"
+        )
 
 
 def proof_window(folder: Path) -> int:
@@ -102,7 +101,8 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError for a text shorter than one window, or (``exact``) than the budget.
+    Raises TextError for a text shorter than one window, or (``exact``) than the budget, and for one with tokens that the model
+    has no row for.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
@@ -115,6 +115,7 @@ def text_windows(
         ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
     ids = ids[skip : skip + budget] if seed is None else ids[skip:]
     start = beginning(tokenizer)
+    check_ids([*start, *ids], tokenizer, vocabulary(folder), str(path))
     body = length - len(start)
     if len(ids) < min(body, budget):
         after = f" after the {skip} skipped" if skip else ""

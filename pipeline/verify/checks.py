@@ -20,7 +20,7 @@ from edgepress.pipeline.model_files import end_tokens, read_config, read_genai_c
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
-from edgepress.pipeline.text.windows import load_tokenizer
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer, vocabulary
 
 State = Literal["ok", "failed", "not checked"]
 PROMPT, NEW_TOKENS = "The old house stood", 8
@@ -145,7 +145,9 @@ def _chat_template(folder: Path) -> str:
     template = read_template(folder)
     if template is None:
         return "none: the model continues text"
-    ids = load_tokenizer(folder).encode(template.render(FIRST_MESSAGE), add_special_tokens=False).ids
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(template.render(FIRST_MESSAGE), add_special_tokens=False).ids
+    check_ids(ids, tokenizer, vocabulary(folder), "the chat template")
     return f"a first message takes {len(ids)} tokens"
 
 

@@ -82,6 +82,32 @@ def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Co
     refused(*command(verb, source, tmp_path / "out"), says=says)
 
 
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("file", [None, "tokenizer.model"])
+def test_no_tokenizer_that_can_be_made(
+    file: str | None, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path
+) -> None:
+    """Said by the first stage, also by one that reads no text."""
+    source = copy_of(tiny)
+    (source / "tokenizer.json").unlink()
+    if file:
+        (source / file).write_bytes(b"no sentencepiece model")
+    refused(*command(verb, source, tmp_path / "out"), says=("has no tokenizer.json", "give the complete checkpoint"))
+
+
+def test_a_token_beyond_the_embedding(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """A token that was added to the tokenizer and never to the model: named, and refused where the text has it."""
+    source, calibration = copy_of(tiny), tmp_path / "text.txt"
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["added_tokens"].append(
+        {"id": 5120, "content": "<pad>", "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    )
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    calibration.write_text("The girl went to the river.<pad>\n" * 100)
+    says = ("text.txt has the token '<pad>', number 5120, beyond the 5120 rows", "leave it out")
+    refused(*command("prune", source, tmp_path / "out"), "--calibration", calibration, says=says)
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
     "no such tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),

@@ -53,7 +53,8 @@ class BnbFolder(PackedMatrices):
         super().__init__(self._kinds)
         if not self._kinds:
             raise ModelError(f"{folder} claims to be bitsandbytes but holds no such matrix; give the complete checkpoint")
-        self.parts = {name for name in names if self._module(name) in self._kinds}
+        self.parts = {name: module for name in names if (module := self._module(name)) in self._kinds}
+        self.codes = {f"{module}.weight" for module in self._kinds}  # of any type: bnb_4bit_quant_storage
         self.described = {"quant_method": "bitsandbytes", "kinds": sorted(set(self._kinds.values()))}
 
     @staticmethod

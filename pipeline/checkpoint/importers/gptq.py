@@ -43,8 +43,11 @@ class GptqFolder(PackedMatrices):
     """The packed matrices of a GPTQ folder.
 
     Bits and group size are read from the arrays of each matrix, not from the config: they may differ from one to the next.
+    transformers replaces the linear modules of the blocks alone, so a head is read as float wherever there is one.
     format: how zero points are stored, where the caller knows it; else it is decided by the values, because labels lie.
     """
+
+    leaves_head_float = True
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class GptqFolder(PackedMatrices):
             raise ModelError(f"{folder} has damaged settings ({error}); correct them or give the original checkpoint") from error
         if not self._modules:
             raise ModelError(f"{folder} claims to be GPTQ but holds no GPTQ matrix; give the complete checkpoint")
-        self.parts = {f"{module}.{part}" for module in self._modules for part in PARTS} & names
+        parts = {f"{module}.{part}": module for module in self._modules for part in PARTS}
+        self.parts = {name: module for name, module in parts.items() if name in names}
         self.format, evidence = (format, "known") if format else self._find_format(folder, original)
         self.described = {"quant_method": "gptq", "zero_points": self.format, "zero_points_by": evidence}
 
