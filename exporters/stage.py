@@ -11,6 +11,7 @@ from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
+from edgepress.models.rotary import grows, switches
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
@@ -41,7 +42,11 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     graph = rows_in_place(out / "model.onnx")
     write_configs(checkpoint, out, options.target, shared_cache=is_fused)
 
-    windows = parity.proof_windows(options.text, source.path)
+    changes = switches(checkpoint.config)
+    if grows(checkpoint.config):
+        context = checkpoint.config.max_position_embeddings
+        log.info("export: the context ends at %d tokens, beyond which dynamic rotary frequencies change with every token", context)
+    windows = parity.proof_windows(options.text, source.path, changes)
     with reference_logits(model, windows, out) as reference:
         exact = parity.prove(reference, out, graph)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
@@ -63,6 +68,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if imported := checkpoint.weights.imported:
         log.info("export: already quantized (%s), so its integers are exported as they are", ", ".join(map(str, imported.values())))
         facts["imported"] = imported
+    if changes:
+        facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
 
 

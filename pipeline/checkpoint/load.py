@@ -28,7 +28,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         return config
     except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
-            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
+            f"{folder / 'config.json'} cannot be read ({reason_of(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
@@ -38,7 +38,7 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); fetch both again") from error
     return model
 
 
@@ -94,8 +94,11 @@ def quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     # transformers refers to a report that goes to its log
-    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else _first_line(error)
+    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else reason_of(error)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason_of(error: BaseException) -> str:
+    """The line of an error that says what is wrong: the first of the innermost cause, which others wrap in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

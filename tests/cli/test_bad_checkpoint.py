@@ -72,6 +72,12 @@ def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Co
     refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
 
 
+def test_the_line_of_a_config_error_that_says_the_reason(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Transformers wraps it in another, whose first line names only the check that failed."""
+    source = copy_of(tiny, layer_types=["full_attention"] * 7, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    refused(*command("export", source, tmp_path / "out"), says=("`num_hidden_layers` (4)", "`layer_types` (7)"))
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 @pytest.mark.parametrize("case", SOURCES)
 def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
