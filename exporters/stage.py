@@ -16,7 +16,8 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject, folder_bytes
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.registry import require
 
@@ -46,9 +47,11 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if grows(checkpoint.config):
         context = checkpoint.config.max_position_embeddings
         log.info("export: the context ends at %d tokens, beyond which dynamic rotary frequencies change with every token", context)
-    windows = parity.proof_windows(options.text, source.path, changes)
+    windows = parity.proof_windows(options.text, source.path, changes, options.text_key)
     with reference_logits(model, windows, out) as reference:
         exact = parity.prove(reference, out, graph)
+        loss = mean_loss_of(reference.windows, map(reference.logits, reference.windows))
+        warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")

@@ -28,6 +28,7 @@ from edgepress.pipeline.options import (
 from edgepress.pipeline.registry import look_up, suggestion
 from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.text.reading import KEY, read_text
 
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
@@ -107,23 +108,23 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
 
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
-    from edgepress.pipeline.text.windows import context_length, proof_window, read_text, text_windows  # not needed for --help
+    from edgepress.pipeline.text.windows import context_length, proof_window, text_windows  # not needed for --help
 
     config = read_json(source / "config.json")
     for _, options in steps:
         for name in _TEXTS:
             if isinstance(text := getattr(options, name, None), Path):
-                read_text(text)
+                read_text(text, getattr(options, "text_key", KEY))
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
         if isinstance(options, QuantizeOptions) and "export" in dict(steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if isinstance(options, ExportOptions):
-            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source))
+            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
             target(options.target)
             longest = max(options.lengths_within(context_length(source)))
-            text_windows(options.text, source, budget=max(options.text_tokens, longest))
+            text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
 
 def _bits(options: QuantizeOptions) -> list[int]:

@@ -17,6 +17,7 @@ from edgepress.exporters.proof.switch import crossings, logits_as_read
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
+from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import GREEDY_TOKENS, PROOF_TOKENS, proof_window, text_windows
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
@@ -54,15 +55,15 @@ class Parity:
         return max(*ways, self.difference_switch)
 
 
-def proof_windows(text: Path, folder: Path, switches: Sequence[int] = ()) -> list[np.ndarray]:
+def proof_windows(text: Path, folder: Path, switches: Sequence[int] = (), key: str = KEY) -> list[np.ndarray]:
     """Windows int64 (tokens,) of a text for the proof, at least PROOF_TOKENS ids in all where the text has as many.
 
     folder: of the tokenizer and the config. The windows leave room in the context for greedy tokens; a short last one is
     dropped if it is not needed. switches: lengths beyond which rotary frequencies change, which no window exceeds, so that
-    its pieces are what the whole is. Raises ModelError for a context that is too short.
+    its pieces are what the whole is. key: see read_text. Raises ModelError for a context that is too short.
     """
     length = min(proof_window(folder), *switches) if switches else proof_window(folder)
-    windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length)
+    windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length, key=key)
     return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= PROOF_TOKENS else windows
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import progress
@@ -38,8 +39,10 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
     model = checkpoint.model()
     text, skip = options.calibration, options.calibration_skip
-    windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=min(TRIAL_WINDOW, checkpoint.context))
+    length, key = min(TRIAL_WINDOW, checkpoint.context), options.text_key
+    windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=length, key=key)
     references = [logits_of(model, ids) for ids in progress(windows, "bits", "window")]
+    warn_unless_readable(mean_loss_of(windows, references), model.config.vocab_size, text)
     limit = options.max_growth or 0.0
     growth: dict[str, float] = {}
     for method, bits, group in ((options.method, options.weight_bits, options.group), EIGHT_BITS):

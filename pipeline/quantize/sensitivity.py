@@ -12,7 +12,8 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import block_linears, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.progress import progress
@@ -61,10 +62,12 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     the proposal is a good guess, to be measured like any recipe.
     """
     windows = text_windows(
-        options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
-    )
+        options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16,
+        key=options.text_key,
+    )  # fmt: skip
     model = checkpoint.model()
     references = [logits_of(model, ids) for ids in windows]
+    warn_unless_readable(mean_loss_of(windows, references), model.config.vocab_size, options.calibration)
     rows, groups = [], _groups(model)
     log.info("sensitivity: %d groups, each rounded alone and measured on %d tokens", len(groups), sum(map(len, windows)))
     for name, modules in progress(groups.items(), "sensitivity", "group"):

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.text.reading import KEY, read_text
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
 LONGEST_WINDOW = 2048
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
-
-
-def read_text(path: Path) -> str:
-    """Text of a .txt file, or of the 'text' fields of a .jsonl file joined by blank lines. Raises TextError."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"cannot read the text {path}: {error.strerror}; give a UTF-8 .txt or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
-    if path.suffix == ".jsonl":
-        try:
-            content = "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
-    return content
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -90,6 +74,7 @@ def text_windows(
     shortest: int = 2,
     seed: int | None = None,
     exact: bool = False,
+    key: str = KEY,
 ) -> list[np.ndarray]:
     """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
 
@@ -97,12 +82,12 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError for a text shorter than one window, or (``exact``) than the budget.
+    key: see read_text. Raises TextError for a text shorter than one window, or (``exact``) than the budget.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
     # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
-    text = read_text(path)
+    text = read_text(path, key)
     characters = 8 * (skip + budget)
     ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
     while (len(ids) <= skip + budget or seed is not None) and characters < len(text):
