@@ -36,6 +36,14 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as the user means it: ``~`` is the home folder also where no shell says so, as in ``--text=~/a.txt``."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: then a name that begins so
+        return Path(path)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes, read_json
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.options import (
     BenchOptions,
@@ -42,7 +42,7 @@ METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_
 def read(name: str) -> Recipe:
     """A recipe from a YAML file or by the name of a shipped one. Raises OptionError."""
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
-    file = Path(name).expanduser()
+    file = expanded(name)
     if not file.is_file():
         if name not in shipped:
             known = ", ".join(shipped)
@@ -62,7 +62,10 @@ def read(name: str) -> Recipe:
 def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:
     """A recipe travels with its texts: their paths are relative to it."""
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
-    return {key: str(file.parent / value) if key in _TEXTS and isinstance(value, str) else value for key, value in named.items()}
+    return {
+        key: str(file.parent / expanded(value)) if key in _TEXTS and isinstance(value, str) else value
+        for key, value in named.items()
+    }
 
 
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
@@ -144,6 +147,12 @@ def recipe_for(source: str) -> str:
     return "reference" if source == "reference" else "default"
 
 
+def default_out(source: str) -> Path:
+    """Where a build goes where nothing else is said: ``out/NAME``."""
+    path = expanded(source)
+    return Path("out") / (path.resolve().name if path.name in ("", "..") else path.name)
+
+
 def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
     """What a build ships: the last ONNX artifact of its stages, else what the last stage wrote."""
     return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
@@ -165,7 +174,8 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
-    check_disk(out, int(folder_bytes(source) * sum(missing)))
+    if missing:  # what is finished may be on a disk that cannot be written to
+        check_disk(out, int(folder_bytes(source) * sum(missing)))
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -44,6 +46,19 @@ def _disk_reason(error: OSError) -> str:
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
         return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
+
+
+def speak_utf8() -> None:
+    """UTF-8 for output, and for input that comes from a file, whatever the console's encoding: a model writes any character.
+
+    What is no UTF-8, as a file name may be, is written with backslashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # closed streams are None, and tests put their own in place
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller in Python has read from it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def log_to_terminal() -> None:

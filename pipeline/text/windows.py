@@ -8,6 +8,7 @@ import numpy as np
 from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.text.reading import KEY, read_text
+from edgepress.pipeline.text.tokenizer_file import tokenizer_file
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
@@ -18,12 +19,7 @@ PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(
-            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
-            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+    file = tokenizer_file(folder)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception

@@ -27,6 +27,12 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def adapter(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+
+
 SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
@@ -42,6 +48,13 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no weights", "give the complete checkpoint")),
     "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("no tokenizer (tokenizer.json)", "give the complete")),
+    "another tokenizer": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
+        ("no tokenizer.json", "make one of its vocab.json: python -c", "save_pretrained"),
+    ),
+    "adapter": (adapter, ("holds an adapter, which is no model", "merge it first, so: python -c", "from_pretrained('me/base')")),
+    "adapter beside a model": (write("adapter_config.json", b"{}"), ("a model and an adapter", "merge it first, so: python -c")),
     "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
 }
 
@@ -90,7 +103,6 @@ def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Co
 
 DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
-    "no such tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
