@@ -21,6 +21,7 @@ import edgepress.pipeline.quantize
 import edgepress.pipeline.tune
 import edgepress.pipeline.verify  # noqa: F401
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.files import expanded as _expanded
 
 if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
@@ -42,7 +43,7 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
 
     name = recipe or recipes.recipe_for(str(source))
     steps = recipes.plan(recipes.read(name), options)
-    done = recipes.build(resolve(str(source)), Path(out) if out else Path("out") / Path(source).name, steps)
+    done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
     return recipes.shipped_artifact(done)
 
 
@@ -78,7 +79,7 @@ def bench(source: str | Path, out: str | Path | None = None, **options: object) 
     """
     from edgepress.pipeline.artifact import bench_folder, onnx_folder
 
-    folder = onnx_folder(Path(source).expanduser())
+    folder = onnx_folder(_expanded(source))
     return _run("bench", folder, out or bench_folder(folder), options)
 
 
@@ -91,7 +92,7 @@ def verify(source: str | Path, *, original: str | Path | None = None, **options:
     from edgepress.pipeline.verify.checks import verify as checks
 
     given = options if original is None else {**options, "original": resolve(str(original))}
-    return list(checks(onnx_folder(Path(source).expanduser()), make(VerifyOptions, given)))
+    return list(checks(onnx_folder(_expanded(source)), make(VerifyOptions, given)))
 
 
 def load(source: str | Path, *, threads: int = 0) -> TextModel:
@@ -102,7 +103,7 @@ def load(source: str | Path, *, threads: int = 0) -> TextModel:
     from edgepress.pipeline.artifact import onnx_folder
     from edgepress.pipeline.runtime.generate import TextModel
 
-    return TextModel(onnx_folder(Path(source).expanduser()), threads)
+    return TextModel(onnx_folder(_expanded(source)), threads)
 
 
 def _run(name: str, source: str | Path, out: str | Path, options: dict[str, object]) -> Artifact:
@@ -111,4 +112,4 @@ def _run(name: str, source: str | Path, out: str | Path, options: dict[str, obje
 
     models = {key: stages.source_of(str(options[key])).path for key in ("reference", "original") if options.get(key)}
     settings = make(stages.STAGES[name].options, options | models)
-    return stages.run(name, stages.source_of(str(source)), Path(out), settings)
+    return stages.run(name, stages.source_of(str(source)), _expanded(out), settings)

@@ -190,8 +190,17 @@ def check_free(out: Path) -> None:
         raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of an artifact that is named by its model.onnx or its manifest.json; any other path is returned as it is."""
+    return path.parent if path.name in ("model.onnx", MANIFEST) and path.is_file() else path
+
+
 def onnx_folder(folder: Path) -> Path:
-    """The folder with model.onnx: the one given, or the one in it, when it is the OUT of a build. Raises InputError."""
+    """The folder with model.onnx: the one given (also by that file), or the one in it, when it is the OUT of a build.
+
+    Raises InputError.
+    """
+    folder = folder_of(folder)
     if (folder / "model.onnx").is_file():
         return folder
     if not folder.is_dir():

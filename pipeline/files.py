@@ -52,6 +52,14 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as the user means it: ``~`` is the home folder also where no shell says so, as in ``--text=~/a.txt``."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: then a name that begins so
+        return Path(path)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

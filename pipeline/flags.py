@@ -13,6 +13,7 @@ from typing import Self, TypeVar, cast
 
 from edgepress.pipeline.documents import shown
 from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.files import expanded
 from edgepress.pipeline.registry import look_up, suggestion
 
 Chosen = TypeVar("Chosen", bound="Options")
@@ -183,6 +184,8 @@ def _converted(name: str, kind: _Kind, value: object) -> object:
         converted: object = kind.type(value)
         if converted != converted:  # NaN
             raise ValueError
+        if isinstance(converted, Path):
+            return expanded(converted)
     except (ValueError, TypeError, OverflowError) as error:
         allowed = {int: "a whole number", float: "a number"}.get(kind.type, "a text")
         several = " (or several, separated by commas)" if kind.many else ""

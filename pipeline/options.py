@@ -40,7 +40,11 @@ TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDI
 
 
 def _calibration() -> Path:
-    return option(CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field (default: the shipped calibration.txt)")
+    return option(CALIBRATION_TEXT, "calibration text: .txt, .jsonl, .json or .csv (default: the shipped calibration.txt)")
+
+
+def _text_key() -> str:
+    return option("text", "field of .jsonl, .json and .csv files that has the text, or chat messages")
 
 
 def _calibration_tokens() -> int:
@@ -101,6 +105,7 @@ class PruneOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -149,6 +154,7 @@ class HealOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     other_text: Path = _other_text()
     lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)
     lora_rank: int = option(16, "rank of the low-rank change of each matrix", at_least=1)
@@ -209,6 +215,7 @@ class QuantizeOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int = _calibration_tokens()
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     calibration_seed: int | None = option(
         None, "draw the calibration windows from all of the text by this seed (default: the text from its beginning)", at_least=0
     )
@@ -329,6 +336,7 @@ class TuneOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     other_text: Path = _other_text()
     trust_remote_code: bool = _trust()
 
@@ -346,6 +354,7 @@ class SensitivityOptions(Options):
     calibration: Path = _calibration()
     calibration_tokens: int = option(16384, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -370,6 +379,7 @@ class ExportOptions(Options):
     )  # fmt: skip
     reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()
+    text_key: str = _text_key()
     original: Path | None = option(None, "float original of a third-party GPTQ checkpoint with ambiguous zero points")
     trust_remote_code: bool = _trust()
 
@@ -390,6 +400,7 @@ class BenchOptions(Options):
 
     target: str = option("cpu", "what it is measured on", TARGETS)
     text: Path = _text()
+    text_key: str = _text_key()
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
@@ -451,4 +462,5 @@ class VerifyOptions(Options):
         None, "the checkpoint that it was exported from: proven equal again; or an earlier one: the difference is measured"
     )
     text: Path = option(EVALUATION_TEXT, "text to compare on (default: the shipped evaluation.txt)")
+    text_key: str = _text_key()
     trust_remote_code: bool = _trust()

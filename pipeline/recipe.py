@@ -14,7 +14,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.documents import DocumentError, parse_yaml
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.model_files import read_config
@@ -31,6 +31,7 @@ from edgepress.pipeline.options import (
 from edgepress.pipeline.registry import look_up, suggestion
 from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.text.reading import KEY, read_text
 
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
@@ -44,7 +45,7 @@ METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_
 def read(name: str) -> Recipe:
     """A recipe from a YAML file or by the name of a shipped one. Raises OptionError."""
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
-    file = Path(name).expanduser()
+    file = expanded(name)
     if not file.is_file():
         if name not in shipped:
             known = ", ".join(shipped)
@@ -64,7 +65,10 @@ def read(name: str) -> Recipe:
 def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:
     """A recipe travels with its texts: their paths are relative to it."""
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
-    return {key: str(file.parent / value) if key in _TEXTS and isinstance(value, str) else value for key, value in named.items()}
+    return {
+        key: str(file.parent / expanded(value)) if key in _TEXTS and isinstance(value, str) else value
+        for key, value in named.items()
+    }
 
 
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
@@ -110,23 +114,23 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
 
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
-    from edgepress.pipeline.text.windows import context_length, proof_window, read_text, text_windows  # not needed for --help
+    from edgepress.pipeline.text.windows import context_length, proof_window, text_windows  # not needed for --help
 
     config = read_config(source)
     for _, options in steps:
         for name in _TEXTS:
             if isinstance(text := getattr(options, name, None), Path):
-                read_text(text)
+                read_text(text, getattr(options, "text_key", KEY))
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
         if isinstance(options, QuantizeOptions) and "export" in dict(steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if isinstance(options, ExportOptions):
-            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source))
+            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
             target(options.target)
             longest = max(options.lengths_within(context_length(source)))
-            text_windows(options.text, source, budget=max(options.text_tokens, longest))
+            text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
 
 def _bits(options: QuantizeOptions) -> list[int]:
@@ -144,6 +148,12 @@ def _resolve_models(options: Options) -> Options:
 def recipe_for(source: str) -> str:
     """The name of the shipped recipe that a source is built by where none is given."""
     return "reference" if source == "reference" else "default"
+
+
+def default_out(source: str) -> Path:
+    """Where a build goes where nothing else is said: ``out/NAME``."""
+    path = expanded(source)
+    return Path("out") / (path.resolve().name if path.name in ("", "..") else path.name)
 
 
 def shipped_artifact(done: Sequence[Artifact]) -> Artifact:

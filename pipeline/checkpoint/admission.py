@@ -1,9 +1,10 @@
-"""Which folders are refused: no causal model, no safetensors, no tokenizer, already quantized, code or links not trusted."""
+"""Which folders are refused: no causal model, no safetensors, no tokenizer, adapters, quantized ones, code or links not trusted."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.text.windows import load_tokenizer
 
 log = logging.getLogger("edgepress")
+ADAPTER = "adapter_config.json"
+
 READABLE = ("gptq", "bitsandbytes")  # third-party formats that export takes: importers/reader.py
 # Keys of a config at which transformers takes "owner/repository" and runs a kernel from there.
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -73,6 +76,29 @@ def _name(file: Path) -> None:
     log.info("%s is a link: the weights are read from %s", file, os.path.realpath(file))
 
 
+def check_not_adapter(folder: Path) -> None:
+    """Refuse a folder with the adapter of another tool, alone or beside a model, to which transformers would add it.
+
+    Raises ModelError that says how to merge it.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if any(not file.name.startswith("adapter_") for file in weights):
+        what = "a model and an adapter that changes it; move the adapter to a folder ADAPTER, call the rest BASE, and"
+        base, place = "BASE", "ADAPTER"
+    else:
+        what, place = "an adapter, which is no model by itself;", str(folder)
+        if not (isinstance(base, str) and re.fullmatch(r"[\w./-]+", base)):  # what it says otherwise goes into no command
+            base = "BASE"
+    raise ModelError(
+        f'{folder} holds {what} merge it first, so: python -c "from transformers import AutoModelForCausalLM as M, '
+        f"AutoTokenizer as T; from peft import PeftModel as P; P.from_pretrained(M.from_pretrained('{base}'), '{place}')"
+        f".merge_and_unload().save_pretrained('NEW'); T.from_pretrained('{base}').save_pretrained('NEW')\"; then give NEW"
+    )
+
+
 def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = False) -> None:
     """Refuse, before anything is written, a folder that is not a causal language model in safetensors. Raises ModelError.
 
@@ -92,6 +118,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         method = settings["quant_method"]
         way = ", or export it as it is" if method in READABLE else ""
         raise ModelError(f"{folder} is already quantized ({method}); give the original float checkpoint{way}")
+    check_not_adapter(folder)
     if any(folder.glob("*.safetensors")):
         shards(folder)
         if not (folder / "tokenizer.json").is_file():  # transformers may make one of other files

@@ -33,7 +33,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         return config
     except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
-            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
+            f"{folder / 'config.json'} cannot be read ({reason_of(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
@@ -43,7 +43,7 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a model's class raises for a number that does not fit has no common base
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); fetch both again") from error
     return model
 
 
@@ -108,8 +108,11 @@ def quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     # transformers refers to a report that goes to its log
-    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else _first_line(error)
+    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else reason_of(error)
 
 
-def _first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """The line of an error that says what is wrong: the first of the innermost cause, which others wrap in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return short_line(next((line for line in str(error).splitlines() if len(line.strip()) > 3), type(error).__name__))

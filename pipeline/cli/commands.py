@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact, bench_folder, onnx_folder
+from edgepress.pipeline.artifact import Artifact, bench_folder, folder_of, onnx_folder
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
-from edgepress.pipeline.cli.parser import parse
+from edgepress.pipeline.cli.parser import parser
 from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say, speak_utf8
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import write_json
+from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parse(arguments)
+    options = parser().parse_args(arguments)
     log_to_terminal()
     interrupt.install_handlers()
     if warning := double_runtime():
@@ -73,7 +73,7 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     chosen = options.recipe or recipe.recipe_for(options.source)
     steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
-    out = options.out or Path("out") / Path(options.source).name
+    out = options.out or recipe.default_out(options.source)
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
     artifact = recipe.shipped_artifact(done)
@@ -121,7 +121,7 @@ def _fetch(options: argparse.Namespace, flags: Flags) -> int:
 def _report(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.report.files import gather, save
 
-    save(gather([Path(source).expanduser() for source in options.sources]), options.out)
+    save(gather([folder_of(expanded(source)) for source in options.sources]), options.out)
     print(options.out)
     return 0
 
@@ -176,7 +176,7 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _show(options: argparse.Namespace, flags: Flags) -> int:
-    folder = Path(options.source).expanduser()
+    folder = folder_of(expanded(options.source))
     if not folder.is_dir():
         folder = resolve(options.source)
     if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
@@ -215,7 +215,7 @@ COMMANDS = {
 
 
 def _onnx(source: str) -> Path:
-    return onnx_folder(Path(source).expanduser())
+    return onnx_folder(expanded(source))
 
 
 def _print_report(artifact: Artifact) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -81,10 +82,16 @@ def _disk_reason(error: OSError) -> str:
 
 
 def speak_utf8() -> None:
-    """UTF-8 on stdout and stderr whatever the console's encoding; what is no character is spelt out."""
+    """UTF-8 for output, and for input that comes from a file, whatever the console's encoding: a model writes any character.
+
+    What is no UTF-8, as a file name may be, is written with backslashes.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):  # closed streams are None, and tests put their own in place
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller in Python has read from it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def log_to_terminal() -> None:

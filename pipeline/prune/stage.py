@@ -14,6 +14,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, sha256
+from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss, perplexity
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.prune.criteria import Choice, choose, listed
@@ -97,6 +98,7 @@ def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarra
     choice = choose(options, amount, blocks, influence, ranking, held_out)
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed))
     loss = mean_loss(model, held_out)
+    warn_unless_readable(loss, model.config.vocab_size, options.calibration)
     probe = torch.from_numpy(ranking[0])[None]
     with blocks.without(choice.removed):
         logits = blocks.logits(probe)

@@ -15,7 +15,8 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import progress
@@ -56,13 +57,13 @@ class _Trial:
         self.model, self.options, self.path = checkpoint.model(), options, source.path
         self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
         self.references = [logits_of(self.model, ids) for ids in progress(self.windows, "bits", "window")]
+        warn_unless_readable(mean_loss_of(self.windows, self.references), self.model.config.vocab_size, options.calibration)
         self.modules = block_linears(self.model)
         self.growth: dict[str, float] = {}
 
     def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
-        return text_windows(
-            self.options.calibration, self.path, budget=tokens, skip=self.options.calibration_skip, length=length
-        )  # fmt: skip
+        text, key = self.options.calibration, self.options.text_key
+        return text_windows(text, self.path, budget=tokens, skip=self.options.calibration_skip, length=length, key=key)
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,14 @@ from edgepress.pipeline.checkpoint.blocks import block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
+
+READ_TOKENS = 256  # of the calibration text, which show whether the model reads it
 
 
 def plan(
@@ -39,8 +43,11 @@ def plan(
     def windows() -> list[np.ndarray]:
         used[:] = text_windows(
             options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16,
-            seed=options.calibration_seed,
+            seed=options.calibration_seed, key=options.text_key,
         )  # fmt: skip
+        with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
+            loss = mean_loss(checkpoint.offloaded_model(), [used[0][:READ_TOKENS]])
+            warn_unless_readable(loss, model.config.vocab_size, options.calibration)
         return used
 
     linears = {name: shape for name, shape in matrices.items() if name not in kept_float}

@@ -53,7 +53,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     """One pass over the calibration text: see curvature.py. Raises TextError for a text of less than a window."""
     windows = text_windows(
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,
-        length=min(WINDOW, checkpoint.context),
+        length=min(WINDOW, checkpoint.context), key=options.text_key,
     )  # fmt: skip
     items = items_of_model(checkpoint.model(), windows)
     size = options.target_bits * sum(item.weights for item in items) / 8

@@ -9,6 +9,7 @@ import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.files import sha256
 from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions, TuneOptions
+from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import context_length, text_windows
 
 # Longer windows distinguish the blocks no better, and their logits fill the memory of a laptop.
@@ -27,23 +28,28 @@ def calibration(
     out.
     """
     exact = options.calibration_tokens is not None
-    windows = even_windows(
-        options.calibration, folder, options.calibration_tokens or PRUNE_TOKENS, options.calibration_skip, exact, longest
-    )
+    budget, skip, key = options.calibration_tokens or PRUNE_TOKENS, options.calibration_skip, options.text_key
+    windows = even_windows(options.calibration, folder, budget, skip, exact, key, longest)
     held_out = len(windows) // 4
     return windows[:-held_out], windows[-held_out:]
 
 
 def even_windows(
-    path: Path, folder: Path, budget: int, skip: int = 0, exact: bool = False, longest: int = LONGEST_CALIBRATION_WINDOW
+    path: Path,
+    folder: Path,
+    budget: int,
+    skip: int = 0,
+    exact: bool = False,
+    key: str = KEY,
+    longest: int = LONGEST_CALIBRATION_WINDOW,
 ) -> list[np.ndarray]:
     """At least seven windows of one length, so that a share of them is that share of the text; a ragged end is dropped."""
-    shortest = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact)
+    shortest = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact, key=key)
     tokens = sum(map(len, shortest))
     if len(shortest) < 8:
         raise TextError(f"{path} is too short: {tokens} tokens, at least {8 * SHORTEST_WINDOW} are needed; give a longer text")
     length = max(SHORTEST_WINDOW, min(longest, context_length(folder), min(budget, tokens) // 8))
-    windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact)
+    windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact, key=key)
     return [row for row in windows if len(row) == len(windows[0])]
 
 
@@ -69,7 +75,7 @@ def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: in
     too few tokens, OptionError when the other text is the calibration text.
     """
     fit, held_out = calibration(original, options, longest)
-    other = even_windows(options.other_text, original, OTHER_TEXT_TOKENS, longest=longest)
+    other = even_windows(options.other_text, original, OTHER_TEXT_TOKENS, key=options.text_key, longest=longest)
     sets = HealingSets(fit, *_halves(held_out), *_halves(other))
     for windows in (sets.fit, sets.selection, sets.judging, sets.other_selection, sets.other):
         if sum(len(row) - 1 for row in windows) < FEWEST:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import ModelError, TextError
 from edgepress.pipeline.model_files import read_config
+from edgepress.pipeline.text.reading import KEY, read_text
 from edgepress.pipeline.text.tokenizer import tokenizer_of
 from tokenizers import Tokenizer
 
@@ -16,22 +16,6 @@ from tokenizers import Tokenizer
 LONGEST_WINDOW = 2048
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
-
-
-def read_text(path: Path) -> str:
-    """Text of a .txt file, or of the 'text' fields of a .jsonl file joined by blank lines. Raises TextError."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"cannot read the text {path}: {error.strerror}; give a UTF-8 .txt or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
-    if path.suffix == ".jsonl":
-        try:
-            content = "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
-    return content
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -94,6 +78,7 @@ def text_windows(
     shortest: int = 2,
     seed: int | None = None,
     exact: bool = False,
+    key: str = KEY,
 ) -> list[np.ndarray]:
     """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
 
@@ -101,13 +86,13 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError for a text shorter than one window, or (``exact``) than the budget, and for one with tokens that the model
-    has no row for.
+    key: see read_text. Raises TextError for a text shorter than one window, or (``exact``) than the budget, and for one with tokens
+    that the model has no row for.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
     # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
-    text = read_text(path)
+    text = read_text(path, key)
     characters = 8 * (skip + budget)
     ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids
     while (len(ids) <= skip + budget or seed is not None) and characters < len(text):

@@ -194,7 +194,8 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
         raise InputError(f"no {MANIFEST} records what {folder} was made from; copy the complete folder or export again")
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
         raise ProofError(f"{original.path} has a different tokenizer; give the checkpoint that it was made from")
-    windows = proof_windows(options.text, folder)
+    switches = artifact.steps[-1].facts.get("rotary_switches", ())
+    windows = proof_windows(options.text, folder, switches, options.text_key)
     candidates = [original, *map(Artifact.load, stages_of(artifact))]
     source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
     return recheck(artifact, original, source, windows, options.trust_remote_code)

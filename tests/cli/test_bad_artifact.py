@@ -199,7 +199,7 @@ BENCH = [
     (["--prompt-lengths", "8", "--new-tokens", "1"], ("--new-tokens must be at least 2",)),
     (["--prompt-lengths", "8", "--repeats", "0"], ("--repeats must be at least 1",)),
     (["--prompt-lengths", "8", "--threads", "-1"], ("--threads must be at least 0",)),
-    (["--prompt-lengths", "8", "--text", os.devnull], ("too short", "give a longer text")),
+    (["--prompt-lengths", "8", "--text", os.devnull], ("not a file", "give a UTF-8 .txt")),
     (["--prompt-lengths", "8", "--reference", "/nowhere"], ("no such folder: /nowhere", "give")),
     (["--prompt-lengths", "8", "--reference", "/nowhere", "--stages", "/nowhere/else"], ("no such folder: /nowhere", "give")),
 ]

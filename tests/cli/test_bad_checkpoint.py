@@ -27,6 +27,12 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def adapter(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+
+
 SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
@@ -42,6 +48,13 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no weights", "give the complete checkpoint")),
     "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("no tokenizer (tokenizer.json)", "give the complete")),
+    "another tokenizer": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
+        ("no tokenizer.json", "make one of its vocab.json: python -c", "save_pretrained"),
+    ),
+    "adapter": (adapter, ("holds an adapter, which is no model", "merge it first, so: python -c", "from_pretrained('me/base')")),
+    "adapter beside a model": (write("adapter_config.json", b"{}"), ("a model and an adapter", "merge it first, so: python -c")),
     "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
 }
 
@@ -70,6 +83,12 @@ def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Co
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
+
+
+def test_the_line_of_a_config_error_that_says_the_reason(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Transformers wraps it in another, whose first line names only the check that failed."""
+    source = copy_of(tiny, layer_types=["full_attention"] * 7, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    refused(*command("export", source, tmp_path / "out"), says=("`num_hidden_layers` (4)", "`layer_types` (7)"))
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -110,7 +129,6 @@ def test_a_token_beyond_the_embedding(refused: Refused, copy_of: Copy, tiny: Pat
 
 DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
-    "no such tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),

@@ -57,6 +57,19 @@ def test_output_without_permission(refused: Refused, tiny: Path, tmp_path: Path,
     refused(*command("quantize", tiny, tmp_path / "out"), says=("no permission", "choose another output folder"))
 
 
+def test_a_finished_build_on_a_read_only_disk_is_shown(
+    call: Callable[..., Any], refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is to be written, so nothing need be writable; with another option there is."""
+    (tmp_path / "recipe.yaml").write_text("quantize: {method: rtn}")
+    line = ["build", tiny, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml"]
+    first = call(*line)
+    monkeypatch.setattr(files.os, "access", lambda *_, **__: False)
+    again = call(*line)
+    assert again.code == 0 and again.out == first.out and "already done, kept" in again.err
+    refused(*line, "--bits", 8, says=("no permission", "choose another output folder"))
+
+
 def test_output_name_too_long(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     """An error of the file system is a user's error too."""
     refused(*command("quantize", tiny, tmp_path / ("x" * 300)), says=("too long", "choose another output folder"))
@@ -121,7 +134,7 @@ def test_files_may_not_grow(verb: str, refused: Refused, copy_of: Copy, tiny: Pa
     """A real failure of write(2), through whatever library writes: the system refuses files above 30 kB."""
     source = copy_of(tiny)
     if verb == "quantize":
-        (source / "tokenizer.json").unlink()  # else copying it fails first, and the weights' own writer is not reached
+        (source / "tokenizer.json").write_text("{}")  # else copying it fails first, and the weights' own writer is not reached
     flags = {"prune": ["--calibration", text], "export": ["--text", text]}.get(verb, [])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))

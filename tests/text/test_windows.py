@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.text.windows import load_tokenizer, read_text, text_windows
+from edgepress.pipeline.text.windows import load_tokenizer, text_windows
 
 
 def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -35,13 +35,6 @@ def test_truncation_in_the_tokenizer_file_cuts_no_text(tiny: Path, copy_of: Call
     tokenizer.save(str(source / "tokenizer.json"))
     prose = text.read_text()[:2000]
     assert load_tokenizer(source).encode(prose).ids == load_tokenizer(tiny).encode(prose).ids
-
-
-def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> None:
-    """JSON allows U+2028 in a string; splitting there would break the object."""
-    file = tmp_path / "text.jsonl"
-    file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
-    assert read_text(file) == "one\u2028two\n\nthree"
 
 
 @pytest.mark.parametrize(
