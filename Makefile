@@ -22,8 +22,8 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run verify show prune heal quantize export bench report sensitivity \
-	test test-families test-consumers test-real lint types wheel example clean
+.PHONY: help demo real artifact run verify show prune heal quantize tune export bench report sensitivity \
+	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -77,6 +77,9 @@ heal: $(READY) ## recover what that cost: MODEL=pruned [OUT=...] ARGS='--origina
 quantize: $(READY) ## to integer weights: MODEL=... [OUT=...] ARGS='--method gptq --bits 4'
 	$(PRESS) quantize "$(MODEL)" "$(FOLDER)" $(ARGS)
 
+tune: $(READY) ## train scales and norms towards the original: MODEL=quantized [OUT=...] ARGS='--original SRC'
+	$(PRESS) tune "$(MODEL)" "$(FOLDER)" $(ARGS)
+
 export: $(READY) ## to ONNX: MODEL=... [OUT=...] [TARGET=cpu]
 	$(PRESS) export "$(MODEL)" "$(FOLDER)" --target $(TARGET) $(ARGS)
 
@@ -99,6 +102,9 @@ test-families: $(READY) ## the slow matrix of architectures and formats
 
 test-real: $(READY) ## SmolLM2-135M-Instruct from the package registry, pressed with no flags (skipped offline)
 	$(BIN)/python -m pytest -n 0 -m real tests/real $(ARGS)
+
+test-campaign: $(READY) ## bad inputs, kills and races from a seed for ten minutes: [ARGS='--seed 2 --seconds 3600']
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m campaign $(ARGS)
 
 test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one artifact in the light base, onnxruntime-genai and optimum
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)

@@ -1,74 +1,66 @@
-"""What bits between 4 and 8 cost: the blocks' matrices rounded to nearest, some kinds at 8 bits, KL against the float model.
+"""Bits by measurement against the same bits everywhere, at equal bytes, and what was estimated beside what was measured.
 
-    python benchmarks/mixed_bits.py CHECKPOINT --text WIKITEXT [--tokens 1024] [--skip 4000]
+    python benchmarks/mixed_bits.py CHECKPOINT --text TEXT [--tokens 2048] [--skip 4000] [--calibration TEXT] [--targets 5.2,6,7]
 
-Bytes are those of the packed blocks, scales and zero points counted.
+All matrices of the blocks rounded to nearest, without scales tuned or errors compensated; KL against the float model on ``--text``,
+of which the choice has seen nothing. Bytes are those of the packed blocks, scales and zero points counted.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
-from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.quantize.mix import FORMS, Form, by_matrix, mean_bits, solve
+from edgepress.pipeline.quantize.rtn import rounded
+from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.text.windows import text_windows
-from transformers.pytorch_utils import Conv1D
 
-WINDOW = 256
-WIDE, NARROW, FINE = (8, 64), (4, 64), (4, 32)  # bits, group
-
-
-def some(kinds: tuple[str, ...], at: tuple[int, int], rest: tuple[int, int]) -> Callable[[str], tuple[int, int]]:
-    """Matrices whose name holds one of ``kinds`` at one setting, the rest at another."""
-    return lambda name: at if any(kind in name for kind in kinds) else rest
-
-
-SETTINGS = {
-    "all 4 bits, groups of 64": some((), WIDE, NARROW),
-    "all 4 bits, groups of 32": some((), WIDE, FINE),
-    "attention 8, rest 4": some(("attn",), WIDE, NARROW),
-    "down projections 8, rest 4": some(("down_proj",), WIDE, NARROW),
-    "down, value and output projections 8, rest 4 in groups of 32": some(("down_proj", "v_proj", "o_proj"), WIDE, FINE),
-    "gate and up projections 4 in groups of 32, rest 8": some(("gate_proj", "up_proj"), FINE, WIDE),
-    "gate projections 4 in groups of 32, rest 8": some(("gate_proj",), FINE, WIDE),
-    "all 8 bits": some((), NARROW, WIDE),
-}
+UNIFORM = (Form(2, 32), Form(4, 128), Form(4, 64), Form(4, 32), Form(8, 64))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--skip", type=int, default=4000)
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--targets", default="5.2,5.5,6,7")
     options = parser.parse_args()
     model = Checkpoint(options.checkpoint).model()
-    windows = text_windows(options.text, options.checkpoint, budget=options.tokens, skip=options.skip, length=WINDOW)
+    windows = text_windows(options.text, options.checkpoint, budget=options.tokens, skip=options.skip, length=256)
     references = [logits_of(model, ids) for ids in windows]
-    linears = block_linears(model)
-    weights = {name: module.weight.detach().clone() for name, module in linears.items()}
-    print("| blocks | MB | KL, nats | perplexity |\n| --- | ---: | ---: | ---: |")
-    for title, setting in SETTINGS.items():
-        total = 0
-        for name, module in linears.items():
-            turned = isinstance(module, Conv1D)
-            weight = weights[name].T if turned else weights[name]
-            packed = round_to_nearest(name, weight.contiguous().numpy(), *setting(name), symmetric=False)
-            restored = packed.dequantized()
-            module.weight.data.copy_(torch.from_numpy(restored.T if turned else restored))
-            total += packed.nbytes
+    begun = time.process_time()
+    calibration = text_windows(options.calibration, options.checkpoint, budget=options.calibration_tokens, length=WINDOW)
+    items, modules = items_of_model(model, calibration), block_linears(model)
+    print(f"estimates: {time.process_time() - begun:.0f} s of CPU\n")
+    print("| blocks | bits a weight | MB | estimated KL | KL, nats | perplexity |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    rows: list[tuple[str, list[Form]]] = []
+    for form in UNIFORM:
+        uniform = [form] * len(items)
+        size = sum(item.bytes[form] for item in items)
+        rows += [(f"all {form}", uniform), ("chosen, in the same bytes", solve(items, FORMS, size=size))]
+    weights = sum(item.weights for item in items)
+    for target in map(float, options.targets.split(",")):
+        rows.append(("chosen", solve(items, FORMS, size=target * weights / 8)))
+    for label, forms in rows:
         scores = Quality()
-        for ids, reference in zip(windows, references, strict=True):
-            scores.add(ids, logits_of(model, ids), reference)
-        growth = 100 * np.expm1(scores.loss_change()[0])
-        print(f"| {title} | {total / 1e6:.1f} | {scores.figures()['kl_mean']:.4f} | {growth:+.1f} % |", flush=True)
+        with rounded(modules, by_matrix(items, forms)):
+            for ids, reference in zip(windows, references, strict=True):
+                scores.add(ids, logits_of(model, ids), reference)
+        estimate, size = (sum(getattr(i, what)[f] for i, f in zip(items, forms, strict=True)) for what in ("costs", "bytes"))
+        cells = [label, f"{mean_bits(items, forms):.2f}", f"{size / 1e6:.1f}", f"{estimate:.4f}"]
+        cells += [f"{scores.figures()['kl_mean']:.4f}", f"{100 * np.expm1(scores.loss_change()[0]):+.1f} %"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 source, out, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 imported = peak()
-config = pruned_config(Checkpoint(source), kept)
+checkpoint = Checkpoint(source)
+config = pruned_config(checkpoint, kept)
 checked = time.perf_counter()
-remove_blocks(source, out, "model.layers", kept, config)
+remove_blocks(checkpoint, out, "model.layers", kept, config)
 os.sync()
 done = time.perf_counter()
 print(json.dumps({"imports_kb": imported, "peak_kb": peak(), "check_s": checked - begun, "copy_s": done - checked}))

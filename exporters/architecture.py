@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from edgepress.models.families import ACTIVATIONS, FAMILIES, head_size
+from edgepress.models.rotary import by_layer_type, parameters
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import quiet
-from edgepress.pipeline.files import JsonObject
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# Rotary embeddings whose tables do not depend on the length of the text.
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+# Rotary embeddings whose tables do not depend on the length of the text; those of "dynamic" do only beyond the context.
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn", "dynamic")
 EMBEDDING = "model.embed_tokens"
 
 
@@ -32,7 +32,7 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "bidirectional attention"
     for index in range(config.num_hidden_layers):
-        rotary = _rotary_parameters(config, index)
+        rotary = parameters(config, index)
         if (kind := rotary.get("rope_type", "default")) not in _FIXED_ROTARY:
             return f"rotary embedding of type {kind}, whose frequencies change with the length of the text"
         if (dimensions := int(head_size(config) * rotary.get("partial_rotary_factor", 1))) % 16:
@@ -58,7 +58,7 @@ def rotary_kind(config: PreTrainedConfig, index: int) -> str | None:
     key = FAMILIES[config.model_type].rotary_layers
     if key is not None and not getattr(config, key)[index]:
         return None
-    return str(config.layer_types[index]) if _by_layer_type(config) else ""
+    return str(config.layer_types[index]) if by_layer_type(config) else ""
 
 
 def rotary_tables(config: PreTrainedConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -75,11 +75,3 @@ def rotary_tables(config: PreTrainedConfig) -> dict[str, tuple[np.ndarray, np.nd
         half = cos.shape[-1] // 2  # transformers repeats the table for both halves of a head
         tables[str(name)] = cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
     return tables
-
-
-def _by_layer_type(config: PreTrainedConfig) -> bool:
-    return any(isinstance(value, dict) for value in config.rope_parameters.values())
-
-
-def _rotary_parameters(config: PreTrainedConfig, index: int) -> JsonObject:
-    return dict(config.rope_parameters[config.layer_types[index]] if _by_layer_type(config) else config.rope_parameters)

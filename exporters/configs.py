@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgepress.models.families import FAMILIES, head_size
+from edgepress.models.rotary import switches
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.files import JsonObject, read_json, write_json
-from edgepress.pipeline.runtime.decoder import end_tokens
+from edgepress.pipeline.model_files import end_tokens
 from transformers import PreTrainedConfig
 
 
 def write_configs(checkpoint: Checkpoint, out: Path, target: str, *, shared_cache: bool) -> None:
     """Write everything but the graph into the artifact ``out``: configs, tokenizer and genai_config.json."""
-    carry_files(checkpoint.path, out)
+    carry_files(checkpoint.path, out, checkpoint.trust_remote_code)
     config = with_v4_keys(checkpoint.raw_config)
     write_json(out / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
     generation = out / "generation_config.json"
@@ -75,6 +76,8 @@ def genai_config(checkpoint: Checkpoint, target: str, *, shared_cache: bool) -> 
     """
     config, ends = checkpoint.config, sorted(end_tokens(checkpoint.path))
     context = int(getattr(config, "max_position_embeddings", 0) or checkpoint.context)
+    # GenAI knows of one change of rotary frequencies only, of Phi-3 at 4,096 tokens: by default it stays before the first.
+    longest = min([context, *switches(config)])
     bos = config.bos_token_id if config.bos_token_id is not None else (checkpoint.tokenizer.encode("a").ids or [0])[0]
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else (ends or [0])[0]
     return {
@@ -87,7 +90,7 @@ def genai_config(checkpoint: Checkpoint, target: str, *, shared_cache: bool) -> 
             "pad_token_id": pad,
             "decoder": _genai_decoder(config, target),
         },
-        "search": {"do_sample": False, "max_length": context, "num_beams": 1, "past_present_share_buffer": shared_cache},
+        "search": {"do_sample": False, "max_length": longest, "num_beams": 1, "past_present_share_buffer": shared_cache},
     }
 
 

@@ -7,10 +7,11 @@ packed weight becomes the operator that carries its codes.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +20,14 @@ import torch
 from edgepress.exporters.graph.builder import LAST, Builder
 from edgepress.exporters.graph.builder import block_output as name_of_block_output
 from edgepress.exporters.graph.operators import DOMAIN
+from edgepress.models.rotary import GROWING, switches
 from edgepress.pipeline.checkpoint.blocks import block_output, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.load import reason_of
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.runtime.decoder import SWITCHES
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import DynamicCache, PreTrainedModel
 
@@ -79,7 +83,8 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
     past = _sample_cache(model)
-    traced = _trace(_Flat(model), past)
+    with _fixed_frequencies(model):
+        traced = _trace(_Flat(model), past)
     _keep_last_positions(traced.graph)
     _put_packed_in(traced.graph, checkpoint.weights, model, accuracy_level, half)
     onnxscript.optimizer.optimize_ir(traced)
@@ -89,6 +94,8 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
     traced.metadata_props.update(
         {"edgepress.exporter": "portable", "edgepress.shared_cache": "0", "edgepress.batch": "left-padded"}
     )
+    if changes := switches(checkpoint.config):
+        traced.metadata_props[SWITCHES] = ",".join(map(str, changes))
     return traced
 
 
@@ -102,6 +109,19 @@ def _sample_cache(model: PreTrainedModel) -> list[torch.Tensor]:
             "choose another model"
         )
     return [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@contextmanager
+def _fixed_frequencies(model: PreTrainedModel) -> Iterator[None]:
+    """Rotary embeddings that grow beyond the context keep the frequencies they have within it, where the artifact ends."""
+    growing = [m for m in model.modules() if getattr(m, "rope_type", None) == GROWING]
+    for module in growing:
+        module.rope_type = "default"
+    try:
+        yield
+    finally:
+        for module in growing:
+            module.rope_type = GROWING
 
 
 def _trace(flat: _Flat, past: list[torch.Tensor]) -> ir.Model:
@@ -138,19 +158,19 @@ def _trace(flat: _Flat, past: list[torch.Tensor]) -> ir.Model:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What torch.onnx.export cannot trace ends in one line instead of hundreds. Raises ModelError."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    # The first warns that torchvision is not installed, the second of what follows as an error.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # torch prints the whole graph of what it cannot trace
+            yield
     except Exception as error:  # the tracer's errors share no base class
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the tracer wraps what went wrong in advice
-            cause = cause.__cause__
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise ModelError(f"this architecture cannot be traced to ONNX ({reason}); choose another model") from error
+        raise ModelError(f"this architecture cannot be traced to ONNX ({reason_of(error)}); choose another model") from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _put_packed_in(graph: ir.Graph, weights: Weights, model: PreTrainedModel, accuracy_level: int, half: bool) -> None:

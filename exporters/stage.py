@@ -11,11 +11,13 @@ from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
+from edgepress.models.rotary import grows, switches
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject, folder_bytes
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.registry import require
 
@@ -30,6 +32,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     """
     require("onnxruntime")
     checkpoint = Checkpoint(source.path, options.trust_remote_code, options.original)
+    read = checkpoint.remarks("export")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
     # A trace needs all weights at once; a comparison reads one matrix at a time.
@@ -41,13 +44,19 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     graph = rows_in_place(out / "model.onnx")
     write_configs(checkpoint, out, options.target, shared_cache=is_fused)
 
-    windows = parity.proof_windows(options.text, source.path)
+    changes = switches(checkpoint.config)
+    if grows(checkpoint.config):
+        context = checkpoint.config.max_position_embeddings
+        log.info("export: the context ends at %d tokens, beyond which dynamic rotary frequencies change with every token", context)
+    windows = parity.proof_windows(options.text, source.path, changes, options.text_key)
     with reference_logits(model, windows, out) as reference:
         exact = parity.prove(reference, out, graph)
+        loss = mean_loss_of(reference.windows, map(reference.logits, reference.windows))
+        warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
-    facts: JsonObject = {
+    facts: JsonObject = read | {
         "source": source.identity(),
         "exporter": exporter,
         "target": options.target,
@@ -63,6 +72,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if imported := checkpoint.weights.imported:
         log.info("export: already quantized (%s), so its integers are exported as they are", ", ".join(map(str, imported.values())))
         facts["imported"] = imported
+    if changes:
+        facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
 
 

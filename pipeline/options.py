@@ -44,8 +44,8 @@ TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDI
 
 def _calibration() -> Path:
     return option(
-        CALIBRATION_TEXT, "calibration text, .txt or .jsonl with a 'text' field, or 'self': what the model itself writes, sampled "
-        "once (default: the shipped calibration.txt)",
+        CALIBRATION_TEXT, "calibration text: .txt, .jsonl, .json or .csv, or 'self': what the model itself writes, sampled once "
+        "(default: the shipped calibration.txt)",
     )  # fmt: skip
 
 
@@ -63,6 +63,10 @@ def sampler() -> str:
     return f"{SAMPLER}-{hashlib.sha256(PROMPTS.read_bytes()).hexdigest()[:16]}"
 
 
+def _text_key() -> str:
+    return option("text", "field of .jsonl, .json and .csv files that has the text, or chat messages")
+
+
 def _calibration_tokens() -> int:
     return option(32768, "calibration tokens at most", at_least=16)
 
@@ -74,6 +78,10 @@ def _shared_tokens(held_out: str) -> int | None:
 
 def _calibration_skip() -> int:
     return option(0, "tokens of the calibration text to leave out at its beginning", at_least=0)
+
+
+def _other_text() -> Path:
+    return option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
 
 
 def _text() -> Path:
@@ -118,6 +126,7 @@ class PruneOptions(Options):
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -168,7 +177,8 @@ class HealOptions(Options):
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
-    other_text: Path = option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+    text_key: str = _text_key()
+    other_text: Path = _other_text()
     lora_tokens: int = option(262144, "tokens that lora trains on, the calibration text again and again", at_least=16)
     lora_rank: int = option(16, "rank of the low-rank change of each matrix", at_least=1)
     lora_blocks: int = option(0, "train only so many blocks on each side of a gap; 0 trains all", at_least=0)
@@ -200,8 +210,9 @@ class QuantizeOptions(Options):
         None, f"weights that share one scale; -1 is a whole row (default: {defaults_of_group_size()})", GROUP_SIZES
     )
     bits_for: tuple[str, ...] = option(
-        (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8': a regular expression for the whole name, the first that "
-        f"matches counts, 16 leaves them float; repeat the flag for more rules ({joined(ADJUSTABLE, 'and')}; "
+        (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8', or bits and group size, as '.*o_proj=8/64': a regular "
+        "expression for the whole name, the first that matches counts, 16 leaves them float; repeat the flag for more rules "
+        f"({joined(ADJUSTABLE, 'and')}; "
         "edgepress sensitivity proposes some)",
     )  # fmt: skip
     head_bits: int = option(
@@ -212,9 +223,14 @@ class QuantizeOptions(Options):
         (4, 8, 16),
     )  # fmt: skip
     max_growth: float | None = option(
-        None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
-        "on the calibration text",
+        None, "perplexity may grow by this share (0.05 is 5 %): every matrix gets as few bits as that allows, between 4 and 8, by "
+        "what it costs as measured on the calibration text",
     )  # fmt: skip
+    target_bits: float | None = option(
+        None, "mean bits of a block weight, scales and zero points counted (between 2.6 and 8.7): every matrix gets 2, 4 or 8 bits "
+        "in groups of 32 to 128, so that the measured loss is least",
+    )  # fmt: skip
+    tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
         False,
@@ -224,6 +240,7 @@ class QuantizeOptions(Options):
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = _calibration_tokens()
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
     calibration_seed: int | None = option(
         None,
         "draw the calibration windows from all of the text by this seed (default: the text from its beginning); with "
@@ -254,15 +271,33 @@ class QuantizeOptions(Options):
                 f"{name} has blocks of {joined(tuple(sorted(row.groups)))}; give one of these for --group-size, "
                 f"not {self.group_size}"
             )
-        if self.max_growth is not None and (self.bits is not None or self.bits_for):
-            raise OptionError("--max-growth chooses the bits; leave it or --bits and --bits-for out")
+        self._check_choice()
+        bits_rules(self.bits_for)
+
+    def _check_choice(self) -> None:
+        """What chooses the bits itself leaves nothing else to say of them."""
+        choosing = [flag(name) for name in ("max_growth", "target_bits") if getattr(self, name) is not None]
+        if not choosing:
+            return
+        if len(choosing) == 2:
+            raise OptionError("--max-growth and --target-bits both choose the bits; leave one out")
+        if self.bits is not None or self.bits_for:
+            raise OptionError(f"{choosing[0]} chooses the bits; leave it or --bits and --bits-for out")
+        if not METHODS[self.method].adjustable:
+            raise OptionError(f"{choosing[0]} is for {joined(ADJUSTABLE, 'and')}, and the method is {self.method}; leave it out")
         if self.max_growth is not None and self.max_growth <= 0:
             raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
-        bits_rules(self.bits_for)
+        if self.target_bits is not None:
+            _check_target_bits(self.target_bits)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the stage settles the bits itself."""
+        return self.max_growth is not None or self.target_bits is not None
 
     def resolved(self) -> QuantizeOptions:
         """The same with the method's defaults where nothing was said, as they are recorded."""
-        bits = self.bits if self.max_growth is not None else self.weight_bits
+        bits = self.bits if self.chooses else self.weight_bits
         return dataclasses.replace(self, bits=bits, group_size=self.group)
 
     @property
@@ -276,15 +311,34 @@ class QuantizeOptions(Options):
         return METHODS[self.method].groups[0] if self.group_size is None else self.group_size
 
 
-def bits_rules(rules: tuple[str, ...]) -> list[tuple[re.Pattern[str], int]]:
-    """``bits_for`` as patterns and bits. Raises OptionError for what is no such rule."""
-    found = []
+def _check_target_bits(bits: float) -> None:
+    """The least and the most that the forms of quantize.mix can store."""
+    if not 2.6 <= bits <= 8.7:
+        raise OptionError(f"--target-bits must lie between 2.6 and 8.7, not {bits}")
+
+
+@dataclass(frozen=True)
+class BitsRule:
+    """One rule of ``bits_for``; group_size: None for that of all others."""
+
+    pattern: re.Pattern[str]
+    bits: int
+    group_size: int | None
+
+
+def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
+    """``bits_for``, read. Raises OptionError for what is no such rule."""
+    read = []
     for rule in rules:
-        pattern, sign, bits = rule.rpartition("=")
-        if not sign or bits not in ("2", "3", "4", "8", "16"):
-            raise OptionError(f"--bits-for takes PATTERN=BITS, BITS one of 2, 3, 4, 8, 16, not '{rule}'")
-        found.append((regular_expression("--bits-for", pattern), int(bits)))
-    return found
+        pattern, sign, form = rule.rpartition("=")
+        bits, slash, group = form.partition("/")
+        if not sign or bits not in ("2", "3", "4", "8", "16") or (slash and group not in ("16", "32", "64", "128", "256")):
+            raise OptionError(
+                f"--bits-for takes PATTERN=BITS or PATTERN=BITS/GROUP, BITS one of 2, 3, 4, 8, 16 and GROUP one of 16, 32, 64, "
+                f"128, 256, not '{rule}'"
+            )
+        read.append(BitsRule(regular_expression("--bits-for", pattern), int(bits), int(group) if slash else None))
+    return read
 
 
 def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
@@ -296,21 +350,48 @@ def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class SensitivityOptions(Options):
-    """Measure what each group of matrices costs when it alone is rounded, and propose where more bits are best spent."""
+class TuneOptions(Options):
+    """Recover what quantization and removal cost: scales, norms and biases learn the original's predictions; no integer moves.
 
-    bits: int = option(4, "bits that every group in turn is rounded to", (2, 3, 4))
-    group_size: int = option(128, "weights that share one scale; -1 is a whole row", (-1, 16, 32, 64, 128, 256))
-    better_bits: int = option(8, "bits of the groups that are proposed for more", (4, 8, 16))
-    extra: float = option(0.05, "bytes that the proposal may add to the blocks, as a share of them at --bits", at_least=0)
+    Kept only if the KL divergence falls on two held-out texts. What was interrupted goes on when the same command is given again.
+    """
+
+    original: Path | None = option(None, "the float checkpoint before anything was removed or quantized (a build knows it)")
+    minutes: float = option(10.0, "time to train, as estimated at the start; the result then depends on this machine's speed")
+    tune_tokens: int | None = option(
+        None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
+    )
+    tune_rate: float = option(2e-3, "peak learning rate, as a share of the mean size of each parameter")
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
-    calibration_tokens: int = option(4096, "tokens of it to measure on at most", at_least=16)
+    calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
+    other_text: Path = _other_text()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
         _check_model(self.calibration, self.calibration_model)
+        for name in ("minutes", "tune_rate"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SensitivityOptions(Options):
+    """Estimate what each matrix costs at 2, 4 and 8 bits, and which bits a mean allows at least loss."""
+
+    target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
+    calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
+    calibration_tokens: int = option(16384, "tokens of it to measure on at most", at_least=16)
+    calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        _check_model(self.calibration, self.calibration_model)
+        _check_target_bits(self.target_bits)
 
 
 @dataclass(frozen=True)
@@ -331,6 +412,7 @@ class ExportOptions(Options):
     )  # fmt: skip
     reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()
+    text_key: str = _text_key()
     original: Path | None = option(None, "float original of a third-party GPTQ checkpoint with ambiguous zero points")
     trust_remote_code: bool = _trust()
 
@@ -351,6 +433,7 @@ class BenchOptions(Options):
 
     target: str = option("cpu", "what it is measured on", TARGETS)
     text: Path = _text()
+    text_key: str = _text_key()
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
@@ -412,4 +495,5 @@ class VerifyOptions(Options):
         None, "the checkpoint that it was exported from: proven equal again; or an earlier one: the difference is measured"
     )
     text: Path = option(EVALUATION_TEXT, "text to compare on (default: the shipped evaluation.txt)")
+    text_key: str = _text_key()
     trust_remote_code: bool = _trust()

@@ -7,15 +7,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from edgepress.models import RECIPES
 from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.documents import DocumentError, parse_yaml
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes
 from edgepress.pipeline.flags import Options, make
+from edgepress.pipeline.lock import writing
+from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     SELF,
     BenchOptions,
@@ -24,11 +26,13 @@ from edgepress.pipeline.options import (
     ImportOptions,
     PruneOptions,
     QuantizeOptions,
+    TuneOptions,
     bits_rules,
 )
 from edgepress.pipeline.registry import look_up, suggestion
 from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.text.reading import KEY, read_text
 
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
@@ -36,22 +40,22 @@ Plan = list[tuple[str, Options]]
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
-METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth")
+METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits")
 
 
 def read(name: str) -> Recipe:
     """A recipe from a YAML file or by the name of a shipped one. Raises OptionError."""
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
-    file = Path(name).expanduser()
+    file = expanded(name)
     if not file.is_file():
         if name not in shipped:
             known = ", ".join(shipped)
             raise OptionError(f"no recipe '{name}'{suggestion(name, shipped)}; give a YAML file or one of: {known}")
         file = shipped[name]
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); correct it") from error
+        content = parse_yaml(file.read_bytes())
+    except DocumentError as error:
+        raise OptionError(f"{file} is {error}; correct it") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
         raise OptionError(f"{file} must map each stage to its options, as in 'quantize: {{method: gptq}}'")
     if not content:
@@ -63,7 +67,7 @@ def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, objec
     """A recipe travels with its texts: their paths are relative to it."""
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
     texts = {key for key in _TEXTS if isinstance(named.get(key), str) and (key, named[key]) != ("calibration", str(SELF))}
-    return {key: str(file.parent / str(value)) if key in texts else value for key, value in named.items()}
+    return {key: str(file.parent / expanded(str(value))) if key in texts else value for key, value in named.items()}
 
 
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
@@ -102,34 +106,34 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
         kept = {k: v for k, v in kept.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in flags)}
     if flags.get("method", kept.get("method")) != kept.get("method"):  # the settings of one method mean nothing to another
         kept = {k: v for k, v in kept.items() if k not in METHOD_OPTIONS}
-    if not {"bits", "bits_for"}.isdisjoint(flags):  # then nothing is left to choose
+    if not {"bits", "bits_for", "target_bits"}.isdisjoint(flags):  # then nothing is left to choose, or by something else
         kept.pop("max_growth", None)
     return kept
 
 
 def _check_inputs(source: Path, steps: Plan) -> None:
     """What the last stage would stumble over is found before the first begins. Raises TextError, OptionError."""
-    from edgepress.pipeline.text.windows import context_length, proof_window, read_text, text_windows  # not needed for --help
+    from edgepress.pipeline.text.windows import context_length, proof_window, text_windows  # not needed for --help
 
-    config = read_json(source / "config.json")
+    config = read_config(source)
     for _, options in steps:
         for name in _TEXTS:
             if isinstance(text := getattr(options, name, None), Path) and (name, text) != ("calibration", SELF):
-                read_text(text)
+                read_text(text, getattr(options, "text_key", KEY))
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
         if isinstance(options, QuantizeOptions) and "export" in dict(steps) and 3 in _bits(options):
             raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if isinstance(options, ExportOptions):
-            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source))
+            text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
             target(options.target)
             longest = max(options.lengths_within(context_length(source)))
-            text_windows(options.text, source, budget=max(options.text_tokens, longest))
+            text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
 
 def _bits(options: QuantizeOptions) -> list[int]:
-    return [options.weight_bits, *(bits for _, bits in bits_rules(options.bits_for))]
+    return [options.weight_bits, *(rule.bits for rule in bits_rules(options.bits_for))]
 
 
 def _resolve_models(options: Options) -> Options:
@@ -142,7 +146,7 @@ def _resolve_models(options: Options) -> Options:
 
 def _calibrated_by(model: Path, options: Options) -> Options:
     """Where the calibration text is the model's own, every stage reads that of the model that the build began with."""
-    if not isinstance(options, PruneOptions | HealOptions | QuantizeOptions) or options.calibration != SELF:
+    if not isinstance(options, PruneOptions | HealOptions | QuantizeOptions | TuneOptions) or options.calibration != SELF:
         return options
     return dataclasses.replace(options, calibration_model=options.calibration_model or model)
 
@@ -152,13 +156,27 @@ def recipe_for(source: str) -> str:
     return "reference" if source == "reference" else "default"
 
 
+def default_out(source: str) -> Path:
+    """Where a build goes where nothing else is said: ``out/NAME``."""
+    path = expanded(source)
+    return Path("out") / (path.resolve().name if path.name in ("", "..") else path.name)
+
+
 def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
     """What a build ships: the last ONNX artifact of its stages, else what the last stage wrote."""
     return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
 
 
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
-    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
+    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
+
+    Raises OutputError, which names it, when another edgepress writes there.
+    """
+    with writing(out, build=True):
+        return _build(source, out, steps)
+
+
+def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     original = Artifact.load(source)
     if original.format == "gguf":
         original = stages.run("import", original, out / "00-import", ImportOptions())
@@ -169,22 +187,32 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
+    if (out / MANIFEST).is_file():
+        raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
     stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in (source, *folders)]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
-    check_disk(out, int(folder_bytes(source) * sum(missing)))
+    if missing:  # a finished build may lie on a disk that is read-only
+        check_disk(out, int(folder_bytes(source) * sum(missing)))
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
             options = _with_comparisons(original, out, steps, done, options)
-        if isinstance(options, ExportOptions):
-            options = dataclasses.replace(options, reference=options.reference or original.path)
-        if isinstance(options, HealOptions):
-            options = dataclasses.replace(options, original=options.original or original.path)
-        artifact = stages.run(name, artifact, folder, options)
+        artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
     return done
+
+
+def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
+    """The options of a stage with what a build knows: the original, and whether a tune stage follows."""
+    if isinstance(options, ExportOptions):
+        return dataclasses.replace(options, reference=options.reference or original.path)
+    if isinstance(options, HealOptions | TuneOptions):
+        return dataclasses.replace(options, original=options.original or original.path)
+    if isinstance(options, QuantizeOptions) and options.max_growth is not None:
+        return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
+    return options
 
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
@@ -200,15 +228,15 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
     for number, (name, given) in enumerate(kept, 1):
         if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)):
-            given = dataclasses.replace(given, max_growth=None, **chosen)
+            given = dataclasses.replace(given, max_growth=None, target_bits=None, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
-        artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", given)
+        artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", _informed(given, original, steps))
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))
 
 
 def _chosen(done: list[Artifact]) -> JsonObject:
     """What the quantize stage settled itself, if it did."""
     chosen: JsonObject = next((step.facts["chosen"] for step in done[-1].steps if "chosen" in step.facts), {})
-    return chosen
+    return chosen | ({"bits_for": tuple(chosen["bits_for"])} if "bits_for" in chosen else {})

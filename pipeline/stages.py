@@ -12,10 +12,11 @@ from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
-from edgepress.pipeline.checkpoint.source import resolve
+from edgepress.pipeline.checkpoint.source import hub_origin, resolve
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
+from edgepress.pipeline.lock import writing
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import (
     SELF,
@@ -25,6 +26,7 @@ from edgepress.pipeline.options import (
     ImportOptions,
     PruneOptions,
     QuantizeOptions,
+    TuneOptions,
     sampler,
 )
 from edgepress.pipeline.registry import load, versions
@@ -63,6 +65,7 @@ STAGES: dict[str, Stage] = {
         _BUILD,
         1.0,
     ),
+    "tune": Stage(TuneOptions, "edgepress.pipeline.tune.stage:tune", ("packed",), "packed", _BUILD, 1.5),
     # a float export is float32, twice the bytes of a 16-bit checkpoint
     "export": Stage(
         ExportOptions,
@@ -76,10 +79,11 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
+def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool = False) -> Artifact:
     """Run one stage, or return what it gave before if source, options and version are the same.
 
-    Raises InputError for a source of the wrong format, OutputError when ``out`` cannot be written.
+    wait: for another edgepress that writes ``out``. Raises InputError for a source of the wrong format, OutputError when ``out``
+    cannot be written, or another edgepress writes it.
     """
     stage = STAGES[name]
     if source.format not in stage.takes:
@@ -89,8 +93,13 @@ def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one
-    options = options.resolved()
-    recorded = record(options)
+    with writing(out, wait=wait):
+        return _run(name, source, out, options.resolved())
+
+
+def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
+    """The stage itself, with ``out`` locked."""
+    stage, recorded = STAGES[name], record(options)
     inputs = fingerprint(name, options, source)
     if (done := finished(out, inputs)) is not None:
         log.info("%s: already done, kept %s", name, out)
@@ -104,9 +113,12 @@ def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     begun = time.monotonic()
     with atomic_folder(out) as folder:
         facts = function(source, folder, options)
+        if origin := hub_origin(source.path):
+            facts = facts | {"downloaded": origin}
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, stage.gives, (*source.steps, step), inputs)
+        check_free(out)  # once more: the work may have taken hours
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)
@@ -120,7 +132,7 @@ def source_of(source: str) -> Artifact:
     from edgepress.pipeline.fetch import cache_folder  # it knows of downloads, which --help does without
 
     folder = cache_folder() / "imports" / f"{artifact.path.stem}-{artifact.identity()[:12]}"
-    return run("import", artifact, folder, ImportOptions())
+    return run("import", artifact, folder, ImportOptions(), wait=True)  # a folder that nobody chose
 
 
 def finished(out: Path, fingerprint: str) -> Artifact | None:

@@ -15,6 +15,7 @@ import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
 from edgepress.pipeline.checkpoint.load import quiet
 from families import TINY
+from refusal import Refused, check_refusal, tree
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 # Two workers with a thread each: more threads than cores, spinning at barriers, made these tests ten times slower.
@@ -134,3 +135,16 @@ def copy_of(tmp_path: Path) -> Callable[..., Path]:
         return target
 
     return copy
+
+
+@pytest.fixture
+def refused(call: Callable[..., Result], tmp_path: Path) -> Refused:
+    """Run a command; assert exit code 2, one error line with all of ``says`` and advice, and not one file touched or left."""
+
+    def check(*arguments: object, says: tuple[str, ...] | str) -> None:
+        before = tree(tmp_path)
+        result = call(*arguments)
+        check_refusal(result.code, result.err, (says,) if isinstance(says, str) else says)
+        assert tree(tmp_path) == before
+
+    return check

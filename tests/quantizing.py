@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,10 +121,26 @@ class GptqRun:
             return dict(arrays)
 
 
+def hostile(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose tokenizer brings code. Code that runs, here or in ``folder``/cwd, leaves the file RAN."""
+    shutil.copytree(source, folder / "source")
+    code = f"import pathlib; pathlib.Path({str(folder / 'RAN')!r}).write_text(__name__)\n"
+    (folder / "source" / "own.py").write_text(
+        code + "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+    settings = folder / "source" / "tokenizer_config.json"
+    brought = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | brought))
+    (folder / "cwd").mkdir()
+    for module in ("numpy", "torch", "transformers", "gptqmodel", "json"):
+        (folder / "cwd" / f"{module}.py").write_text(code)
+    return folder / "source"
+
+
 def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     folder.mkdir(exist_ok=True)
     cwd, scratch = folder / "cwd", folder / ".packed.gptq"
-    cwd.mkdir()
+    cwd.mkdir(exist_ok=True)
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)

@@ -20,7 +20,7 @@ ADVICE = re.compile(
     r"\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
     r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
 )
-LOG = re.compile(r"(prune|greedy|quantize|export|bench): ")
+LOG = re.compile(r"(prune|greedy|quantize|export|bench): |warning: the model cannot read ")  # the last: random ones
 COMMANDS = {
     "prune": ("prune", "SRC", "OUT", "--remove-count", "1", "--calibration-tokens", "64"),
     "quantize": ("quantize", "SRC", "OUT", "--method", "rtn"),

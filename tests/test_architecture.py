@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms from the ground up; a room imports those of earlier lines, and none of its own line but itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("pipeline.errors",),
-    ("pipeline.files", "pipeline.progress", "pipeline.registry", "pipeline.vocabulary", "models"),
+    ("pipeline.errors", "pipeline.visible"),
+    ("pipeline.documents",),
+    (*(f"pipeline.{name}" for name in ("files", "lock", "progress", "registry", "search_path", "vocabulary")), "models"),
+    ("pipeline.model_files",),
     ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
@@ -22,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.checkpoint",),
     ("pipeline.metrics", "pipeline.runtime"),
     ("pipeline.own_text",),
-    ("pipeline.prune", "pipeline.heal", "pipeline.quantize", "exporters"),
+    ("pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "exporters"),
     ("pipeline.bench",),
     ("pipeline.verify",),
     ("pipeline.stages",),
@@ -33,9 +35,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # These reach a stage by its string in a table alone.
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
-STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.bench", "exporters"}
+STAGES = {"pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "pipeline.bench", "exporters"}
 # report knows its own values and the ground.
-REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in ("errors", "files", "progress", "registry", "methods", "vocabulary")}
+_GROUND = ("errors", "documents", "files", "progress", "registry", "methods", "visible", "vocabulary")
+REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in _GROUND}
 
 
 def room_of(module: str) -> str:

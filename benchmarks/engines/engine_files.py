@@ -99,7 +99,7 @@ def checkpoint(shape: dict[str, Any], out: Path) -> None:
     from safetensors.torch import save_file
 
     out.mkdir(parents=True)
-    carry_files(REFERENCE, out)
+    carry_files(REFERENCE, out, trusted=False)
     content = {key: value for key, value in shape.items() if key != "rope_theta"}
     content["rope_parameters"] = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
     write_json(out / "config.json", content)
@@ -121,7 +121,7 @@ def fewer_layers(source: Path, out: Path) -> None:
     out.mkdir()
     checkpoint = Checkpoint(source)
     kept = [index for index in range(checkpoint.layers) if index % EVERY_FOURTH != 2]
-    remove_blocks(source, out, "model.layers", kept, pruned_config(checkpoint, kept))
+    remove_blocks(checkpoint, out, "model.layers", kept, pruned_config(checkpoint, kept))
 
 
 def press(stage: str, *arguments: str) -> None:

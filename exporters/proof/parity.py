@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,11 @@ from edgepress.exporters.graph.files import variant
 from edgepress.exporters.graph.operators import DOMAIN
 from edgepress.exporters.proof.mismatch import first_mismatch
 from edgepress.exporters.proof.reference import ROWS, ReferenceLogits
+from edgepress.exporters.proof.switch import crossings, logits_as_read
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.metrics.scores import Quality
-from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
+from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import GREEDY_TOKENS, PROOF_TOKENS, proof_window, text_windows
 
 # Largest difference of a logit allowed at float activations, as a share of the standard deviation of the logits.
@@ -45,21 +46,24 @@ class Parity:
     flipped: int | None  # positions with another most likely token, ties aside; None where activations are not float32
     loss_change: float = 0.0  # nats a token that the artifact loses more than torch, and the standard error
     loss_change_error: float = 0.0
+    difference_switch: float = 0.0  # token by token to where the rotary frequencies change, and beyond
 
     @property
     def difference(self) -> float:
-        """The largest of the four."""
-        return max(self.difference_whole, self.difference_chunks, self.difference_steps, self.difference_batch)
+        """The largest of the five."""
+        ways = (self.difference_whole, self.difference_chunks, self.difference_steps, self.difference_batch)
+        return max(*ways, self.difference_switch)
 
 
-def proof_windows(text: Path, folder: Path) -> list[np.ndarray]:
+def proof_windows(text: Path, folder: Path, switches: Sequence[int] = (), key: str = KEY) -> list[np.ndarray]:
     """Windows int64 (tokens,) of a text for the proof, at least PROOF_TOKENS ids in all where the text has as many.
 
     folder: of the tokenizer and the config. The windows leave room in the context for greedy tokens; a short last one is
-    dropped if it is not needed. Raises ModelError for a context that is too short.
+    dropped if it is not needed. switches: lengths beyond which rotary frequencies change, which no window exceeds, so that
+    its pieces are what the whole is. key: see read_text. Raises ModelError for a context that is too short.
     """
-    length = proof_window(folder)
-    windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length)
+    length = min(proof_window(folder), *switches) if switches else proof_window(folder)
+    windows = text_windows(text, folder, budget=PROOF_TOKENS + length, length=length, key=key)
     return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= PROOF_TOKENS else windows
 
 
@@ -67,7 +71,8 @@ def prove(reference: ReferenceLogits, folder: Path, graph: ir.Model) -> Parity:
     """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see accuracy_level).
 
     Each window is read whole and in chunks, STEPS tokens in all one by one, and two rows of unequal length in one padded
-    batch. Raises ProofError, which names the first layer that differs, when there are ``faults``.
+    batch; and a text that goes on where the rotary frequencies change, if they do. Raises ProofError, which names the first
+    layer that differs, when there are ``faults``.
     """
     with _float_activations(folder, graph) as file:
         exact = measure(reference, lambda: Decoder(folder, model=file), 0)
@@ -111,6 +116,8 @@ def _where(reference: ReferenceLogits, folder: Path, exact: Parity, limit: float
         return "only through the cache, where " + first_mismatch(
             reference.model, folder, [_chunks(ids) for ids in reference.windows], limit
         )
+    if not exact.difference_switch <= limit:
+        return "only where the rotary frequencies change"
     return "only in a padded batch" if not exact.difference_batch <= limit else "in the most likely tokens"
 
 
@@ -122,8 +129,9 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
     first = reference.windows[0]
     for ids in (*reference.windows, *_unequal(first)):
         reference.logits(ids)
+    across = crossings(reference) if level == 0 else []
     decoder, quality, singles = open_decoder(), Quality(), STEPS
-    whole = chunks = steps = 0.0
+    whole = chunks = steps = switch = 0.0
     flipped = 0 if level == 0 and decoder.dtype == np.float32 else None
     for ids in reference.windows:
         truth = reference.logits(ids)
@@ -140,6 +148,8 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
             steps = max(steps, _difference_in_pieces(decoder, np.split(part, len(part)), truth))
             singles -= len(part)
     batch = padded_batch(reference, decoder, first)
+    for crossing in across:
+        switch = max(switch, _difference(crossing.read_by(decoder), crossing.truth))
     decoder.reset()
     prompt = first[: len(first) // 2]
     continued = list(decoder.greedy(prompt, GREEDY_TOKENS))
@@ -157,6 +167,7 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
         _greedy_match(reference, prompt, continued),
         flipped,
         *quality.loss_change(),
+        switch / reference.spread,
     )
 
 
@@ -224,7 +235,7 @@ def _greedy_match(reference: ReferenceLogits, prompt: np.ndarray, continued: lis
     torch reads the decoder's tokens in one forward: up to the first that it would not have chosen, they are its own.
     """
     ids = np.concatenate([prompt, np.array(continued[:-1], dtype=prompt.dtype)])
-    truth = logits_of(reference.model, ids)[len(prompt) - 1 :]
+    truth = logits_as_read(reference.model, ids, len(continued))
     likely = _as_likely(truth, np.array(continued), TIE * reference.spread)
     return len(continued) if likely.all() else int(likely.argmin())
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from edgepress.pipeline.report.plain import from_plain, to_plain
+from edgepress.pipeline.documents import DocumentError, parse_json, typed
+from edgepress.pipeline.report.plain import to_plain
 
 Value = TypeVar("Value")
 
@@ -19,7 +20,7 @@ class Journal:
     """Finished measurements, one JSON line each, next to the output until it is whole.
 
     A line is looked up by the hash of everything that it depends on, so that a resumed benchmark reuses exactly what
-    the same artifact, options, machine and versions gave. A line truncated by a kill is ignored.
+    the same artifact, options, machine and versions gave. A line that is broken, as by a kill, is ignored.
     """
 
     def __init__(self, file: Path, **common: object) -> None:
@@ -29,8 +30,8 @@ class Journal:
         if file.is_file():
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    key, value = json.loads(line)
-                except ValueError:
+                    key, value = typed(tuple[str, object], parse_json(line), "line")
+                except DocumentError:
                     continue
                 self._known[key] = value
         self.resumed = len(self._known)
@@ -43,7 +44,7 @@ class Journal:
         """What was measured under a key, or None."""
         if key in self._known:
             with suppress(ValueError):  # written by another version: measured again
-                return from_plain(kind, self._known[key])
+                return typed(kind, self._known[key])
         return None
 
     def put(self, key: str, value: Value) -> Value:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgepress.pipeline.bench.jobs import Job
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import write_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
+from edgepress.pipeline.search_path import child_environment
 
 Answer = TypeVar("Answer")
 
@@ -28,17 +30,25 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
     ):
         file = Path(scratch) / "job.json"
         write_json(file, object_of(job))
-        command = [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            env=child_environment(),
+        )
         error = None
         try:
             assert process.stdout is not None
             for line in process.stdout:
+                if not line.endswith("\n"):  # killed in the middle of it
+                    break
                 event = json.loads(line)
                 if "error" in event:
                     error = event["error"]
                 else:
-                    yield from_plain(answer, event)
+                    yield typed(answer, event)
             code = process.wait()
         finally:
             process.kill()

@@ -16,6 +16,7 @@ from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import events
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import OptionError, WorkerError
+from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.report.attribution import attribute
@@ -68,7 +69,8 @@ def texts(subjects: list[Subject], options: BenchOptions) -> list[Text]:
     """The windows of each subject. Raises TextError for too short a text, OptionError for an original of another tokenizer."""
     result = []
     for subject in subjects:
-        windows = tuple(tuple(row.tolist()) for row in text_windows(options.text, subject.path, budget=options.text_tokens))
+        cut = text_windows(options.text, subject.path, budget=options.text_tokens, key=options.text_key)
+        windows = tuple(tuple(row.tolist()) for row in cut)
         if options.reference is not None:
             _same_tokens(options.reference, subject.path, windows[0])
         result.append(windows)
@@ -96,6 +98,8 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
     text_bytes = _bytes_of(text, subject.path)
     losses = [losses_of(answer) if isinstance(answer, Scored) else None for answer in answers]
     stages = [_stage_row(*parts, text_bytes) for parts in zip(rows, answers, losses, strict=True)]
+    if (first := next((loss for loss in losses if loss is not None), None)) is not None:
+        warn_unless_readable(float(first.mean()), load_tokenizer(subject.path).get_vocab_size(), options.text)
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
 

@@ -32,7 +32,9 @@ def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[SpeedJob]
             subject.missing[f"speed.prefill_tokens_per_s.{length}"] = f"the model's context is {room} tokens"
             subject.missing[f"speed.ttft_ms.{length}"] = f"the model's context is {room} tokens"
         # Fixed ids from the text, never sampled from the model under test.
-        ids = np.concatenate(text_windows(options.text, subject.path, budget=max(lengths), length=room))[: max(lengths)].tolist()
+        ids = np.concatenate(text_windows(options.text, subject.path, budget=max(lengths), length=room, key=options.text_key))[
+            : max(lengths)
+        ].tolist()
         job = SpeedJob(str(subject.path), tuple(ids), lengths, options.new_tokens, options.threads, options.target)
         jobs.append(job)
     return jobs

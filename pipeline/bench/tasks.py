@@ -17,9 +17,10 @@ from edgepress.pipeline.bench.jobs import TaskFigure, TaskFigures, TasksJob
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.metrics.scores import log_softmax
+from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import suggestion
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import beginning, load_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM

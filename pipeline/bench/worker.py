@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, QualityJob, SpeedJob, SpeedSample, TasksJob
 from edgepress.pipeline.bench.memory import peak_rss, pss
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.registry import require
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.targets import gpu_memory
 
@@ -154,14 +155,14 @@ def _tasks(job: TasksJob) -> Iterator[object]:
 def answers(kind: str, job: JsonObject) -> Iterator[object]:
     """Run a job. Kinds that need more than the light base are imported only when they are asked for."""
     if kind == "speed":
-        return speed(from_plain(SpeedJob, job))
+        return speed(typed(SpeedJob, job))
     if kind == "cold":
-        return cold(from_plain(ColdJob, job))
+        return cold(typed(ColdJob, job))
     if kind == "bandwidth":
-        return bandwidth(from_plain(BandwidthJob, job))
+        return bandwidth(typed(BandwidthJob, job))
     if kind == "quality":
-        return _quality(from_plain(QualityJob, job))
-    return _tasks(from_plain(TasksJob, job))
+        return _quality(typed(QualityJob, job))
+    return _tasks(typed(TasksJob, job))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from edgepress.pipeline.documents import shown
 from edgepress.pipeline.errors import ModelError
 
 DTYPES = {
@@ -14,8 +15,14 @@ DTYPES = {
 
 def to_torch(name: str, content: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor ``name`` over its bytes, which are not copied. Raises ModelError for a type that torch lacks."""
-    if dtype not in DTYPES:
-        raise ModelError(f"{name} is of the type {dtype}, which cannot be read; convert the checkpoint to bfloat16 first")
+    kind = dtype_of(name, dtype)
     if not content:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(content, dtype=kind).reshape(shape)
+
+
+def dtype_of(name: str, dtype: str) -> torch.dtype:
+    """The type of the tensor ``name``. Raises ModelError for one that torch lacks."""
+    if dtype not in DTYPES:
+        raise ModelError(f"{name} is of the type {shown(dtype)}, which cannot be read; convert the checkpoint to bfloat16 first")
+    return DTYPES[dtype]

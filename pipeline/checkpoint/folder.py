@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.models.pruned_config import layer_count_key
-from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_config
+from edgepress.pipeline import model_files
+from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_folder
 from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.reading import Reading
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import Weights
-from edgepress.pipeline.files import JsonObject, read_json
-from edgepress.pipeline.text.windows import context_length, load_tokenizer
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.text.windows import context_length, load_tokenizer, vocabulary
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger("edgepress")
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,26 @@ class Checkpoint:
     original: Path | None = None
 
     @cached_property
-    def raw_config(self) -> JsonObject:
-        """The content of config.json."""
-        return read_json(self.path / "config.json")
+    def reading(self) -> Reading:
+        """Config and weights as transformers takes them together, and what it leaves aside."""
+        return read_folder(self.path, self.trust_remote_code, self.original)
 
     @cached_property
+    def raw_config(self) -> JsonObject:
+        """The content of config.json; a head that it wrongly calls tied is called untied, as it is read."""
+        content = model_files.read_config(self.path)
+        return content | {"tie_word_embeddings": False} if self.reading.untied else content
+
+    @property
     def config(self) -> PreTrainedConfig:
-        """config.json with the defaults that transformers adds."""
-        return read_config(self.path, self.trust_remote_code)
+        """config.json with the defaults that transformers adds, and what the weights decide."""
+        return self.reading.config
 
     @property
     def layers(self) -> int:
         """Number of decoder blocks."""
-        return int(self.raw_config[layer_count_key(self.raw_config)])
+        content = model_files.read_config(self.path)
+        return int(content[layer_count_key(content)])
 
     @property
     def context(self) -> int:
@@ -59,15 +71,15 @@ class Checkpoint:
         """The tokenizer, without transformers."""
         return load_tokenizer(self.path)
 
-    @cached_property
+    @property
     def index(self) -> ShardIndex:
         """Where each tensor of the float weights lies."""
-        return ShardIndex.of(self.path)
+        return self.weights.index
 
-    @cached_property
+    @property
     def weights(self) -> Weights:
-        """All weights by name, float or packed."""
-        return Weights(self.path, self.original, self.index)
+        """All weights that the model uses, by name, float or packed."""
+        return self.reading.weights
 
     def matrix(self, module: str) -> PackedLinear | np.ndarray:
         """The matrix of a linear module or embedding: packed, or float32 (out, in)."""
@@ -75,16 +87,34 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor in the files of the float weights."""
-        return self.index.shapes
+        """Name -> shape of every tensor in the files of the float weights that the model uses."""
+        return {name: self.index[name].shape for name in self.weights.stored}
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """One tensor as it is stored, None where the files have no such name."""
         return self.index.tensor(name) if name in self.index else None
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor as it is stored, file by file. Raises ModelError for NaN and Inf."""
-        return self.index.tensors()
+        """Every float weight as it is stored, file by file. Raises ModelError for NaN and Inf in a parameter."""
+        return self.weights.floats()
+
+    def rewrite(self, out: Path, rename: Callable[[str], str | None]) -> int:
+        """``ShardIndex.rewrite`` of what the model uses: all else is left behind."""
+        used = self.weights.stored
+        return self.index.rewrite(out, lambda name: rename(name) if name in used else None)
+
+    def remarks(self, stage: str) -> JsonObject:
+        """What in the folder does not fit together and is no obstacle: logged for a stage, returned for its manifest.
+
+        Raises ModelError when weights, config or tokenizer cannot be read.
+        """
+        facts, rows = self.reading.facts(stage), vocabulary(self.path)
+        beyond = {id: name for name, id in self.tokenizer.get_vocab().items() if rows is not None and id >= rows}
+        if beyond:
+            names = [beyond[id] for id in sorted(beyond)]
+            log.info("%s: the embedding has %d rows, and the tokenizer knows more tokens: %s", stage, rows, ", ".join(names[:3]))
+            facts["tokens_beyond_embedding"] = names
+        return facts
 
     def model(self) -> PreTrainedModel:
         """The torch model, float32 on the CPU, in evaluation mode; packed matrices dequantized."""

@@ -12,15 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from edgepress.pipeline.checkpoint.admission import check_code
+from edgepress.pipeline.checkpoint.reading import Reading, read_together
 from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import read_json
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint. Raises ModelError for one that this transformers does not know."""
+    """The config of a checkpoint. Raises ModelError for one that this transformers does not know, and for code not trusted."""
+    check_code(folder, read_json(folder / "config.json"), trust_remote_code)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):  # we read third-party packed matrices ourselves; transformers must not
@@ -28,7 +33,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         return config
     except Exception as error:  # config classes raise what they like, of no common base
         raise ModelError(
-            f"{folder / 'config.json'} cannot be read ({_first_line(error)}); correct it, or install a transformers that knows it"
+            f"{folder / 'config.json'} cannot be read ({reason_of(error)}); correct it, or install a transformers that knows it"
         ) from error
 
 
@@ -37,8 +42,8 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
     try:
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({_first_line(error)}); fetch both again") from error
+    except Exception as error:  # what a model's class raises for a number that does not fit has no common base
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); fetch both again") from error
     return model
 
 
@@ -60,16 +65,25 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
             model, info = type(empty).from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=state, dtype=torch.float32, output_loading_info=True
             )
-        except (ValueError, RuntimeError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # as above
             raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); fetch both again") from error
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} for one; give the complete checkpoint")
     return model.eval()
 
 
+def read_folder(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> Reading:
+    """Config and weights of a folder as transformers takes them together. Raises ModelError."""
+    config = read_config(folder, trust_remote_code)
+    return read_together(config, Weights(folder, original), build_meta_model(config, folder, trust_remote_code))
+
+
 def load_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
     """``Checkpoint.model`` of a folder."""
-    return build_model(read_config(folder, trust_remote_code), Weights(folder, original), trust_remote_code)
+    read = read_folder(folder, trust_remote_code, original)
+    return build_model(read.config, read.weights, trust_remote_code)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -94,8 +108,11 @@ def quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     # transformers refers to a report that goes to its log
-    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else _first_line(error)
+    return "a shape differs" if "ignore_mismatched_sizes" in str(error) else reason_of(error)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason_of(error: BaseException) -> str:
+    """The line of an error that says what is wrong: the first of the innermost cause, which others wrap in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return short_line(next((line for line in str(error).splitlines() if len(line.strip()) > 3), type(error).__name__))

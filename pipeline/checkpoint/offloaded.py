@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
-from edgepress.pipeline.checkpoint.load import quiet, read_config
+from edgepress.pipeline.checkpoint.load import quiet, read_folder
 from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -45,7 +46,7 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
     when weights are damaged, missing or of the wrong shape.
     """
     folder = weights.folder
-    for _ in weights.index.tensors():  # raises for NaN and Inf
+    for _ in weights.floats():  # raises for NaN and Inf
         pass
     try:
         # Buffers are computed by the constructors and must be real; the weights take no memory.
@@ -53,8 +54,8 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32
             )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({error}); fetch both again") from error
+    except Exception as error:  # what a model's class raises for a number that does not fit has no common base
+        raise ModelError(f"the weights in {folder} do not fit config.json ({short_line(str(error))}); fetch both again") from error
     by_name = _WithTiedNames(weights, model.all_tied_weights_keys or {})
     for name, parameter in model.named_parameters():
         if name not in by_name:
@@ -67,4 +68,5 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
 
 def offloaded_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:
     """``Checkpoint.offloaded_model`` of a folder."""
-    return build_offloaded_model(read_config(folder, trust_remote_code), Weights(folder, original), trust_remote_code)
+    read = read_folder(folder, trust_remote_code, original)
+    return build_offloaded_model(read.config, read.weights, trust_remote_code)

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+from edgepress.pipeline.checkpoint.layout import BLOCKS, PackedRow, check_arrays
 from edgepress.pipeline.checkpoint.shards import PACKED, ShardIndex
+from edgepress.pipeline.documents import DocumentError, parse_json, typed
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError
 from edgepress.pipeline.files import JsonObject
 
@@ -36,8 +39,6 @@ CODEBOOKS = {
     ),
 }  # fmt: skip
 _ROWS = 256  # of a matrix dequantized at a time: several times as fast while the steps stay in the processor's cache
-# Lengths of a block, weights with a common scale, that MatMulNBits carries.
-BLOCKS = (256, 128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,14 @@ _STORED = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 class PackedMatrices(Mapping[str, PackedLinear]):
     """Module name -> PackedLinear of a folder, read one at a time so that a big model never stands in memory whole.
 
-    parts: names among the folder's float tensors that belong to packed matrices. described: what the manifest records of a
-    folder that another library quantized; None for ours.
+    parts: name among the folder's float tensors -> the module whose packed matrix it belongs to. codes: those of them that hold
+    codes, whatever their type. leaves_head_float: whether the output head is never among them. described: what the manifest
+    records of a folder that another library quantized; None for ours.
     """
 
-    parts: AbstractSet[str] = frozenset()
+    parts: Mapping[str, str] = MappingProxyType({})
+    codes: AbstractSet[str] = frozenset()
+    leaves_head_float = False
     described: JsonObject | None = None
 
     def __init__(self, modules: Iterable[str]) -> None:
@@ -242,23 +246,26 @@ class PackedFile(PackedMatrices):
     """Our own packed matrices. They have a file to themselves, so there are no parts among the float tensors."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path = folder / PACKED
-        try:
-            with safe_open(self.path, "np") as file:
-                self._described = json.loads(file.metadata()["linears"])
-            super().__init__(self._described)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ModelError(f"{self.path} is damaged ({error}); quantize again") from error
+        if not self.path.is_file():
+            raise ModelError(f"{folder} has no {PACKED}; quantize again")
         self._index = ShardIndex([self.path])
+        described = (self._index.headers[0].metadata or {}).get("linears", "")
+        try:
+            self._described = typed(dict[str, PackedRow], parse_json(described), "linears")
+        except DocumentError as error:
+            raise ModelError(f"{self.path} is damaged (its description of the matrices: {error}); quantize again") from error
+        super().__init__(self._described)
 
     def __getitem__(self, name: str) -> PackedLinear:
         row = self._described[name]
         parts = ("codes", "scales", *(part for part in ("zeros", "permutation") if f"{name}.{part}" in self._index))
         arrays = {part: self._array(f"{name}.{part}") for part in parts}
-        shape = (row["shape"][0], row["shape"][1])
-        return PackedLinear(name, shape, row["bits"], row["group_size"], codebook=row["codebook"], **arrays)
+        try:
+            check_arrays(row, arrays)
+        except ValueError as error:
+            raise ModelError(f"{self.path} is damaged ({name}: {error}); quantize again") from error
+        return PackedLinear(name, row.shape, row.bits, row.group_size, codebook=row.codebook, **arrays)
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._index:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepress.pipeline.documents import MAX_BYTES, DocumentError, parse_object, typed
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
 
@@ -21,16 +22,25 @@ _PIECE = 16 << 20
 _Copies = list[tuple[str, "TensorEntry"]]  # new name, what it is copied from
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files with float weights: those that the index names; without one model.safetensors, else all there are.
+@dataclass(frozen=True)
+class _Index:
+    """weight_map: tensor -> file."""
 
-    What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too. Raises
-    ModelError for a damaged index and for a file that it names and that is not there.
+    weight_map: dict[str, str]
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files with float weights: those that the index names; without an index, model.safetensors.
+
+    What else lies in the folder (a shard of another save, a backup) is not the checkpoint's, as transformers has it too; but a
+    lone file of AutoGPTQ is. Empty where there are none. Raises ModelError for a damaged index, a file that it names and that
+    is not there, and a folder where nothing says which files count.
     """
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise ModelError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
+        try:
+            places = typed(_Index, read_json(folder / INDEX), "index").weight_map
+        except DocumentError as error:
+            raise ModelError(f"{folder / INDEX} has no weight_map of file names ({error}); correct it or replace it") from error
         files = [folder / name for name in sorted(set(places.values()))]
         if missing := next((file for file in files if not file.is_file() or file.parent != folder), None):
             raise ModelError(f"{folder / INDEX} names {missing.name}, which is not there; give the complete checkpoint")
@@ -40,7 +50,12 @@ def shards(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
-    return sorted(folder.glob("model*.safetensors")) or others
+    if not others or (len(others) == 1 and (folder / "quantize_config.json").is_file()):
+        return others
+    raise ModelError(
+        f"{folder} has neither model.safetensors nor {INDEX}, so nothing says whether {others[0].name} is the model's; give the "
+        "complete checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,19 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes of its data."""
         return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a header says of a tensor; data_offsets: of its first byte and behind its last, in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min((0, *self.shape, *self.data_offsets)) < 0 or max((0, *self.shape, *self.data_offsets)) >> 63:
+            raise ValueError("a size or offset out of range")
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,15 @@ def read_header(file: Path) -> Header:
         try:
             if begin > size:
                 raise ValueError("header beyond the end")
-            content: JsonObject = json.loads(stream.read(length))
+            content = parse_object(stream.read(min(length, MAX_BYTES + 1)))
             metadata = content.pop("__metadata__", None)
-            entries = {name: _entry(file, begin, row) for name, row in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            metadata = None if metadata is None else typed(dict[str, str], metadata, "__metadata__")
+            rows = typed(dict[str, _Row], content, "tensors")
+            entries = {
+                name: TensorEntry(file, row.dtype, row.shape, *(begin + offset for offset in row.data_offsets))
+                for name, row in rows.items()
+            }
+        except ValueError as error:
             raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
     end = max((entry.end for entry in entries.values()), default=begin)
     if end != size:
@@ -95,15 +128,6 @@ def read_header(file: Path) -> Header:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or cut short ({error}); fetch or build it again") from error
     return Header(file, begin, metadata, entries)
-
-
-def _entry(file: Path, begin: int, row: JsonObject) -> TensorEntry:
-    """One row of a header whose data begins at ``begin``. Raises ValueError, KeyError or TypeError when it is malformed."""
-    first, end = row["data_offsets"]
-    integers = isinstance(first, int) and isinstance(end, int)
-    if not integers or not isinstance(row["dtype"], str) or not isinstance(row["shape"], list):
-        raise ValueError("a tensor without type, shape or offsets")
-    return TensorEntry(file, row["dtype"], tuple(row["shape"]), begin + first, begin + end)
 
 
 class ShardIndex:
@@ -155,14 +179,15 @@ class ShardIndex:
         """A tensor in its stored type. Raises ModelError when it is missing or of a type that torch lacks."""
         return _tensor(name, self[name])
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor in its stored type, file by file. Raises ModelError for NaN and Inf."""
+    def tensors(self, names: Container[str], finite: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors ``names`` in their stored types, file by file. Raises ModelError for NaN and Inf in those of ``finite``."""
         import torch
 
         for header in self.headers:
-            for name in sorted(header.entries):
+            for name in filter(names.__contains__, sorted(header.entries)):
                 tensor = _tensor(name, header.entries[name])
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+                floating = name in finite and tensor.is_floating_point()
+                if floating and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
                     raise ModelError(f"{name} in {header.file} holds NaN or Inf; the checkpoint is broken there, fetch it again")
                 yield name, tensor
 

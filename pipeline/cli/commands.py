@@ -14,25 +14,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
-from edgepress.pipeline.artifact import Artifact, bench_folder, onnx_folder
+from edgepress.pipeline.artifact import Artifact, bench_folder, folder_of, onnx_folder
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
-from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, say
+from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say, speak_utf8
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import write_json
+from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.visible import one_line
 
 Flags = dict[str, object]  # those that were given, by option name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    speak_utf8()
+    with plain_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     log_to_terminal()
     interrupt.install_handlers()
@@ -67,7 +74,7 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     chosen = options.recipe or recipe.recipe_for(options.source)
     steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
-    out = options.out or Path("out") / Path(options.source).name
+    out = options.out or recipe.default_out(options.source)
     done = recipe.build(source, out, steps)
     _print_report(done[-1])
     artifact = recipe.shipped_artifact(done)
@@ -115,7 +122,7 @@ def _fetch(options: argparse.Namespace, flags: Flags) -> int:
 def _report(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.report.files import gather, save
 
-    save(gather([Path(source).expanduser() for source in options.sources]), options.out)
+    save(gather([folder_of(expanded(source)) for source in options.sources]), options.out)
     print(options.out)
     return 0
 
@@ -147,7 +154,7 @@ def _verify(options: argparse.Namespace, flags: Flags) -> int:
     settings = make(VerifyOptions, _resolved(flags))
     folder, states = _onnx(options.source), []
     for check in verify(folder, settings):
-        print(f"{check.state:<12} {check.name}: {check.detail}", flush=True)
+        print(one_line(f"{check.state:<12} {check.name}: {check.detail}"), flush=True)
         states.append(check.state)
     if failed := states.count("failed"):
         raise InputError(f"{failed} of {len(states)} checks failed; {folder} should not be used as it is")
@@ -170,23 +177,24 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _show(options: argparse.Namespace, flags: Flags) -> int:
-    folder = Path(options.source).expanduser()
+    folder = folder_of(expanded(options.source))
     if not folder.is_dir():
         folder = resolve(options.source)
     if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
-        print(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress")
+        print(one_line(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress"))
         return 0
-    print(f"{folder}: {artifact.format}, {len(artifact.files)} files")
+    print(one_line(f"{folder}: {artifact.format}, {len(artifact.files)} files"))
     for number, step in enumerate(artifact.steps, 1):
-        print(f"\n{number}. {step.stage}  ({step.seconds:.1f} s; {', '.join(f'{k} {v}' for k, v in step.versions.items())})")
+        versions = ", ".join(f"{k} {v}" for k, v in step.versions.items())
+        print("\n" + one_line(f"{number}. {step.stage}  ({step.seconds:.1f} s; {versions})"))
         for title, content in (("options", step.options), ("facts", step.facts)):
             print(f"   {title}:")
             for key, value in content.items():
                 text = json.dumps(value)
-                print(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}")
+                print(one_line(f"     {key}: {text if len(text) <= 200 else text[:200] + ' ...'}"))
     print("\nfiles:")
     for name, known in artifact.files.items():
         print(f"   {known['bytes']:>12,}  {known['sha256'][:16]}  {name}")
@@ -208,16 +216,16 @@ COMMANDS = {
 
 
 def _onnx(source: str) -> Path:
-    return onnx_folder(Path(source).expanduser())
+    return onnx_folder(expanded(source))
 
 
 def _print_report(artifact: Artifact) -> None:
-    from edgepress.pipeline.report.model import read
+    from edgepress.pipeline.report.model import for_people, read
     from edgepress.pipeline.report.tables import made_by
     from edgepress.pipeline.report.text import terminal
 
     if artifact.format != "report":
         return
-    content = read(artifact.path / "report.json")
+    content = for_people(read(artifact.path / "report.json"))
     print("\n".join(["", *made_by(content.first), "", terminal(content)]))
     print(f"\nreport:   {artifact.path / 'report.md'}")

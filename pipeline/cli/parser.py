@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgepress.models.real import REAL_MODELS
+from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import version
@@ -14,10 +15,24 @@ from edgepress.pipeline.stages import STAGES
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and no abbreviations: a flag that is added later must not change what one means."""
+    """argparse with errors of one line, and no abbreviations: a flag that is added later must not change what one means.
+
+    Flags may stand before, between and after what is no flag.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
+        self._mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which would give up on PROMPT at a flag that stands before it."""
+        if self._mixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True  # what is called here calls this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def error(self, message: str) -> NoReturn:
         """Exit 2; a former spelling is answered with the present one."""
@@ -40,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "Run all stages of a recipe into OUT/01-prune, OUT/03-quantize, ... Started again after an interruption, or with some "
         "options changed, it keeps what is done and unchanged. Flags override the recipe."))  # fmt: skip
     build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=SOURCE)
-    build.add_argument("out", metavar="OUT", nargs="?", type=Path, help="output folder (default: out/NAME)")
+    build.add_argument("out", metavar="OUT", nargs="?", type=expanded, help="output folder (default: out/NAME)")
     build.add_argument(
         "--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)"
     )
@@ -53,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "others", metavar="DIR", nargs="*", help="further ones: measured in turn, and compared with the first"
             )
-            verb.add_argument("--out", type=Path, help="folder for the report (default: DIR-bench)")
+            verb.add_argument("--out", type=expanded, help="folder for the report (default: DIR-bench)")
         else:
             verb.add_argument("source", metavar="SRC", help=SOURCE if "hf" in stage.takes else "artifact folder")
-            verb.add_argument("out", metavar="OUT", type=Path, help="output folder")
+            verb.add_argument("out", metavar="OUT", type=expanded, help="output folder")
         add_flags(verb, stage.options)
 
     rows = "; ".join(f"{name}: {row.title}, {row.bytes / 1e6:.0f} MB, {row.licence}" for name, row in REAL_MODELS.items())
@@ -68,12 +83,16 @@ def parser() -> argparse.ArgumentParser:
         "Gather what bench measured into one page. Speeds are compared within one bench, which measures in turn."))  # fmt: skip
     report.add_argument("sources", metavar="DIR", nargs="+", help="report folder, OUT of a build, or artifact beside its report")
     report.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="ends in .html, .md or .json (default: report.html)"
+        "--out",
+        metavar="FILE",
+        type=expanded,
+        default=Path("report.html"),
+        help="ends in .html, .md or .json (default: report.html)",
     )
     sensitivity = verbs.add_parser("sensitivity", help="which matrices need more bits", description=SensitivityOptions.__doc__)
     sensitivity.add_argument("source", metavar="SRC", help=SOURCE)
     sensitivity.add_argument(
-        "--out", type=Path, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
+        "--out", type=expanded, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
     )
     add_flags(sensitivity, SensitivityOptions)
 

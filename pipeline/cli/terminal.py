@@ -1,14 +1,49 @@
-"""What is written to stderr: the log, single lines, and one line with an exit code for an error."""
+"""What the terminal gets, and nothing that steers it: on stderr the log, single lines, and one with an exit code for an error."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO, cast
 
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.registry import missing_package
+from edgepress.pipeline.visible import one_line, plain_progress, plain_text
+
+
+class _Plain:
+    """A text stream that shows what is written to it, and lets none of it steer the terminal."""
+
+    def __init__(self, stream: TextIO, plain: Callable[[str], str]) -> None:
+        self._stream, self._plain = stream, plain
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length."""
+        self._stream.write(self._plain(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Within the context nothing that is printed, by edgepress or by a library in Python, steers the terminal."""
+    out, err = _Plain(sys.stdout, plain_text), _Plain(sys.stderr, plain_progress)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        yield
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 def exit_code(error: BaseException) -> int:
@@ -28,7 +63,7 @@ def exit_code(error: BaseException) -> int:
         reason = str(missing)
     except OSError as error:  # the disk, or a path: nothing that a traceback would explain
         reason = _disk_reason(error)
-    say(f"error: {reason}")
+    say(f"error: {short_line(reason, most=4000)}")
     return 2
 
 
@@ -46,10 +81,23 @@ def _disk_reason(error: OSError) -> str:
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
 
 
+def speak_utf8() -> None:
+    """UTF-8 for output, and for input that comes from a file, whatever the console's encoding: a model writes any character.
+
+    What is no UTF-8, as a file name may be, is written with backslashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # closed streams are None, and tests put their own in place
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller in Python has read from it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
 def log_to_terminal() -> None:
     """Send edgepress's log to stderr, plain, and keep other libraries' advice away."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     log = logging.getLogger("edgepress")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
@@ -61,4 +109,4 @@ def log_to_terminal() -> None:
 
 def say(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr)
+    print(one_line(text), file=sys.stderr)

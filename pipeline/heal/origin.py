@@ -8,7 +8,9 @@ import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.documents import DocumentError, typed
 from edgepress.pipeline.errors import ModelError, OptionError
+from edgepress.pipeline.report.steps import Removal
 
 _OUTSIDE_BLOCKS = re.compile(r"(?!.*\.\d+\.)(?!\d+\.)")  # names of tensors without a number
 
@@ -18,14 +20,19 @@ def kept_layers(source: Artifact, original: Checkpoint) -> list[int]:
 
     Raises ModelError when ``source`` was never pruned, OptionError when it was not pruned from a model of so many layers.
     """
-    steps = [step.facts for step in source.steps if step.stage == "prune"]
+    try:
+        steps = [typed(Removal, step.facts, "prune") for step in source.steps if step.stage == "prune"]
+    except DocumentError as error:
+        raise ModelError(f"the manifest of {source.path} is damaged ({error}); prune again") from error
     if not steps:
         raise ModelError(f"the manifest of {source.path} does not name the layers removed; give a folder that prune wrote")
-    kept = list(range(steps[-1]["layers"][1]))
-    for facts in reversed(steps):  # a second removal counts layers among those that the first one kept
-        before = [index for index in range(facts["layers"][0]) if index not in facts["removed_layers"]]
+    kept = list(range(steps[-1].layers[1]))
+    for removal in reversed(steps):  # a second removal counts layers among those that the first one kept
+        before = [index for index in range(removal.layers[0]) if index not in removal.removed_layers]
+        if len(before) != len(kept):
+            raise ModelError(f"the manifest of {source.path} is damaged (its layers do not add up); prune again")
         kept = [before[index] for index in kept]
-        if facts["layers"][0] == original.layers:
+        if removal.layers[0] == original.layers:
             return kept
     raise OptionError(
         f"{original.path} has {original.layers} layers, and {source.path} was not pruned from such a model; "

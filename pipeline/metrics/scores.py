@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -67,6 +68,14 @@ class Quality:
         """Mean change of the loss against the original's, nats a token, and its standard error."""
         changes = np.concatenate(self.changes)
         return float(changes.mean()), float(changes.std() / np.sqrt(len(changes)))
+
+
+def mean_loss_of(windows: Iterable[np.ndarray], logits: Iterable[np.ndarray]) -> float:
+    """Mean loss in nats of every token after the first of its window: ids (tokens,), logits (tokens, vocabulary) of each."""
+    scores = Quality()
+    for ids, rows in zip(windows, logits, strict=True):
+        scores.add(ids, rows, None)
+    return float(np.concatenate(scores.losses).mean())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

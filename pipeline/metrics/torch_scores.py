@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from itertools import groupby
+
 import numpy as np
 import torch
+from edgepress.models.rotary import switches
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.text.windows import padded
 from transformers import PreTrainedModel
@@ -18,13 +22,17 @@ def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[tor
     At most 8 windows at a time, few enough for the logits of a large vocabulary to fit a small memory.
     """
     size = int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
-    return [(torch.from_numpy(ids), torch.from_numpy(real)) for ids, real in padded(windows, size)]
+    changes = switches(model.config)  # a row beside a longer one would be read with that one's rotary frequencies
+    alike = [list(rows) for _, rows in groupby(windows, key=lambda row: sum(len(row) > length for length in changes))]
+    return [(torch.from_numpy(ids), torch.from_numpy(real)) for rows in alike for ids, real in padded(rows, size)]
 
 
-def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    """Logits (tokens, vocabulary) of one window (tokens,), without a cache."""
+def logits_of(model: PreTrainedModel, ids: np.ndarray, keep: int = 0) -> np.ndarray:
+    """Logits (kept, vocabulary) of the last ``keep`` positions of one window (tokens,), 0 for all, without a cache."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters  # saves the memory of the others
     with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        output = model(input_ids=torch.from_numpy(ids)[None], use_cache=False, **({"logits_to_keep": keep} if known else {}))
+    logits: np.ndarray = output.logits[0, -keep:].float().numpy()
     return logits
 
 
@@ -34,6 +42,8 @@ def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[i
     new, past = torch.from_numpy(ids)[None], None
     with torch.inference_mode():
         for _ in range(count):
+            if len(ids) + len(tokens) - 1 in switches(model.config):  # keys in the cache have other frequencies
+                new, past = torch.tensor([[*ids.tolist(), *tokens]]), None
             output = model(input_ids=new, past_key_values=past, use_cache=True)
             past = output.past_key_values
             new = output.logits[:, -1:].argmax(-1)

@@ -16,13 +16,22 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import sha256
-from edgepress.pipeline.options import PRUNE_TOKENS, SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, sampler
+from edgepress.pipeline.files import MANIFEST, sha256
+from edgepress.pipeline.options import (
+    PRUNE_TOKENS,
+    SELF,
+    HealOptions,
+    PruneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    TuneOptions,
+    sampler,
+)
 from edgepress.pipeline.text.windows import IDS, load_tokenizer, read_ids
 
-Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, QuantizeOptions, SensitivityOptions)
-# Files of a checkpoint that decide what it writes.
-_DECISIVE = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja")
+Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
+# Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
+_DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 def with_text(options: Calibrated, model: Path) -> Calibrated:
@@ -57,7 +66,7 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
     """Hash of all that decides what is written."""
     from edgepress.pipeline.own_text.sampler import dtype
 
-    files = {file for pattern in _DECISIVE for file in folder.glob(pattern)}
+    files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name != MANIFEST}
     content = {file.name: sha256(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps([content, tokens, seed, sampler(), str(dtype())], sort_keys=True).encode()).hexdigest()[:32]
 

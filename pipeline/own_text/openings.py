@@ -9,9 +9,9 @@ import numpy as np
 from edgepress.models import PROMPTS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.runtime.chat import end_of_turn
 from edgepress.pipeline.runtime.chat_template import read_template
-from edgepress.pipeline.runtime.decoder import end_tokens
 from edgepress.pipeline.text.windows import beginning
 
 log = logging.getLogger("edgepress")

@@ -14,6 +14,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, sha256
+from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss, perplexity
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.own_text.kept import with_text
@@ -55,6 +56,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
     layers = checkpoint.layers
     options.amount(layers)  # what is impossible is refused before minutes are spent on measuring
+    read = checkpoint.remarks("prune")
     if len(options.remove_layers) == 1:  # --remove-layers used to take a count
         log.info("prune: removing the layer with index %d (for a number of layers: --remove-count)", options.remove_layers[0])
     if options.remove_layers:
@@ -62,24 +64,28 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     options = with_text(options, source.path)
     ranking, held_out = calibration(source.path, options)
     plan = _plan(checkpoint, options, ranking, held_out)
-    remove_blocks(source.path, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)
+    remove_blocks(checkpoint, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)
     pruned = Checkpoint(out, options.trust_remote_code).model()
     _prove(plan, pruned, source.family)
     perplexities = [perplexity(loss) for loss in (plan.loss, mean_loss(pruned, held_out))]
     _report(plan.choice.removed, layers, perplexities)
-    facts = _choice_facts(options, plan, layers) | {
-        "parameters": [plan.parameters, pruned.num_parameters()],
-        "bytes": [folder_bytes(source.path), folder_bytes(out)],
-        "held_out_perplexity": perplexities,
-        "evaluations": plan.choice.evaluations,
-        "evaluation_seconds": round(plan.choice.seconds, 2),
-        "calibration": {
-            "sha256": sha256(options.calibration),
-            "ranking_positions": sum(map(len, ranking)),
-            "held_out_positions": sum(map(len, held_out)),
-        },
-        "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
-    }
+    facts = (
+        read
+        | _choice_facts(options, plan, layers)
+        | {
+            "parameters": [plan.parameters, pruned.num_parameters()],
+            "bytes": [folder_bytes(source.path), folder_bytes(out)],
+            "held_out_perplexity": perplexities,
+            "evaluations": plan.choice.evaluations,
+            "evaluation_seconds": round(plan.choice.seconds, 2),
+            "calibration": {
+                "sha256": sha256(options.calibration),
+                "ranking_positions": sum(map(len, ranking)),
+                "held_out_positions": sum(map(len, held_out)),
+            },
+            "proof": {"tokens": plan.probe.shape[1], "largest_logit_difference": 0.0},
+        }
+    )
     if (stability := plan.influence.stability()) is not None:
         facts["rank_correlation_of_halves"] = stability
     write_influence(out, facts, plan.influence, plan.choice)
@@ -94,6 +100,7 @@ def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarra
     choice = choose(options, amount, blocks, influence, ranking, held_out)
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed))
     loss = mean_loss(model, held_out)
+    warn_unless_readable(loss, model.config.vocab_size, options.calibration)
     probe = torch.from_numpy(ranking[0])[None]
     with blocks.without(choice.removed):
         logits = blocks.logits(probe)

@@ -12,12 +12,11 @@ import torch
 from edgepress.models.pruned_config import arithmetic_fields, layer_count_key, pruned_configs, renamed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.load import quiet
-from edgepress.pipeline.checkpoint.shards import rewrite, rows_of, shards
+from edgepress.pipeline.checkpoint.load import build_meta_model
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, write_json
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 # What a module knows of its own position; removal is there to change it.
 _POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "training"}
@@ -25,18 +24,21 @@ Setting = int | float | bool | str | None
 Shape = tuple[int, ...]
 
 
-def remove_blocks(source: Path, out: Path, name: str, kept: Sequence[int], config: JsonObject) -> None:
+def remove_blocks(source: Checkpoint, out: Path, name: str, kept: Sequence[int], config: JsonObject) -> None:
     """Write ``source`` with only the ``kept`` blocks (indices in ``source``, ascending) into the folder ``out``.
 
     name: of the block list, as "model.layers". Weights keep their dtype and bytes and are never loaded: memory does not grow
-    with the checkpoint. Tokenizer and generation config are carried over; ``config`` is the new config.json.
+    with the checkpoint. Tokenizer and generation config are carried over, Python code where it is trusted; ``config`` is the new
+    config.json.
     Raises ModelError when the tensors in the files do not go by the architecture's names.
     """
     prefixes = (name, name.split(".", 1)[-1])  # some checkpoints omit the base model's prefix in their names
-    if not any(renamed(tensor, prefixes, []) is None for tensor in rows_of(source)):
-        raise ModelError(f"no tensor in {source} belongs to '{name}'; save the model again with this transformers' save_pretrained")
-    rewrite(shards(source), out, lambda tensor: renamed(tensor, prefixes, kept))
-    carry_files(source, out)
+    if not any(renamed(tensor, prefixes, []) is None for tensor in source.shapes):
+        raise ModelError(
+            f"no tensor in {source.path} belongs to '{name}'; save the model again with this transformers' save_pretrained"
+        )
+    source.rewrite(out, lambda tensor: renamed(tensor, prefixes, kept))
+    carry_files(source.path, out, source.trust_remote_code)
     write_json(out / "config.json", config)
 
 
@@ -76,9 +78,8 @@ class _Structure:
     around: dict[str, Shape]
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, trust_remote_code: bool) -> _Structure:
-        with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    def of(cls, config: PreTrainedConfig, checkpoint: Checkpoint) -> _Structure:
+        model = build_meta_model(config, checkpoint.path, checkpoint.trust_remote_code)
         name, modules = decoder_blocks(model)
         # GPT-2 may scale attention by the layer's index: then the position is part of what a block does.
         scaled = any("layer_idx" in key and value for key, value in config.to_dict().items())
@@ -104,7 +105,7 @@ class _Search:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.whole = _Structure.of(checkpoint.config, checkpoint.trust_remote_code)
+        self.whole = _Structure.of(checkpoint.config, checkpoint)
         self.built: dict[str, _Structure | None] = {}
 
     def expressed(self, kept: Sequence[int]) -> JsonObject | None:
@@ -121,7 +122,7 @@ class _Search:
         if key not in self.built:
             config = type(self.checkpoint.config)
             try:
-                self.built[key] = _Structure.of(config.from_dict(copy.deepcopy(candidate)), self.checkpoint.trust_remote_code)
+                self.built[key] = _Structure.of(config.from_dict(copy.deepcopy(candidate)), self.checkpoint)
             except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, ModelError):
                 self.built[key] = None  # the architecture does not accept this way of writing it
         return self.built[key]

@@ -1,4 +1,4 @@
-"""How many bits a model needs: trials of rounding on its own blocks, before anything is written.
+"""Which bits a model needs: tried by rounding on its own blocks, before anything is written.
 
 Small models lose far more at 4 bits than large ones: SmolLM2-135M a third of its perplexity and more, where a 7 B model loses a few
 per cent. Rounding to nearest stands in for every method in a trial: it needs no calibration and a minute at most.
@@ -8,55 +8,140 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
+from edgepress.pipeline.quantize.mix import (
+    BASE,
+    EIGHT,
+    FORMS,
+    Form,
+    Item,
+    by_matrix,
+    mean_bits,
+    most_common,
+    rules_of,
+    solve,
+)  # fmt: skip
 from edgepress.pipeline.quantize.rtn import rounded
+from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
+COST_TOKENS = 16384
 # Growth of the loss under a calibrated method, in that of rounding: 0.42 to 0.52 on the models of docs/quantization.md, whose
 # weights lie on no grid; of weights that were quantized before, GPTQ may lose as much as rounding.
 CALIBRATED = 0.7
-EIGHT_BITS = ("rtn", 8, 64)  # what is taken where fewer bits lose too much; calibration wins nothing there
+TUNED = 0.6  # the same of a tune stage: docs/tuning.md
+TRIALS = 4
+# A mix that saves less of the bytes than this is not worth its many operators.
+WORTH = 0.03
+
+
+class _Trial:
+    """The model, its text, and what was measured so far. growth: expected growth of perplexity (a share), by label."""
+
+    def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
+        options = with_text(options, source.path)
+        checkpoint = Checkpoint(source.path, options.trust_remote_code)
+        self.model, self.options, self.path = checkpoint.model(), options, source.path
+        self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
+        self.references = [logits_of(self.model, ids) for ids in progress(self.windows, "bits", "window")]
+        warn_unless_readable(mean_loss_of(self.windows, self.references), self.model.config.vocab_size, options.calibration)
+        self.modules = block_linears(self.model)
+        self.growth: dict[str, float] = {}
+
+    def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
+        text, key = self.options.calibration, self.options.text_key
+        return text_windows(text, self.path, budget=tokens, skip=self.options.calibration_skip, length=length, key=key)
+
+    def items(self) -> list[Item]:
+        """What each matrix costs at each form, from one pass over the calibration text."""
+        return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW))
+
+    def measure(self, label: str, forms: Mapping[str, Form], factor: float) -> float:
+        """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
+        with rounded(self.modules, forms):
+            scores = Quality()
+            for ids, reference in zip(progress(self.windows, label, "window"), self.references, strict=True):
+                scores.add(ids, logits_of(self.model, ids), reference)
+        self.growth[label] = round(math.expm1(min(factor * scores.loss_change()[0], 50.0)), 5)
+        return self.growth[label]
+
+    def all(self, form: Form) -> dict[str, Form]:
+        """Every matrix in one form."""
+        return dict.fromkeys(self.modules, form)
 
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
-    """The method as asked for if it keeps perplexity within ``options.max_growth``, else 8 bits.
+    """Options that settle the bits of every matrix: by ``max_growth`` or ``target_bits``.
 
     Measured on the calibration text, of which rounding learns nothing.
     """
-    checkpoint = Checkpoint(source.path, options.trust_remote_code)
-    text, skip = with_text(options, source.path).calibration, options.calibration_skip
-    model = checkpoint.model()
-    windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=min(TRIAL_WINDOW, checkpoint.context))
-    references = [logits_of(model, ids) for ids in progress(windows, "bits", "window")]
+    trial = _Trial(source, options)
+    left = (CALIBRATED if options.method == "gptq" else 1.0) * (TUNED if options.tuned else 1.0)
+    settled = replace(options, max_growth=None, target_bits=None)
+    if options.target_bits is not None:
+        items = trial.items()
+        size = options.target_bits * sum(item.weights for item in items) / 8
+        forms = solve(items, FORMS, size=size)
+        growth = trial.measure("mixed", by_matrix(items, forms), left)
+        because = (
+            f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
+        )
+        return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
     limit = options.max_growth or 0.0
-    growth: dict[str, float] = {}
-    for method, bits, group in ((options.method, options.weight_bits, options.group), EIGHT_BITS):
-        with rounded(block_linears(model), bits, group):
-            scores = Quality()
-            for ids, reference in zip(progress(windows, f"{bits} bits", "window"), references, strict=True):
-                scores.add(ids, logits_of(model, ids), reference)
-        change = scores.loss_change()[0] * (CALIBRATED if method == "gptq" else 1.0)
-        growth[str(bits)] = round(math.expm1(min(change, 50.0)), 5)
-        chosen = replace(options, method=method, bits=bits, group_size=group, max_growth=None)
-        if growth[str(bits)] <= limit:
-            break
-    return Chosen(chosen, _because(growth, limit), growth)
+    uniform = Form(options.weight_bits, options.group)
+    if trial.measure(f"{uniform.bits} bits", trial.all(uniform), left) <= limit:
+        chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
+        return Chosen(chosen, _because(trial.growth, limit), trial.growth)
+    eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
+    if trial.measure("8 bits", trial.all(EIGHT), 1.0) > limit:
+        return Chosen(eight, _because(trial.growth, limit), trial.growth)
+    items = trial.items()
+    mixed = _within(trial, items, limit, left)
+    chosen = eight if mixed is None else _mixed(settled, items, mixed)
+    return Chosen(chosen, _because(trial.growth, limit), trial.growth)
+
+
+def _within(trial: _Trial, items: list[Item], limit: float, left: float) -> list[Form] | None:
+    """The mix of fewest bytes whose measured growth keeps to the limit; None where it saves too little against 8 bits.
+
+    The estimates need not add up: a bound that a trial exceeds is lowered by as much.
+    """
+    whole = sum(item.bytes[EIGHT] for item in items)
+    allowed = math.log1p(limit) / left
+    for _ in range(TRIALS):
+        forms = solve(items, (Form(4, 32), BASE, EIGHT), cost=allowed)
+        size = sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
+        if size > (1 - WORTH) * whole:
+            return None
+        growth = trial.measure(f"{mean_bits(items, forms):.1f} bits", by_matrix(items, forms), left)
+        if growth <= limit:
+            return forms
+        allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
+    return None
+
+
+def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> QuantizeOptions:
+    usual = most_common(forms, items)
+    rules = rules_of(by_matrix(items, forms), usual)
+    return replace(settled, bits=usual.bits, group_size=usual.group_size, bits_for=rules)
 
 
 def _because(growth: dict[str, float], limit: float) -> str:
-    figures = [f"{bits} bits {100 * share:+.1f} % of perplexity" for bits, share in growth.items()]
+    figures = [f"{label} {100 * share:+.1f} % of perplexity" for label, share in growth.items()]
     within = "" if np.isclose(limit, 0) or list(growth.values())[-1] <= limit else ", which nothing here keeps to"
     return f"expected on the calibration text: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.shards import ShardIndex
-from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import read_json, remove, sha256, write_json
+from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, shards
+from edgepress.pipeline.checkpoint.update import carry_files
+from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.registry import version
@@ -36,8 +38,8 @@ CHECKPOINT = "checkpoint/CURRENT"  # exists once a layer is finished
 class GptqSettings:
     """All that decides what gptqmodel writes, as job.json of the scratch folder records it: a run with the same can be resumed.
 
-    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits of single matrices. windows: token
-    ids. The rest as gptqmodel calls it.
+    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits and group size of single matrices.
+    windows: token ids. The rest as gptqmodel calls it.
     """
 
     model: str
@@ -47,7 +49,7 @@ class GptqSettings:
     group_size: int
     sym: bool
     desc_act: bool
-    exceptions: dict[str, int]
+    exceptions: dict[str, list[int]]
     kept_float: list[str]
     resumable: bool
     trust_remote_code: bool
@@ -60,11 +62,11 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     It works in ``job.scratch`` and leaves its checkpoint there: the same job resumes after the last finished layer.
     """
     for name, shape in job.linears.items():
-        if job.bits(name) == 3 and any(n % 32 for n in shape):
+        if job.format(name)[0] == 3 and any(n % 32 for n in shape):
             raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {name}; use --bits 4 or 2")
     folder, settings, lost_because = job.scratch, _settings(job), _why_lost(job)
     report_begun(Begun(len(job.linears), CHECKPOINT, lost_because))
-    if not ((folder / "job.json").is_file() and read_json(folder / "job.json") == asdict(settings)):
+    if _left_in(folder) != asdict(settings):
         remove(folder)
         folder.mkdir(parents=True)
         write_json(folder / "job.json", asdict(settings))
@@ -82,18 +84,26 @@ def _settings(job: QuantizeJob) -> GptqSettings:
     options, folder = job.options, job.checkpoint.path
     return GptqSettings(
         model=str(folder.resolve()),
-        weights={p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))},
+        weights={p.name: sha256(p) for p in job.checkpoint.index.files},
         gptqmodel=version("gptqmodel"),
         bits=options.weight_bits,
         group_size=options.group,
         sym=options.symmetric,
         desc_act=options.act_order,
-        exceptions=job.exceptions,
+        exceptions={name: list(form) for name, form in job.exceptions.items()},
         kept_float=sorted(job.kept_float),
         resumable=_resumable(job),
         trust_remote_code=job.checkpoint.trust_remote_code,
         windows=[row.tolist() for row in job.windows()],
     )
+
+
+def _left_in(scratch: Path) -> JsonObject | None:
+    """The job that an interrupted run left in its scratch folder, if it can still be read."""
+    try:
+        return read_json(scratch / "job.json")
+    except (InputError, OSError, RecursionError):
+        return None
 
 
 def _resumable(job: QuantizeJob) -> bool:
@@ -122,7 +132,9 @@ def _run(settings: GptqSettings) -> None:
     from gptqmodel.looper.checkpoint_store import CheckpointConfig
 
     here = Path.cwd()
-    exceptions: dict[str, dict[str, int]] = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in settings.exceptions.items()}
+    exceptions: dict[str, dict[str, int]] = {
+        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": group} for name, (bits, group) in settings.exceptions.items()
+    }
     exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.kept_float}
     config = QuantizeConfig(
         bits=settings.bits,
@@ -135,7 +147,7 @@ def _run(settings: GptqSettings) -> None:
         offload_to_disk_path=str(here / "offload"),
     )
     model = GPTQModel.load(
-        settings.model,
+        str(_source_folder(Path(settings.model), here / "source", settings.trust_remote_code)),
         config,
         dtype=torch.float32,  # it would take bfloat16 by itself
         device="cpu",
@@ -147,6 +159,31 @@ def _run(settings: GptqSettings) -> None:
     model.quantize(rows, batch_size=4, checkpoint=checkpoint)
     model.save(str(here / "model"))
     model.model = None  # gptqmodel holds on to the object around it
+
+
+def _source_folder(checkpoint: Path, out: Path, trusted: bool) -> Path:
+    """The checkpoint in a folder of its own, without code unless it is ``trusted``.
+
+    gptqmodel's tokenizer helper runs the code of a tokenizer that it cannot read, whatever it is told, and it reads whatever
+    weights it finds. Here are the float weights that count, under the names that it looks for, and no pickled ones or adapters.
+    They are hard links (or copies, on another file system): it refuses weights that are links, as all are in a hub cache.
+    """
+    remove(out)
+    out.mkdir()
+    carry_files(checkpoint, out, trusted)
+    (out / "adapter_config.json").unlink(missing_ok=True)
+    write_json(out / "config.json", read_json(checkpoint / "config.json"))
+    files = shards(checkpoint)
+    names = ["model.safetensors"] if len(files) == 1 else [file.name for file in files]
+    for file, name in zip(files, names, strict=True):
+        try:
+            (out / name).hardlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, out / name)
+    if len(files) > 1:
+        places = {name: header.file.name for header in ShardIndex(files).headers for name in header.entries}
+        write_json(out / INDEX, {"metadata": {}, "weight_map": places})
+    return out
 
 
 def _release_memory() -> None:

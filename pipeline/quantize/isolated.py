@@ -23,8 +23,10 @@ from pathlib import Path
 
 from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
+from edgepress.pipeline.lock import descriptors
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.registry import load
+from edgepress.pipeline.search_path import child_environment
 
 log = logging.getLogger("edgepress")
 PARENT = "EDGEPRESS_PARENT"
@@ -64,10 +66,11 @@ def run_isolated(function: str, arguments: tuple[object, ...], label: str, scrat
 
 def _follow(shared: Path, label: str, scratch: Path) -> object:
     """Start the child, and pass its messages on until it ends."""
-    environment = os.environ | {PARENT: str(os.getpid())}
+    environment = child_environment() | {PARENT: str(os.getpid())}
+    command = [sys.executable, "-c", CHILD, str(shared)]
     with (
         (shared / OUTPUT).open("wb") as output,
-        subprocess.Popen([sys.executable, "-c", CHILD, shared], stdout=output, stderr=output, env=environment) as process,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment, pass_fds=descriptors()) as process,
         _Listener(shared, label) as listener,
     ):
         try:

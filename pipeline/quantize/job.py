@@ -18,7 +18,8 @@ class QuantizeJob:
 
     linears: full name -> (out, in). windows: called only by quantizers that calibrate. scratch: a folder that a quantizer
     may make next to the output; what an interrupted run leaves there is its own to resume from.
-    exceptions: bits of the matrices whose bits are not ``options.bits``. kept_float: matrices of the blocks that stay float.
+    exceptions: bits and group size of the matrices that have others than ``options`` gives. kept_float: matrices of the
+    blocks that stay float.
     transposed: those stored as (in, out).
     """
 
@@ -27,13 +28,13 @@ class QuantizeJob:
     windows: Callable[[], list[np.ndarray]]
     options: QuantizeOptions
     scratch: Path
-    exceptions: dict[str, int] = field(default_factory=dict)
+    exceptions: dict[str, tuple[int, int]] = field(default_factory=dict)
     kept_float: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
 
-    def bits(self, name: str) -> int:
-        """Bits of one matrix."""
-        return self.exceptions.get(name, self.options.weight_bits)
+    def format(self, name: str) -> tuple[int, int]:
+        """Bits and group size of one matrix."""
+        return self.exceptions.get(name, (self.options.weight_bits, self.options.group))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, float32 torch tensor (out, in)) of every matrix, one at a time. Raises ModelError for NaN and Inf."""

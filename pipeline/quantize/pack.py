@@ -32,12 +32,13 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     scratch: see QuantizeJob. Raises what ``plan`` and the quantizer raise, and ProofError when the result is wrong.
     """
     checkpoint, run = Checkpoint(source.path, options.trust_remote_code), METHODS[options.method].run
-    carry_files(source.path, out)
+    carry_files(source.path, out, options.trust_remote_code)
     write_json(out / "config.json", checkpoint.raw_config)
+    read = checkpoint.remarks("quantize")
     if run is None:
-        checkpoint.index.rewrite(out, lambda name: name)
+        checkpoint.rewrite(out, lambda name: name)
         packed.save({}, out)
-        return {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
+        return read | {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
 
     model = checkpoint.meta_model()
     with with_full_names(checkpoint, model, out) as named:
@@ -52,10 +53,10 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         # A tied model may store its head a second time; it would outlive the packed one.
         tied = model.config.tie_word_embeddings and ends
         dropped = set(linears) | ({"lm_head"} if tied else set())
-        named.index.rewrite(out, lambda name: None if name.removesuffix(".weight") in dropped else name)
+        named.rewrite(out, lambda name: None if name.removesuffix(".weight") in dropped else name)
     prove_written(linears, out)
     bits = [x.bits for name, x in linears.items() if name not in ends]
-    return {
+    return read | {
         "linears": len(linears),
         "head": {name: x.bits for name, x in ends.items()} or "float",
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},

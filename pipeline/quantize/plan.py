@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,15 @@ from edgepress.pipeline.checkpoint.blocks import block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
+
+READ_TOKENS = 256  # of the calibration text, which show whether the model reads it
 
 
 def plan(
@@ -33,34 +37,42 @@ def plan(
         )
     matrices, transposed = block_matrices(model)
     check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
-    exceptions = bits_of_exceptions(options.bits_for, matrices)
-    kept_float = frozenset(name for name, bits in exceptions.items() if bits == 16)
+    exceptions = exceptions_of(options, matrices)
+    kept_float = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16)
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
         given = with_text(options, checkpoint.path)
         used[:] = text_windows(
             given.calibration, checkpoint.path, budget=given.calibration_tokens, skip=given.calibration_skip, shortest=16,
-            seed=given.calibration_seed,
+            seed=given.calibration_seed, key=given.text_key,
         )  # fmt: skip
+        with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
+            loss = mean_loss(checkpoint.offloaded_model(), [used[0][:READ_TOKENS]])
+            warn_unless_readable(loss, model.config.vocab_size, options.calibration)
         return used
 
     linears = {name: shape for name, shape in matrices.items() if name not in kept_float}
-    others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.weight_bits)}
+    usual = (options.weight_bits, options.group)
+    others = {name: form for name, form in exceptions.items() if form[0] != 16 and form != usual}
     return QuantizeJob(checkpoint, linears, windows, options, scratch, others, kept_float, transposed), used
 
 
-def bits_of_exceptions(bits_for: tuple[str, ...], names: Collection[str]) -> dict[str, int]:
-    """Bits of the matrices that a ``bits_for`` rule matches; the first match counts. Raises OptionError for an unused rule."""
-    exceptions: dict[str, int] = {}
+def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Bits and group size of the matrices that a ``bits_for`` rule matches; the first match counts.
+
+    Raises OptionError for an unused rule.
+    """
+    exceptions: dict[str, tuple[int, int]] = {}
     used: set[str] = set()
+    rules = list(zip(options.bits_for, bits_rules(options.bits_for), strict=True))
     for name in names:
-        for rule, (pattern, bits) in zip(bits_for, bits_rules(bits_for), strict=True):
-            if pattern.fullmatch(name):
-                exceptions[name] = bits
-                used.add(rule)
+        for text, rule in rules:
+            if rule.pattern.fullmatch(name):
+                exceptions[name] = (rule.bits, rule.group_size or options.group)
+                used.add(text)
                 break
-    if unused := [rule for rule in bits_for if rule not in used]:
+    if unused := [rule for rule in options.bits_for if rule not in used]:
         raise OptionError(
             f"--bits-for '{unused[0]}' is the first match of no matrix; names are like {next(iter(names))}, and an earlier rule "
             "goes first: correct it"
@@ -99,15 +111,15 @@ def with_full_names(checkpoint: Checkpoint, model: PreTrainedModel, out: Path) -
     """
     prefix = model.base_model_prefix + "."
     parameters = {name for name, _ in model.named_parameters()}
-    if not any(name not in parameters and prefix + name in parameters for name in checkpoint.index):
+    if not any(name not in parameters and prefix + name in parameters for name in checkpoint.shapes):
         yield checkpoint
         return
     copy = out / "full-names"
     copy.mkdir()
     try:
-        carry_files(checkpoint.path, copy)
+        carry_files(checkpoint.path, copy, checkpoint.trust_remote_code)
         shutil.copy2(checkpoint.path / "config.json", copy)
-        checkpoint.index.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
+        checkpoint.rewrite(copy, lambda name: prefix + name if prefix + name in parameters else name)
         yield Checkpoint(copy, checkpoint.trust_remote_code)
     finally:
         shutil.rmtree(copy)

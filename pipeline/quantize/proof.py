@@ -41,7 +41,7 @@ def prove_errors(job: QuantizeJob, linears: dict[str, PackedLinear]) -> dict[str
         errors[name] = round(_distance(restored, weight), 5)
         if METHODS[job.options.method].calibrated:
             some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))  # a wrong reading spares no row
-            rounded = round_to_nearest(name, weight[some], linear.bits, job.options.group, job.options.symmetric).dequantized()
+            rounded = round_to_nearest(name, weight[some], *job.format(name), job.options.symmetric).dequantized()
             error, least = _distance(restored[some], weight[some]), _distance(rounded, weight[some])
             if not error <= WORST_ERROR * least + 1e-5:
                 raise ProofError(

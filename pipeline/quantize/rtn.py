@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     """Every matrix of the job, rounded in groups along the input."""
     options = job.options
     return {
-        name: round_to_nearest(name, weight.numpy(), job.bits(name), options.group, options.symmetric)
+        name: round_to_nearest(name, weight.numpy(), *job.format(name), options.symmetric)
         for name, weight in progress(job.weights(), "round to nearest", "matrix")
     }
 
@@ -60,17 +60,24 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
     return PackedLinear.from_codes(name, codes.reshape(rows, -1)[:, :columns], scales, zeros, bits, length)
 
 
+def matrix_of(module: torch.nn.Linear | Conv1D) -> torch.Tensor:
+    """The weight of a linear module as (out, in), float32."""
+    weight = module.weight.detach()
+    return (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()
+
+
 @contextmanager
-def rounded(modules: dict[str, torch.nn.Linear | Conv1D], bits: int, group_size: int) -> Iterator[None]:
-    """Within the context the weights of the modules, by name, are those that rounding to nearest leaves."""
-    kept = {name: module.weight.detach().clone() for name, module in modules.items()}
-    with torch.no_grad():
-        for name, module in modules.items():
-            weight = kept[name].T if isinstance(module, Conv1D) else kept[name]
-            restored = round_to_nearest(name, weight.contiguous().numpy(), bits, group_size, False).dequantized()
-            module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
-        try:
-            yield
-        finally:
-            for name, module in modules.items():
-                module.weight.copy_(kept[name])
+def rounded(modules: Mapping[str, torch.nn.Linear | Conv1D], forms: Mapping[str, tuple[int, int]]) -> Iterator[None]:
+    """Within the context the modules in ``forms`` have the weights that rounding to these bits and group sizes leaves."""
+    kept = {name: modules[name].weight.detach().clone() for name in forms}
+    try:
+        with torch.no_grad():
+            for name, (bits, group_size) in forms.items():
+                module = modules[name]
+                restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, False).dequantized()
+                module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                modules[name].weight.copy_(weight)

@@ -1,120 +1,93 @@
-"""What each group of matrices costs when it alone is quantized: where to spend more bits (KL divergence on calibration text)."""
+"""What each matrix costs at each number of bits, and the bits that a mean allows: the table behind ``--target-bits``."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import torch
-from edgepress.pipeline.checkpoint.blocks import block_linears, decoder_blocks
+import numpy as np
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
-from edgepress.pipeline.metrics.scores import Quality
-from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.own_text.kept import with_text
-from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.rtn import rounded
+from edgepress.pipeline.quantize.curvature import Errors, costs
+from edgepress.pipeline.quantize.mix import BASE, FORMS, Form, Item, by_matrix, items_of, most_common, rules_of, solve
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
-
-
-@dataclass(frozen=True)
-class GroupCost:
-    """What it costs to round one sublayer (attention, mlp) of one block, and nothing else, to nearest.
-
-    pattern: regular expression that matches its matrices. weights: how many it has. kl: mean KL(original || rounded) in nats
-    a token. top1: share of tokens whose most likely successor is unchanged. bytes: what ``better_bits`` would add.
-    """
-
-    group: str
-    pattern: str
-    weights: int
-    kl: float
-    top1: float
-    bytes: int
+WINDOW = 128  # tokens: many short windows make the estimate better than few long ones
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The cost of every group at ``bits`` and ``group_size``, and the ``bits_for`` rules proposed from it."""
+    """The costs of all matrices, and the form of each that ``target_bits`` allows at least loss."""
 
-    bits: int
-    group_size: int
-    rows: tuple[GroupCost, ...]
-    bits_for: tuple[str, ...]
+    target_bits: float
+    items: tuple[Item, ...]
+    forms: tuple[Form, ...]
+
+    @property
+    def usual(self) -> Form:
+        """The form of most weights."""
+        return most_common(self.forms, self.items)
+
+    @property
+    def bits_for(self) -> tuple[str, ...]:
+        """``bits_for`` rules for the matrices of other forms than the usual one."""
+        return rules_of(by_matrix(self.items, self.forms), self.usual)
 
     def to_json(self, model: str) -> JsonObject:
         """The content of sensitivity.json; model: name of the checkpoint."""
-        return {"model": model, **asdict(self)}
+        rows = [
+            {
+                "matrices": list(item.names), "weights": item.weights, "kl": {str(form): cost for form, cost in item.costs.items()},
+                "bytes": {str(form): size for form, size in item.bytes.items()}, "form": str(form),
+            }
+            for item, form in zip(self.items, self.forms, strict=True)
+        ]  # fmt: skip
+        usual = {"bits": self.usual.bits, "group_size": self.usual.group_size, "bits_for": list(self.bits_for)}
+        return {"model": model, "target_bits": self.target_bits, "quantize": usual, "rows": rows}
 
 
 def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
-    """The cost of each sublayer (attention, mlp) of each block, and a proposal of ``bits_for`` rules.
-
-    The proposal takes groups by KL per added byte until ``extra`` is spent. KL of single groups does not add up exactly:
-    the proposal is a good guess, to be measured like any recipe.
-    """
+    """One pass over the calibration text: see curvature.py. Raises TextError for a text of less than a window."""
     options = with_text(options, checkpoint.path)
     windows = text_windows(
-        options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
-    )
-    model = checkpoint.model()
-    references = [logits_of(model, ids) for ids in windows]
-    rows, groups = [], _groups(model)
-    log.info("sensitivity: %d groups, each rounded alone and measured on %d tokens", len(groups), sum(map(len, windows)))
-    for name, modules in progress(groups.items(), "sensitivity", "group"):
-        with rounded(modules, options.bits, options.group_size):
-            scores = Quality()
-            for ids, reference in zip(windows, references, strict=True):
-                scores.add(ids, logits_of(model, ids), reference)
-        figures, weights = scores.figures(), sum(m.weight.numel() for m in modules.values())
-        rows.append(
-            GroupCost(
-                name,
-                re.escape(name).replace("\\.", ".") + ".*",
-                weights,
-                figures["kl_mean"],
-                figures["top1_agreement"],
-                weights * (options.better_bits - options.bits) // 8,
-            )
-        )
-    return Sensitivity(options.bits, options.group_size, tuple(rows), propose(rows, options))
+        options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,
+        length=min(WINDOW, checkpoint.context), key=options.text_key,
+    )  # fmt: skip
+    items = items_of_model(checkpoint.model(), windows)
+    size = options.target_bits * sum(item.weights for item in items) / 8
+    return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
 
-def propose(rows: Sequence[GroupCost], options: SensitivityOptions) -> tuple[str, ...]:
-    """``bits_for`` rules for the groups that gain most per byte, within ``extra`` of the bytes at ``bits``."""
-    budget = options.extra * sum(row.weights for row in rows) * options.bits / 8
-    rules = []
-    for row in sorted(rows, key=lambda row: -row.kl / max(row.bytes, 1)):
-        if row.bytes <= budget:
-            budget -= row.bytes
-            rules.append(f"{row.pattern}={options.better_bits}")
-    return tuple(rules)
+def items_of_model(model: PreTrainedModel, windows: list[np.ndarray]) -> list[Item]:
+    """What each matrix costs at each form."""
+    whole = [row for row in windows if len(row) == len(windows[0])]
+    log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
+    errors = Errors(model, *BASE)
+    by_name = costs(model, errors, whole)
+    return items_of(errors, by_name, errors.together)
 
 
 def table(sensitivity: Sensitivity) -> str:
-    """The rows as text, most sensitive first, and the proposal as flags."""
-    lines = [f"{'group':<40} {'KL, nat':>9} {'top-1':>8} {'weights':>12}"]
-    for row in sorted(sensitivity.rows, key=lambda row: -row.kl):
-        lines.append(f"{row.group:<40} {row.kl:>9.5f} {100 * row.top1:>6.1f} % {row.weights:>12,}")
-    if rules := sensitivity.bits_for:
-        lines += ["", "more bits for the first of these:", " ".join(f"--bits-for '{rule}'" for rule in rules)]
-        lines += ["", "or in a recipe:", "quantize:", "  bits_for:", *(f"    - '{rule}'" for rule in rules)]
-    return "\n".join(lines)
+    """The rows as text, the most sensitive weights first, and what to give quantize for the mean asked for."""
+    rows = sorted(zip(sensitivity.items, sensitivity.forms, strict=True), key=lambda row: -row[0].costs[BASE] / row[0].weights)
+    width = max(len(_label(item)) for item, _ in rows)
+    lines = [f"{'matrices':<{width}} {'weights':>11} " + " ".join(f"{f'KL {form}':>10}" for form in FORMS) + f" {'chosen':>8}"]
+    for item, form in rows:
+        figures = " ".join(f"{item.costs[other]:>10.2e}" for other in FORMS)
+        lines.append(f"{_label(item):<{width}} {item.weights:>11,} {figures} {form!s:>8}")
+    usual, rules = sensitivity.usual, sensitivity.bits_for
+    flags = " ".join(f"--bits-for '{rule}'" for rule in rules)
+    lines += ["", f"for {sensitivity.target_bits:g} bits a weight (the same as --target-bits {sensitivity.target_bits:g}):"]
+    lines += [f"--bits {usual.bits} --group-size {usual.group_size} {flags}".rstrip(), "", "or in a recipe:", "quantize:"]
+    lines += [f"  bits: {usual.bits}", f"  group_size: {usual.group_size}"]
+    return "\n".join(lines + (["  bits_for:", *(f"    - '{rule}'" for rule in rules)] if rules else []))
 
 
-def _groups(model: PreTrainedModel) -> dict[str, dict[str, torch.nn.Linear | Conv1D]]:
-    """Name of each sublayer of each block ("model.layers.0.mlp") -> its linear layers by name."""
-    prefix, _ = decoder_blocks(model)
-    groups: dict[str, dict[str, torch.nn.Linear | Conv1D]] = defaultdict(dict)
-    for name, module in block_linears(model).items():
-        index, sublayer, *_ = name.removeprefix(prefix + ".").split(".")
-        groups[f"{prefix}.{index}.{sublayer}"][name] = module
-    return groups
+def _label(item: Item) -> str:
+    """``model.layers.0.self_attn.q_proj, k_proj, v_proj``."""
+    first, *others = item.names
+    return ", ".join([first, *(name.rpartition(".")[2] for name in others)])

@@ -34,8 +34,8 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObjec
     An interrupted run of an isolated method leaves what it can resume from in ``scratch_of``, and the log says what is kept
     or lost. Raises MissingPackageError, OptionError and ModelError before the work, ProofError when its result is wrong.
     """
-    if options.max_growth is not None:
-        return _within(source, out, options)
+    if options.chooses:
+        return _chosen(source, out, options)
     method, scratch = METHODS[options.method], scratch_of(out, options.method)
     for package in ("torch", "transformers", *method.packages):
         require(package)
@@ -50,15 +50,18 @@ def quantize(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObjec
     return facts
 
 
-def _within(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject:
+def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject:
     """Choose the bits by trial, then quantize."""
     require("torch")
     work = "edgepress.pipeline.quantize.choose:choose"
     chosen = run_isolated(work, (source, options), "choosing the bits", scratch_of(out, "bits"))
     assert isinstance(chosen, Chosen)
     settled = chosen.options
-    log.info("quantize: %s, %d bits, groups of %d; %s", settled.method, settled.weight_bits, settled.group, chosen.because)
-    taken = {"method": settled.method, "bits": settled.weight_bits, "group_size": settled.group}
+    others = f" but for {len(settled.bits_for)} kinds of matrices" if settled.bits_for else ""
+    log.info(
+        "quantize: %s, %d bits, groups of %d%s; %s", settled.method, settled.weight_bits, settled.group, others, chosen.because
+    )
+    taken = {"method": settled.method, "bits": settled.weight_bits, "group_size": settled.group, "bits_for": settled.bits_for}
     return quantize(source, out, settled) | {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
 
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.files import write_whole
 from edgepress.pipeline.report import model
 from edgepress.pipeline.report.model import Comparison, Report, ReportFile
 from edgepress.pipeline.report.text import markdown
@@ -30,9 +31,9 @@ def save(content: ReportFile, file: Path) -> None:
     if file.suffix == ".html":
         from edgepress.pipeline.report.html import html
 
-        file.write_text(html(content), encoding="utf-8")
+        write_whole(file, html(content))
     elif file.suffix == ".md":
-        file.write_text(markdown(content), encoding="utf-8")
+        write_whole(file, markdown(content))
     elif file.suffix == ".json":
         model.write(content, file)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report import text
-from edgepress.pipeline.report.model import Report, ReportFile
+from edgepress.pipeline.report.model import Report, ReportFile, for_people
 from edgepress.pipeline.report.tables import (
     COMPARISON_HEADER,
     FIGURE_HEADER,
@@ -29,6 +29,7 @@ def html(content: ReportFile) -> str:
     """The whole page. Raises MissingPackageError without matplotlib."""
     require("matplotlib")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    content = for_people(content)
     reports = content.reports
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=text.title(reports),

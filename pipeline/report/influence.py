@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import read_json
-from edgepress.pipeline.report.plain import from_plain
 from edgepress.pipeline.report.text import table
 
 
@@ -39,7 +39,7 @@ class Influences:
 def read_influences(file: Path) -> Influences:
     """Raises InputError for a file that is absent or damaged."""
     try:
-        return from_plain(Influences, read_json(file), "influence")
+        return typed(Influences, read_json(file), "influence")
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); run edgepress prune again") from error
 

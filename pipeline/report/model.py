@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.report.steps import Quantization, Step
+from edgepress.pipeline.visible import one_line
 
 SCHEMA = 3
 # Samples from which on percentiles are given.
@@ -22,7 +25,7 @@ class Figure:
     """All raw samples of one quantity in ``unit``. standard_error: where the value is itself a mean over many items."""
 
     unit: str
-    values: tuple[float, ...]
+    values: tuple[float | int, ...]  # a whole number stays one
     standard_error: float | None = None
 
     def __post_init__(self) -> None:
@@ -186,10 +189,25 @@ def read(file: Path) -> ReportFile:
     if content.get("schema") != SCHEMA:
         raise InputError(f"{file} was written by another edgepress; run edgepress bench again")
     try:
-        others = from_plain(_Others, content, "report")
-        return ReportFile((from_plain(Report, content, "report"), *others.compared_with), others.comparisons)
+        others = typed(_Others, content, "report")
+        return ReportFile((typed(Report, content, "report"), *others.compared_with), others.comparisons)
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); run edgepress bench again") from error
+
+
+def for_people(content: ReportFile) -> ReportFile:
+    """The same with every text in one line that prints: names come from manifests and folders that strangers wrote."""
+    return replace(content, reports=_printing(content.reports), comparisons=_printing(content.comparisons))
+
+
+def _printing(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _printing(getattr(value, item.name)) for item in fields(value)})
+    if isinstance(value, dict):
+        return {one_line(key): _printing(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_printing, value))
+    return one_line(value) if isinstance(value, str) else value
 
 
 def _report_object(report: Report) -> JsonObject:

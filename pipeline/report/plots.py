@@ -46,7 +46,7 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
     axes.set_ylabel("KL from the original, nat" if kl else "perplexity")
     axes.set_xlabel("size on disk, MB" if kind == "size" else "decode, tokens/s")
     axes.margins(0.1)
-    handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=m)[0] for i, m in enumerate(methods)]
+    handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=_literal(m))[0] for i, m in enumerate(methods)]
     handles += [
         axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n or 'no'} layer{'s' if n > 1 else ''} removed")[0]
         for i, n in enumerate(removals)
@@ -91,7 +91,7 @@ def losses(reports: Sequence[Report]) -> str:
             value = rows.get(name, 0.0)
             # those of the same sign stand one behind the other
             start = sum(v for n in names[:index] if (v := rows.get(n, 0.0)) * value > 0)
-            label = None if position else STAGE_LABELS.get(name, name)  # once in the legend
+            label = None if position else _literal(STAGE_LABELS.get(name, name))  # once in the legend
             axes.barh(position, value, left=start, color=_COLOURS[index % len(_COLOURS)], label=label)
     _artifacts(axes, reports)
     axes.axvline(0, color="#444444", linewidth=0.8)
@@ -116,8 +116,13 @@ def spread(reports: Sequence[Report], figure_name: str, label: str, scale: float
     return _svg(figure, label)
 
 
+def _literal(name: str) -> str:
+    """A name that matplotlib does not read as a formula."""
+    return name.replace("$", r"\$")
+
+
 def _artifacts(axes: Axes, reports: Sequence[Report]) -> None:
-    axes.set_yticks(range(len(reports)), [r.artifact[-28:] for r in reports])
+    axes.set_yticks(range(len(reports)), [_literal(r.artifact[-28:]) for r in reports])
     axes.invert_yaxis()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.report.plain import from_plain
+
+_MOST_LAYERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Healing:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Training of scales, norms and biases; why: the reason that nothing was tried."""
+
+    accepted: bool
+    tokens: int = 0
+    why: str | None = None
+
+
+@dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
 
@@ -34,6 +45,10 @@ class Removal:
     layers: tuple[int, ...]
     criterion: str = "bi"
     influences: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != 2 or not all(0 <= count <= _MOST_LAYERS for count in self.layers):
+            raise ValueError("layers are not their number before and after")
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,14 @@ class Quantization:
     group_size: int = 0
     head_bits: int = 0
     symmetric: bool = False
+    bits_for: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """The method's label in tables, as ``gptq 4 bits/128``."""
         row = METHODS.get(self.method)
-        return self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+        label = self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+        return f"{label}, mixed" if self.bits_for else label
 
 
 @dataclass(frozen=True)
@@ -79,34 +96,39 @@ class Step:
     facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.removal, self.healing, self.quantization, self.head, self.export
+        _ = self.removal, self.healing, self.quantization, self.head, self.tuning, self.export
 
     @cached_property
     def removal(self) -> Removal | None:
         """Of a prune step."""
-        return from_plain(Removal, self.facts, "prune") if self.stage == "prune" else None
+        return typed(Removal, self.facts, "prune") if self.stage == "prune" else None
 
     @cached_property
     def healing(self) -> Healing | None:
         """Of a heal step."""
-        return from_plain(Healing, self.facts, "heal") if self.stage == "heal" else None
+        return typed(Healing, self.facts, "heal") if self.stage == "heal" else None
 
     @cached_property
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
         options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
-        return from_plain(Quantization, options, "quantize") if self.stage == "quantize" else None
+        return typed(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property
     def head(self) -> int | None:
         """Bits of the head after a quantize step; None where it is float."""
-        head = from_plain(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
+        head = typed(_Head, self.facts, "quantize").head if self.stage == "quantize" else "float"
         return next(iter(head.values()), None) if isinstance(head, dict) else None
+
+    @cached_property
+    def tuning(self) -> Tuning | None:
+        """Of a tune step."""
+        return typed(Tuning, self.facts, "tune") if self.stage == "tune" else None
 
     @cached_property
     def export(self) -> Export | None:
         """Of an export step."""
-        return from_plain(Export, self.facts, "export") if self.stage == "export" else None
+        return typed(Export, self.facts, "export") if self.stage == "export" else None
 
 
 CHOSEN = {
@@ -127,6 +149,8 @@ def describe(step: Step) -> str:
         return _healed(step.healing)
     if step.quantization:
         return _quantized(step.quantization, step.head)
+    if step.tuning:
+        return _tuned(step.tuning)
     if step.export:
         made = step.export
         because = f" ({made.not_fused_because})" if made.not_fused_because else ""
@@ -141,7 +165,16 @@ def _quantized(made: Quantization, head: int | None) -> str:
         return f"quantize: {made.method}"
     symmetry = "symmetric" if made.symmetric else "asymmetric"
     details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
+    details += ", other bits for some matrices" if made.bits_for else ""
     return f"quantize: {made.method}{details}; head {'float' if head is None else f'{head} bits'}"
+
+
+def _tuned(made: Tuning) -> str:
+    if made.why is not None:
+        return f"tune: unchanged, {made.why}"
+    if not made.accepted:
+        return "tune: unchanged, the KL divergence did not fall on both texts"
+    return f"tune: scales, norms and biases trained on {made.tokens} tokens towards the original's predictions"
 
 
 def _healed(made: Healing) -> str:

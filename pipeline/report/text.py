@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from edgepress.pipeline.report.model import Environment, Report, ReportFile
+from edgepress.pipeline.report.model import Environment, Report, ReportFile, for_people
 from edgepress.pipeline.report.steps import Removal
 from edgepress.pipeline.report.tables import (
     COMPARISON_HEADER,
@@ -22,6 +23,7 @@ from edgepress.pipeline.report.verdict import verdict
 
 def terminal(content: ReportFile) -> str:
     """Verdict and tables as text."""
+    content = for_people(content)
     reports, first = content.reports, content.first
     parts = ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
     parts.append(table([STAGE_HEADER, *stage_rows(first)]))
@@ -49,27 +51,29 @@ def title(reports: Sequence[Report]) -> str:
 
 def markdown(content: ReportFile) -> str:
     """The report as Markdown."""
+    content = for_people(content)
     reports = content.reports
-    lines = [f"# Report on {title(reports)}", "", *(f"- {line}" for line in verdict(reports)), ""]
+    lines = [f"# Report on {escaped(title(reports))}", "", *(f"- {escaped(line)}" for line in verdict(reports)), ""]
     lines += [*_markdown_table(artifact_rows(reports)), "", NOTES["artifacts"], ""]
     if rows := comparison_rows(content.comparisons):
-        lines += [f"## Compared with {content.first.artifact}", "", *_markdown_table([COMPARISON_HEADER, *rows]), ""]
+        lines += [f"## Compared with {escaped(content.first.artifact)}", "", *_markdown_table([COMPARISON_HEADER, *rows]), ""]
         lines += [NOTES["comparisons"], ""]
     lines += ["## Loss by stage", ""]
     for report in reports:
-        lines += [f"### {report.artifact}", "", *(f"- {line}" for line in made_by(report)), ""]
+        lines += [f"### {escaped(report.artifact)}", "", *(f"- {escaped(line)}" for line in made_by(report)), ""]
         lines += [*_markdown_table([STAGE_HEADER, *stage_rows(report)]), ""]
     lines += [NOTES["stages"], ""]
     if influences := influence_lines(reports):
         lines += ["## Influence of each layer", "", *(f"- {line}" for line in influences), ""]
     lines += ["## As shipped", ""]
     for report in reports:
-        lines += [f"### {report.artifact}", "", *_markdown_table([FIGURE_HEADER, *figure_rows(report)]), ""]
+        lines += [f"### {escaped(report.artifact)}", "", *_markdown_table([FIGURE_HEADER, *figure_rows(report)]), ""]
     for report in reports:
         if report.missing:
-            lines += [f"Not measured of {report.artifact}:", "", *(f"- {n}: {why}" for n, why in report.missing.items()), ""]
+            missing = (f"- {escaped(f'{name}: {why}')}" for name, why in report.missing.items())
+            lines += [f"Not measured of {escaped(report.artifact)}:", "", *missing, ""]
     for command, facts in environments(reports):
-        lines += ["## Environment", "", *(f"- {fact}" for fact in facts), "", "To reproduce:", "", f"    {command}", ""]
+        lines += ["## Environment", "", *(f"- {escaped(fact)}" for fact in facts), "", "To reproduce:", "", f"    {command}", ""]
     return "\n".join(lines)
 
 
@@ -102,7 +106,7 @@ def influence_lines(reports: Sequence[Report]) -> list[str]:
             f"**{i}: {value:.3g} (removed)**" if i in removal.removed_layers else f"{i}: {value:.3g}"
             for i, value in enumerate(removal.influences)
         )
-        lines.append(f"{artifact}: {', '.join(cells)}")
+        lines.append(f"{escaped(artifact)}: {', '.join(cells)}")
     return lines
 
 
@@ -126,7 +130,12 @@ def _facts(e: Environment) -> list[str]:
     ]
 
 
+def escaped(text: str) -> str:
+    """A text in Markdown that is not markup: no HTML, no link, no code, no further cell."""
+    return re.sub(r"[\\`|\[\]<>]", r"\\\g<0>", text)
+
+
 def _markdown_table(rows: Rows) -> list[str]:
     head, *body = rows
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+    return ["| " + " | ".join(row) + " |" for row in (list(map(escaped, head)), rule, *(map(escaped, row) for row in body))]

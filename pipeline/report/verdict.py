@@ -18,6 +18,7 @@ HURT = {
     PAST_TENSE["prune"]: "where layers were removed: remove fewer or none, and heal with text of the same kind",
     PAST_TENSE["heal"]: "in healing: heal with text of the same kind",
     PAST_TENSE["quantize"]: "in quantization: give more bits, or calibrate with text of the same kind",
+    PAST_TENSE["tune"]: "in tuning: leave it out, or tune with text of the same kind",
 }
 LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 

@@ -12,6 +12,7 @@ from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime import generate
 from edgepress.pipeline.runtime.chat_template import Message, read_template, special_tokens
+from edgepress.pipeline.text.windows import check_ids
 from tokenizers import Tokenizer
 
 
@@ -55,6 +56,7 @@ class Conversation:
         ids = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
         if not ids:
             raise InputError("the chat template renders this message as an empty text; correct the template, or run without --chat")
+        check_ids(ids, self._tokenizer, self.decoder.vocabulary, "the conversation")
         room = self.decoder.context - len(ids)
         if room < 1:
             raise OptionError(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.model_files import read_genai_config
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime import targets
+from edgepress.pipeline.runtime.signature import signature_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 # Tokens that a shared cache holds at first: one for the whole context may take more memory than the model.
 FIRST_CAPACITY = 256
+# In the metadata of a graph: lengths beyond which it rotates with other frequencies, so that no cache may be kept.
+SWITCHES = "edgepress.rotary_switches"
 
 
 class Decoder:
@@ -54,22 +57,23 @@ class Decoder:
             raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
         self._onnxruntime, self._file = onnxruntime, folder / model
         self._device = targets.TARGETS[target].device
-        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        self._shapes = {i.name: i.shape for i in caches}
+        try:
+            signature = signature_of(self.session)
+        except ValueError as error:
+            raise InputError(f"{folder / model} is not a graph that edgepress wrote: {error}; export again") from error
+        self._shapes = {name: (1, heads, 0, size) for name, (heads, size) in signature.caches.items()}
         # Activations, cache and logits: float16 in what is exported for a GPU.
-        self.dtype: type[np.float16] | type[np.float32] = (
-            np.float16 if caches and caches[0].type == "tensor(float16)" else np.float32
-        )
+        self.dtype: type[np.float16] | type[np.float32] = np.float16 if signature.half else np.float32
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.shared = metadata.get("edgepress.shared_cache") == "1"
         self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
-        try:
-            self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'genai_config.json'} has no context_length; export again") from error
-        self._vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
+        self.context = read_genai_config(folder).context_length
+        self.switches = tuple(int(length) for length in metadata.get(SWITCHES, "").split(",") if length)
+        self.vocabulary = signature.vocabulary
         self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0
+        self._ids: list[int] = []  # of the sequence, where it may have to be read again
+        self._frequencies = 0  # that the keys in the cache were rotated with: how many switches lay behind
         self.reset()
 
     def reset(self, capacity: int | None = None) -> None:
@@ -106,13 +110,16 @@ class Decoder:
     def feed(self, ids: np.ndarray, keep: int = 1) -> np.ndarray:
         """Append ids int64 (tokens,); returns float32 logits (kept, vocabulary) of the last ``keep`` positions, 0 for all.
 
-        Raises OptionError when the sequence outgrows the context.
+        A sequence whose rotary frequencies change with its new length is read again from its beginning. Raises OptionError
+        when the sequence outgrows the context.
         """
         total = self.length + len(ids)
         if total > self._limit:
             raise OptionError(
                 f"{total} tokens do not fit into the context of {self._limit}; use a shorter prompt or fewer new tokens"
             )
+        if self.length and self._side(total) != self._frequencies:
+            return self._feed_again(ids, keep or len(ids))
         if self.shared and total > self._capacity:
             self._grow(total)
         binding = self._binding or self._bound_cache()
@@ -121,7 +128,7 @@ class Decoder:
         # bind_cpu_input knows only the required inputs, not an overridable initializer
         value = self._onnxruntime.OrtValue.ortvalue_from_numpy
         binding.bind_ortvalue_input("logits_to_keep", value(np.array([keep], dtype=np.int64)))
-        logits = np.empty((1, 1, self._vocabulary), dtype=self.dtype)
+        logits = np.empty((1, 1, self.vocabulary), dtype=self.dtype)
         one = 1 in (keep, len(ids))
         if one:  # asking the binding for its outputs would wrap the whole cache at every token
             binding.bind_ortvalue_output("logits", value(logits))
@@ -136,8 +143,21 @@ class Decoder:
             self._cache = dict(zip(self._cache, binding.get_outputs()[1:], strict=True))
         result: np.ndarray = (logits if one else binding.get_outputs()[0].numpy())[0]
         self._binding = binding if self.shared else None
+        if self.switches:
+            self._ids[self.length :] = ids.tolist()
+            self._frequencies = self._side(total)
         self.length = total
         return result.astype(np.float32, copy=False)
+
+    def _side(self, length: int) -> int:
+        """How many switches of rotary frequencies a sequence of this length is beyond."""
+        return sum(length > switch for switch in self.switches)
+
+    def _feed_again(self, ids: np.ndarray, keep: int) -> np.ndarray:
+        """Read the whole sequence once more, with ``ids`` behind it."""
+        whole = np.array([*self._ids[: self.length], *ids.tolist()], dtype=np.int64)
+        self.rewind(0)
+        return self.feed(whole, keep)
 
     def _bound_cache(self) -> onnxruntime.IOBinding:
         """A binding of the cache; a shared one stays bound until it grows: for small models, binding at every token is slow."""
@@ -167,8 +187,16 @@ class Decoder:
     def forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Logits float32 (tokens, vocabulary) of every position of several sequences int64 (tokens,), each from its beginning.
 
-        One run, padded on the right; the sequence that ``feed`` builds is not changed.
+        One run, padded on the right, for all that have the same rotary frequencies; the sequence that ``feed`` builds is
+        not changed.
         """
+        logits: dict[int, np.ndarray] = {}
+        for side in {self._side(len(row)) for row in rows}:
+            chosen = [number for number, row in enumerate(rows) if self._side(len(row)) == side]
+            logits |= zip(chosen, self._forward([rows[number] for number in chosen]), strict=True)
+        return [logits[number] for number in range(len(rows))]
+
+    def _forward(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         length = max(map(len, rows))
         ids = np.zeros((len(rows), length), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -182,13 +210,16 @@ class Decoder:
     def greedy_batch(self, ids: np.ndarray) -> Iterator[np.ndarray]:
         """Most likely next ids (batch,) for prompts of one length, int64 (batch, tokens), again and again up to the context."""
         names = [output.name for output in self.session.get_outputs()]
-        cache = self.empty_cache(len(ids))
+        cache, seen = self.empty_cache(len(ids)), ids
         total = ids.shape[1]
         while total <= self.context:
+            if ids is not seen and self._side(total) != self._side(total - 1):
+                cache, ids = self.empty_cache(len(ids)), seen
             feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), total), dtype=np.int64)}
             logits, *present = self.session.run(names, feeds | cache)
             cache = dict(zip(cache, present, strict=True))
             ids = logits[:, -1].argmax(-1)[:, None]
+            seen = np.concatenate([seen, ids], axis=1)
             total += 1
             yield ids[:, 0]
 
@@ -211,17 +242,9 @@ class Decoder:
         """An empty cache for a batch."""
         return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
 
-    def _empty(self, shape: list[int], length: int) -> onnxruntime.OrtValue:
+    def _empty(self, shape: tuple[int, int, int, int], length: int) -> onnxruntime.OrtValue:
         array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
         return self._filled(array)
 
     def _filled(self, array: np.ndarray) -> onnxruntime.OrtValue:
         return self._onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
-
-
-def end_tokens(folder: Path) -> frozenset[int]:
-    """Ids that end a generation, from generation_config.json or config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()

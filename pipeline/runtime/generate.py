@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.flags import make
+from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import RunOptions
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
-from edgepress.pipeline.text.windows import load_tokenizer
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.runtime.whole import check_whole
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
 
 
@@ -21,8 +23,9 @@ class TextModel:
     """
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
-        """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact."""
+        """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact, or not whole."""
         self.folder = Path(folder)
+        check_whole(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = end_tokens(self.folder)
         self.decoder = Decoder(self.folder, threads=threads)
@@ -40,6 +43,7 @@ class TextModel:
         ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
         if not prompt or not len(ids):
             raise TextError("the prompt is empty; give some text to continue")
+        check_ids(ids.tolist(), self.tokenizer, self.decoder.vocabulary, "the prompt")
         needed = len(ids) + max_new_tokens
         if needed > self.decoder.context:
             raise OptionError(

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.files import sha256
-from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions, TuneOptions
+from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import context_length, text_windows
 
 # Longer windows distinguish the blocks no better, and their logits fill the memory of a laptop.
@@ -18,25 +19,37 @@ OTHER_TEXT_TOKENS = 8192
 FEWEST = 32  # tokens in each set
 
 
-def calibration(folder: Path, options: PruneOptions | HealOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def calibration(
+    folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int = LONGEST_CALIBRATION_WINDOW
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows that rank the blocks or teach a healer, and held-out windows that judge the result: the last quarter of the text.
 
-    Raises TextError when the text has fewer tokens than requested, or too few to hold any out.
+    longest: tokens in a window at most. Raises TextError when the text has fewer tokens than requested, or too few to hold any
+    out.
     """
     exact = options.calibration_tokens is not None
-    windows = even_windows(options.calibration, folder, options.calibration_tokens or PRUNE_TOKENS, options.calibration_skip, exact)
+    budget, skip, key = options.calibration_tokens or PRUNE_TOKENS, options.calibration_skip, options.text_key
+    windows = even_windows(options.calibration, folder, budget, skip, exact, key, longest)
     held_out = len(windows) // 4
     return windows[:-held_out], windows[-held_out:]
 
 
-def even_windows(path: Path, folder: Path, budget: int, skip: int = 0, exact: bool = False) -> list[np.ndarray]:
+def even_windows(
+    path: Path,
+    folder: Path,
+    budget: int,
+    skip: int = 0,
+    exact: bool = False,
+    key: str = KEY,
+    longest: int = LONGEST_CALIBRATION_WINDOW,
+) -> list[np.ndarray]:
     """At least seven windows of one length, so that a share of them is that share of the text; a ragged end is dropped."""
-    shortest = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact)
+    shortest = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact, key=key)
     tokens = sum(map(len, shortest))
     if len(shortest) < 8:
         raise TextError(f"{path} is too short: {tokens} tokens, at least {8 * SHORTEST_WINDOW} are needed; give a longer text")
-    length = max(SHORTEST_WINDOW, min(LONGEST_CALIBRATION_WINDOW, context_length(folder), min(budget, tokens) // 8))
-    windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact)
+    length = max(SHORTEST_WINDOW, min(longest, context_length(folder), min(budget, tokens) // 8))
+    windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact, key=key)
     return [row for row in windows if len(row) == len(windows[0])]
 
 
@@ -55,19 +68,20 @@ class HealingSets:
     other: list[np.ndarray]
 
 
-def healing_sets(original: Path, options: HealOptions) -> HealingSets:
+def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: int = LONGEST_CALIBRATION_WINDOW) -> HealingSets:
     """Calibration windows in order, three quarters, an eighth, an eighth; the windows of the other text in halves.
 
-    original: the folder whose tokenizer and context apply. Raises TextError when a set has too few tokens, OptionError when
-    the other text is the calibration text.
+    original: the folder whose tokenizer and context apply. longest: tokens in a window at most. Raises TextError when a set has
+    too few tokens, OptionError when the other text is the calibration text.
     """
-    fit, held_out = calibration(original, options)
-    sets = HealingSets(fit, *_halves(held_out), *_halves(even_windows(options.other_text, original, OTHER_TEXT_TOKENS)))
+    fit, held_out = calibration(original, options, longest)
+    other = even_windows(options.other_text, original, OTHER_TEXT_TOKENS, key=options.text_key, longest=longest)
+    sets = HealingSets(fit, *_halves(held_out), *_halves(other))
     for windows in (sets.fit, sets.selection, sets.judging, sets.other_selection, sets.other):
         if sum(len(row) - 1 for row in windows) < FEWEST:
-            raise TextError(f"too little text to heal and to judge on: each set needs {FEWEST} tokens; give a longer text")
+            raise TextError(f"too little text to learn from and to judge on: each set needs {FEWEST} tokens; give a longer text")
     if sha256(options.other_text) == sha256(options.calibration):
-        raise OptionError("--other-text is the --calibration text, and healing would judge itself; give another --other-text")
+        raise OptionError("--other-text is the --calibration text, which would judge what it taught; give another --other-text")
     return sets
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import ModelError, TextError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.model_files import read_config
+from edgepress.pipeline.text.reading import KEY, read_text
+from edgepress.pipeline.text.tokenizer import tokenizer_of
 from tokenizers import Tokenizer
 
 # Longer windows would take minutes each on a laptop, and far less distinguishes the models that reach this.
@@ -18,22 +20,6 @@ LONGEST_WINDOW = 2048
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
 # How the name of a file ends that holds token ids in place of a text: what --calibration self keeps.
 IDS = ".ids.npz"
-
-
-def read_text(path: Path) -> str:
-    """Text of a .txt file, or of the 'text' fields of a .jsonl file joined by blank lines. Raises TextError."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"cannot read the text {path}: {error.strerror}; give a UTF-8 .txt or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text; give a UTF-8 .txt or .jsonl file") from error
-    if path.suffix == ".jsonl":
-        try:
-            content = "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line.strip())
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(f"{path}: every line must be a JSON object with a 'text' field") from error
-    return content
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -47,21 +33,8 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint or artifact, without transformers. Raises ModelError when it has none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(
-            f'{folder} has no tokenizer.json; make one with: python -c "from transformers import AutoTokenizer as T; '
-            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{file} is damaged ({error}); fetch it again") from error
-    # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    """The tokenizer of a checkpoint or artifact, as transformers makes it. Raises ModelError when it has none."""
+    return tokenizer_of(folder)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -76,11 +49,26 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 def context_length(folder: Path) -> int:
     """Tokens in a window: the model's context, at most LONGEST_WINDOW."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     lengths = [config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length") if config.get(key)]
     if not all(isinstance(value, int) for value in lengths):
         raise ModelError(f"{folder / 'config.json'} gives its context as {lengths[0]!r}; it must be a whole number")
     return int(min([LONGEST_WINDOW, *lengths]))
+
+
+def vocabulary(folder: Path) -> int | None:
+    """Rows of the embedding, by config.json; None where it does not say."""
+    size = read_config(folder).get("vocab_size")
+    return size if type(size) is int else None
+
+
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer, size: int | None, where: str) -> None:
+    """Raise TextError for ids beyond the embedding: a token that was added to the tokenizer and never to the model."""
+    if size is not None and ids and (highest := max(ids)) >= size:
+        raise TextError(
+            f"{where} has the token {tokenizer.id_to_token(highest)!r}, number {highest}, beyond the {size} rows of the model's "
+            "embedding; leave it out, or give the model with its own tokenizer"
+        )
 
 
 def proof_window(folder: Path) -> int:
@@ -104,6 +92,7 @@ def text_windows(
     shortest: int = 2,
     seed: int | None = None,
     exact: bool = False,
+    key: str = KEY,
 ) -> list[np.ndarray]:
     """Cut ``budget`` tokens of a text, after ``skip``, into windows of the context of the model in ``folder``.
 
@@ -111,13 +100,15 @@ def text_windows(
     tokenizer's BOS where it has one; the last may be shorter and is dropped under ``shortest`` ids.
     No window is padded, so every id after the first is real text to be scored. The tokens counted are those of
     the text itself. With a seed, whole windows are drawn from all of the text after ``skip``, in the order of the draw.
-    Raises TextError for a text shorter than one window, or (``exact``) than the budget.
+    key: see read_text. Raises TextError for a text shorter than one window, or (``exact``) than the budget, and for one with tokens
+    that the model has no row for.
     """
     tokenizer = load_tokenizer(folder)
     length = length or context_length(folder)
-    ids = ids_of(path, tokenizer, skip + budget if seed is None else None)
+    ids = ids_of(path, tokenizer, skip + budget if seed is None else None, key)
     ids = ids[skip : skip + budget] if seed is None else ids[skip:]
     start = beginning(tokenizer)
+    check_ids([*start, *ids], tokenizer, vocabulary(folder), str(path))
     body = length - len(start)
     if len(ids) < min(body, budget):
         after = f" after the {skip} skipped" if skip else ""
@@ -131,18 +122,14 @@ def text_windows(
     return [row for row in rows if len(row) >= max(shortest, 2)]
 
 
-def ids_of(path: Path, tokenizer: Tokenizer, count: int | None) -> list[int]:
-    """More than ``count`` token ids of a text's beginning, or all there are; of a file of ids those that it holds.
-
-    Raises TextError for ids that the tokenizer does not know.
-    """
+def ids_of(path: Path, tokenizer: Tokenizer, count: int | None, key: str = KEY) -> list[int]:
+    """More than ``count`` token ids of a text's beginning, or all there are; of a file of ids those that it holds."""
+    ids: list[int]
     if path.name.endswith(IDS):
-        ids: list[int] = read_ids(path).tolist()
-        if ids and not 0 <= min(ids) <= max(ids) < tokenizer.get_vocab_size(with_added_tokens=True):
-            raise TextError(f"{path} holds ids of another tokenizer; give a text, or 'self'")
+        ids = read_ids(path).tolist()
         return ids
     # Characters enough for the budget, by doubling: a long novel need not be tokenized to its end.
-    text = read_text(path)
+    text = read_text(path, key)
     characters = len(text) if count is None else 8 * count
     while True:
         ids = tokenizer.encode(text[:characters], add_special_tokens=False).ids

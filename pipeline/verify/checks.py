@@ -15,11 +15,12 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
-from edgepress.pipeline.files import MANIFEST, files_below, read_json
+from edgepress.pipeline.files import MANIFEST, files_below
+from edgepress.pipeline.model_files import end_tokens, read_config, read_genai_config
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.registry import require
-from edgepress.pipeline.runtime.decoder import MODEL, Decoder, end_tokens
-from edgepress.pipeline.text.windows import load_tokenizer
+from edgepress.pipeline.runtime.decoder import MODEL, Decoder
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer, vocabulary
 
 State = Literal["ok", "failed", "not checked"]
 PROMPT, NEW_TOKENS = "The old house stood", 8
@@ -129,9 +130,9 @@ def _register_normalization() -> None:
 
 def _tokenizer(folder: Path) -> str:
     tokenizer = load_tokenizer(folder)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     ids = tokenizer.encode(PROMPT).ids
-    size = int(config.get("vocab_size", 0))
+    size: int = config.get("vocab_size") or 0
     if not ids or max(ids) >= size:
         raise InputError(f"tokenizer.json has ids beyond the {size} tokens of the model; copy the complete folder again")
     return f"{tokenizer.get_vocab_size():,} tokens"
@@ -144,7 +145,9 @@ def _chat_template(folder: Path) -> str:
     template = read_template(folder)
     if template is None:
         return "none: the model continues text"
-    ids = load_tokenizer(folder).encode(template.render(FIRST_MESSAGE), add_special_tokens=False).ids
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(template.render(FIRST_MESSAGE), add_special_tokens=False).ids
+    check_ids(ids, tokenizer, vocabulary(folder), "the chat template")
     return f"a first message takes {len(ids)} tokens"
 
 
@@ -152,9 +155,9 @@ def _loads(folder: Path) -> str:
     decoder = Decoder(folder)
     import onnxruntime
 
-    described = read_json(folder / "genai_config.json")["model"]
+    described = read_genai_config(folder)
     layers = sum(i.name.endswith(".key") for i in decoder.session.get_inputs())
-    configured = (described.get("decoder", {}).get("num_hidden_layers"), described.get("vocab_size"))
+    configured = (described.decoder.num_hidden_layers, described.vocab_size)
     actual = (layers, decoder.session.get_outputs()[0].shape[-1])
     if configured != actual:
         raise InputError(
@@ -191,7 +194,8 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
         raise InputError(f"no {MANIFEST} records what {folder} was made from; copy the complete folder or export again")
     if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
         raise ProofError(f"{original.path} has a different tokenizer; give the checkpoint that it was made from")
-    windows = proof_windows(options.text, folder)
+    switches = artifact.steps[-1].facts.get("rotary_switches", ())
+    windows = proof_windows(options.text, folder, switches, options.text_key)
     candidates = [original, *map(Artifact.load, stages_of(artifact))]
     source = next((a for a in candidates if a.identity() == artifact.steps[-1].facts.get("source")), None)
     return recheck(artifact, original, source, windows, options.trust_remote_code)

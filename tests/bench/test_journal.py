@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.bench.jobs import Bandwidth, ColdSample, QualityJob, Round, Sample, ScoringRow, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.files import read_json
-from edgepress.pipeline.report.plain import from_plain, object_of
+from edgepress.pipeline.report.plain import object_of
 
 SHORT = ["--prompt-lengths", "8", "--new-tokens", "4", "--text-tokens", "256"]
 
@@ -61,6 +62,34 @@ def test_journal_holds_what_depends_on_the_same(tmp_path: Path) -> None:
     assert Journal(file, machine="a").once(Bandwidth, lambda: Bandwidth(5.0), "round", 0) == Bandwidth(5.0)  # kept as another type
 
 
+RUBBISH = [
+    "5",
+    "[1]",
+    "[[], 1]",
+    '{"a": 1, "b": 2}',
+    '"ab"',
+    "null",
+    "[{}, 2]",
+    "[" * 100_000,
+    '["k", {"figures": 5}]',
+    "\0\0",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("line", RUBBISH, ids=range(len(RUBBISH)))
+def test_rubbish_is_measured_again(line: str, tmp_path: Path) -> None:
+    """Whatever a kill, a full disk or another program left, with what is whole around it kept."""
+    file = tmp_path / "journal"
+    assert Journal(file).once(int, lambda: 1, "round") == 1
+    with file.open("a", errors="surrogateescape") as open_file:
+        open_file.write(line)
+    assert Journal(file).once(int, lambda: 2, "another") == 2
+    journal = Journal(file)
+    assert journal.once(int, lambda: 3, "round") == 1 and journal.once(int, lambda: 3, "another") == 2
+    assert journal.once(Bandwidth, lambda: Bandwidth(4.0), "k") == Bandwidth(4.0)
+
+
 def test_what_was_measured_comes_back_as_the_same_value(tmp_path: Path) -> None:
     """From the job's file and the journal's line: JSON has no tuples and no classes."""
     sample = Sample(SpeedSample(0.5, {"8": 0.25}, (1.0, 2.0), values={"memory.gpu_bytes": 3}), ColdSample(reason="no disk"))
@@ -69,6 +98,6 @@ def test_what_was_measured_comes_back_as_the_same_value(tmp_path: Path) -> None:
     Journal(tmp_path / "journal").put(key, measured)
     assert Journal(tmp_path / "journal").get(Round, key) == measured
     job = QualityJob(((1, 2), (3,)), None, (ScoringRow("k", "onnx", "folder"),), False, "cpu")
-    assert from_plain(QualityJob, json.loads(json.dumps(object_of(job)))) == job
+    assert typed(QualityJob, json.loads(json.dumps(object_of(job)))) == job
     with pytest.raises(ValueError, match="kind"):
-        from_plain(ScoringRow, {"key": "k", "kind": "gguf", "folder": "folder"})
+        typed(ScoringRow, {"key": "k", "kind": "gguf", "folder": "folder"})

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench import launch
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample
 from edgepress.pipeline.bench.launch import measured
+from edgepress.pipeline.errors import WorkerError
 
 
 def test_memory_is_the_measured_process_alone() -> None:
@@ -68,3 +70,12 @@ def test_bytes_per_token_leave_out_the_embedding(build: Path) -> None:
     assert facts["weight_bytes_per_token"] < stored - 5120 * 64 + 4096
     assert facts["weight_bytes_per_token"] > 0.9 * (stored - 5120 * (64 + 2 * 5) - 2 * 4 * 256 * 16)
     assert isinstance(facts["parameters"], int) and facts["parameters"] > 5120 * 64
+
+
+def test_killed_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a line is no answer, and how the process ended is the reason."""
+    dies = "import os, signal, sys; print('{\"bytes', end='', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    real = subprocess.Popen
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **rest: real([sys.executable, "-c", dies], **rest))
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        measured("bandwidth", BandwidthJob(1), Bandwidth)

@@ -33,6 +33,20 @@ def reshaped(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
     return change
 
 
+def turned(part: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    """An axis too many."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        name = f"model.layers.1.mlp.up_proj.{part}"
+        tensors[name] = tensors[name][None].copy()
+
+    return change
+
+
+def of_floats(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.qzeros"] = tensors["model.layers.1.mlp.up_proj.qzeros"].astype(np.float32)
+
+
 def uneven(tensors: dict[str, np.ndarray]) -> None:
     tensors["model.layers.1.mlp.up_proj.g_idx"][0] = 1
 
@@ -43,6 +57,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     "rows missing": (reshaped("qweight"), "cannot hold 64 codes"),
     "groups missing": (reshaped("scales"), "do not fit 2 groups"),
     "g_idx uneven": (uneven, "g_idx does not put"),
+    "codes with an axis too many": (turned("qweight"), "which GPTQ does not store"),
+    "g_idx with an axis too many": (turned("g_idx"), "which GPTQ does not store"),
+    "zero points that are floats": (of_floats, "which GPTQ does not store"),
 }
 
 
@@ -69,8 +86,16 @@ def another_codebook(tensors: dict[str, np.ndarray]) -> None:
 
 
 BROKEN_BNB: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Any], str]] = {
-    "scales missing": ("nf4", shorter("weight.absmax"), "model.layers.1.mlp.up_proj: 3072 bytes and 95 scales do not fit"),
-    "codes missing": ("nf4", shorter("weight"), "model.layers.1.mlp.up_proj: 3071 bytes and 96 scales do not fit"),
+    "scales missing": (
+        "nf4",
+        shorter("weight.absmax"),
+        "up_proj is damaged (scales float32 (95,) do not fit a matrix of 96 x 64)",
+    ),
+    "codes missing": (
+        "nf4",
+        shorter("weight"),
+        "up_proj is damaged (codes uint8 (3071,) do not fit a matrix of 96 x 64)",
+    ),
     "another codebook": ("nf4", another_codebook, "model.layers.1.mlp.up_proj has a custom codebook"),
     "rows missing": ("int8", shorter("SCB"), "model.layers.1.mlp.up_proj: (96, 64)"),
 }

@@ -106,6 +106,19 @@ def test_texts_become_the_same_tokens(reference: Path, text: Path, tmp_path: Pat
     assert own.encode(prose, add_special_tokens=False).ids == load_tokenizer(reference).encode(prose, add_special_tokens=False).ids
 
 
+def test_what_lies_beside_the_file_is_not_read(reference: Path, tmp_path: Path) -> None:
+    """Transformers would ask whether to run the code of that tokenizer, and take that config for the file's."""
+    (folder := tmp_path / "downloads").mkdir()
+    write_gguf(reference, folder / "model.gguf")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w').close()")
+    code = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    for name in ("config", "tokenizer_config", "generation_config", "adapter_config"):
+        (folder / f"{name}.json").write_text(json.dumps({"auto_map": code, "base_model_name_or_path": "somebody/else"}))
+    artifact = imported(folder / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "RAN").exists() and not list(artifact.path.glob("*.py"))
+    assert load_tokenizer(artifact.path).get_vocab() == load_tokenizer(reference).get_vocab()
+
+
 def test_a_quantized_source_is_warned_of(reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "edgepress")
     write_gguf(reference, tmp_path / "model.gguf", GGMLQuantizationType.Q4_0)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from edgepress.pipeline.cli import commands as cli
 from refusal import Copy, Refused, no_longer_than, truncated_to, write
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,72 @@ ARTIFACTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "GenAI config says nothing": (write("genai_config.json", b"{}"), "genai_config.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), "tokenizer.json"),
+    "GenAI config of the wrong types": (write("genai_config.json", b'{"model": {"context_length": "256"}}'), "context_length"),
+    "GenAI config is nested": (write("genai_config.json", b"[" * 3000 + b"]" * 3000), "nested more than 64 deep"),
+    "end tokens are lists": (write("generation_config.json", b'{"eos_token_id": [[1]]}'), "eos_token_id is [1]"),
+    "a graph without logits_to_keep": (
+        lambda folder: without_input(folder / "model.onnx", "logits_to_keep"),
+        "has no logits_to_keep",
+    ),
 }
+
+
+def without_input(file: Path, name: str) -> None:
+    model = onnx.load(str(file), load_external_data=False)
+    for values in (model.graph.input, model.graph.initializer):
+        values.remove(next(value for value in values if value.name == name))
+    constant = onnx.helper.make_node("Constant", [], [name], value_ints=[1])
+    model.graph.node.insert(0, constant)
+    file.write_bytes(model.SerializeToString())
+
+
+PACKED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a row without its shape": (lambda row: row.pop("shape"), "field `shape`"),
+    "a shape of one": (lambda row: row.update(shape=[1]), "of length 2"),
+    "another shape": (lambda row: row.update(shape=[8, 8]), "do not fit a matrix of 8 x 8"),
+    "7 bits": (lambda row: row.update(bits=7), "bits"),
+    "groups of 31": (lambda row: row.update(group_size=31), "groups of 31"),
+    "an unknown codebook": (lambda row: row.update(codebook="nf5"), "codebook"),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_file_of_a_stranger(case: str, refused: Refused, made: Path, text: Path, tmp_path: Path) -> None:
+    """Without a manifest, what describes the matrices is believed only as far as the arrays fit it."""
+    spoil, says = PACKED[case]
+    shutil.copytree(made / "packed", tmp_path / "packed")
+    (tmp_path / "packed" / "manifest.json").unlink()
+    file = tmp_path / "packed" / "packed.safetensors"
+    arrays = load_file(file)
+    with safe_open(file, "np") as opened:
+        described = json.loads(opened.metadata()["linears"])
+    spoil(next(iter(described.values())))
+    save_file(arrays, file, {"linears": json.dumps(described)})
+    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("packed.safetensors is damaged", says))
+
+
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a version that is an object": (lambda content: content.update(manifest_version={}), "manifest_version"),
+    "files that are a text": (lambda content: content.update(files="x"), "manifest.files"),
+    "a file that is a number": (lambda content: content["files"].update({"config.json": 5}), "manifest.files"),
+    "a file outside": (lambda content: content["files"].update({"../x": {"bytes": 1, "sha256": "0"}}), "'../x'"),
+    "facts that are a list": (lambda content: content["steps"][0].update(facts=[1]), "facts"),
+    "a stage that steers the terminal": (lambda content: content["steps"][0].update(stage="\x1b]0;x\x07"), "is no stage"),
+    "no format": (lambda content: content.pop("format"), "format"),
+    "an unknown format": (lambda content: content.update(format="zip"), "format"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifest_of_the_wrong_types(case: str, refused: Refused, made: Path, tmp_path: Path) -> None:
+    """Every value is of the type that the reader needs, or the line says where it is not."""
+    spoil, says = MANIFESTS[case]
+    shutil.copytree(made / "packed", tmp_path / "packed")
+    file = tmp_path / "packed" / "manifest.json"
+    content = json.loads(file.read_text())
+    spoil(content)
+    file.write_text(json.dumps(content))
+    refused("show", tmp_path / "packed", says=("manifest.json", says))
 
 
 @pytest.mark.parametrize("case", ARTIFACTS)
@@ -131,7 +199,7 @@ BENCH = [
     (["--prompt-lengths", "8", "--new-tokens", "1"], ("--new-tokens must be at least 2",)),
     (["--prompt-lengths", "8", "--repeats", "0"], ("--repeats must be at least 1",)),
     (["--prompt-lengths", "8", "--threads", "-1"], ("--threads must be at least 0",)),
-    (["--prompt-lengths", "8", "--text", os.devnull], ("too short", "give a longer text")),
+    (["--prompt-lengths", "8", "--text", os.devnull], ("not a file", "give a UTF-8 .txt")),
     (["--prompt-lengths", "8", "--reference", "/nowhere"], ("no such folder: /nowhere", "give")),
     (["--prompt-lengths", "8", "--reference", "/nowhere", "--stages", "/nowhere/else"], ("no such folder: /nowhere", "give")),
 ]

@@ -27,11 +27,17 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def adapter(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+
+
 SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
     "config is no JSON": (write("config.json", b"{model_type: llama"), ("config.json is not valid JSON",)),
-    "config is no object": (write("config.json", b"[]"), ("config.json must hold a JSON object",)),
+    "config is no object": (write("config.json", b"[]"), ("config.json is not a JSON object",)),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), ("config.json is not valid JSON",)),
     "bert": (change(architectures=["BertModel"], model_type="bert"), ("BertModel", "not a causal language model", "give")),
     "t5": (
@@ -42,6 +48,13 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no weights", "give the complete checkpoint")),
     "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("no tokenizer (tokenizer.json)", "give the complete")),
+    "another tokenizer": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
+        ("no tokenizer.json", "make one of its vocab.json: python -c", "save_pretrained"),
+    ),
+    "adapter": (adapter, ("holds an adapter, which is no model", "merge it first, so: python -c", "from_pretrained('me/base')")),
+    "adapter beside a model": (write("adapter_config.json", b"{}"), ("a model and an adapter", "merge it first, so: python -c")),
     "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
 }
 
@@ -72,6 +85,12 @@ def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Co
     refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
 
 
+def test_the_line_of_a_config_error_that_says_the_reason(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Transformers wraps it in another, whose first line names only the check that failed."""
+    source = copy_of(tiny, layer_types=["full_attention"] * 7, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    refused(*command("export", source, tmp_path / "out"), says=("`num_hidden_layers` (4)", "`layer_types` (7)"))
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 @pytest.mark.parametrize("case", SOURCES)
 def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
@@ -82,13 +101,38 @@ def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Co
     refused(*command(verb, source, tmp_path / "out"), says=says)
 
 
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("file", [None, "tokenizer.model"])
+def test_no_tokenizer_that_can_be_made(
+    file: str | None, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path
+) -> None:
+    """Said by the first stage, also by one that reads no text."""
+    source = copy_of(tiny)
+    (source / "tokenizer.json").unlink()
+    if file:
+        (source / file).write_bytes(b"no sentencepiece model")
+    refused(*command(verb, source, tmp_path / "out"), says=("has no tokenizer.json", "give the complete checkpoint"))
+
+
+def test_a_token_beyond_the_embedding(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """A token that was added to the tokenizer and never to the model: named, and refused where the text has it."""
+    source, calibration = copy_of(tiny), tmp_path / "text.txt"
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["added_tokens"].append(
+        {"id": 5120, "content": "<pad>", "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    )
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    calibration.write_text("The girl went to the river.<pad>\n" * 100)
+    says = ("text.txt has the token '<pad>', number 5120, beyond the 5120 rows", "leave it out")
+    refused(*command("prune", source, tmp_path / "out"), "--calibration", calibration, says=says)
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
-    "no such tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
-    "negative hidden size": (change(hidden_size=-64), ("do not fit",)),
+    "negative hidden size": (change(hidden_size=-64), ("hidden_size is -64",)),
     "other shapes": (change(vocab_size=5121), ("do not fit",)),
     "more layers than weights": (change(num_hidden_layers=6), ("lacks weights", "layers.4")),
 }
@@ -159,15 +203,25 @@ def test_trusted_code_is_run(
 
 def test_code_of_a_hub_model_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, --trust-remote-code could never load a model from the hub that brings code."""
-    asked: list[list[str]] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert "*.py" in allow_patterns
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve("somebody/model") == tmp_path
-    assert "*.py" in asked[0]
+    assert resolve("somebody/model") == resolve("somebody/model@v1.0") == tmp_path
+    assert asked == [("somebody/model", None), ("somebody/model", "v1.0")]
+
+
+def test_the_revision_of_a_hub_model_is_recorded(call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """A branch moves on: the manifest says which commit an artifact was made of."""
+    snapshot = tmp_path / "models--somebody--a--b" / "snapshots" / ("c0ffee" * 6 + "beef")
+    shutil.copytree(tiny, snapshot)
+    assert call("quantize", snapshot, tmp_path / "out", "--method", "rtn").code == 0
+    (step,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["steps"]
+    assert step["facts"]["downloaded"] == {"model": "somebody/a--b", "revision": snapshot.name}
 
 
 def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,19 @@ def test_output_without_permission(refused: Refused, tiny: Path, tmp_path: Path,
     refused(*command("quantize", tiny, tmp_path / "out"), says=("no permission", "choose another output folder"))
 
 
+def test_a_finished_build_on_a_read_only_disk_is_shown(
+    call: Callable[..., Any], refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is to be written, so nothing need be writable; with another option there is."""
+    (tmp_path / "recipe.yaml").write_text("quantize: {method: rtn}")
+    line = ["build", tiny, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml"]
+    first = call(*line)
+    monkeypatch.setattr(files.os, "access", lambda *_, **__: False)
+    again = call(*line)
+    assert again.code == 0 and again.out == first.out and "already done, kept" in again.err
+    refused(*line, "--bits", 8, says=("no permission", "choose another output folder"))
+
+
 def test_output_name_too_long(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     """An error of the file system is a user's error too."""
     refused(*command("quantize", tiny, tmp_path / ("x" * 300)), says=("too long", "choose another output folder"))
@@ -121,7 +134,7 @@ def test_files_may_not_grow(verb: str, refused: Refused, copy_of: Copy, tiny: Pa
     """A real failure of write(2), through whatever library writes: the system refuses files above 30 kB."""
     source = copy_of(tiny)
     if verb == "quantize":
-        (source / "tokenizer.json").unlink()  # else copying it fails first, and the weights' own writer is not reached
+        (source / "tokenizer.json").write_text("{}")  # else copying it fails first, and the weights' own writer is not reached
     flags = {"prune": ["--calibration", text], "export": ["--text", text]}.get(verb, [])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
@@ -141,3 +154,40 @@ def test_files_may_not_grow_in_a_process_of_its_own(tiny: Path, tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     check_refusal(done.returncode, done.stderr, ("too large", "choose another output folder"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.former"])
+@pytest.mark.parametrize("leftover", ["a file", "a link", "a dead link"])
+def test_something_else_in_the_place_of_a_leftover(
+    leftover: str, name: str, call: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
+    """It is removed, and never what a link leads to."""
+    precious, place = tmp_path / "precious", tmp_path / name
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    if leftover == "a file":
+        place.write_text("x")
+    else:
+        place.symlink_to("precious" if leftover == "a link" else "nothing")
+    assert call(*command("quantize", tiny, tmp_path / "out")).code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"] and (precious / "thesis.txt").is_file()
+
+
+def test_build_into_an_artifact(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """Its stages would lie in a folder that is complete without them."""
+    assert call(*command("quantize", tiny, tmp_path / "out")).code == 0
+    refused(*command("build", tiny, tmp_path / "out"), says=("not a build", "choose another output folder"))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The disk fills up half-way: what was there stays."""
+    file = tmp_path / "job.json"
+    files.write_json(file, {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            files.write_json(file, {"a": "x" * 20_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files.read_json(file) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["job.json"]

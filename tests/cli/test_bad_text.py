@@ -13,9 +13,17 @@ TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
     "missing": ("a.txt", None, ("cannot read the text", "No such file", "give")),
     "not UTF-8": ("a.txt", b"caf\xe9 " * 4000, ("not UTF-8", "give a UTF-8")),
     "a folder": ("", None, ("text", "give")),
-    "jsonl without text": ("a.jsonl", b'{"body": "x"}\n', ("a.jsonl", "'text' field")),
-    "jsonl of numbers": ("a.jsonl", b'{"text": 3}\n', ("a.jsonl", "'text' field")),
-    "jsonl that is none": ("a.jsonl", b"plain words\n", ("a.jsonl", "'text' field")),
+    "jsonl without text": ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', ("line 2", "'text' field", "it has body;", "--text-key")),
+    "jsonl of numbers": ("a.jsonl", b'{"text": 3}\n', ("line 1", "'text' field is a number")),
+    "jsonl that is none": ("a.jsonl", b"plain words\n", ("line 1", "'text' field", "not valid JSON")),
+    "JSON named .txt": ("a.txt", b'{"messages": []}\n' * 999, ("line 1", "'text' field", "it has messages;", "--text-key")),
+    "a table": ("a.csv", b"id,body\n1,x\n", ("line 2", "'text' field", "it has id, body;", "--text-key")),
+    "compressed": ("a.jsonl.gz", b"\x1f\x8b\x08", ("compressed (gzip)", "unpack")),
+    "UTF-16 without a mark": (
+        "a.txt",
+        "word ".encode("utf-16-le") * 999,
+        ("not UTF-8", "NUL characters, as UTF-16", "give a UTF-8"),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 from edgepress.pipeline import options
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.cli import terminal
+from edgepress.pipeline.cli.parser import parser
 from edgepress.pipeline.flags import setting_of
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.model_files import end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import stream
 from edgepress.pipeline.text.windows import load_tokenizer
 
@@ -37,9 +40,14 @@ VERBS = [
     "run",
     "sensitivity",
     "show",
+    "tune",
     "verify",
 ]
-CLASSES = [c for _, c in inspect.getmembers(options, dataclasses.is_dataclass) if c.__module__ == options.__name__]
+CLASSES = [
+    c
+    for _, c in inspect.getmembers(options, inspect.isclass)
+    if c.__module__ == options.__name__ and issubclass(c, options.Options)
+]
 PROMPT = "Once upon a time"
 
 
@@ -70,7 +78,7 @@ for arguments in [["--help"], ["--version"], *([verb, "--help"] for verb in {VER
         main(arguments)
     except SystemExit as stop:
         print("code", stop.code)
-heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy"}}
+heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy", "msgspec"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -289,3 +297,78 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
 def test_former_and_shortened_flags_are_refused(line: str, says: str, call: Callable) -> None:
     result = call(*line.split())
     assert result.code == 2 and says in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("run DIR --max-new-tokens 2 Once", "prompt", "Once"),
+        ("run DIR --chat Hi", "prompt", "Hi"),
+        ("run --chat DIR Hi", "prompt", "Hi"),
+        ("build reference --target cpu OUT", "out", Path("OUT")),
+        ("bench A --repeats 1 B C", "others", ["B", "C"]),
+    ],
+)
+def test_what_may_be_left_out_may_stand_behind_flags(line: str, name: str, value: object) -> None:
+    """Argparse alone takes it for absent when it meets a flag."""
+    assert getattr(parser().parse_args(line.split()), name) == value
+
+
+@pytest.mark.parametrize("line", ["run DIR Once --seed 1 more", "run DIR --nothing Once", "show DIR more", "build A B --bits 4 c"])
+def test_what_is_too_much_is_refused(line: str, call: Call) -> None:
+    result = call(*line.split())
+    assert result.code == 2 and result.err.startswith("error: unrecognized arguments") and result.err.count("\n") == 1
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(call: Call) -> None:
+    result = call("show", "a\nb\x1b[31m")
+    assert result.code == 2 and result.err.count("\n") == 1 and "\x1b" not in result.err
+
+
+# --- the command line as people write it
+
+
+@pytest.mark.parametrize(
+    "line", ["ONNX PROMPT FLAG", "ONNX FLAG PROMPT", "FLAG ONNX PROMPT", "FLAG ONNX -- PROMPT", "FILE FLAG PROMPT"]
+)
+def test_flags_stand_anywhere(line: str, call: Call, exported: Path) -> None:
+    """Before, between and after folder and prompt; the folder may be given by its model.onnx."""
+    parts: dict[str, list[object]] = {"ONNX": [exported], "FILE": [exported / "model.onnx"], "PROMPT": ["Once upon"], "--": ["--"]}
+    parts["FLAG"] = ["--max-new-tokens", 3]
+    result = call("run", *(part for word in line.split() for part in parts[word]))
+    assert result.code == 0, result.err
+    assert result.out == greedy(exported, "Once upon", 3)[1].rstrip("\ufffd") + "\n"
+
+
+def test_artifacts_by_their_file(call: Call, exported: Path) -> None:
+    """As file managers complete them."""
+    for verb in ("verify", "show"):
+        by_file = call(verb, exported / "model.onnx")
+        assert by_file.code == 0 and by_file.out == call(verb, exported).out
+
+
+def test_words_too_many_and_too_few(call: Call) -> None:
+    """One line as before, whatever stands where."""
+    for arguments, says in (
+        (("run", "--seed", 1), "required: DIR"),
+        (("run", "a", "b", "--seed", "1", "c"), "unrecognized arguments: c"),
+        (("prune", "--remove-count", "1", "a"), "required: OUT"),
+        (("build", "a", "--layers", "4", "b"), "--layers is now --remove-layers"),
+    ):
+        result = call(*arguments)
+        assert result.code == 2 and says in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_is_utf8(encoding: str, exported: Path, tmp_path: Path) -> None:
+    """Into a pipe or a file whose encoding is another, as on Windows; also in errors, and for names that are no text."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "edgepress.pipeline.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, env=environment, timeout=60)
+
+    done = run("run", exported, "Once → 中é", "--max-new-tokens", "1")
+    assert done.returncode == 0 and done.stdout.startswith("Once → 中é".encode())
+    done = run("show", tmp_path / "→\udcff")
+    assert done.returncode == 2 and "→\\udcff".encode() in done.stderr and b"Traceback" not in done.stderr

@@ -49,13 +49,13 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
         init(self, *arguments, **settings)
         decoders.add(self)
 
-    def computed(model: Any, ids: np.ndarray) -> np.ndarray:
+    def computed(model: Any, ids: np.ndarray, keep: int = 0) -> np.ndarray:
         assert not decoders
         torch_ran.append(len(ids))
-        return logits_of(model, ids)
+        return logits_of(model, ids, keep)
 
     monkeypatch.setattr(Checkpoint, "offloaded_model", streamed)
-    for module in ("proof.reference", "proof.parity"):
+    for module in ("proof.reference", "proof.switch"):
         monkeypatch.setattr(f"edgepress.exporters.{module}.logits_of", computed)
     monkeypatch.setattr(Decoder, "__init__", opened)
     stages.run("export", packed, tmp_path / "onnx", ExportOptions(exporter="fused", text=text))

@@ -69,7 +69,7 @@ def test_heal_needs_an_original_and_a_pruned_checkpoint(
 def test_no_text_judges_what_it_taught(
     pruned: Artifact, reference: Path, tmp_path: Path, options: Callable[..., HealOptions]
 ) -> None:
-    with pytest.raises(OptionError, match="judge itself"):
+    with pytest.raises(OptionError, match="judge what it taught"):
         stages.run("heal", pruned, tmp_path / "out", options(reference, other_text=CALIBRATION_TEXT))
     with pytest.raises(TextError, match="too little text"):
         stages.run("heal", pruned, tmp_path / "out", options(reference, calibration_tokens=100))

@@ -15,15 +15,22 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.own_text import sampler
 from edgepress.pipeline.own_text.openings import Openings
 from edgepress.pipeline.own_text.sampler import _Row, sample
-from families import TINY
-from transformers import LlamaConfig
+from families import FAMILIES, TINY
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }}\nanswer:"
 ENDS = frozenset(range(100, 1000))
 
 
-def test_every_id_is_drawn_by_the_model_from_its_own_document_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replayed without a cache and without a batch: what ended before, masks and positions change nothing."""
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_every_id_is_drawn_by_the_model_from_its_own_document_alone(
+    family: str, random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed without a cache and without a batch: what ended before, masks and positions change nothing.
+
+    GPT-2 learns absolute positions, BLOOM takes none.
+    """
+    tiny = random_model(CONFIG_MAPPING[family](**FAMILIES[family]), tmp_path / family)
     openings = Openings([0], [[5, 6, 7]], ENDS, 5120)
     monkeypatch.setattr(Openings, "of", lambda checkpoint: openings)
     monkeypatch.setattr(sampler, "dtype", lambda: torch.float32)

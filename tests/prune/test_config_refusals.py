@@ -59,4 +59,4 @@ def test_attention_scaled_by_the_layers_number_is_refused(tmp_path: Path) -> Non
 def test_a_layer_of_foreign_names_is_refused(tmp_path: Path, tiny: Path) -> None:
     """Tensors that go by other names than the architecture's would all be kept, and the config would lie about them."""
     with pytest.raises(ModelError, match="no tensor in"):
-        remove_blocks(tiny, tmp_path, "model.decoder.blocks", [0, 1], {})
+        remove_blocks(Checkpoint(tiny), tmp_path, "model.decoder.blocks", [0, 1], {})

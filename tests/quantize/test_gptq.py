@@ -88,7 +88,16 @@ def test_gptq_records_what_it_used(quantized: GptqRun) -> None:
 
 def test_gptq_leaves_nothing_behind(quantized: GptqRun) -> None:
     """Logs of gptqmodel land where it stands; a user's working directory is not the place for them."""
-    assert [p.name for p in quantized.cwd.rglob("*")] == []
+    assert [p.name for p in quantized.cwd.rglob("*") if p.suffix != ".py"] == []
+
+
+def test_gptq_runs_no_strangers_code(quantized: GptqRun) -> None:
+    """Neither what the tokenizer brings, which gptqmodel's helper would trust, nor modules in the working directory."""
+    assert (quantized.source / "own.py").is_file() and (quantized.cwd / "numpy.py").is_file()
+    assert not (quantized.cwd.parent / "RAN").exists()
+    assert not (quantized.packed.path / "own.py").exists()
+    settings = json.loads((quantized.packed.path / "tokenizer_config.json").read_text())
+    assert "auto_map" not in settings and settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_gptq_beats_rounding(quantized: GptqRun) -> None:

@@ -84,6 +84,19 @@ def test_gptq_that_cannot_go_on_says_so(
     assert "resumes after the last layer" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"[" * 100_000, b"\0" * 512, b"\xff"], ids=range(6))
+def test_gptq_starts_over_from_a_broken_job(broken: bytes, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off by a kill or a full disk: nothing tells what the checkpoint beside it belongs to."""
+    scratch = tmp_path / "scratch"
+    (scratch / "checkpoint").mkdir(parents=True)
+    (scratch / "checkpoint" / "CURRENT").touch()
+    (scratch / "job.json").write_bytes(broken)
+    monkeypatch.setattr(gptq, "_run", lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gptq.quantize(dataclasses.replace(job_of(tiny, lambda: [np.arange(16)]), scratch=scratch))
+    assert [p.name for p in scratch.iterdir()] == ["job.json"] and (scratch / "job.json").stat().st_size > 512
+
+
 def test_gptq_that_ends_early_says_what_is_lost(
     tiny: Path, copy_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -47,16 +47,19 @@ def test_the_example_is_what_the_code_writes(tmp_path: Path) -> None:
 
 
 DAMAGES = {
-    "no figures": (lambda content: content.pop("figures"), "no 'figures'"),
-    "figures are a list": (lambda content: content.update(figures=[]), "report.figures is list"),
-    "a figure without values": (lambda content: content["figures"]["size.total_bytes"].pop("values"), "has no 'values'"),
+    "no figures": (lambda content: content.pop("figures"), "field `figures`"),
+    "figures are a list": (lambda content: content.update(figures=[]), "report.figures: Expected `object`"),
+    "a figure without values": (lambda content: content["figures"]["size.total_bytes"].pop("values"), "field `values`"),
     "a figure of nothing": (lambda content: content["figures"]["size.total_bytes"].update(values=[]), "no values"),
-    "text for a number": (lambda content: content["stages"][0].update(bytes="many"), "bytes is str"),
+    "text for a number": (lambda content: content["stages"][0].update(bytes="many"), "bytes: Expected `int`, got `str`"),
     "a stage without perplexity": (lambda content: content["stages"][0].pop("perplexity"), "neither perplexity"),
-    "no processor": (lambda content: content["environment"].pop("cpu"), "no 'cpu'"),
-    "a step without its facts": (lambda content: content["steps"][0]["facts"].pop("removed_layers"), "no 'removed_layers'"),
-    "others that are none": (lambda content: content.update(compared_with=["whole"]), "compared_with[0] is str"),
-    "a comparison without ratio": (lambda content: content["comparisons"][0].pop("ratio"), "no 'ratio'"),
+    "no processor": (lambda content: content["environment"].pop("cpu"), "field `cpu`"),
+    "a step without its facts": (lambda content: content["steps"][0]["facts"].pop("removed_layers"), "field `removed_layers`"),
+    "others that are none": (
+        lambda content: content.update(compared_with=["whole"]),
+        "compared_with[0]: Expected `object`",
+    ),
+    "a comparison without ratio": (lambda content: content["comparisons"][0].pop("ratio"), "field `ratio`"),
 }
 
 
@@ -88,7 +91,7 @@ def test_influences_as_a_table(tmp_path: Path) -> None:
     lines = influence_table(read_influences(file)).splitlines()
     assert "KL when removed alone" in lines[0] and "0.2500" in lines[2] and lines[2].endswith("removed") and "0.90" in lines[-1]
     file.write_text("{}")
-    with pytest.raises(InputError, match="no 'layers'"):
+    with pytest.raises(InputError, match="field `layers`"):
         read_influences(file)
 
 

@@ -16,12 +16,13 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions
 from edgepress.pipeline.runtime import decoder as runtime
 from edgepress.pipeline.runtime import generate
 from edgepress.pipeline.runtime.chat import Conversation
 from edgepress.pipeline.runtime.chat_template import ChatTemplate, read_template, special_tokens
-from edgepress.pipeline.runtime.decoder import Decoder, end_tokens
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import load_tokenizer
 from families import TINY
 from transformers import AutoTokenizer, LlamaConfig

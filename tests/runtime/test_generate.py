@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import InputError, OptionError, TextError
+from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.options import ExportOptions, RunOptions
+from edgepress.pipeline.runtime.chat import Conversation
 from edgepress.pipeline.runtime.generate import TextModel, stream
+from families import TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 PROMPT = "The old house stood"
 
@@ -43,3 +50,49 @@ def test_errors_come_before_the_first_piece(folder: Path, tmp_path: Path) -> Non
         model.stream(PROMPT, max_new_tokens=256)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         TextModel(tmp_path)
+
+
+def extended(source: Path, target: Path, *tokens: str) -> Path:
+    """A copy whose tokenizer knows tokens for which the embedding has no row."""
+    shutil.copytree(source, target)
+    content = read_json(target / "tokenizer.json")
+    for number, token in enumerate(tokens):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"].append({"id": TINY["vocab_size"] + number, "content": token, "special": True} | flags)
+    write_json(target / "tokenizer.json", content)
+    return target
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    copy = extended(folder, tmp_path / "copy", "<pad>", "<turn>")
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}<turn>{{ m.content }}{% endfor %}")
+    with pytest.raises(TextError, match=r"the prompt has the token '<pad>', number 5120, beyond the 5120 rows"):
+        TextModel(copy).stream("One <pad> and")
+    with pytest.raises(TextError, match="the conversation has the token '<turn>', number 5121"):
+        next(Conversation(copy, RunOptions()).answer("Hello"))
+    assert list(TextModel(copy).stream(PROMPT, 12)) == list(TextModel(folder).stream(PROMPT, 12))
+
+
+@pytest.mark.parametrize("ends", [[5, 17], 5, None])
+def test_ends_and_unknown_tokens_as_in_transformers(
+    ends: list[int] | int | None, random_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Several end tokens or none; a vocabulary larger than the tokenizer, whose last rows no text can name."""
+    size = TINY["vocab_size"] + 512
+    source = random_model(
+        LlamaConfig(**TINY | {"vocab_size": size, "eos_token_id": None}, tie_word_embeddings=False), tmp_path / "model"
+    )
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+    if ends is not None:  # those that it comes by
+        ends = [free[9], size - 1] if isinstance(ends, list) else free[9]
+    write_json(source / "generation_config.json", {"eos_token_id": ends} if ends is not None else {})
+    model = AutoModelForCausalLM.from_pretrained(source)
+    expected = model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+    artifact = stages.run("export", Artifact.load(source), tmp_path / "onnx", ExportOptions(text=text, accuracy_level="0"))
+    stop = TextModel(artifact.path).stop
+    assert stop == (set() if ends is None else set(ends) if isinstance(ends, list) else {ends})
+    whole = tokenizer.decode([*ids[0].tolist(), *(id for id in expected if id not in stop)], skip_special_tokens=True)
+    assert PROMPT + "".join(TextModel(artifact.path).stream(PROMPT, 24)) == whole.rstrip("\ufffd")

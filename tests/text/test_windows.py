@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgepress.pipeline.errors import TextError
-from edgepress.pipeline.text.windows import IDS, beginning, load_tokenizer, read_text, text_windows
+from edgepress.pipeline.errors import ModelError, TextError
+from edgepress.pipeline.text.windows import IDS, beginning, load_tokenizer, text_windows
 
 
 def test_calibration_windows_by_seed(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -37,13 +37,6 @@ def test_truncation_in_the_tokenizer_file_cuts_no_text(tiny: Path, copy_of: Call
     assert load_tokenizer(source).encode(prose).ids == load_tokenizer(tiny).encode(prose).ids
 
 
-def test_a_line_separator_within_a_text_is_no_end_of_line(tmp_path: Path) -> None:
-    """JSON allows U+2028 in a string; splitting there would break the object."""
-    file = tmp_path / "text.jsonl"
-    file.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n')
-    assert read_text(file) == "one\u2028two\n\nthree"
-
-
 def test_ids_are_windowed_as_they_are(tiny: Path, tmp_path: Path) -> None:
     """Special tokens within stay, and a document's own BOS at the beginning of a window is not doubled."""
     file = tmp_path / f"text{IDS}"
@@ -59,5 +52,19 @@ def test_ids_that_cannot_be_used_are_refused(tiny: Path, tmp_path: Path) -> None
     with pytest.raises(TextError, match="no whole file"):
         text_windows(file, tiny, budget=8)
     np.savez(file, ids=np.array([5120] * 400))
-    with pytest.raises(TextError, match="another tokenizer"):
+    with pytest.raises(TextError, match="beyond the 5120 rows"):
         text_windows(file, tiny, budget=8)
+
+
+@pytest.mark.parametrize(
+    "part", [{"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}}, {"model": 5}, {"decoder": []}]
+)
+def test_a_tokenizer_that_fails_in_use_is_refused_at_once(
+    part: dict[str, object], tiny: Path, copy_of: Callable[..., Path]
+) -> None:
+    """The library loads some whose every encoding is an exception, or a panic of its Rust code."""
+    folder = copy_of(tiny)
+    content = json.loads((folder / "tokenizer.json").read_text()) | part
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer.json cannot be used"):
+        load_tokenizer(folder)

@@ -5,20 +5,36 @@ Read from the file, before any forward: on CPUs with AVX512 a bitsandbytes modul
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from edgepress.pipeline.checkpoint.layout import PackedRow, check_arrays
 from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, PackedMatrices
 from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.documents import DocumentError, parse_json, typed
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject
 
 _STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(nf4|fp4)")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What bitsandbytes stores of a matrix as JSON; nested_*: where its scales are quantized. Raises ValueError."""
+
+    shape: tuple[int, int]
+    blocksize: int
+    nested_blocksize: int = 256
+    nested_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(*self.shape, self.blocksize, self.nested_blocksize) < 1 or max(*self.shape, self.blocksize) > 1 << 31:
+            raise ValueError("a size out of range")
 
 
 class BnbFolder(PackedMatrices):
@@ -37,7 +53,8 @@ class BnbFolder(PackedMatrices):
         super().__init__(self._kinds)
         if not self._kinds:
             raise ModelError(f"{folder} claims to be bitsandbytes but holds no such matrix; give the complete checkpoint")
-        self.parts = {name for name in names if self._module(name) in self._kinds}
+        self.parts = {name: module for name in names if (module := self._module(name)) in self._kinds}
+        self.codes = {f"{module}.weight" for module in self._kinds}  # of any type: bnb_4bit_quant_storage
         self.described = {"quant_method": "bitsandbytes", "kinds": sorted(set(self._kinds.values()))}
 
     @staticmethod
@@ -51,11 +68,13 @@ class BnbFolder(PackedMatrices):
 
     def _codebook(self, name: str, kind: Literal["nf4", "fp4"]) -> PackedLinear:
         """Codes as they are; absmax too, or dequantized where it is quantized itself (Dettmers et al. 2023, section 3)."""
-        state = json.loads(bytes(self._index.tensor(f"{name}.weight.quant_state.bitsandbytes__{kind}").tolist()))
+        stored = bytes(self._index.read(f"{name}.weight.quant_state.bitsandbytes__{kind}"))
+        try:
+            state = typed(_State, parse_json(stored), "quant_state")
+        except DocumentError as error:
+            raise ModelError(f"{name} has a damaged quant_state ({error}); give the original float checkpoint") from error
         if not np.array_equal(self._index.tensor(f"{name}.weight.quant_map").float().numpy(), CODEBOOKS[kind]):
             raise ModelError(f"{name} has a custom codebook, which no operator supports; give the original float checkpoint")
-        rows, columns = state["shape"]
-        block = int(state["blocksize"])
         codes = (
             self._index.tensor(f"{name}.weight").contiguous().view(torch.uint8).flatten().numpy()
         )  # whatever type stored the bytes
@@ -63,13 +82,18 @@ class BnbFolder(PackedMatrices):
         if absmax.dtype == np.uint8:
             table = self._index.tensor(f"{name}.weight.nested_quant_map").float().numpy()
             outer = self._index.tensor(f"{name}.weight.nested_absmax").float().numpy()
-            spread = np.repeat(outer, int(state["nested_blocksize"]))[: absmax.size]
-            absmax = table[absmax] * spread + np.float32(state["nested_offset"])
-        if codes.size != -(-rows * columns // 2) or absmax.size != -(-rows * columns // block):
-            raise ModelError(
-                f"{name}: {codes.size} bytes and {absmax.size} scales do not fit a matrix of {rows} x {columns}; fetch it again"
-            )
-        return PackedLinear(name, (rows, columns), 4, block, codes, absmax.astype(np.float32), codebook=kind)
+            spread = np.repeat(outer, state.nested_blocksize)[: absmax.size]
+            if table.shape != (256,) or spread.size != absmax.size:
+                raise ModelError(
+                    f"{name}: its nested scales do not fit its {absmax.size} blocks; give the original float checkpoint"
+                )
+            absmax = table[absmax] * spread + np.float32(state.nested_offset)
+        scales = absmax.astype(np.float32)
+        try:
+            check_arrays(PackedRow(state.shape, 4, state.blocksize, kind), {"codes": codes, "scales": scales})
+        except ValueError as error:
+            raise ModelError(f"{name} is damaged ({error}); give the original float checkpoint") from error
+        return PackedLinear(name, state.shape, 4, state.blocksize, codes, scales, codebook=kind)
 
     def _int8(self, name: str) -> PackedLinear:
         """Row-wise int8 (Dettmers et al. 2022): code = q + 128, scale = SCB / 127, repeated for every block of the operator."""

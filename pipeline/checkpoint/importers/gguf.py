@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,9 +40,10 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
     kinds = _types(file)
     try:
         # its bar is drawn wherever stderr goes, and cannot be switched off
-        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar):
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _alone(file) as folder:
+            given = {"gguf_file": file.name, "trust_remote_code": False}
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **given)
     except Exception as error:  # the converters raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"transformers cannot convert {file.name} ({reason}); give the original checkpoint") from error
@@ -61,6 +64,14 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
         "tied_from_two_matrices": tied,
         "chat_template": tokenizer.chat_template is not None,
     }
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder that holds the file alone: transformers would read the configs, adapters and code that lie beside it, too."""
+    with tempfile.TemporaryDirectory(prefix="edgepress-") as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _bar(tensors: list[object], desc: str) -> Iterator[object]:

@@ -8,25 +8,46 @@ zero itself. scales float16 (groups, out). g_idx int32 (in,): the group of each 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from edgepress.pipeline.checkpoint.packed import BLOCKS, PackedLinear, PackedMatrices
+import torch
+from edgepress.pipeline.checkpoint.layout import BLOCKS
+from edgepress.pipeline.checkpoint.packed import PackedLinear, PackedMatrices
 from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.documents import DocumentError, typed
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
+_WHOLE = (torch.int32, torch.int64)
 _VOTERS = 24  # matrices that vote on the format
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is read of the settings, where a matrix does not show it itself. Raises ValueError for what GPTQ does not know."""
+
+    group_size: int = -1
+    bits: Literal[2, 3, 4, 8] = 4
+
+    def __post_init__(self) -> None:
+        if self.group_size != -1 and not 0 < self.group_size <= 1 << 20:
+            raise ValueError(f"a group_size of {self.group_size}")
 
 
 class GptqFolder(PackedMatrices):
     """The packed matrices of a GPTQ folder.
 
     Bits and group size are read from the arrays of each matrix, not from the config: they may differ from one to the next.
+    transformers replaces the linear modules of the blocks alone, so a head is read as float wherever there is one.
     format: how zero points are stored, where the caller knows it; else it is decided by the values, because labels lie.
     """
+
+    leaves_head_float = True
 
     def __init__(
         self,
@@ -38,10 +59,15 @@ class GptqFolder(PackedMatrices):
     ) -> None:
         names = index.names
         super().__init__(name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight"))
-        self._index, self._settings = index, settings
+        self._index = index
+        try:
+            self._settings = typed(_Settings, settings, "quantization_config")
+        except DocumentError as error:
+            raise ModelError(f"{folder} has damaged settings ({error}); correct them or give the original checkpoint") from error
         if not self._modules:
             raise ModelError(f"{folder} claims to be GPTQ but holds no GPTQ matrix; give the complete checkpoint")
-        self.parts = {f"{module}.{part}" for module in self._modules for part in PARTS} & names
+        parts = {f"{module}.{part}": module for module in self._modules for part in PARTS}
+        self.parts = {name: module for name, module in parts.items() if name in names}
         self.format, evidence = (format, "known") if format else self._find_format(folder, original)
         self.described = {"quant_method": "gptq", "zero_points": self.format, "zero_points_by": evidence}
 
@@ -49,11 +75,11 @@ class GptqFolder(PackedMatrices):
         return self._read(name, self.format)
 
     def _read(self, name: str, format: str) -> PackedLinear:
-        arrays = {part: self._index.tensor(f"{name}.{part}").numpy() for part in ("qweight", "qzeros", "scales")}
+        arrays = {part: self._array(f"{name}.{part}", part) for part in ("qweight", "qzeros", "scales")}
         words, rows = arrays["qweight"].shape
-        length = int(self._settings.get("group_size", -1))
+        length = self._settings.group_size
         if f"{name}.g_idx" in self.parts:
-            order = self._index.tensor(f"{name}.g_idx").numpy().astype(np.int64)
+            order = self._array(f"{name}.g_idx", "g_idx").astype(np.int64)
             counts = np.bincount(order) if order.size and order.min() >= 0 else np.zeros(1, np.int64)
             # the length of a group, where there are several, stands in g_idx
             if counts.size > 1:
@@ -61,10 +87,21 @@ class GptqFolder(PackedMatrices):
             elif length not in BLOCKS:
                 length = -1
         else:  # AutoGPTQ before 0.3
-            columns = words * 32 // int(self._settings.get("bits", 4))
+            columns = words * 32 // self._settings.bits
             order = np.zeros(columns, np.int64) if length == -1 else np.arange(columns) // length
+        if not rows or not order.size:
+            raise ModelError(f"{name} is an empty matrix; give the complete checkpoint")
         bits = width(name, words, order.size)
         return convert(name, (rows, order.size), arrays | {"g_idx": order}, bits, length, format)
+
+    def _array(self, name: str, part: str) -> np.ndarray:
+        """One array. Raises ModelError when it is missing, or not of the type and rank that GPTQ stores."""
+        tensor = self._index.tensor(name)
+        rank, whole = 1 if part == "g_idx" else 2, part != "scales"
+        if tensor.ndim != rank or tensor.is_floating_point() == whole or (whole and tensor.dtype not in _WHOLE):
+            shape = tuple(tensor.shape)
+            raise ModelError(f"{name} is {tensor.dtype} {shape}, which GPTQ does not store; give the original float checkpoint")
+        return np.asarray((tensor if whole else tensor.float()).numpy())
 
     def _find_format(self, folder: Path, original: Callable[[str], np.ndarray | None] | None) -> tuple[str, str]:
         """Format of the zero points, and what decided it. Raises ModelError when nothing does."""

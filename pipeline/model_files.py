@@ -1,0 +1,119 @@
+"""The JSON files of a model folder: each read in one place, with what we take from it checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepress.pipeline.documents import DocumentError, JsonObject, shown, typed
+from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.files import read_json
+
+_LARGEST_ID = (1 << 31) - 1
+# Whole numbers of a config.json -> the largest that is read; far above the models there are, far below what exhausts memory.
+# Some architectures give one a layer, as a list.
+_WHOLE = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4096),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads"), 1 << 20
+    ),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), 1 << 24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), 1 << 31),
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
+
+
+def read_config(folder: Path) -> JsonObject:
+    """config.json. Raises InputError when it is absent or no JSON, ModelError for a value that no model can have."""
+    file = folder / "config.json"
+    config = read_json(file)
+    try:
+        _check_config(config)
+    except DocumentError as error:
+        raise ModelError(f"{file}: {error}; correct it or replace it") from error
+    return config
+
+
+def _check_config(config: JsonObject) -> None:
+    """Raise DocumentError for a value of the wrong type or out of bounds; keys that are absent or null are not looked at."""
+    for key, most in _WHOLE.items():
+        value = config.get(key)
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if bad := [number for number in numbers if type(number) is not int or not 0 < number <= most]:
+            raise DocumentError(f"{key} is {shown(bad[0])}, it must be a whole number from 1 to {most:,}")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise DocumentError(f"architectures is {shown(architectures)}, it must be a list of names")
+    if not isinstance(config.get("model_type", ""), str):
+        raise DocumentError(f"model_type is {shown(config['model_type'])}, it must be a name")
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := config.get(key), dict) and not isinstance(rope.get("rope_type", rope.get("type", "")), str | None):
+            raise DocumentError(f"rope_type is {shown(rope.get('rope_type', rope.get('type')))}, it must be a name")
+    for key in _OBJECTS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise DocumentError(f"{key} is {shown(config[key])}, it must be an object")
+    _check_tokens(config)
+
+
+def _check_tokens(config: JsonObject) -> None:
+    for key in _TOKENS:
+        value = config.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if bad := [token for token in ids if type(token) is not int or not -1 <= token <= _LARGEST_ID]:
+            raise DocumentError(f"{key} is {shown(bad[0])}, it must be a token id, or a list of them")
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Ids that end a generation, from generation_config.json or config.json. Raises InputError for what is no id."""
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        content = read_json(folder / name)
+        try:
+            _check_tokens(content)
+        except DocumentError as error:
+            raise InputError(f"{folder / name}: {error}; correct it or replace it") from error
+        if (ids := content.get("eos_token_id")) is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def read_tokenizer_config(folder: Path) -> JsonObject:
+    """tokenizer_config.json, empty where there is none. Raises InputError."""
+    file = folder / "tokenizer_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+@dataclass(frozen=True)
+class GenaiDecoder:
+    """The graph as genai_config.json describes it."""
+
+    num_hidden_layers: int = 0
+
+
+@dataclass(frozen=True)
+class GenaiModel:
+    """The key ``model`` of genai_config.json; context_length in tokens."""
+
+    context_length: int
+    vocab_size: int
+    decoder: GenaiDecoder
+
+    def __post_init__(self) -> None:
+        if not 0 < self.context_length <= _LARGEST_ID:
+            raise ValueError(f"context_length is {shown(self.context_length)}, it must be from 1 to {_LARGEST_ID:,}")
+
+
+@dataclass(frozen=True)
+class _Genai:
+    model: GenaiModel
+
+
+def read_genai_config(folder: Path) -> GenaiModel:
+    """What genai_config.json says of the model. Raises InputError when it is absent or damaged."""
+    file = folder / "genai_config.json"
+    try:
+        return typed(_Genai, read_json(file), "genai_config").model
+    except DocumentError as error:
+        raise InputError(f"{file} is damaged ({error}); copy the complete folder again or export again") from error

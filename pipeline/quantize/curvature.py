@@ -1,0 +1,84 @@
+"""What rounding each matrix costs, all from one pass: the second-order estimate of the KL divergence.
+
+A small change of the weights moves the output distribution by KL = 1/2 d'Fd, F the Fisher information. For one matrix and one
+window of text, d'Fd is the expected square of how the log-likelihood of tokens drawn from the model itself changes along d
+(Amari 1998, section 2; as in Hassibi and Stork 1993 with F for the Hessian). So a factor on each matrix's rounding error, its
+gradient over windows of drawn tokens, and a square: no matrix is evaluated alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, block_linears
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
+from transformers import PreTrainedModel
+
+BATCH = 8  # windows
+
+
+class Errors:
+    """Rounding errors of the block matrices at one format, bfloat16, and a factor on each, one a window of the batch.
+
+    together: names of matrices that read one input (query, key and value; gate and up), known after the first pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, bits: int, group_size: int) -> None:
+        self.modules = block_linears(model)
+        self.factors: dict[str, torch.Tensor] = {}
+        self.together: list[list[str]] = []
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._errors = {}
+        for name, module in progress(self.modules.items(), "rounding", "matrix"):
+            weight = matrix_of(module)
+            restored = round_to_nearest(name, weight.numpy(), bits, group_size, False).dequantized()
+            self._errors[name] = (torch.from_numpy(restored) - weight).bfloat16()
+
+    @contextmanager
+    def added(self, windows: int) -> Iterator[None]:
+        """Within the context every matrix adds its factor, zero, times what its error would add to the output."""
+        self.factors = {name: torch.zeros(windows, requires_grad=True) for name in self.modules}
+        handles = [module.register_forward_hook(self._adding(name)) for name, module in self.modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        inputs: dict[int, list[str]] = defaultdict(list)
+        for name, tensor in self._inputs.items():
+            inputs[id(tensor)].append(name)
+        self.together = list(inputs.values())
+        self._inputs.clear()
+
+    def _adding(self, name: str) -> Callable[[torch.nn.Module, BlockArgs, torch.Tensor], torch.Tensor]:
+        def add(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> torch.Tensor:
+            self._inputs[name] = args[0]  # kept, so that no other tensor gets its place
+            moved = torch.nn.functional.linear(args[0].detach().bfloat16(), self._errors[name]).to(output.dtype)
+            return output + self.factors[name].view(-1, *[1] * (output.ndim - 1)) * moved
+
+        return add
+
+
+def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], seed: int = 0) -> dict[str, float]:
+    """KL(model || model with this matrix alone rounded), nats a token, for every block matrix.
+
+    windows: token ids, all of one length. The estimate's standard error is sqrt(2 / windows) of it.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    squares = dict.fromkeys(errors.modules, 0.0)
+    for first in progress(range(0, len(windows), BATCH), "sensitivity", "batch"):
+        ids = torch.from_numpy(np.stack(windows[first : first + BATCH]))
+        with errors.added(len(ids)):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            with torch.no_grad():
+                drawn = torch.multinomial(torch.softmax(logits, -1).flatten(0, 1), 1, generator=generator).view(ids.shape)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+        for name, factor in errors.factors.items():
+            squares[name] += 0.0 if factor.grad is None else float(factor.grad.double().square().sum())
+    return {name: square / (2 * sum(map(len, windows))) for name, square in squares.items()}

@@ -1,0 +1,140 @@
+"""Bits by measurement: a format for every matrix, so that the bytes are least at a bound of loss, or the loss at a bound of bytes.
+
+An integer program, the multiple-choice knapsack problem (Kellerer et al. 2004, chapter 11), solved by HiGHS through scipy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from edgepress.pipeline.quantize.curvature import Errors
+from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
+
+_GAP = 1e-3  # of the optimum: what HiGHS may leave unproven
+_SECONDS = 20.0
+_ROWS = 256  # of a matrix, at least, that its rounding error is estimated from
+
+
+class Form(NamedTuple):
+    """How a matrix is stored."""
+
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bits}/{self.group_size}"
+
+
+BASE = Form(4, 64)  # of the rounding whose cost is measured; that of others follows from their squared error
+EIGHT = Form(8, 64)
+FORMS = (Form(2, 32), Form(2, 64), Form(4, 32), BASE, Form(4, 128), EIGHT)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Matrices that share a form: those that read one input, for they share one operator too.
+
+    costs: KL divergence of each form, nats a token. bytes: of each form, codes, scales and zero points.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    costs: Mapping[Form, float]
+    bytes: Mapping[Form, int]
+
+
+def items_of(errors: Errors, costs: Mapping[str, float], together: Iterable[Sequence[str]]) -> list[Item]:
+    """What there is to choose from. costs: of ``BASE``, by matrix. together: names of matrices that read one input."""
+    items = []
+    for names in together:
+        ratios = {name: _squared_errors(errors, name) for name in names}
+        shapes = [matrix_of(errors.modules[name]).shape for name in names]
+        items.append(
+            Item(
+                tuple(names),
+                sum(rows * columns for rows, columns in shapes),
+                {form: sum(costs[name] * ratios[name][form] for name in names) for form in FORMS},
+                {form: sum(_bytes(rows, columns, form) for rows, columns in shapes) for form in FORMS},
+            )
+        )
+    return items
+
+
+def _squared_errors(errors: Errors, name: str) -> dict[Form, float]:
+    """The squared rounding error of each form as a multiple of that of ``BASE``."""
+    weight = matrix_of(errors.modules[name])
+    some = weight[:: max(1, len(weight) // _ROWS)].numpy()
+    squares = {form: float(np.square(round_to_nearest(name, some, *form, False).dequantized() - some).sum()) for form in FORMS}
+    return {form: square / (squares[BASE] or 1.0) for form, square in squares.items()}
+
+
+def _bytes(rows: int, columns: int, form: Form) -> int:
+    """Of an asymmetric matrix, as ``PackedLinear.nbytes`` counts them."""
+    groups = -(-columns // form.group_size)
+    return rows * (groups * form.group_size * form.bits // 8 + 4 * groups + -(-groups * form.bits // 8))
+
+
+def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = None, size: float | None = None) -> list[Form]:
+    """The form of each item: fewest bytes with costs that sum to at most ``cost``, or least cost in at most ``size`` bytes.
+
+    Where nothing keeps to the bound, the cheapest by it.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    costs, sizes = (np.array([[table[form] for form in forms] for table in tables]) for tables in (
+        [item.costs for item in items], [item.bytes for item in items]
+    ))  # fmt: skip
+    bounded, bound, wanted = (costs, cost, sizes) if cost is not None else (sizes, size, costs)
+    assert bound is not None
+    least = bounded.min(1).sum()
+    if least > bound:
+        return [forms[index] for index in bounded.argmin(1)]
+    count, width = costs.shape
+    once = np.kron(np.eye(count), np.ones(width))
+    scale = wanted.max()
+    result = milp(
+        (wanted / scale).ravel(),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(bounded.ravel()[None] / bound, -np.inf, 1)],
+        bounds=Bounds(0, 1),
+        integrality=np.ones(costs.size),
+        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+    )
+    if result.x is None:  # out of time before any answer
+        return [forms[index] for index in bounded.argmin(1)]
+    return [forms[index] for index in result.x.reshape(count, width).argmax(1)]
+
+
+def rules_of(forms: Mapping[str, Form], usual: Form) -> tuple[str, ...]:
+    """``bits_for`` rules that give every matrix its form, short ones: one for a kind of matrix and a form, its blocks listed."""
+    blocks: dict[tuple[str, str, Form], list[str]] = defaultdict(list)
+    for name, form in forms.items():
+        if form != usual:
+            before, index, after = re.split(r"\.(\d+)\.", name, maxsplit=1)
+            blocks[before, after, form].append(index)
+    return tuple(
+        f"{re.escape(before)}.({'|'.join(indices)}).{re.escape(after)}={form}".replace("\\.", ".")
+        for (before, after, form), indices in blocks.items()
+    )
+
+
+def by_matrix(items: Sequence[Item], forms: Sequence[Form]) -> dict[str, Form]:
+    """The form of each matrix, by name."""
+    return {name: form for item, form in zip(items, forms, strict=True) for name in item.names}
+
+
+def mean_bits(items: Sequence[Item], forms: Sequence[Form]) -> float:
+    """Bits a weight, scales and zero points counted."""
+    return 8 * sum(item.bytes[form] for item, form in zip(items, forms, strict=True)) / sum(item.weights for item in items)
+
+
+def most_common(forms: Sequence[Form], items: Sequence[Item]) -> Form:
+    """The form of most weights."""
+    weights: dict[Form, int] = defaultdict(int)
+    for item, form in zip(items, forms, strict=True):
+        weights[form] += item.weights
+    return max(weights, key=lambda form: weights[form])

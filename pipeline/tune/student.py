@@ -1,0 +1,114 @@
+"""The quantized model as torch trains it: integer codes that nothing moves, times scales that are parameters.
+
+Every packed matrix becomes a parametrization of its module's weight (torch.nn.utils.parametrize), so each module keeps its own
+forward, whatever its class: Linear, Conv1D, an embedding that multiplies by a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, unpack_bits
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+HEAD_BITS = 8  # a head of so many bits loses next to nothing: training it would cost its dequantization at every step
+
+
+class Dequantized(torch.nn.Module):
+    """scales (groups in order) -> weight, the very arithmetic of ``PackedLinear.dequantized``.
+
+    The codes are a buffer of integers (of codebook entries for nf4 and fp4) and never get a gradient.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor | None
+
+    def __init__(self, packed: PackedLinear, transposed: bool) -> None:
+        super().__init__()
+        self.packed_shape, self.transposed, self.scales = packed.shape, transposed, torch.from_numpy(np.array(packed.scales))
+        self.register_buffer("values", _values(packed))
+        order = None if packed.permutation is None else torch.from_numpy(np.argsort(packed.permutation))
+        self.register_buffer("columns", order)
+
+    def forward(self, scales: torch.Tensor) -> torch.Tensor:
+        """The weight as its module stores it, float32: (out, in), or (in, out) of a Conv1D."""
+        rows, columns = self.packed_shape
+        flat = self.values * scales[..., None]
+        weight = flat.reshape(-1)[: rows * columns].view(rows, columns) if flat.ndim == 2 else flat.view(rows, -1)[:, :columns]
+        if self.columns is not None:
+            weight = weight[:, self.columns]
+        return weight.T if self.transposed else weight
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        """What ``parametrize`` stores in place of the weight: the scales, (out, groups), or (groups,) with a codebook."""
+        return self.scales
+
+
+def _values(packed: PackedLinear) -> torch.Tensor:
+    """What the scales are multiplied by: integers (out, groups, group size), or codebook entries (groups, group size)."""
+    if packed.codebook:
+        entries = CODEBOOKS[packed.codebook][packed.unpacked()].reshape(-1)
+        padded = np.zeros(len(packed.scales) * packed.group_size, dtype=np.float32)
+        padded[: entries.size] = entries
+        return torch.from_numpy(padded.reshape(-1, packed.group_size))
+    codes = unpack_bits(packed.codes, packed.bits, packed.group_size).astype(np.int16)
+    zeros = np.int16(1 << (packed.bits - 1)) if packed.zeros is None else packed.zeros[..., None].astype(np.int16)
+    values = codes - zeros
+    small = packed.bits < 8 or packed.zeros is None  # an asymmetric 8-bit code may be 255 from its zero point
+    return torch.from_numpy(values.astype(np.int8) if small else values)
+
+
+class Student:
+    """A quantized checkpoint in memory with its scales, norms and biases to train; everything else is frozen.
+
+    model: float32 on the CPU, in evaluation mode. matrices: names of the packed modules whose scales are trained.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model: PreTrainedModel = checkpoint.model()
+        self.model.requires_grad_(False)
+        self._packed = {name: checkpoint.weights.packed(name) for name in sorted(checkpoint.weights.matrices)}
+        ends = self._ends()
+        self.matrices = [name for name, packed in self._packed.items() if packed and (name not in ends or packed.bits < HEAD_BITS)]
+        for name in self.matrices:
+            self._parametrize(name)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point()))
+
+    def _ends(self) -> set[str]:
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        found = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return {modules[id(module)] for module in found if module is not None}
+
+    def _parametrize(self, name: str) -> None:
+        module, packed = self.model.get_submodule(name), self._packed[name]
+        assert packed is not None
+        weight, dequantized = module.weight, Dequantized(packed, isinstance(module, Conv1D))
+        # The head of a tied model is the embedding's matrix: one set of scales serves both.
+        sharing = [m for m in self.model.modules() if m._parameters.get("weight") is weight]
+        for one in sharing:
+            parametrize.register_parametrization(one, "weight", dequantized, unsafe=True)
+            one.parametrizations.weight.original = module.parametrizations.weight.original
+        del dequantized.scales
+
+    def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Name and value of every trained parameter, each once, in the order of the model."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def packed(self) -> dict[str, PackedLinear]:
+        """All packed matrices with the present scales; codes and zero points are the very arrays that were read."""
+        packed = {name: linear for name, linear in self._packed.items() if linear is not None}
+        for name in self.matrices:
+            scales = self.model.get_submodule(name).parametrizations.weight.original.detach().numpy().copy()
+            packed[name] = replace(packed[name], scales=scales)
+        return packed
+
+    def floats(self) -> dict[str, torch.Tensor]:
+        """The trained parameters that are no scales: norms and biases, by name."""
+        return {name: p.detach().clone() for name, p in self.trained() if ".parametrizations." not in name}

@@ -1,0 +1,88 @@
+"""The original's predictions, computed once: the likeliest tokens of every position and what is left for the others.
+
+So original and student are never in memory together, and an interrupted run need not ask the original again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from edgepress.pipeline.metrics.torch_scores import batches
+from edgepress.pipeline.progress import progress
+from transformers import PreTrainedModel
+
+TOP = 128
+_ROWS = 256  # positions whose probabilities are in memory at once
+_LEAST = 1e-6  # of the probability of all other tokens: float32 cannot tell less from nothing
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The original's ``TOP`` likeliest tokens at every position of some windows, in order.
+
+    tokens: int32 (positions, top). logs: their log probabilities, float32 (positions, top). Mapped from files.
+    """
+
+    tokens: np.ndarray
+    logs: np.ndarray
+
+    def at(self, rows: slice | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (int64) and logs of some positions."""
+        return torch.from_numpy(np.array(self.tokens[rows], dtype=np.int64)), torch.from_numpy(np.array(self.logs[rows]))
+
+
+def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> Predictions:
+    """Run the original over the windows into ``stem`` with a suffix, 8 * TOP bytes a position; whole files are kept as they are."""
+    shape = (sum(map(len, windows)), min(TOP, teacher.config.get_text_config().vocab_size))
+    files = stem.with_suffix(".tokens"), stem.with_suffix(".logs")
+    if not all(file.is_file() for file in files):
+        parts = [file.with_suffix(file.suffix + ".part") for file in files]
+        _record(
+            teacher, windows, np.memmap(parts[0], np.int32, "w+", shape=shape), np.memmap(parts[1], np.float32, "w+", shape=shape)
+        )
+        for part, file in zip(parts, files, strict=True):
+            part.replace(file)
+    return Predictions(np.memmap(files[0], np.int32, "r", shape=shape), np.memmap(files[1], np.float32, "r", shape=shape))
+
+
+def _record(teacher: PreTrainedModel, windows: list[np.ndarray], tokens: np.ndarray, logs: np.ndarray) -> None:
+    row, top = 0, tokens.shape[1]
+    with torch.inference_mode():
+        for ids, real in progress(batches(teacher, windows), "the original's predictions", "batch"):
+            logits = teacher(input_ids=ids, use_cache=False).logits[real]
+            for first in range(0, len(logits), _ROWS):
+                part = torch.log_softmax(logits[first : first + _ROWS].float(), -1)
+                best, index = part.topk(top, sorted=False)
+                tokens[row : row + len(part)], logs[row : row + len(part)] = index.numpy(), best.numpy()
+                row += len(part)
+
+
+def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """KL(original || student) a position in nats, (positions,), with all tokens outside the original's likeliest as one.
+
+    logits: (positions, vocabulary) of the student. tokens, logs: (positions, top) as in Predictions. Merging outcomes never
+    makes a divergence greater, so this is a lower bound, and close: what is merged has little probability.
+    """
+    scores = torch.log_softmax(logits.float(), -1).gather(-1, tokens)
+    probabilities = logs.exp()
+    rest = (1 - probabilities.sum(-1)).clamp_min(_LEAST)
+    student_rest = (1 - scores.exp().sum(-1)).clamp_min(_LEAST)
+    return (probabilities * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+
+
+def mean_divergence(student: PreTrainedModel, windows: list[np.ndarray], predictions: Predictions) -> float:
+    """The mean of ``divergence`` over the windows' positions, in nats a token."""
+    total, row = 0.0, 0
+    with torch.inference_mode():
+        for ids, real in progress(batches(student, windows), "KL", "batch"):
+            logits = student(input_ids=ids, use_cache=False).logits[real]
+            for first in range(0, len(logits), _ROWS):
+                part = logits[first : first + _ROWS]
+                rows = slice(row, row + len(part))
+                tokens, logs = predictions.at(rows)
+                total += float(divergence(part, tokens, logs).double().sum())
+                row += len(part)
+    return total / row

@@ -1,0 +1,193 @@
+"""The training loop: AdamW on scales, norms and biases, half a cosine of learning rate, and a checkpoint to resume from."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from edgepress.pipeline.metrics.torch_scores import batches
+from edgepress.pipeline.progress import bar
+from edgepress.pipeline.tune.student import Student
+from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence
+
+log = logging.getLogger("edgepress")
+BATCH_TOKENS = 1024
+WARM_UP = 0.05  # of the steps
+LOOKS = 8  # times that held-out text is looked at, and the best state kept
+SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Windows of token ids, and the original's predictions at their positions."""
+
+    windows: list[np.ndarray]
+    predictions: Predictions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """learning_rate: of every parameter, as a share of its mean size. tokens: to train on, None for as many as ``minutes`` allow.
+
+    bfloat16: whether matrices are multiplied in it; parameters and their changes are float32 in any case.
+    """
+
+    learning_rate: float
+    tokens: int | None
+    minutes: float
+    bfloat16: bool
+    seed: int = 0
+
+
+@dataclass
+class Training:
+    """What a run has come to. held_out: mean divergence of the held-out lessons at each look; kept: the parameters of the best."""
+
+    steps: int
+    batch_tokens: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def first_and_last(self) -> list[float]:
+        """Mean training divergence of the first and of the last tenth of the steps."""
+        edge = max(1, len(self.losses) // 10)
+        return [round(float(np.mean(part)), 6) for part in (self.losses[:edge], self.losses[-edge:])]
+
+
+def train(student: Student, lesson: Lesson, held_out: list[Lesson], settings: Settings, file: Path) -> Training:
+    """Train the student in place and leave it in its best state; ``file``: the checkpoint, resumed from if it is there.
+
+    With ``settings.tokens`` and on one thread the same call gives the same parameters, interrupted or not.
+    """
+    run = _Run(student, lesson, held_out, settings)
+    training = run.resumed(file) or Training(run.steps(), run.batch_tokens)
+    if training.step:
+        log.info("tune: resuming at step %d of %d", training.step, training.steps)
+    else:
+        run.look(training)
+    saved = time.monotonic()
+    with bar("tune", training.steps, "step") as shown:
+        shown.update(training.step)
+        while training.step < training.steps:
+            training.losses.append(run.train_step(training.step, _rate(training.step, training.steps)))
+            training.step += 1
+            shown.update()
+            if training.step * LOOKS // training.steps > (training.step - 1) * LOOKS // training.steps:
+                run.look(training)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                run.save(training, file)
+                saved = time.monotonic()
+    with torch.no_grad():
+        for name, value in training.kept.items():
+            run.parameters[name].copy_(value)
+    return training
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of its peak: a linear rise, then half a cosine to a hundredth."""
+    warm_up = max(1, int(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+class _Run:
+    """The parts of one training."""
+
+    def __init__(self, student: Student, lesson: Lesson, held_out: list[Lesson], settings: Settings) -> None:
+        self._model, self._lesson, self._held_out, self._settings = student.model, lesson, held_out, settings
+        self.parameters = dict(student.trained())
+        sizes = {name: float(p.detach().abs().mean()) or 1.0 for name, p in self.parameters.items()}
+        self._rates = [settings.learning_rate * sizes[name] for name in self.parameters]
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters.values(), self._rates, strict=True)]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self._starts = np.cumsum([0, *map(len, lesson.windows)])
+        self._batch = max(1, BATCH_TOKENS // len(lesson.windows[0]))
+        self.batch_tokens = self._batch * len(lesson.windows[0])
+
+    def steps(self) -> int:
+        """Steps for the tokens asked for, or for the minutes, by timing one step and one look."""
+        if self._settings.tokens is not None:
+            return max(1, math.ceil(self._settings.tokens / self.batch_tokens))
+        seconds = []
+        for action in (lambda: self._accumulate(0), lambda: self._accumulate(0), self._held_out_divergence):
+            begun = time.monotonic()
+            action()
+            seconds.append(time.monotonic() - begun)
+        self._optimizer.zero_grad()
+        return max(1, int((60 * self._settings.minutes - (LOOKS + 1) * seconds[2]) / seconds[1]))
+
+    def train_step(self, step: int, rate: float) -> float:
+        """One change of the parameters; returns the mean divergence before it, in nats a token."""
+        loss = self._accumulate(step)
+        for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = peak * rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss
+
+    def look(self, training: Training) -> None:
+        """Score the held-out lessons, and keep the parameters if they are the best so far."""
+        score = self._held_out_divergence()
+        if score < min(training.held_out, default=math.inf):
+            training.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        training.held_out.append(score)
+
+    def save(self, training: Training, file: Path) -> None:
+        """Write the checkpoint, whole or not at all."""
+        present = {name: p.detach() for name, p in self.parameters.items()}
+        part = file.with_suffix(".part")
+        torch.save({"training": vars(training), "present": present, "optimizer": self._optimizer.state_dict()}, part)
+        part.replace(file)
+
+    def resumed(self, file: Path) -> Training | None:
+        """What ``save`` wrote, with parameters and optimizer as they were; None where there is nothing whole."""
+        with suppress(OSError, RuntimeError, EOFError, KeyError, ValueError):
+            saved = torch.load(file, weights_only=True)
+            training = Training(**saved["training"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(saved["present"][name])
+            return training
+        return None
+
+    def _held_out_divergence(self) -> float:
+        with self._precision():
+            return float(np.mean([mean_divergence(self._model, one.windows, one.predictions) for one in self._held_out]))
+
+    def _accumulate(self, step: int) -> float:
+        """Gradients of the mean divergence over one batch; returns it. Batches are small enough for their logits to fit."""
+        chosen = self._chosen(step)
+        windows = [self._lesson.windows[index] for index in chosen]
+        positions = np.concatenate([np.arange(self._starts[index], self._starts[index + 1]) for index in chosen])
+        predictions, total, row = self._lesson.predictions, 0.0, 0
+        for ids, real in batches(self._model, windows):
+            rows = positions[row : row + int(real.sum())]
+            row += len(rows)
+            with self._precision():
+                logits = self._model(input_ids=ids, use_cache=False).logits[real]
+            loss = divergence(logits, *predictions.at(rows)).sum() / len(positions)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _chosen(self, step: int) -> list[int]:
+        """Indices of a step's windows: the text again and again, each time in another order."""
+        count = len(self._lesson.windows)
+        first = step * self._batch
+        return [int(self._order(at // count)[at % count]) for at in range(first, first + self._batch)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._lesson.windows))
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._settings.bfloat16)

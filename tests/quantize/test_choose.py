@@ -1,0 +1,71 @@
+"""Bits that a model needs, settled by the stage itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize.choose import EIGHT
+from edgepress.pipeline.quantize.stage import Chosen
+
+
+@pytest.fixture
+def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen]:
+    """The choice for the tiny model, on little text."""
+    monkeypatch.setattr(choose, "TRIAL_TOKENS", 512)
+    monkeypatch.setattr(choose, "COST_TOKENS", 1024)
+    monkeypatch.setattr(choose, "WINDOW", 32)
+    return lambda **options: choose.choose(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, **options))
+
+
+def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen]) -> None:
+    many = settled(max_growth=10.0)
+    assert (many.options.bits, many.options.group_size, many.options.bits_for) == (4, 64, ())
+    four = many.growth["4 bits"]
+    few = settled(max_growth=four / 300)
+    assert (few.options.method, few.options.bits, few.options.group_size, few.options.bits_for) == ("rtn", *EIGHT, ())
+    between = settled(max_growth=four / 3)
+    assert between.options.bits_for and list(between.growth.values())[-1] <= four / 3
+    assert between.options.max_growth is None and "--max-growth" in between.because
+
+
+def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen]) -> None:
+    four = settled(max_growth=10.0).growth["4 bits"]
+    assert settled(max_growth=0.9 * four).options.bits_for
+    assert not settled(max_growth=0.9 * four, tuned=True).options.bits_for
+
+
+@pytest.mark.parametrize("target", [3.0, 4.6, 6.0])
+def test_a_mean_is_kept_to(target: float, settled: Callable[..., Chosen], tiny: Path, tmp_path: Path) -> None:
+    chosen = settled(target_bits=target).options
+    folder = stages.run("quantize", Artifact.load(tiny), tmp_path / "q", chosen).path
+    weights = Checkpoint(folder).weights
+    blocks = [weights.packed(name) for name in weights.matrices if "layers" in name]
+    bits = 8 * sum(x.nbytes for x in blocks if x) / sum(x.shape[0] * x.shape[1] for x in blocks if x)
+    assert target - 0.5 < bits <= target
+    assert {x.bits for x in blocks if x} > {4} or target == 4.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_growth": 0.1, "target_bits": 5.0}, "both choose"),
+        ({"target_bits": 5.0, "bits": 4}, "--target-bits chooses the bits"),
+        ({"target_bits": 1.0}, "between 2.6 and 8.7"),
+        ({"max_growth": 0.1, "method": "nf4"}, "the method is nf4"),
+        ({"bits_for": [".*=8/33"]}, "PATTERN=BITS/GROUP"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    from edgepress.pipeline.errors import OptionError
+    from edgepress.pipeline.flags import make
+
+    with pytest.raises(OptionError, match=message):
+        make(QuantizeOptions, options)

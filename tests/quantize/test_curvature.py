@@ -1,0 +1,58 @@
+"""The second-order estimate of what rounding costs, against the cost itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.metrics.torch_scores import divergences
+from edgepress.pipeline.quantize.curvature import Errors, costs
+from edgepress.pipeline.quantize.rtn import rounded
+from transformers import PreTrainedModel
+
+FORM = (4, 32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> PreTrainedModel:
+    return Checkpoint(tiny).model()
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(1, 5000, size=(128, 24)))
+
+
+@pytest.fixture(scope="module")
+def estimated(model: PreTrainedModel, windows: list[np.ndarray]) -> tuple[Errors, dict[str, float]]:
+    errors = Errors(model, *FORM)
+    return errors, costs(model, errors, windows)
+
+
+@pytest.mark.parametrize("kind", ["q_proj", "down_proj", "layers.0.", "proj"])
+def test_the_estimate_is_near_the_divergence(
+    kind: str, model: PreTrainedModel, windows: list[np.ndarray], estimated: tuple[Errors, dict[str, float]]
+) -> None:
+    errors, by_name = estimated
+    names = [name for name in errors.modules if kind in name]
+    ids = torch.from_numpy(np.stack(windows[:32]))
+    with torch.inference_mode():
+        original = model(input_ids=ids).logits.flatten(0, 1)
+        with rounded(errors.modules, dict.fromkeys(names, FORM)):
+            cost = float(divergences(original, model(input_ids=ids).logits.flatten(0, 1)).mean())
+    assert sum(by_name[name] for name in names) == pytest.approx(cost, rel=0.25)
+
+
+def test_matrices_that_read_one_input_are_together(estimated: tuple[Errors, dict[str, float]]) -> None:
+    groups = {tuple(name.rpartition(".")[2] for name in names) for names in estimated[0].together}
+    assert groups == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
+    assert len(estimated[0].together) == 16
+
+
+def test_the_model_is_left_as_it_was(tiny: Path, model: PreTrainedModel, estimated: tuple[Errors, dict[str, float]]) -> None:
+    ids = torch.arange(1, 30)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids).logits, Checkpoint(tiny).model()(input_ids=ids).logits)
