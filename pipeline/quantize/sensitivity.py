@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.mix import BASE, FORMS, Form, Item, by_matrix, items_of, most_common, rules_of, solve
@@ -55,7 +57,9 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,
         length=min(WINDOW, checkpoint.context), key=options.text_key,
     )  # fmt: skip
-    items = items_of_model(checkpoint.model(), windows)
+    model = checkpoint.model()
+    warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, options.calibration)
+    items = items_of_model(model, windows)
     size = options.target_bits * sum(item.weights for item in items) / 8
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
