@@ -36,7 +36,7 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
     from edgepress.pipeline import recipe as recipes
     from edgepress.pipeline.checkpoint.source import resolve
 
-    name = recipe or recipes.recipe_for(str(source))
+    name = recipe or recipes.recipe_for(str(source), options)
     steps = recipes.plan(recipes.read(name), options)
     done = recipes.build(resolve(str(source)), Path(out) if out else Path("out") / Path(source).name, steps)
     return recipes.shipped_artifact(done)

@@ -41,9 +41,11 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=min(TRIAL_WINDOW, checkpoint.context))
     references = [logits_of(model, ids) for ids in progress(windows, "bits", "window")]
     limit = options.max_growth or 0.0
+    kept = checkpoint.weights.matrices
+    modules = {name: module for name, module in block_linears(model).items() if name not in kept}
     growth: dict[str, float] = {}
     for method, bits, group in ((options.method, options.weight_bits, options.group), EIGHT_BITS):
-        with rounded(block_linears(model), bits, group):
+        with rounded(modules, bits, group):
             scores = Quality()
             for ids, reference in zip(progress(windows, f"{bits} bits", "window"), references, strict=True):
                 scores.add(ids, logits_of(model, ids), reference)

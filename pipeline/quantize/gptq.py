@@ -13,13 +13,14 @@ import logging
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json, remove, sha256, write_json
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
@@ -48,7 +49,7 @@ class GptqSettings:
     sym: bool
     desc_act: bool
     exceptions: dict[str, int]
-    kept_float: list[str]
+    untouched: list[str]
     resumable: bool
     trust_remote_code: bool
     windows: list[list[int]]
@@ -73,7 +74,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     else:
         log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
-        _run(settings)
+        _run(replace(settings, model=str(_float_source(job))))
     _release_memory()
     return read_checkpoint(folder / "model", job.linears)
 
@@ -89,7 +90,7 @@ def _settings(job: QuantizeJob) -> GptqSettings:
         sym=options.symmetric,
         desc_act=options.act_order,
         exceptions=job.exceptions,
-        kept_float=sorted(job.kept_float),
+        untouched=sorted(job.untouched),
         resumable=_resumable(job),
         trust_remote_code=job.checkpoint.trust_remote_code,
         windows=[row.tolist() for row in job.windows()],
@@ -97,14 +98,15 @@ def _settings(job: QuantizeJob) -> GptqSettings:
 
 
 def _resumable(job: QuantizeJob) -> bool:
-    return job.checkpoint.raw_config.get("model_type") in RESUMABLE and not job.exceptions and not job.kept_float
+    return job.checkpoint.raw_config.get("model_type") in RESUMABLE and not job.exceptions and not job.untouched
 
 
 def _why_lost(job: QuantizeJob) -> str:
     family = job.checkpoint.raw_config.get("model_type")
     if family not in RESUMABLE:
         return f" (gptqmodel can resume only {' and '.join(RESUMABLE)}, and this is {family})"
-    return "" if _resumable(job) else " (--bits-for cannot be resumed)"
+    because = "--keep-codes" if job.untouched & job.checkpoint.weights.matrices else "--bits-for"
+    return "" if _resumable(job) else f" ({because} cannot be resumed)"
 
 
 def _show_progress(printed: str) -> None:
@@ -112,6 +114,17 @@ def _show_progress(printed: str) -> None:
     layers = re.findall(r"Quantizing layer (\d+) of (\d+)", printed)
     step = f"layer {layers[-1][0]} of {layers[-1][1]}" if layers else ""
     report_progress(printed.count("'process': 'gptq'"), step)
+
+
+def _float_source(job: QuantizeJob) -> Path:
+    """The folder that gptqmodel reads: the job's, or a float copy in the working directory where some of its matrices are codes."""
+    source = job.checkpoint
+    if not source.weights.matrices:
+        return source.path.resolve()
+    copy = Path.cwd() / "float"
+    source.model().save_pretrained(copy)
+    carry_files(source.path, copy)
+    return copy
 
 
 def _run(settings: GptqSettings) -> None:
@@ -123,7 +136,7 @@ def _run(settings: GptqSettings) -> None:
 
     here = Path.cwd()
     exceptions: dict[str, dict[str, int]] = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in settings.exceptions.items()}
-    exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.kept_float}
+    exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.untouched}
     config = QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,

@@ -18,7 +18,7 @@ class QuantizeJob:
 
     linears: full name -> (out, in). windows: called only by quantizers that calibrate. scratch: a folder that a quantizer
     may make next to the output; what an interrupted run leaves there is its own to resume from.
-    exceptions: bits of the matrices whose bits are not ``options.bits``. kept_float: matrices of the blocks that stay float.
+    exceptions: bits of the matrices whose bits are not ``options.bits``. untouched: matrices of the blocks that stay as they are.
     transposed: those stored as (in, out).
     """
 
@@ -28,7 +28,7 @@ class QuantizeJob:
     options: QuantizeOptions
     scratch: Path
     exceptions: dict[str, int] = field(default_factory=dict)
-    kept_float: frozenset[str] = frozenset()
+    untouched: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
 
     def bits(self, name: str) -> int:

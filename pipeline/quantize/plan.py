@@ -32,8 +32,9 @@ def plan(
         )
     matrices, transposed = block_matrices(model)
     check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
-    exceptions = bits_of_exceptions(options.bits_for, matrices)
-    kept_float = frozenset(name for name, bits in exceptions.items() if bits == 16)
+    kept_codes = checkpoint.weights.matrices & matrices.keys()
+    exceptions = bits_of_exceptions(options.bits_for, [name for name in matrices if name not in kept_codes])
+    untouched = frozenset(name for name, bits in exceptions.items() if bits == 16) | kept_codes
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -43,15 +44,17 @@ def plan(
         )  # fmt: skip
         return used
 
-    linears = {name: shape for name, shape in matrices.items() if name not in kept_float}
+    linears = {name: shape for name, shape in matrices.items() if name not in untouched}
     others = {name: bits for name, bits in exceptions.items() if bits not in (16, options.weight_bits)}
-    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, kept_float, transposed), used
+    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, untouched, transposed), used
 
 
 def bits_of_exceptions(bits_for: tuple[str, ...], names: Collection[str]) -> dict[str, int]:
     """Bits of the matrices that a ``bits_for`` rule matches; the first match counts. Raises OptionError for an unused rule."""
     exceptions: dict[str, int] = {}
     used: set[str] = set()
+    if bits_for and not names:
+        raise OptionError("--bits-for has nothing to choose: every matrix keeps the codes that it has; leave it out")
     for name in names:
         for rule, (pattern, bits) in zip(bits_for, bits_rules(bits_for), strict=True):
             if pattern.fullmatch(name):
@@ -72,11 +75,12 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel, shapes: dict[str
     The headers decide where tensors have the modules' names; else the checkpoint is loaded, which shows what is missing.
     """
     folder, stored = checkpoint.path, checkpoint.shapes
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kept = {f"{name}.weight" for name in checkpoint.weights.matrices}
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in kept}
     if parameters.keys() - stored.keys():
         checkpoint.model()
     why = "" if shapes else "its blocks have no matrices of a known kind"
-    if absent := {f"{name}.weight" for name in shapes} - stored.keys():
+    if absent := {f"{name}.weight" for name in shapes} - stored.keys() - kept:
         why = f"its weights lack {min(absent)} under that name"
     if why:
         raise ModelError(
