@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,11 +65,11 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
 
-def items_of_model(model: PreTrainedModel, windows: list[np.ndarray]) -> list[Item]:
-    """What each matrix costs at each form."""
+def items_of_model(model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = ()) -> list[Item]:
+    """What each matrix costs at each form, but for those in ``without``."""
     whole = [row for row in windows if len(row) == len(windows[0])]
     log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
-    errors = Errors(model, *BASE)
+    errors = Errors(model, *BASE, without)
     by_name = costs(model, errors, whole)
     return items_of(errors, by_name, errors.together)
 
