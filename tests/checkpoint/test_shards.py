@@ -289,7 +289,7 @@ def test_a_shard_that_is_named_and_not_there(sharded: Path) -> None:
 def test_nothing_says_which_files_count(sharded: Path) -> None:
     """Transformers would not look for them either."""
     (sharded / INDEX).unlink()
-    with pytest.raises(ModelError, match="has neither model.safetensors nor"):
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
         ShardIndex.of(sharded)
 
 

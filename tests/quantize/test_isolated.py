@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
 
 LOST = {
     "another family": ("mistral", {}, " (gptqmodel can resume only llama and qwen3_moe, and this is mistral)"),
-    "bits by module": ("llama", {"model.layers.0.mlp.up_proj": 8}, " (--bits-for cannot be resumed)"),
+    "bits by module": ("llama", {"model.layers.0.mlp.up_proj": (8, 64)}, " (--bits-for cannot be resumed)"),
     "before the first layer": ("llama", {}, ""),
 }
 
