@@ -6,13 +6,15 @@ from the layer's index.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from edgepress.models.families import ACTIVATIONS, FAMILIES, head_size
 from edgepress.models.rotary import by_layer_type, parameters
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.load import quiet
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from edgepress.pipeline.checkpoint.load import build_meta_model
+from transformers import PreTrainedConfig
 
 # Rotary embeddings whose tables do not depend on the length of the text; those of "dynamic" do only beyond the context.
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -66,8 +68,7 @@ def rotary_tables(config: PreTrainedConfig) -> dict[str, tuple[np.ndarray, np.nd
 
     The architecture's own module computes them, scaling included.
     """
-    with torch.device("meta"), quiet():
-        rotary_class = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    rotary_class = type(build_meta_model(config, Path(config.name_or_path)).model.rotary_emb)
     module, positions, tables = rotary_class(config), torch.arange(config.max_position_embeddings)[None], {}
     for name in {rotary_kind(config, index) for index in range(config.num_hidden_layers)} - {None}:
         with torch.inference_mode():

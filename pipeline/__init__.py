@@ -41,7 +41,7 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
     from edgepress.pipeline import recipe as recipes
     from edgepress.pipeline.checkpoint.source import resolve
 
-    name = recipe or recipes.recipe_for(str(source))
+    name = recipe or recipes.recipe_for(str(source), options)
     steps = recipes.plan(recipes.read(name), options)
     done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
     return recipes.shipped_artifact(done)

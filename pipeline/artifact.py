@@ -20,7 +20,7 @@ from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
-Format = Literal["gguf", "hf", "packed", "onnx", "report"]
+Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Artifact:
     """A directory that is usable alone.
 
     format: "gguf" (a file, the only one that is no directory), "hf" (Hugging Face checkpoint), "packed" (the same with
-    packed.safetensors for its matrices), "onnx" (model.onnx and what runs it), "report" (figures of one).
+    packed.safetensors for its matrices), "codes" (packed as far as a GGUF's codes were kept, the rest yet to be quantized), "onnx"
+    (model.onnx and what runs it), "report" (figures of one).
     steps: the stages behind it, first to last. fingerprint: what went in; "" for a directory we did not write.
     """
 

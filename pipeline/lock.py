@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shlex
-import socket
 import stat
 import sys
 import threading
@@ -220,6 +219,9 @@ def _clear_unfinished(lease_file: Path) -> None:
 
 
 def _record(out: Path) -> str:
+    """What the others are told: folder, command, process, machine, time; a line each."""
+    import socket  # not needed for --help
+
     program = Path(sys.argv[0]).name
     command = shlex.join(["edgepress" if program == "__main__.py" else program, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")

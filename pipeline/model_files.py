@@ -20,6 +20,14 @@ _WHOLE = {
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), 1 << 24),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), 1 << 31),
 }
+# Numbers that the exporters read of one architecture or another.
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
+    "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "query_pre_attn_scalar",
+    "final_logit_softcapping", "attn_logit_softcapping", "sliding_window", "initializer_range",
+)  # fmt: skip
+_LARGEST_SETTING = 1e12
+_NAMES = ("model_type", "dtype", "torch_dtype", "hidden_act", "hidden_activation", "activation_function", "_attn_implementation")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
 
@@ -45,15 +53,34 @@ def _check_config(config: JsonObject) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise DocumentError(f"architectures is {shown(architectures)}, it must be a list of names")
-    if not isinstance(config.get("model_type", ""), str):
-        raise DocumentError(f"model_type is {shown(config['model_type'])}, it must be a name")
-    for key in ("rope_parameters", "rope_scaling"):
-        if isinstance(rope := config.get(key), dict) and not isinstance(rope.get("rope_type", rope.get("type", "")), str | None):
-            raise DocumentError(f"rope_type is {shown(rope.get('rope_type', rope.get('type')))}, it must be a name")
+    for key in _NAMES:
+        if not isinstance(config.get(key), str | None):
+            raise DocumentError(f"{key} is {shown(config[key])}, it must be a name")
+    for key in _NUMBERS:
+        if key in config and not _is_setting(config[key]):
+            raise DocumentError(f"{key} is {shown(config[key])}, it must be a number of ordinary size")
     for key in _OBJECTS:
         if not isinstance(config.get(key) or {}, dict):
             raise DocumentError(f"{key} is {shown(config[key])}, it must be an object")
+    for key in ("rope_parameters", "rope_scaling"):
+        _check_rotary(config.get(key) or {}, key)
     _check_tokens(config)
+
+
+def _check_rotary(settings: JsonObject, name: str) -> None:
+    """Numbers, lists of them and the name of a kind; or the same for each type of layer."""
+    for key, value in settings.items():
+        if key in ("rope_type", "type"):
+            if not isinstance(value, str | None):
+                raise DocumentError(f"{key} is {shown(value)}, it must be a name")
+        elif isinstance(value, dict):
+            _check_rotary(value, f"{name}.{key}")
+        elif not all(map(_is_setting, value if isinstance(value, list) else [value])):
+            raise DocumentError(f"{name}.{key} is {shown(value)}, it must be a number of ordinary size, or a list of them")
+
+
+def _is_setting(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= _LARGEST_SETTING)
 
 
 def _check_tokens(config: JsonObject) -> None:

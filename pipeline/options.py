@@ -108,6 +108,11 @@ def _target() -> str:
 class ImportOptions(Options):
     """Turn a GGUF file into a plain Hugging Face checkpoint, dequantized to float32."""
 
+    keep_codes: bool = option(
+        False, "keep Q4_0 and Q8_0 matrices as they are: the very integers and scales of the file are exported, and quantize takes "
+        "the rest alone; for quantize and export, nothing can be removed or healed",
+    )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class PruneOptions(Options):

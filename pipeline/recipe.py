@@ -73,25 +73,29 @@ def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, objec
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
     """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it).
 
+    An import, which a source that is no GGUF file does without, may come first; ``keep_codes`` adds it.
     Raises OptionError for an unknown stage or option, a bad value, stages whose formats do not follow each other,
     or a flag that no stage of the recipe takes.
     """
     planned: Plan = []
     unused = set(flags)
-    format = "hf"
+    if "keep_codes" in flags and "import" not in recipe:
+        recipe = {"import": {}, **recipe}
+    format: str = "gguf" if next(iter(recipe)) == "import" else "hf"
     for name, given in recipe.items():
         stage = look_up(STAGES, name, "stage")
         if format not in stage.takes:
             raise OptionError(
                 f"{name} cannot come here: it takes {' or '.join(stage.takes)}, "
                 f"but {'the previous stage produces' if planned else 'the source is'} {format}"
+                + ("; codes that are kept are for quantize and export, as in --recipe codes" if format == "codes" else "")
             )
-        format = stage.gives
         names = {item.name for item in dataclasses.fields(stage.options)}
         overrides = {key: value for key, value in flags.items() if key in names}
         unused -= set(overrides)
         options = {**_not_replaced(given, overrides), **overrides}
         planned.append((name, make(stage.options, options, f"option of {name}")))
+        format = stages.format_of(*planned[-1])
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
     return planned
@@ -151,8 +155,10 @@ def _calibrated_by(model: Path, options: Options) -> Options:
     return dataclasses.replace(options, calibration_model=options.calibration_model or model)
 
 
-def recipe_for(source: str) -> str:
+def recipe_for(source: str, flags: Mapping[str, object]) -> str:
     """The name of the shipped recipe that a source is built by where none is given."""
+    if flags.get("keep_codes"):
+        return "codes"
     return "reference" if source == "reference" else "default"
 
 
@@ -177,10 +183,16 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
 
 
 def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
-    original = Artifact.load(source)
+    original, importing = Artifact.load(source), ImportOptions()
+    if isinstance(given := steps[0][1], ImportOptions):
+        importing, steps = given, steps[1:]
     if original.format == "gguf":
-        original = stages.run("import", original, out / "00-import", ImportOptions())
+        original = stages.run("import", original, out / "00-import", importing)
         source = original.path
+    elif importing.keep_codes:
+        raise OptionError(f"--keep-codes is for a GGUF file, and {source} is none; leave it out")
+    if not steps:
+        return [original]
     artifact = original
     steps = [(name, _calibrated_by(source, _resolve_models(options))) for name, options in steps]
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
@@ -189,7 +201,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
     if (out / MANIFEST).is_file():
         raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
-    stale = [f for f in numbered if (f / MANIFEST).is_file() and f not in (source, *folders)]
+    own = {folder.resolve() for folder in (source, *folders)}
+    stale = [f for f in numbered if (f / MANIFEST).is_file() and f.resolve() not in own]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]

@@ -38,7 +38,7 @@ log = logging.getLogger("edgepress")
 class Stage:
     """One verb: its options, the function behind it, the formats it reads and writes, and what it depends on.
 
-    disk: bytes needed for its output, as a multiple of the source folder's.
+    disk: bytes needed for its output, as a multiple of the source folder's. gives: without ``keep_codes``, see ``format_of``.
     """
 
     options: type[Options]
@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
     "quantize": Stage(
         QuantizeOptions,
         "edgepress.pipeline.quantize.stage:quantize",
-        ("hf",),
+        ("hf", "codes"),
         "packed",
         _BUILD,
         1.0,
@@ -70,13 +70,18 @@ STAGES: dict[str, Stage] = {
     "export": Stage(
         ExportOptions,
         "edgepress.exporters.stage:export",
-        ("hf", "packed"),
+        ("hf", "codes", "packed"),
         "onnx",
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
         2.2,
     ),
     "bench": Stage(BenchOptions, "edgepress.pipeline.bench.stage:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
 }
+
+
+def format_of(name: str, options: Options) -> Format:
+    """The format that a stage gives under these options."""
+    return "codes" if isinstance(options, ImportOptions) and options.keep_codes else STAGES[name].gives
 
 
 def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool = False) -> Artifact:
@@ -117,7 +122,7 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
             facts = facts | {"downloaded": origin}
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
-        write_manifest(folder, stage.gives, (*source.steps, step), inputs)
+        write_manifest(folder, format_of(name, options), (*source.steps, step), inputs)
         check_free(out)  # once more: the work may have taken hours
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
@@ -178,6 +183,7 @@ def _hint(format: Format) -> str:
     return {
         "gguf": "import it first: edgepress import",
         "hf": "export it first",
+        "codes": "quantize or export it, or import the GGUF without --keep-codes",
         "packed": "it is quantized already: export it",
         "onnx": "give the checkpoint that it was made from",
         "report": "give the artifact that it is about",

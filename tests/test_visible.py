@@ -56,11 +56,15 @@ def test_show_of_a_hostile_manifest(call: Callable[..., Any], copy_of: Callable[
     assert call("quantize", tiny, tmp_path / "out", "--method", "rtn").code == 0
     manifest = read_json(tmp_path / "out" / "manifest.json")
     step = manifest["steps"][0]
-    step["stage"], step["versions"], step["options"] = HOSTILE + "\n9. export", {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}
+    step["versions"], step["options"] = {HOSTILE + "\n9. export": HOSTILE}, {HOSTILE: HOSTILE}
     write_json(tmp_path / "out" / "manifest.json", manifest)
     result = call("show", tmp_path / "out")
     assert result.code == 0 and not set(result.out) & set(STEERING)
     assert "\n9. export" not in result.out
+    step["stage"] = HOSTILE + "\n9. export"
+    write_json(tmp_path / "out" / "manifest.json", manifest)
+    result = call("show", tmp_path / "out")
+    assert result.code == 2 and not set(result.err) & set(STEERING) and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/../../secret", "name\x1b[2J", "two\nlines"])
@@ -71,7 +75,7 @@ def test_names_of_a_manifest_stay_inside(name: str, refused: Refused, call: Call
     manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     write_json(tmp_path / "out" / "manifest.json", manifest)
     for command in (["show", tmp_path / "out"], ["export", tmp_path / "out", tmp_path / "onnx"]):
-        refused(*command, says=("no file of its folder", "build it again"))
+        refused(*command, says=("no name of a file in its folder", "build it again"))
 
 
 def test_links_of_an_artifact_stay_inside(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, leads_out, read_json
 from edgepress.pipeline.model_files import read_config
-from edgepress.pipeline.text.windows import load_tokenizer
 
 log = logging.getLogger("edgepress")
 ADAPTER = "adapter_config.json"
@@ -122,6 +121,8 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
     if any(folder.glob("*.safetensors")):
         shards(folder)
         if not (folder / "tokenizer.json").is_file():  # transformers may make one of other files
+            from edgepress.pipeline.text.windows import load_tokenizer  # numpy, which --help does without
+
             load_tokenizer(folder)
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

@@ -71,7 +71,7 @@ def _resolved(flags: Flags) -> Flags:
 
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
-    chosen = options.recipe or recipe.recipe_for(options.source)
+    chosen = options.recipe or recipe.recipe_for(options.source, flags)
     steps = recipe.plan(recipe.read(chosen), _resolved(flags))
     source = resolve(options.source)
     out = options.out or recipe.default_out(options.source)

@@ -29,7 +29,7 @@ def kept_layers(source: Artifact, original: Checkpoint) -> list[int]:
     kept = list(range(steps[-1].layers[1]))
     for removal in reversed(steps):  # a second removal counts layers among those that the first one kept
         before = [index for index in range(removal.layers[0]) if index not in removal.removed_layers]
-        if len(before) != len(kept):
+        if len(before) != removal.layers[1] or any(index >= len(before) for index in kept):
             raise ModelError(f"the manifest of {source.path} is damaged (its layers do not add up); prune again")
         kept = [before[index] for index in kept]
         if removal.layers[0] == original.layers:

@@ -60,7 +60,8 @@ class _Trial:
         self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
         self.references = [logits_of(self.model, ids) for ids in progress(self.windows, "bits", "window")]
         warn_unless_readable(mean_loss_of(self.windows, self.references), self.model.config.vocab_size, options.calibration)
-        self.modules = block_linears(self.model)
+        self.kept = checkpoint.weights.matrices  # codes of a GGUF file
+        self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
         self.growth: dict[str, float] = {}
 
     def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
@@ -69,7 +70,7 @@ class _Trial:
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW))
+        return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW), self.kept)
 
     def measure(self, label: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""

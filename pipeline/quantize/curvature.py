@@ -9,7 +9,7 @@ gradient over windows of drawn tokens, and a square: no matrix is evaluated alon
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,8 +28,9 @@ class Errors:
     together: names of matrices that read one input (query, key and value; gate and up), known after the first pass.
     """
 
-    def __init__(self, model: PreTrainedModel, bits: int, group_size: int) -> None:
-        self.modules = block_linears(model)
+    def __init__(self, model: PreTrainedModel, bits: int, group_size: int, without: Collection[str] = ()) -> None:
+        """without: names of matrices that are left alone."""
+        self.modules = {name: module for name, module in block_linears(model).items() if name not in without}
         self.factors: dict[str, torch.Tensor] = {}
         self.together: list[list[str]] = []
         self._inputs: dict[str, torch.Tensor] = {}

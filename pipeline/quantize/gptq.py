@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class GptqSettings:
     sym: bool
     desc_act: bool
     exceptions: dict[str, list[int]]
-    kept_float: list[str]
+    untouched: list[str]
     resumable: bool
     trust_remote_code: bool
     windows: list[list[int]]
@@ -75,7 +75,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     else:
         log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
-        _run(settings)
+        _run(replace(settings, model=str(_float_source(job))))
     _release_memory()
     return read_checkpoint(folder / "model", job.linears)
 
@@ -91,7 +91,7 @@ def _settings(job: QuantizeJob) -> GptqSettings:
         sym=options.symmetric,
         desc_act=options.act_order,
         exceptions={name: list(form) for name, form in job.exceptions.items()},
-        kept_float=sorted(job.kept_float),
+        untouched=sorted(job.untouched),
         resumable=_resumable(job),
         trust_remote_code=job.checkpoint.trust_remote_code,
         windows=[row.tolist() for row in job.windows()],
@@ -107,14 +107,15 @@ def _left_in(scratch: Path) -> JsonObject | None:
 
 
 def _resumable(job: QuantizeJob) -> bool:
-    return job.checkpoint.raw_config.get("model_type") in RESUMABLE and not job.exceptions and not job.kept_float
+    return job.checkpoint.raw_config.get("model_type") in RESUMABLE and not job.exceptions and not job.untouched
 
 
 def _why_lost(job: QuantizeJob) -> str:
     family = job.checkpoint.raw_config.get("model_type")
     if family not in RESUMABLE:
         return f" (gptqmodel can resume only {' and '.join(RESUMABLE)}, and this is {family})"
-    return "" if _resumable(job) else " (--bits-for cannot be resumed)"
+    because = "--keep-codes" if job.untouched & job.checkpoint.weights.matrices else "--bits-for"
+    return "" if _resumable(job) else f" ({because} cannot be resumed)"
 
 
 def _show_progress(printed: str) -> None:
@@ -122,6 +123,17 @@ def _show_progress(printed: str) -> None:
     layers = re.findall(r"Quantizing layer (\d+) of (\d+)", printed)
     step = f"layer {layers[-1][0]} of {layers[-1][1]}" if layers else ""
     report_progress(printed.count("'process': 'gptq'"), step)
+
+
+def _float_source(job: QuantizeJob) -> Path:
+    """The folder that gptqmodel reads: the job's, or a float copy in the working directory where some of its matrices are codes."""
+    source = job.checkpoint
+    if not source.weights.matrices:
+        return source.path.resolve()
+    copy = Path.cwd() / "float"
+    source.model().save_pretrained(copy)
+    carry_files(source.path, copy, source.trust_remote_code)
+    return copy
 
 
 def _run(settings: GptqSettings) -> None:
@@ -135,7 +147,7 @@ def _run(settings: GptqSettings) -> None:
     exceptions: dict[str, dict[str, int]] = {
         f"+:^{re.escape(name)}$": {"bits": bits, "group_size": group} for name, (bits, group) in settings.exceptions.items()
     }
-    exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.kept_float}
+    exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.untouched}
     config = QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,

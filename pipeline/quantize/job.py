@@ -18,8 +18,8 @@ class QuantizeJob:
 
     linears: full name -> (out, in). windows: called only by quantizers that calibrate. scratch: a folder that a quantizer
     may make next to the output; what an interrupted run leaves there is its own to resume from.
-    exceptions: bits and group size of the matrices that have others than ``options`` gives. kept_float: matrices of the
-    blocks that stay float.
+    exceptions: bits and group size of the matrices that have others than ``options`` gives. untouched: matrices of the
+    blocks that stay as they are.
     transposed: those stored as (in, out).
     """
 
@@ -29,7 +29,7 @@ class QuantizeJob:
     options: QuantizeOptions
     scratch: Path
     exceptions: dict[str, tuple[int, int]] = field(default_factory=dict)
-    kept_float: frozenset[str] = frozenset()
+    untouched: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
 
     def format(self, name: str) -> tuple[int, int]:

@@ -35,20 +35,21 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     carry_files(source.path, out, options.trust_remote_code)
     write_json(out / "config.json", checkpoint.raw_config)
     read = checkpoint.remarks("quantize")
+    kept = {name: linear for name in checkpoint.weights.matrices if (linear := checkpoint.weights.packed(name))}
     if run is None:
         checkpoint.rewrite(out, lambda name: name)
-        packed.save({}, out)
-        return read | {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": 0}
+        packed.save(kept, out)
+        return read | {"bytes": [folder_bytes(source.path), folder_bytes(out)], "linears": len(kept), "kept_codes": len(kept)}
 
     model = checkpoint.meta_model()
     with with_full_names(checkpoint, model, out) as named:
         job, used = plan(named, model, options, scratch)
-        linears = load(run)(job)
+        linears = load(run)(job) if job.linears else {}
         if missing := sorted(set(job.linears) - set(linears)):
             raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")
         errors = prove_errors(job, linears)
         ends = quantize_ends(named, model, options)
-        linears |= ends
+        linears |= kept | ends
         packed.save(linears, out)
         # A tied model may store its head a second time; it would outlive the packed one.
         tied = model.config.tie_word_embeddings and ends
@@ -58,6 +59,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     bits = [x.bits for name, x in linears.items() if name not in ends]
     return read | {
         "linears": len(linears),
+        "kept_codes": len(kept),
         "head": {name: x.bits for name, x in ends.items()} or "float",
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
         "kept_float": _kept_float(model, linears),
@@ -70,7 +72,9 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
 
 
 def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions) -> dict[str, PackedLinear]:
-    """Embedding and output head rounded to their bits, one matrix under the embedding's name where they are tied.
+    """Embedding and output head rounded to their bits, or as they are where the source has their codes.
+
+    One matrix under the embedding's name where they are tied.
 
     A group size must divide the hidden size here, for the embedding is gathered from the same blocks.
     """
@@ -81,7 +85,9 @@ def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: Quant
         requested[head] = options.head_bits
     ends: dict[str, PackedLinear] = {}
     for name, bits in requested.items():
-        if bits == 16:
+        if (kept := checkpoint.weights.packed(name)) is not None:
+            ends[name] = kept
+        if kept is not None or bits == 16:
             continue
         weight = checkpoint.tensor(f"{name}.weight")
         longest = options.group if options.group > 0 else 128

@@ -37,8 +37,9 @@ def plan(
         )
     matrices, transposed = block_matrices(model)
     check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
-    exceptions = exceptions_of(options, matrices)
-    kept_float = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16)
+    kept_codes = checkpoint.weights.matrices & matrices.keys()
+    exceptions = exceptions_of(options, [name for name in matrices if name not in kept_codes])
+    untouched = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16) | kept_codes
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -52,10 +53,10 @@ def plan(
             warn_unless_readable(loss, model.config.vocab_size, options.calibration)
         return used
 
-    linears = {name: shape for name, shape in matrices.items() if name not in kept_float}
+    linears = {name: shape for name, shape in matrices.items() if name not in untouched}
     usual = (options.weight_bits, options.group)
     others = {name: form for name, form in exceptions.items() if form[0] != 16 and form != usual}
-    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, kept_float, transposed), used
+    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, untouched, transposed), used
 
 
 def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str, tuple[int, int]]:
@@ -65,6 +66,8 @@ def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str,
     """
     exceptions: dict[str, tuple[int, int]] = {}
     used: set[str] = set()
+    if options.bits_for and not names:
+        raise OptionError("--bits-for has nothing to choose: every matrix keeps the codes that it has; leave it out")
     rules = list(zip(options.bits_for, bits_rules(options.bits_for), strict=True))
     for name in names:
         for text, rule in rules:
@@ -86,11 +89,12 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel, shapes: dict[str
     The headers decide where tensors have the modules' names; else the checkpoint is loaded, which shows what is missing.
     """
     folder, stored = checkpoint.path, checkpoint.shapes
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kept = {f"{name}.weight" for name in checkpoint.weights.matrices}
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in kept}
     if parameters.keys() - stored.keys():
         checkpoint.model()
     why = "" if shapes else "its blocks have no matrices of a known kind"
-    if absent := {f"{name}.weight" for name in shapes} - stored.keys():
+    if absent := {f"{name}.weight" for name in shapes} - stored.keys() - kept:
         why = f"its weights lack {min(absent)} under that name"
     if why:
         raise ModelError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.quantize.curvature import Errors, costs
@@ -57,16 +60,18 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,
         length=min(WINDOW, checkpoint.context), key=options.text_key,
     )  # fmt: skip
-    items = items_of_model(checkpoint.model(), windows)
+    model = checkpoint.model()
+    warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, options.calibration)
+    items = items_of_model(model, windows)
     size = options.target_bits * sum(item.weights for item in items) / 8
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
 
-def items_of_model(model: PreTrainedModel, windows: list[np.ndarray]) -> list[Item]:
-    """What each matrix costs at each form."""
+def items_of_model(model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = ()) -> list[Item]:
+    """What each matrix costs at each form, but for those in ``without``."""
     whole = [row for row in windows if len(row) == len(windows[0])]
     log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
-    errors = Errors(model, *BASE)
+    errors = Errors(model, *BASE, without)
     by_name = costs(model, errors, whole)
     return items_of(errors, by_name, errors.together)
 

@@ -53,7 +53,10 @@ class Removal:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The options that decide the format of the weights; the default is a model that was never quantized."""
+    """The options that decide the format of the weights; the default is a model that was never quantized.
+
+    kept_codes: how many matrices kept the codes of their GGUF file, whatever the options say.
+    """
 
     method: str = "none"
     bits: int = 0
@@ -61,13 +64,15 @@ class Quantization:
     head_bits: int = 0
     symmetric: bool = False
     bits_for: tuple[str, ...] = ()
+    kept_codes: int = 0
 
     @property
     def label(self) -> str:
         """The method's label in tables, as ``gptq 4 bits/128``."""
         row = METHODS.get(self.method)
         label = self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
-        return f"{label}, mixed" if self.bits_for else label
+        label = f"{label}, mixed" if self.bits_for else label
+        return f"GGUF's codes, rest {label}" if self.kept_codes else label
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Step:
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
         options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
+        options = options | {"kept_codes": self.facts.get("kept_codes", 0)}
         return typed(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property
@@ -166,7 +172,8 @@ def _quantized(made: Quantization, head: int | None) -> str:
     symmetry = "symmetric" if made.symmetric else "asymmetric"
     details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
     details += ", other bits for some matrices" if made.bits_for else ""
-    return f"quantize: {made.method}{details}; head {'float' if head is None else f'{head} bits'}"
+    kept = f"{made.kept_codes} matrices keep the codes of the GGUF file; the rest: " if made.kept_codes else ""
+    return f"quantize: {kept}{made.method}{details}; head {'float' if head is None else f'{head} bits'}"
 
 
 def _tuned(made: Tuning) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from edgepress.pipeline.runtime.whole import check_whole
 from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
 
+log = logging.getLogger("edgepress")
+
 
 class TextModel:
     """An artifact folder ready to generate text: its tokenizer, its end tokens and one onnxruntime session.
@@ -25,11 +28,13 @@ class TextModel:
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
         """threads: of onnxruntime, 0 for its default. Raises InputError when the folder is not an artifact, or not whole."""
         self.folder = Path(folder)
-        check_whole(self.folder)
+        warnings = check_whole(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = end_tokens(self.folder)
         self.decoder = Decoder(self.folder, threads=threads)
         self._streams = 0
+        for warning in warnings:
+            log.warning("warning: %s", warning)
 
     def stream(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Pieces of the prompt's continuation, each as soon as its characters are whole.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,22 +11,20 @@ from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import MANIFEST, JsonObject, read_json, sha256, write_json
 
-log = logging.getLogger("edgepress")
 # Within this time of a change, a file system may give the next change the same time.
 CLOCK_SECONDS = 2.0
 # What a person may mean to edit.
 EDITED = (".json", ".jinja", ".md", ".txt", ".py")
 
 
-def check_whole(folder: Path) -> None:
+def check_whole(folder: Path) -> list[str]:
     """Compare the files of an artifact with its manifest. Raises InputError for a graph, weights or tokenizer that differ.
 
-    Configs and other text that differ, and a missing manifest, are a warning in the log.
+    Returns what is worth a warning once the artifact is loaded: configs and other text that differ, a missing manifest.
     """
     if not (folder / MANIFEST).is_file():
-        log.warning("warning: %s has no %s, so its files cannot be checked", folder, MANIFEST)
-        return
-    seen = _Seen()
+        return [f"{folder} has no {MANIFEST}, so its files cannot be checked"]
+    seen, warnings = _Seen(), []
     for name, known in Artifact.load(folder).files.items():
         file = folder / name
         if seen.matches(file, known["sha256"]):
@@ -35,8 +32,9 @@ def check_whole(folder: Path) -> None:
         fault = "differs from the manifest (sha256)" if file.is_file() else "is missing"
         if file.suffix not in EDITED or file.name == "tokenizer.json":
             raise InputError(f"{file} {fault}; copy the complete folder again or export again")
-        log.warning("warning: %s %s", file, fault)
+        warnings.append(f"{file} {fault}")
     seen.keep()
+    return warnings
 
 
 class _Seen:

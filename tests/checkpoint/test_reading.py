@@ -16,6 +16,7 @@ from edgepress.exporters.graph.files import save
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
+from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.options import ExportOptions, HealOptions, PruneOptions, QuantizeOptions
@@ -199,6 +200,16 @@ def test_infinity_in_a_parameter_is_refused(name: str, random_model: Callable[..
     for load in (Checkpoint(folder).model, Checkpoint(folder).offloaded_model):
         with pytest.raises(ModelError, match=rf"{name} in .* holds NaN or Inf"):
             load()
+
+
+def test_infinity_in_a_buffer_is_not(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A mask is -inf; what is a buffer the model's class decides."""
+    name = "model.norm.weight"
+    folder = changed(random_model(LLAMA, tmp_path / "model"), lambda state: state[name].fill_(-torch.inf))
+    weights = Weights(folder)
+    assert name in dict(weights.without(set(), weights.names - {name}).floats())
+    with pytest.raises(ModelError, match="holds NaN or Inf"):
+        list(weights.floats())
 
 
 def test_codes_stored_as_bfloat16_may_look_like_nan(random_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -286,6 +286,13 @@ def test_a_shard_that_is_named_and_not_there(sharded: Path) -> None:
         ShardIndex.of(sharded)
 
 
+def test_nothing_says_which_files_count(sharded: Path) -> None:
+    """Transformers would not look for them either."""
+    (sharded / INDEX).unlink()
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
+        ShardIndex.of(sharded)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index(content: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgepress.pipeline.artifact import onnx_folder
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.errors import InputError, ModelError
@@ -79,6 +80,14 @@ def test_folders_of_other_weights(tiny: Path, copy_of: Callable[..., Path]) -> N
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "x\'); import os; (\'"}')
     with pytest.raises(ModelError, match=r"M.from_pretrained\('BASE'\), '.*model'\)"):
         resolve(str(source))
+
+
+def test_every_stage_refuses_an_adapter(tiny: Path, copy_of: Callable[..., Path]) -> None:
+    """Also where a folder comes by another way than its name: transformers would load it into the model."""
+    source = copy_of(tiny)
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="a model and an adapter that changes it"):
+        check_checkpoint(source, trust_remote_code=False)
 
 
 def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 from edgepress.pipeline.cli import commands as cli
+from edgepress.pipeline.files import sha256
 from refusal import Copy, Refused, no_longer_than, truncated_to, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -82,6 +83,7 @@ def without_input(file: Path, name: str) -> None:
     constant = onnx.helper.make_node("Constant", [], [name], value_ints=[1])
     model.graph.node.insert(0, constant)
     file.write_bytes(model.SerializeToString())
+    (file.parent / "manifest.json").unlink()  # or it would be refused for its sha256
 
 
 PACKED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -178,7 +180,11 @@ def test_empty_prompt(refused: Refused, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "onnx", tmp_path / "onnx")
     content = json.loads((tmp_path / "onnx" / "tokenizer.json").read_text())
     content["post_processor"] = None
-    (tmp_path / "onnx" / "tokenizer.json").write_text(json.dumps(content))
+    file, manifest = tmp_path / "onnx" / "tokenizer.json", tmp_path / "onnx" / "manifest.json"
+    file.write_text(json.dumps(content))
+    described = json.loads(manifest.read_text())
+    described["files"]["tokenizer.json"]["sha256"] = sha256(file)
+    manifest.write_text(json.dumps(described))
     refused("run", tmp_path / "onnx", "", says=("prompt is empty", "give"))
 
 

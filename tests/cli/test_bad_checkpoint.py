@@ -48,10 +48,10 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "pickled": (pickled, ("pickled", "convert", "AutoModelForCausalLM", "save_pretrained")),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no weights", "give the complete checkpoint")),
     "own code": (change(auto_map={"AutoModelForCausalLM": "own.Own"}), ("Python code", "--trust-remote-code")),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("no tokenizer (tokenizer.json)", "give the complete")),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("has no tokenizer.json", "give the complete")),
     "another tokenizer": (
         lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
-        ("no tokenizer.json", "make one of its vocab.json: python -c", "save_pretrained"),
+        ("has no tokenizer.json", "transformers cannot make one"),
     ),
     "adapter": (adapter, ("holds an adapter, which is no model", "merge it first, so: python -c", "from_pretrained('me/base')")),
     "adapter beside a model": (write("adapter_config.json", b"{}"), ("a model and an adapter", "merge it first, so: python -c")),

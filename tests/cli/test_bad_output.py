@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from edgepress.pipeline import files, stages
 from refusal import COMMANDS, Copy, Refused, check_refusal, command
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -134,7 +136,9 @@ def test_files_may_not_grow(verb: str, refused: Refused, copy_of: Copy, tiny: Pa
     """A real failure of write(2), through whatever library writes: the system refuses files above 30 kB."""
     source = copy_of(tiny)
     if verb == "quantize":
-        (source / "tokenizer.json").write_text("{}")  # else copying it fails first, and the weights' own writer is not reached
+        Tokenizer(BPE(vocab={"a": 0}, merges=[])).save(
+            str(source / "tokenizer.json")
+        )  # else copying it fails first, and the weights' own writer is not reached
     flags = {"prune": ["--calibration", text], "export": ["--text", text]}.get(verb, [])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.lock import descriptors, writing
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import gptq, isolated
 from edgepress.pipeline.stages import run
@@ -53,7 +55,7 @@ def alive(pid: int) -> bool:
 
 LOST = {
     "another family": ("mistral", {}, " (gptqmodel can resume only llama and qwen3_moe, and this is mistral)"),
-    "bits by module": ("llama", {"model.layers.0.mlp.up_proj": 8}, " (--bits-for cannot be resumed)"),
+    "bits by module": ("llama", {"model.layers.0.mlp.up_proj": (8, 64)}, " (--bits-for cannot be resumed)"),
     "before the first layer": ("llama", {}, ""),
 }
 
@@ -82,6 +84,13 @@ def test_gptq_that_cannot_go_on_says_so(
     with pytest.raises(ZeroDivisionError):
         gptq.quantize(job)
     assert "resumes after the last layer" in caplog.messages[-1]
+
+
+def test_isolated_process_keeps_the_lock(tmp_path: Path) -> None:
+    """It writes beside OUT, and outlives a parent that was killed: the lock is its own too."""
+    with writing(tmp_path / "out"):
+        (descriptor,) = descriptors()
+        assert isolated.run_isolated("os:fstat", (descriptor,), "work", tmp_path / "scratch") == os.fstat(descriptor)
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"[" * 100_000, b"\0" * 512, b"\xff"], ids=range(6))

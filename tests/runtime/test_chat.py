@@ -25,6 +25,7 @@ from edgepress.pipeline.runtime.chat_template import ChatTemplate, read_template
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import load_tokenizer
 from families import TINY
+from manifests import recorded
 from transformers import AutoTokenizer, LlamaConfig
 
 MAIN = "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -70,6 +71,7 @@ def artifact(request: pytest.FixtureRequest, random_model: Callable, text: Path,
         graph = ir.load(made / "model.onnx")
         graph.metadata_props["edgepress.shared_cache"] = "0"
         ir.save(graph, made / "model.onnx")
+        recorded(made, "model.onnx")
     assert Decoder(made).shared == (request.param == "shared cache")
     return made
 

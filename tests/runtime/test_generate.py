@@ -16,6 +16,7 @@ from edgepress.pipeline.options import ExportOptions, RunOptions
 from edgepress.pipeline.runtime.chat import Conversation
 from edgepress.pipeline.runtime.generate import TextModel, stream
 from families import TINY
+from manifests import recorded
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 PROMPT = "The old house stood"
@@ -60,6 +61,7 @@ def extended(source: Path, target: Path, *tokens: str) -> Path:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         content["added_tokens"].append({"id": TINY["vocab_size"] + number, "content": token, "special": True} | flags)
     write_json(target / "tokenizer.json", content)
+    recorded(target, "tokenizer.json")
     return target
 
 

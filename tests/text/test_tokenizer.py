@@ -31,7 +31,7 @@ TEXTS = ["The girl went down to the river.", " 12345 naïve\n\n\n  日本語 <|i
 def carried(source: Path, out: Path) -> Path:
     """The tokenizer's files of an artifact."""
     out.mkdir()
-    carry_files(source, out)
+    carry_files(source, out, trusted=False)
     (out / "config.json").write_bytes((source / "config.json").read_bytes())
     (out / "model.onnx").touch()
     return out

@@ -14,8 +14,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.load import quiet
-from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.errors import InputError, ModelError, OptionError
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.options import ImportOptions
 from edgepress.pipeline.progress import progress
@@ -32,8 +34,9 @@ _VISION = frozenset({"clip", "mmproj"})  # what a multi-modal model keeps in a f
 def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObject:
     """Write the GGUF file ``source.path`` as a float32 checkpoint into ``out``; returns the facts for the manifest.
 
-    float32, since 4-bit weights times a float16 scale need more digits than bfloat16 has. Raises InputError for a file that
-    is damaged or split, ModelError for an architecture that transformers cannot convert.
+    float32, since 4-bit weights times a float16 scale need more digits than bfloat16 has. With ``options.keep_codes`` the matrices
+    of Q4_0 and Q8_0 go into packed.safetensors instead, their codes and scales as they are. Raises InputError for a file that is
+    damaged or split, ModelError for an architecture that transformers cannot convert, OptionError for codes that cannot be kept.
     """
     require("gguf")
     file = source.path
@@ -49,9 +52,15 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
         raise ModelError(f"transformers cannot convert {file.name} ({reason}); give the original checkpoint") from error
     tied = _tie(loaded)
     model = _plain(loaded)
+    kept = _kept(file, model, kinds) if options.keep_codes else {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in kept}
+    if kept and model.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if not _is_head(model, name)}
     with quiet():
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=state if kept else None)
         tokenizer.save_pretrained(out)
+    if kept:
+        packed.save({name: linear for name, (_, linear) in kept.items()}, out)
     coarse = sorted(kind for kind in kinds if kind not in _FLOATS)
     if coarse:
         log.warning(
@@ -62,8 +71,31 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
         "types": dict(sorted(kinds.items())),
         "parameters": model.num_parameters(),
         "tied_from_two_matrices": tied,
+        "kept_codes": dict(sorted(Counter(kind for kind, _ in kept.values()).items())),
         "chat_template": tokenizer.chat_template is not None,
     }
+
+
+def _kept(file: Path, model: PreTrainedModel, kinds: Counter[str]) -> dict[str, tuple[str, PackedLinear]]:
+    """The matrices whose codes are kept. Raises OptionError where there is none."""
+    from edgepress.pipeline.checkpoint.importers.gguf_codes import BITS, kept_codes
+
+    kept = kept_codes(file, model)
+    if not kept:
+        found = ", ".join(sorted(kind for kind in kinds if kind not in ("F32", *BITS))) or "float"
+        raise OptionError(
+            f"{file.name} holds no {' or '.join(BITS)} matrix of the model, only {found}, which no operator carries as it is; "
+            "leave --keep-codes out"
+        )
+    others = sorted(kind for kind in kinds if kind not in (*_FLOATS, *BITS))
+    rest = f"; those of {', '.join(others)} are dequantized, because no operator carries them as they are" if others else ""
+    log.info("import: %d matrices keep the codes and scales of the file%s", len(kept), rest)
+    return kept
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and model.get_submodule(name.rpartition(".")[0]) is head
 
 
 @contextmanager
