@@ -40,10 +40,19 @@ class _Held:
 
     def release(self) -> None:
         """Remove its files while it is still held, so that no one can hold a file that is going."""
+        try:
+            self._remove()
+        except BaseException:  # a signal came in between
+            self._remove()
+            raise
+        finally:
+            os.close(self.descriptor)
+
+    def _remove(self) -> None:
         self.lease.release()
-        with suppress(OSError):
-            self.file.unlink()
-        os.close(self.descriptor)
+        if _is_at(self.descriptor, self.file):
+            with suppress(OSError):
+                self.file.unlink()
 
 
 class _Mine(threading.local):
@@ -129,6 +138,8 @@ def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
         return file
     try:
         in_the_way = next((other for other in _around(out, build) if other != file and _is_held(other)), None)
+        if in_the_way is None and not _is_at(held.descriptor, file):  # a stage has replaced its folder
+            in_the_way = file
         if in_the_way is None:
             os.write(held.descriptor, _record(out).encode(errors="replace"))
             return held

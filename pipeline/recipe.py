@@ -178,6 +178,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
 
     Raises OutputError, which names it, when another edgepress writes there.
     """
+    _check_no_artifact(out)  # before a lock lies in it
     with writing(out, build=True):
         return _build(source, out, steps)
 
@@ -199,8 +200,7 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
-    if (out / MANIFEST).is_file():
-        raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
+    _check_no_artifact(out)
     own = {folder.resolve() for folder in (source, *folders)}
     stale = [f for f in numbered if (f / MANIFEST).is_file() and f.resolve() not in own]
     if stale:
@@ -226,6 +226,11 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
     if isinstance(options, QuantizeOptions) and options.max_growth is not None:
         return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
     return options
+
+
+def _check_no_artifact(out: Path) -> None:
+    if (out / MANIFEST).is_file():
+        raise OutputError(f"{out} holds {MANIFEST}, so it is what one stage wrote, not a build; choose another output folder")
 
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:

@@ -246,3 +246,35 @@ def test_long_names(tmp_path: Path) -> None:
     with writing(tmp_path / ("x" * 240)):
         assert all(len(name) < 100 for name in left(tmp_path))
     assert left(tmp_path) == []
+
+
+def test_interrupted_while_it_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A polite end leaves nothing, at whichever step the signal comes."""
+    real, interrupts = Path.unlink, [True]
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".edgepress-lock" and interrupts:
+            interrupts.pop()
+            raise KeyboardInterrupt
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", build=True):
+        pass
+    assert left(tmp_path) == [] and not interrupts
+
+
+def test_folder_that_is_replaced_with_the_lock_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stage that ends just then: a lock that is gone keeps nobody out, so it is taken anew."""
+    out, moves = tmp_path / "out", [True]
+
+    def around(*_: object) -> Iterator[Path]:
+        if moves and moves.pop():
+            out.rename(tmp_path / "former")
+            out.mkdir()
+        return iter(())
+
+    monkeypatch.setattr(lock, "PATIENCE", 2.0)
+    monkeypatch.setattr(lock, "_around", around)
+    with writing(out, build=True):
+        assert (out / ".edgepress-lock").is_file() and not moves
