@@ -109,7 +109,8 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
         return Chosen(chosen, _because(trial.growth, limit), trial.growth)
     eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
-    if trial.measure("8 bits", trial.all(EIGHT), 1.0) > limit:
+    # A mix that just keeps to the limit on this text may lose twice as much on another: only a tune stage makes room for it.
+    if trial.measure("8 bits", trial.all(EIGHT), 1.0) > limit or not options.tuned:
         return Chosen(eight, _because(trial.growth, limit), trial.growth)
     items = trial.items()
     mixed = _within(trial, items, limit, left)

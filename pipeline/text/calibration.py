@@ -20,11 +20,11 @@ FEWEST = 32  # tokens in each set
 
 
 def calibration(
-    folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int = LONGEST_CALIBRATION_WINDOW
+    folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows that rank the blocks or teach a healer, and held-out windows that judge the result: the last quarter of the text.
 
-    longest: tokens in a window at most. Raises TextError when the text has fewer tokens than requested, or too few to hold any
+    longest: tokens in a window. Raises TextError when the text has fewer tokens than requested, or too few to hold any
     out.
     """
     exact = options.calibration_tokens is not None
@@ -41,14 +41,14 @@ def even_windows(
     skip: int = 0,
     exact: bool = False,
     key: str = KEY,
-    longest: int = LONGEST_CALIBRATION_WINDOW,
+    longest: int | None = None,
 ) -> list[np.ndarray]:
     """At least seven windows of one length, so that a share of them is that share of the text; a ragged end is dropped."""
     shortest = text_windows(path, folder, budget=budget, skip=skip, length=SHORTEST_WINDOW, exact=exact, key=key)
     tokens = sum(map(len, shortest))
     if len(shortest) < 8:
         raise TextError(f"{path} is too short: {tokens} tokens, at least {8 * SHORTEST_WINDOW} are needed; give a longer text")
-    length = max(SHORTEST_WINDOW, min(longest, context_length(folder), min(budget, tokens) // 8))
+    length = max(SHORTEST_WINDOW, min(longest or LONGEST_CALIBRATION_WINDOW, context_length(folder), min(budget, tokens) // 8))
     windows = text_windows(path, folder, budget=budget, skip=skip, length=length, exact=exact, key=key)
     return [row for row in windows if len(row) == len(windows[0])]
 
@@ -68,10 +68,10 @@ class HealingSets:
     other: list[np.ndarray]
 
 
-def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: int = LONGEST_CALIBRATION_WINDOW) -> HealingSets:
+def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: int | None = None) -> HealingSets:
     """Calibration windows in order, three quarters, an eighth, an eighth; the windows of the other text in halves.
 
-    original: the folder whose tokenizer and context apply. longest: tokens in a window at most. Raises TextError when a set has
+    original: the folder whose tokenizer and context apply. longest: tokens in a window. Raises TextError when a set has
     too few tokens, OptionError when the other text is the calibration text.
     """
     fit, held_out = calibration(original, options, longest)
