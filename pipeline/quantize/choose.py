@@ -54,7 +54,8 @@ class _Trial:
     """The model, its text, and what was measured so far. growth: expected growth of perplexity (a share), by label."""
 
     def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
-        options = with_text(options, source.path)
+        enough = replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS))  # a model may write it
+        options = with_text(enough, source.path)
         checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.model, self.options, self.path = checkpoint.model(), options, source.path
         self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))

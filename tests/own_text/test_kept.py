@@ -13,14 +13,16 @@ import pytest
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.errors import OptionError, OutputError
+from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.files import sha256
 from edgepress.pipeline.flags import Options
-from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, TuneOptions
 from edgepress.pipeline.own_text import kept, sampler
 from edgepress.pipeline.own_text.kept import own_text, with_text
+from edgepress.pipeline.quantize import choose, sensitivity
 from edgepress.pipeline.quantize.plan import plan
 from edgepress.pipeline.text.windows import read_ids, text_windows
+from edgepress.pipeline.tune import stage as tune
 
 
 @pytest.fixture
@@ -102,6 +104,30 @@ def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path
     job, used = plan(checkpoint, checkpoint.meta_model(), given, tmp_path / "scratch")
     assert not used and np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512)[1])
     assert {*cache.iterdir()} == {file} and with_text(replace(given, calibration_model=None), pruned.path).calibration != file
+
+
+def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of bits, sensitivity, and tune, which takes what --original writes."""
+    monkeypatch.setattr(choose, "COST_TOKENS", 512)
+    file, read = own_text(Checkpoint(tiny), 512), []
+
+    def reads(path: Path, *_: object, **__: object) -> None:
+        read.append(path)
+        raise TextError("enough")
+
+    options = {"calibration": SELF, "calibration_tokens": 512}
+    for module in (choose, sensitivity):
+        monkeypatch.setattr(module, "text_windows", reads)
+    monkeypatch.setattr(tune, "healing_sets", lambda folder, options, *_: reads(options.calibration))
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="rtn"))
+    for run in (
+        lambda: choose.choose(Artifact.load(tiny), QuantizeOptions(max_growth=0.1, **options | {"calibration_tokens": 64})),
+        lambda: sensitivity.measure(Checkpoint(tiny), SensitivityOptions(**options)),
+        lambda: tune.tune(packed, tmp_path / "tuned", TuneOptions(original=tiny, **options)),
+    ):
+        with pytest.raises(TextError, match="enough"):
+            run()
+    assert read == [file] * 3
 
 
 def test_the_seed_of_quantize_is_that_of_the_text(tiny: Path) -> None:

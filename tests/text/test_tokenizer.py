@@ -9,7 +9,7 @@ import pytest
 from chat_styles import ALPACA, CHATML, STYLES, tokenizer, write
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.runtime.chat import _end_of_turn
+from edgepress.pipeline.runtime.chat import end_of_turn
 from edgepress.pipeline.runtime.chat_template import read_template
 from edgepress.pipeline.text.tokenizer import OWN_CLASS, resolved
 from edgepress.pipeline.text.windows import load_tokenizer
@@ -56,7 +56,7 @@ def test_chats_and_texts_become_the_ids_of_transformers(style: str, tmp_path: Pa
             assert template.render(chat, answer) == truth.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
             ids = truth.apply_chat_template(chat, add_generation_prompt=answer)["input_ids"]
             assert after.encode(template.render(chat, answer), add_special_tokens=False).ids == ids
-    assert _end_of_turn(out, after) == ({truth.eos_token_id} if truth.eos_token else set())
+    assert end_of_turn(out, after) == ({truth.eos_token_id} if truth.eos_token else set())
     again = AutoTokenizer.from_pretrained(out)  # what was written means the same to transformers
     assert again.special_tokens_map == truth.special_tokens_map
     assert again.apply_chat_template(CHATS[1])["input_ids"] == truth.apply_chat_template(CHATS[1])["input_ids"]
