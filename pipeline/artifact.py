@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -141,6 +142,12 @@ class Artifact:
             for name, known in self.files.items()
             if not (self.path / name).is_file() or sha256(self.path / name) != known["sha256"]
         ]
+
+    def copy_to(self, out: Path) -> None:
+        """Copy the files that the manifest names into a folder, and nothing that lies beside them."""
+        for name in self.files:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.path / name, out / name)
 
     def identity(self) -> str:
         """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file (read once)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,10 +42,7 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> JsonObject:
     original = Checkpoint(options.original, options.trust_remote_code)
     kept = kept_layers(source, original)
     check_original(Checkpoint(source.path, options.trust_remote_code), original)
-    for name in source.files:  # and nothing that lies beside them
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source.path / name, target)
+    source.copy_to(out)
     return heal_checkpoint(Checkpoint(out, options.trust_remote_code), original, kept, options)
 
 

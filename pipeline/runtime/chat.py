@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.model_files import read_tokenizer_config
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime import generate
 from edgepress.pipeline.runtime.chat_template import Message, read_template, special_tokens
@@ -87,7 +87,6 @@ class Conversation:
 
 def end_of_turn(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """The end token of tokenizer_config.json: some chat models name the end of a turn only there."""
-    file = folder / "tokenizer_config.json"
-    token = special_tokens(read_json(file)).get("eos_token") if file.is_file() else None
+    token = special_tokens(read_tokenizer_config(folder)).get("eos_token")
     id = tokenizer.token_to_id(token) if token else None
     return frozenset() if id is None else frozenset({id})

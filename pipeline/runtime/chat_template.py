@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.model_files import read_tokenizer_config
 from edgepress.pipeline.runtime.template_process import TemplateError, TemplateProcess
 
 Message = dict[str, str]  # "role" (system, user, assistant) and "content"
@@ -42,7 +43,7 @@ class ChatTemplate:
 
 def read_template(folder: Path) -> ChatTemplate | None:
     """The chat template of a checkpoint or artifact, None where it has none."""
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_tokenizer_config(folder)
     source, name = settings.get("chat_template"), "tokenizer_config.json"
     if isinstance(source, list):  # several by name
         source = next((row.get("template") for row in source if isinstance(row, dict) and row.get("name") == "default"), None)

@@ -59,16 +59,16 @@ class Decoder:
         self._device = targets.TARGETS[target].device
         try:
             signature = signature_of(self.session)
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.switches = tuple(int(length) for length in metadata.get(SWITCHES, "").split(",") if length)
         except ValueError as error:
             raise InputError(f"{folder / model} is not a graph that edgepress wrote: {error}; export again") from error
         self._shapes = {name: (1, heads, 0, size) for name, (heads, size) in signature.caches.items()}
         # Activations, cache and logits: float16 in what is exported for a GPU.
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if signature.half else np.float32
-        metadata = self.session.get_modelmeta().custom_metadata_map
         self.shared = metadata.get("edgepress.shared_cache") == "1"
         self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
         self.context = read_genai_config(folder).context_length
-        self.switches = tuple(int(length) for length in metadata.get(SWITCHES, "").split(",") if length)
         self.vocabulary = signature.vocabulary
         self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0

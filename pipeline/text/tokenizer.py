@@ -15,6 +15,7 @@ from typing import Any
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import MANIFEST, JsonObject, read_json, write_json
+from edgepress.pipeline.model_files import read_tokenizer_config
 from tokenizers import Tokenizer
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -84,7 +85,7 @@ def write_tokenizer(source: Path, out: Path) -> None:
         return
     if not (out / FILE).is_file() or _comparable((out / FILE).read_text(encoding="utf-8")) != _comparable(known.content):
         (out / FILE).write_text(known.content, encoding="utf-8")
-    settings = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else {}
+    settings = read_tokenizer_config(out)
     if settings | known.special != settings:
         write_json(out / SETTINGS, settings | known.special)
     if known.template is not None and known.template != settings.get("chat_template"):
@@ -95,7 +96,7 @@ def _files_say_all(folder: Path) -> bool:
     """Whether edgepress wrote the folder, or tokenizer.json has every special token and is of a class that takes it as it is."""
     if (folder / MANIFEST).is_file() or (folder / "model.onnx").is_file():
         return True
-    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    settings = read_tokenizer_config(folder)
     model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     if not (folder / FILE).is_file() or settings.get("tokenizer_class") not in _AS_THE_FILE_SAYS or model_type in OWN_CLASS:
         return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
-from edgepress.pipeline.files import JsonObject, files_below, remove, sha256
+from edgepress.pipeline.files import JsonObject, remove, sha256
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
@@ -47,10 +46,7 @@ def tune(source: Artifact, out: Path, options: TuneOptions) -> JsonObject:
     check_checkpoint(options.original, options.trust_remote_code)
     checkpoint, original = (Checkpoint(path, options.trust_remote_code) for path in (source.path, options.original))
     _check_original(checkpoint, original)
-    for file in files_below(source.path):
-        target = out / file.relative_to(source.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target)
+    source.copy_to(out)
     bits = {linear.bits for name in checkpoint.weights.matrices if (linear := checkpoint.weights.packed(name))}
     if not bits or min(bits) >= HEAD_BITS:
         why = f"weights of {min(bits)} bits lose too little to win back" if bits else "nothing is quantized"

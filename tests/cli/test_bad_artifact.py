@@ -69,11 +69,22 @@ ARTIFACTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "GenAI config of the wrong types": (write("genai_config.json", b'{"model": {"context_length": "256"}}'), "context_length"),
     "GenAI config is nested": (write("genai_config.json", b"[" * 3000 + b"]" * 3000), "nested more than 64 deep"),
     "end tokens are lists": (write("generation_config.json", b'{"eos_token_id": [[1]]}'), "eos_token_id is [1]"),
+    "a graph with a length that is none": (
+        lambda folder: with_metadata(folder / "model.onnx", "edgepress.rotary_switches", "x"),
+        "is not a graph that edgepress wrote",
+    ),
     "a graph without logits_to_keep": (
         lambda folder: without_input(folder / "model.onnx", "logits_to_keep"),
         "has no logits_to_keep",
     ),
 }
+
+
+def with_metadata(file: Path, key: str, value: str) -> None:
+    model = onnx.load(str(file), load_external_data=False)
+    onnx.helper.set_model_props(model, {prop.key: prop.value for prop in model.metadata_props} | {key: value})
+    file.write_bytes(model.SerializeToString())
+    (file.parent / "manifest.json").unlink()  # or it would be refused for its sha256
 
 
 def without_input(file: Path, name: str) -> None:

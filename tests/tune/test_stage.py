@@ -45,11 +45,19 @@ def test_norms_learn_in_float32(tuned: Artifact, quantized: Artifact) -> None:
     assert norms and all(t.dtype == np.float32 and not np.array_equal(t, former[n]) for n, t in norms.items())
 
 
-@pytest.mark.parametrize("seconds", [0, 0.2])
+@pytest.mark.parametrize("saved_at", [7, 3])
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    seconds: float, tuned: Artifact, quantized: Artifact, tiny: Path, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_at: int, tuned: Artifact, quantized: Artifact, tiny: Path, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
+    """From a checkpoint of the very step, and of an earlier one."""
+    save = train._Run.save
+
+    def save_until(self: train._Run, training: train.Training, file: Path) -> None:
+        if training.step <= saved_at:
+            save(self, training, file)
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train._Run, "save", save_until)
     steps: list[int] = []
     step_of = train._Run.train_step
 
@@ -65,8 +73,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         stages.run("tune", quantized, tmp_path / "out", options(tiny))
     assert not (tmp_path / "out").exists()
     again = stages.run("tune", quantized, tmp_path / "out", options(tiny))
-    resumed_at = steps[steps.index(-1) + 1]
-    assert resumed_at == 7 if not seconds else resumed_at < 7
+    assert steps[steps.index(-1) + 1] == saved_at
     assert [sha256(again.path / f) for f in again.files] == [sha256(tuned.path / f) for f in tuned.files]
     assert not list(tmp_path.glob(".*"))
 
@@ -104,6 +111,14 @@ def test_what_lost_little_is_left_as_it_is(method: str, tiny: Path, options: Mak
     out = stages.run("tune", source, tmp_path / "out", options(tiny))
     assert "why" in out.steps[-1].facts and not out.changed
     assert sha256(out.path / "packed.safetensors") == sha256(source.path / "packed.safetensors")
+
+
+def test_nothing_that_lies_beside_the_checkpoint_is_carried(tiny: Path, options: Make, tmp_path: Path) -> None:
+    """As heal: the manifest says what belongs to it."""
+    source = stages.run("quantize", Artifact.load(tiny), tmp_path / "q", QuantizeOptions(method="int8"))
+    (source.path / "modeling_own.py").write_text("raise SystemExit")
+    out = stages.run("tune", source, tmp_path / "out", options(tiny))
+    assert out.files.keys() == source.files.keys()
 
 
 def test_a_code_that_moved_is_caught(
