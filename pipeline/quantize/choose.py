@@ -51,7 +51,7 @@ WORTH = 0.03
 
 
 class _Trial:
-    """The model, its text, and what was measured so far. growth: expected growth of perplexity (a share), by label."""
+    """The model, its text, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
     def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
         enough = replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS))  # a model may write it
@@ -73,14 +73,14 @@ class _Trial:
         """What each matrix costs at each form, from one pass over the calibration text."""
         return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW), self.kept)
 
-    def measure(self, label: str, forms: Mapping[str, Form], factor: float) -> float:
+    def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
         with rounded(self.modules, forms):
             scores = Quality()
-            for ids, reference in zip(progress(self.windows, label, "window"), self.references, strict=True):
+            for ids, reference in zip(progress(self.windows, f"{bits} bits", "window"), self.references, strict=True):
                 scores.add(ids, logits_of(self.model, ids), reference)
-        self.growth[label] = round(math.expm1(min(factor * scores.loss_change()[0], 50.0)), 5)
-        return self.growth[label]
+        self.growth[bits] = round(math.expm1(min(factor * scores.loss_change()[0], 50.0)), 5)
+        return self.growth[bits]
 
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
@@ -99,19 +99,19 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
         forms = solve(items, FORMS, size=size)
-        growth = trial.measure("mixed", by_matrix(items, forms), left)
+        growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left)
         because = (
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
         )
         return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
     limit = options.max_growth or 0.0
     uniform = Form(options.weight_bits, options.group)
-    if trial.measure(f"{uniform.bits} bits", trial.all(uniform), left) <= limit:
+    if trial.measure(str(uniform.bits), trial.all(uniform), left) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
         return Chosen(chosen, _because(trial.growth, limit), trial.growth)
     eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     # A mix that just keeps to the limit on this text may lose twice as much on another: only a tune stage makes room for it.
-    if trial.measure("8 bits", trial.all(EIGHT), 1.0) > limit or not options.tuned:
+    if trial.measure("8", trial.all(EIGHT), 1.0) > limit or not options.tuned:
         return Chosen(eight, _because(trial.growth, limit), trial.growth)
     items = trial.items()
     mixed = _within(trial, items, limit, left)
@@ -131,7 +131,7 @@ def _within(trial: _Trial, items: list[Item], limit: float, left: float) -> list
         size = sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
         if size > (1 - WORTH) * whole:
             return None
-        growth = trial.measure(f"{mean_bits(items, forms):.1f} bits", by_matrix(items, forms), left)
+        growth = trial.measure(f"{mean_bits(items, forms):.1f}", by_matrix(items, forms), left)
         if growth <= limit:
             return forms
         allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
@@ -145,6 +145,6 @@ def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> Qu
 
 
 def _because(growth: dict[str, float], limit: float) -> str:
-    figures = [f"{label} {100 * share:+.1f} % of perplexity" for label, share in growth.items()]
+    figures = [f"{bits} bits {100 * share:+.1f} % of perplexity" for bits, share in growth.items()]
     within = "" if np.isclose(limit, 0) or list(growth.values())[-1] <= limit else ", which nothing here keeps to"
     return f"expected on the calibration text: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"

@@ -28,7 +28,7 @@ def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen
 def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen]) -> None:
     many = settled(max_growth=10.0)
     assert (many.options.bits, many.options.group_size, many.options.bits_for) == (4, 64, ())
-    four = many.growth["4 bits"]
+    four = many.growth["4"]
     assert settled(max_growth=four / 3).options.bits == 8
     few = settled(max_growth=four / 300, tuned=True)
     assert (few.options.method, few.options.bits, few.options.group_size, few.options.bits_for) == ("rtn", *EIGHT, ())
@@ -38,7 +38,7 @@ def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen]) -> None:
 
 
 def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen]) -> None:
-    four = settled(max_growth=10.0).growth["4 bits"]
+    four = settled(max_growth=10.0).growth["4"]
     assert settled(max_growth=0.9 * four).options.bits == 8
     four_bits = settled(max_growth=0.9 * four, tuned=True).options
     assert four_bits.bits == 4 and not four_bits.bits_for
