@@ -41,7 +41,14 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there: whoever is killed leaves the former one, or none."""
+    """Write a text file beside its place and move it there: whoever is killed leaves the former one, or none.
+
+    A link stays one. What is there and no file, as /dev/null or a pipe, is written to and never replaced.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
