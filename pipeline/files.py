@@ -81,7 +81,10 @@ def files_below(folder: Path) -> Iterator[Path]:
 def leads_out(folder: Path, file: Path) -> bool:
     """Whether what ``file`` is a link to lies outside of ``folder``; the links of a hub cache to its own blobs do not count."""
     root = Path(os.path.realpath(folder))
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    allowed = [root]
+    for snapshot in (root, *root.parents):  # a model may lie in a folder of its repository
+        if snapshot.parent.name == "snapshots":
+            allowed.append(Path(os.path.realpath(snapshot.parent.parent / "blobs")))
     return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
 
 

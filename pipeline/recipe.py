@@ -37,6 +37,7 @@ from edgepress.pipeline.text.reading import KEY, read_text
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
+_BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
@@ -110,8 +111,9 @@ def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> d
         kept = {k: v for k, v in kept.items() if k not in _AMOUNTS and not (k == "criterion" and "remove_layers" in flags)}
     if flags.get("method", kept.get("method")) != kept.get("method"):  # the settings of one method mean nothing to another
         kept = {k: v for k, v in kept.items() if k not in METHOD_OPTIONS}
-    if not {"bits", "bits_for", "target_bits"}.isdisjoint(flags):  # then nothing is left to choose, or by something else
-        kept.pop("max_growth", None)
+    for ways in _BITS:  # ways to say which bits exclude each other, too
+        if not ways.isdisjoint(flags):
+            kept = {k: v for k, v in kept.items() if k in ways or not any(k in others for others in _BITS)}
     return kept
 
 
@@ -245,8 +247,10 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     artifact = original
     kept = [(name, given) for name, given in steps if STAGES[name].gives in ("packed", "onnx")]
     for number, (name, given) in enumerate(kept, 1):
-        if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)):
-            given = dataclasses.replace(given, max_growth=None, target_bits=None, **chosen)
+        # Rules of a mix name layers of the pruned model: without removal the stage chooses again, by the same wish.
+        if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)) and not chosen.get("bits_for"):
+            order = given.act_order and chosen["method"] == given.method
+            given = dataclasses.replace(given, max_growth=None, target_bits=None, act_order=order, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
@@ -257,4 +261,4 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
 def _chosen(done: list[Artifact]) -> JsonObject:
     """What the quantize stage settled itself, if it did."""
     chosen: JsonObject = next((step.facts["chosen"] for step in done[-1].steps if "chosen" in step.facts), {})
-    return chosen | ({"bits_for": tuple(chosen["bits_for"])} if "bits_for" in chosen else {})
+    return {key: value for key, value in chosen.items() if value}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edgepress.pipeline.files import read_json, write_json, write_whole
+import pytest
+from edgepress.pipeline.files import leads_out, read_json, write_json, write_whole
 
 
 def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
@@ -27,3 +28,17 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     write_json(tmp_path / "link.json", {"a": 1})
     assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "file.json") == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_blobs_of_a_hub_cache_are_no_way_out(below: str, tmp_path: Path) -> None:
+    """Also where they lie on another disk, and for a model in a folder of its repository."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "b1").write_text("{}")
+    repository = tmp_path / "models--a--b"
+    folder = repository / "snapshots" / "0123abc" / below
+    folder.mkdir(parents=True)
+    (repository / "blobs").symlink_to(tmp_path / "disk")
+    (folder / "config.json").symlink_to(repository / "blobs" / "b1")
+    (folder / "other.json").symlink_to(tmp_path)
+    assert not leads_out(folder, folder / "config.json") and leads_out(folder, folder / "other.json")

@@ -60,3 +60,11 @@ def test_each_flag_reaches_its_stage() -> None:
 def test_a_former_spelling_names_the_new_one(recipe: dict[str, Any], new: str) -> None:
     with pytest.raises(OptionError, match=new):
         plan(recipe, {})
+
+
+@pytest.mark.parametrize(("flag", "value"), [("target_bits", 4.5), ("max_growth", 0.05), ("bits", 8)])
+@pytest.mark.parametrize("given", [{"bits": 4, "bits_for": [".*o_proj=8"]}, {"max_growth": 0.1}, {"target_bits": 5.0}])
+def test_a_flag_for_bits_replaces_the_recipes_own_way(flag: str, value: float, given: dict[str, object]) -> None:
+    """Ways to say it exclude each other, and who gave one flag gave one way."""
+    ((_, options),) = plan({"quantize": {"method": "gptq", **given}}, {flag: value})
+    assert getattr(options, flag) == value

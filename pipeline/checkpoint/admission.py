@@ -60,8 +60,8 @@ def check_links(folder: Path) -> None:
 
     Weights may lie elsewhere; the log names the place. Raises ModelError.
     """
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() and leads_out(folder, file):
+    for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
+        if leads_out(folder, file):
             if file.suffix != ".safetensors":
                 raise ModelError(
                     f"{file} is a link to {os.path.realpath(file)}, outside of the checkpoint; give a copy made with cp -rL, "

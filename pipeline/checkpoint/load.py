@@ -86,11 +86,6 @@ def load_model(folder: Path, trust_remote_code: bool = False, original: Path | N
     return build_model(read.config, read.weights, trust_remote_code)
 
 
-def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """``Checkpoint.meta_model`` of a folder."""
-    return build_meta_model(read_config(folder, trust_remote_code), folder, trust_remote_code)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and advice off the terminal; our own log reports what matters."""

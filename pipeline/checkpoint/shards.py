@@ -258,8 +258,3 @@ def rows_of(folder: Path) -> dict[str, TensorEntry]:
     """Name -> entry of every tensor of a checkpoint. Raises ModelError for a damaged file."""
     index = ShardIndex.of(folder)
     return {name: index[name] for name in index}
-
-
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint. Raises ModelError for a damaged file."""
-    return ShardIndex.of(folder).shapes

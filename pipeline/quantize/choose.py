@@ -15,6 +15,7 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.metrics.torch_scores import logits_of
@@ -63,6 +64,9 @@ class _Trial:
         warn_unless_readable(mean_loss_of(self.windows, self.references), self.model.config.vocab_size, options.calibration)
         self.kept = checkpoint.weights.matrices  # codes of a GGUF file
         self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
+        if not self.modules:
+            raise OptionError("there is nothing to choose: every matrix keeps the codes that it has; leave --target-bits out")
+        self.context = checkpoint.context
         self.growth: dict[str, float] = {}
 
     def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
@@ -71,11 +75,11 @@ class _Trial:
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        return items_of_model(self.model, self._windows(COST_TOKENS, WINDOW), self.kept)
+        return items_of_model(self.model, self._windows(COST_TOKENS, min(WINDOW, self.context)), self.kept)
 
     def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
-        with rounded(self.modules, forms):
+        with rounded(self.modules, forms, self.options.symmetric):
             scores = Quality()
             for ids, reference in zip(progress(self.windows, f"{bits} bits", "window"), self.references, strict=True):
                 scores.add(ids, logits_of(self.model, ids), reference)
@@ -109,7 +113,8 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if trial.measure(str(uniform.bits), trial.all(uniform), left) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
         return Chosen(chosen, _because(trial.growth, limit), trial.growth)
-    eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
+    # calibration wins nothing there
+    eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size, act_order=False)
     # A mix that just keeps to the limit on this text may lose twice as much on another: only a tune stage makes room for it.
     if trial.measure("8", trial.all(EIGHT), 1.0) > limit or not options.tuned:
         return Chosen(eight, _because(trial.growth, limit), trial.growth)

@@ -60,7 +60,9 @@ class Errors:
         def add(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> torch.Tensor:
             self._inputs[name] = args[0]  # kept, so that no other tensor gets its place
             moved = torch.nn.functional.linear(args[0].detach().bfloat16(), self._errors[name]).to(output.dtype)
-            return output + self.factors[name].view(-1, *[1] * (output.ndim - 1)) * moved
+            factor = self.factors[name]
+            factor = factor.repeat_interleave(len(output) // len(factor))  # some blocks join windows and tokens
+            return output + factor.view(-1, *[1] * (output.ndim - 1)) * moved
 
         return add
 

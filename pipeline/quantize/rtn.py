@@ -67,14 +67,16 @@ def matrix_of(module: torch.nn.Linear | Conv1D) -> torch.Tensor:
 
 
 @contextmanager
-def rounded(modules: Mapping[str, torch.nn.Linear | Conv1D], forms: Mapping[str, tuple[int, int]]) -> Iterator[None]:
+def rounded(
+    modules: Mapping[str, torch.nn.Linear | Conv1D], forms: Mapping[str, tuple[int, int]], symmetric: bool = False
+) -> Iterator[None]:
     """Within the context the modules in ``forms`` have the weights that rounding to these bits and group sizes leaves."""
     kept = {name: modules[name].weight.detach().clone() for name in forms}
     try:
         with torch.no_grad():
             for name, (bits, group_size) in forms.items():
                 module = modules[name]
-                restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, False).dequantized()
+                restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, symmetric).dequantized()
                 module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
         yield
     finally:

@@ -62,7 +62,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     )  # fmt: skip
     model = checkpoint.model()
     warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, options.calibration)
-    items = items_of_model(model, windows)
+    items = items_of_model(model, windows, checkpoint.weights.matrices)
     size = options.target_bits * sum(item.weights for item in items) / 8
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 

@@ -41,9 +41,10 @@ class _Seen:
     """Files that had a digest, each with what changes when it does: device, inode, size, times. Kept in the cache folder."""
 
     def __init__(self) -> None:
-        self._cache = cache_folder() / "checked.json"
         self._known: JsonObject = {}
-        with suppress(InputError, OSError, RecursionError):  # none yet, or broken
+        self._cache: Path | None = None
+        with suppress(InputError, OSError, RuntimeError):  # none yet, broken, or nobody's home
+            self._cache = cache_folder() / "checked.json"
             self._known = read_json(self._cache)
         self._changed = False
 
@@ -64,7 +65,7 @@ class _Seen:
 
     def keep(self) -> None:
         """Write down what is new, where there is a place for it, and forget files that are gone."""
-        if self._changed:
+        if self._changed and self._cache is not None:
             known = {file: stamp for file, stamp in self._known.items() if Path(file).is_file()}
             with suppress(OSError, ValueError):  # a name that is no text
                 self._cache.parent.mkdir(parents=True, exist_ok=True)

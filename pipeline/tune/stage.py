@@ -81,7 +81,8 @@ def _scratch(source: Artifact, out: Path, options: TuneOptions) -> Iterator[Path
     try:
         yield folder
     except BaseException as error:
-        if isinstance(error, EdgepressError) or not (folder / _STATE).is_file():
+        begun = (folder / _STATE).is_file() or any(folder.glob("*.logs"))  # the original's predictions took their time, too
+        if isinstance(error, EdgepressError) or not begun:
             remove(top)
         raise
     remove(top)

@@ -21,6 +21,7 @@ BATCH_TOKENS = 1024
 WARM_UP = 0.05  # of the steps
 LOOKS = 8  # times that held-out text is looked at, and the best state kept
 SAVE_SECONDS = 30.0
+FEW = 20  # steps: fewer change next to nothing
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,12 @@ class _Run:
             action()
             seconds.append(time.monotonic() - begun)
         self._optimizer.zero_grad()
-        return max(1, int((60 * self._settings.minutes - (LOOKS + 1) * seconds[2]) / seconds[1]))
+        steps = max(1, int((60 * self._settings.minutes - (LOOKS + 1) * seconds[2]) / seconds[1]))
+        if steps < FEW:
+            log.warning(
+                "warning: only %d steps of training fit into %g minutes; give more --minutes", steps, self._settings.minutes
+            )
+        return steps
 
     def train_step(self, step: int, rate: float) -> float:
         """One change of the parameters; returns the mean divergence before it, in nats a token."""

@@ -44,6 +44,12 @@ def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen])
     assert four_bits.bits == 4 and not four_bits.bits_for
 
 
+def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., Chosen]) -> None:
+    """They are rounded, and rounding takes none; the wish for it is GPTQ's."""
+    chosen = choose.choose(Artifact.load(tiny), QuantizeOptions(method="gptq", act_order=True, max_growth=1e-9)).options
+    assert (chosen.method, chosen.bits, chosen.act_order) == ("rtn", 8, False)
+
+
 @pytest.mark.parametrize("target", [3.0, 4.6, 6.0])
 def test_a_mean_is_kept_to(target: float, settled: Callable[..., Chosen], tiny: Path, tmp_path: Path) -> None:
     chosen = settled(target_bits=target).options

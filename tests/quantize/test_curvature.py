@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.torch_scores import divergences
 from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.rtn import rounded
+from families import family_config
 from transformers import PreTrainedModel
 
 FORM = (4, 32)
@@ -56,3 +58,11 @@ def test_the_model_is_left_as_it_was(tiny: Path, model: PreTrainedModel, estimat
     ids = torch.arange(1, 30)[None]
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, Checkpoint(tiny).model()(input_ids=ids).logits)
+
+
+def test_blocks_that_join_windows_and_tokens(tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    """OPT's feed-forward reads a matrix of all tokens of all windows."""
+    model = Checkpoint(random_model(family_config("opt"), tmp_path / "opt")).model()
+    errors = Errors(model, *FORM)
+    by_name = costs(model, errors, list(np.random.default_rng(0).integers(1, 5000, size=(8, 16))))
+    assert by_name.keys() == errors.modules.keys() and min(by_name.values()) > 0
