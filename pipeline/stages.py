@@ -16,6 +16,7 @@ from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, HealOptions, ImportOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.registry import load, versions
@@ -98,6 +99,7 @@ def run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
         seconds = round(time.monotonic() - begun, 2)
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, stage.gives, (*source.steps, step), inputs)
+    release_memory()
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the ground up; a room imports those of earlier lines, and none of its own line but itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
-    ("pipeline.files", "pipeline.progress", "pipeline.registry", "pipeline.vocabulary", "models"),
+    ("pipeline.files", "pipeline.machine", "pipeline.progress", "pipeline.registry", "pipeline.vocabulary", "models"),
     ("pipeline.artifact", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),

@@ -102,7 +102,7 @@ def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> O
     """One method: healed in memory, judged, and written only if both texts are better for it."""
     model = job.student.model
     former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    before = [mean_loss(model, windows) for windows in (texts.judging, texts.other)]
+    before = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     try:
         details: JsonObject = load(HEALERS[method])(job)
     except ModelError as error:
@@ -110,7 +110,7 @@ def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> O
         log.warning("warning: %s cannot heal this model: %s", method, error)
     changed = {name: parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, former[name])}
     _round_as_stored(changed, pruned.path)
-    after = [mean_loss(model, windows) for windows in (texts.judging, texts.other)]
+    after = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     held_out, other = (Change(*pair) for pair in zip(before, after, strict=True))
     outcome = Outcome(method, len(changed), held_out, other, details)
     if outcome.accepted:

@@ -91,7 +91,7 @@ def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarra
     influence = measure_influence(blocks, ranking, _run_lengths(options, amount))
     choice = choose(options, amount, blocks, influence, ranking, held_out)
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed))
-    loss = mean_loss(model, held_out)
+    loss = mean_loss(blocks, held_out)
     probe = torch.from_numpy(ranking[0])[None]
     with blocks.without(choice.removed):
         logits = blocks.logits(probe)

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.blocks import block_linears
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.metrics.scores import Quality
-from edgepress.pipeline.metrics.torch_scores import logits_of
+from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import rounded
@@ -39,15 +38,14 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     model = checkpoint.model()
     text, skip = options.calibration, options.calibration_skip
     windows = text_windows(text, source.path, budget=TRIAL_TOKENS, skip=skip, length=min(TRIAL_WINDOW, checkpoint.context))
-    references = [logits_of(model, ids) for ids in progress(windows, "bits", "window")]
+    blocks = Blocks(model)
+    whole = exact_losses(blocks, progress(windows, "bits", "window"))
     limit = options.max_growth or 0.0
     growth: dict[str, float] = {}
     for method, bits, group in ((options.method, options.weight_bits, options.group), EIGHT_BITS):
-        with rounded(block_linears(model), bits, group):
-            scores = Quality()
-            for ids, reference in zip(progress(windows, f"{bits} bits", "window"), references, strict=True):
-                scores.add(ids, logits_of(model, ids), reference)
-        change = scores.loss_change()[0] * (CALIBRATED if method == "gptq" else 1.0)
+        with rounded(block_linears(model), bits, group, checkpoint):
+            losses = exact_losses(blocks, progress(windows, f"{bits} bits", "window"))
+        change = float((losses - whole).mean()) * (CALIBRATED if method == "gptq" else 1.0)
         growth[str(bits)] = round(math.expm1(min(change, 50.0)), 5)
         chosen = replace(options, method=method, bits=bits, group_size=group, max_growth=None)
         if growth[str(bits)] <= limit:

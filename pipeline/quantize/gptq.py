@@ -7,12 +7,9 @@ from its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import logging
 import os
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json, remove, sha256, write_json
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.registry import version
@@ -74,7 +72,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
         _run(settings)
-    _release_memory()
+    release_memory()
     return read_checkpoint(folder / "model", job.linears)
 
 
@@ -147,14 +145,6 @@ def _run(settings: GptqSettings) -> None:
     model.quantize(rows, batch_size=4, checkpoint=checkpoint)
     model.save(str(here / "model"))
     model.model = None  # gptqmodel holds on to the object around it
-
-
-def _release_memory() -> None:
-    """Return free memory to the system: glibc keeps what gptqmodel has freed, and the stage goes on in this process."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
@@ -61,16 +62,22 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
 
 
 @contextmanager
-def rounded(modules: dict[str, torch.nn.Linear | Conv1D], bits: int, group_size: int) -> Iterator[None]:
-    """Within the context the weights of the modules, by name, are those that rounding to nearest leaves."""
-    kept = {name: module.weight.detach().clone() for name, module in modules.items()}
+def rounded(
+    modules: dict[str, torch.nn.Linear | Conv1D], bits: int, group_size: int, stored: Checkpoint | None = None
+) -> Iterator[None]:
+    """Within the context the weights of the modules, by name, are those that rounding to nearest leaves.
+
+    stored: where they came from, and are read again from: the blocks of a whole model need not stand in memory twice.
+    """
+    again = {name for name in modules if stored is not None and f"{name}.weight" in stored.index}
+    kept = {name: module.weight.detach().clone() for name, module in modules.items() if name not in again}
     with torch.no_grad():
-        for name, module in modules.items():
-            weight = kept[name].T if isinstance(module, Conv1D) else kept[name]
-            restored = round_to_nearest(name, weight.contiguous().numpy(), bits, group_size, False).dequantized()
+        for module in modules.values():
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            restored = round_to_nearest("", weight.detach().contiguous().numpy(), bits, group_size, False).dequantized()
             module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
         try:
             yield
         finally:
             for name, module in modules.items():
-                module.weight.copy_(kept[name])
+                module.weight.copy_(stored.index.tensor(f"{name}.weight") if stored and name in again else kept[name])

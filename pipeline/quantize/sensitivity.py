@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from edgepress.pipeline.checkpoint.blocks import block_linears, decoder_blocks
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.metrics.scores import Quality
-from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import rounded
@@ -64,14 +63,19 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip, shortest=16
     )
     model = checkpoint.model()
-    references = [logits_of(model, ids) for ids in windows]
+    blocks = Blocks(model)
+    last = len(blocks)
+    originals = [blocks.states(torch.from_numpy(ids)[None], [last])[last][0] for ids in windows]
     rows, groups = [], _groups(model)
     log.info("sensitivity: %d groups, each rounded alone and measured on %d tokens", len(groups), sum(map(len, windows)))
     for name, modules in progress(groups.items(), "sensitivity", "group"):
         with rounded(modules, options.bits, options.group_size):
             scores = Quality()
-            for ids, reference in zip(windows, references, strict=True):
-                scores.add(ids, logits_of(model, ids), reference)
+            for ids, original in zip(windows, originals, strict=True):
+                hidden = blocks.states(torch.from_numpy(ids)[None], [last])[last][0]
+                for positions, truth in blocks.heads(original[:-1]):  # of the blocks alone matrices are rounded: one head for both
+                    (_, logits), *_ = blocks.heads(hidden[positions])
+                    scores.add_part(ids[1:][positions], logits.numpy(), truth.numpy())
         figures, weights = scores.figures(), sum(m.weight.numel() for m in modules.values())
         rows.append(
             GroupCost(

@@ -67,7 +67,7 @@ class Decoder:
             self.context = int(read_json(folder / "genai_config.json")["model"]["context_length"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'genai_config.json'} has no context_length; export again") from error
-        self._vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
+        self.vocabulary = int(next(o for o in self.session.get_outputs() if o.name == "logits").shape[-1])
         self._binding: onnxruntime.IOBinding | None = None  # of the cache, until it is reallocated
         self._capacity = 0
         self.reset()
@@ -121,7 +121,7 @@ class Decoder:
         # bind_cpu_input knows only the required inputs, not an overridable initializer
         value = self._onnxruntime.OrtValue.ortvalue_from_numpy
         binding.bind_ortvalue_input("logits_to_keep", value(np.array([keep], dtype=np.int64)))
-        logits = np.empty((1, 1, self._vocabulary), dtype=self.dtype)
+        logits = np.empty((1, 1, self.vocabulary), dtype=self.dtype)
         one = 1 in (keep, len(ids))
         if one:  # asking the binding for its outputs would wrap the whole cache at every token
             binding.bind_ortvalue_output("logits", value(logits))
