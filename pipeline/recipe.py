@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json
+from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, folder_bytes, read_json, write_json
 from edgepress.pipeline.flags import Options, make
+from edgepress.pipeline.machine import peak_memory
 from edgepress.pipeline.options import (
     BenchOptions,
     ExportOptions,
@@ -64,8 +68,8 @@ def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, objec
     return {key: str(file.parent / value) if key in _TEXTS and isinstance(value, str) else value for key, value in named.items()}
 
 
-def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
-    """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it).
+def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object], effort: str = DEFAULT) -> Plan:
+    """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it), the rest by ``effort``.
 
     Raises OptionError for an unknown stage or option, a bad value, stages whose formats do not follow each other,
     or a flag that no stage of the recipe takes.
@@ -85,6 +89,7 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         overrides = {key: value for key, value in flags.items() if key in names}
         unused -= set(overrides)
         options = {**_not_replaced(given, overrides), **overrides}
+        options |= settings(effort, name, options)
         planned.append((name, make(stage.options, options, f"option of {name}")))
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
@@ -149,7 +154,11 @@ def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
 
 
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
-    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept."""
+    """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
+
+    What it was expected to take and what it took stands in ``out/build.json``.
+    """
+    begun = time.monotonic()
     original = Artifact.load(source)
     if original.format == "gguf":
         original = stages.run("import", original, out / "00-import", ImportOptions())
@@ -165,6 +174,11 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
     check_disk(out, int(folder_bytes(source) * sum(missing)))
+    ahead = [step for step, folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
+    expected = expect(source, ahead, matmul_rate())
+    if ahead:
+        kept = len(steps) - len(ahead)
+        log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
@@ -175,7 +189,18 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
             options = dataclasses.replace(options, original=options.original or original.path)
         artifact = stages.run(name, artifact, folder, options)
         done.append(artifact)
+    if ahead:
+        _record_cost(out, expected, time.monotonic() - begun)
     return done
+
+
+def _record_cost(out: Path, expected: Expectation, seconds: float) -> None:
+    """Expected beside taken, in build.json and in one line."""
+    memory = peak_memory()
+    taken = {"seconds": round(seconds), "memory_bytes": memory}
+    write_json(out / "build.json", {"expected": expected.facts(), "taken": taken})
+    used = "" if memory is None else f" and {memory / 1e9:.1f} GB in its largest process"
+    log.info("build: took %.0f min %02.0f s%s", seconds // 60, seconds % 60, used)
 
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from edgepress.pipeline.checkpoint.dtypes import DTYPES
-from edgepress.pipeline.checkpoint.shards import rows_of, shards
+from edgepress.pipeline.checkpoint.shards import INDEX, rows_of, shards
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import link_or_copy
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.*\.index\.json$")
@@ -26,6 +27,13 @@ def carry_files(source: Path, out: Path) -> None:
         carried = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES
         if file.is_file() and carried and not WEIGHTS.match(file.name) and file.name not in NOT_CARRIED:
             shutil.copy2(file, out / file.name)
+
+
+def carry_weights(source: Path, out: Path, link: bool) -> None:
+    """The weights of ``source`` as they are. link: as a second name of the same files, which nothing may change in place then."""
+    index = source / INDEX
+    for file in (*shards(source), *([index] if index.is_file() else [])):
+        (link_or_copy if link else shutil.copy2)(file, out / file.name)
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:

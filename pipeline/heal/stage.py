@@ -17,7 +17,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors, stored_dtype, stored_dtypes
 from edgepress.pipeline.errors import EdgepressError, ModelError, OptionError, ProofError
-from edgepress.pipeline.files import JsonObject, files_below, remove, sha256
+from edgepress.pipeline.files import JsonObject, files_below, link_or_copy, remove, sha256
 from edgepress.pipeline.heal.job import Gap, HealJob, gaps_of
 from edgepress.pipeline.heal.origin import check_original, kept_layers
 from edgepress.pipeline.heal.outcome import Change, Outcome
@@ -42,10 +42,11 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> JsonObject:
     original = Checkpoint(options.original, options.trust_remote_code)
     kept = kept_layers(source, original)
     check_original(Checkpoint(source.path, options.trust_remote_code), original)
+    changes = options.healer != "none" and bool(gaps_of(kept, original.layers))
     for file in files_below(source.path):
         target = out / file.relative_to(source.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target)
+        (shutil.copy2 if changes else link_or_copy)(file, target)
     return heal_checkpoint(Checkpoint(out, options.trust_remote_code), original, kept, options)
 
 
