@@ -10,9 +10,9 @@ DEFAULT = "balanced"
 # Word -> stage -> options. A recipe and flags go before it; options of a stage that a word does not name keep their own defaults.
 EFFORTS: dict[str, dict[str, dict[str, object]]] = {
     "quick": {
-        "prune": {"shortlist": 1, "greedy_tokens": 512, "calibration_tokens": 8192},
-        "heal": {"calibration_tokens": 8192},
-        "quantize": {"calibration_tokens": 8192},
+        "prune": {"shortlist": 1, "greedy_tokens": 512, "calibration_tokens": 4096},
+        "heal": {"calibration_tokens": 4096},
+        "quantize": {"calibration_tokens": 4096},
         "bench": {"repeats": 2, "text_tokens": 4096},
     },
     "balanced": {

@@ -16,12 +16,15 @@ from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.options import PRUNE_TOKENS, BenchOptions, ExportOptions, HealOptions, PruneOptions, QuantizeOptions
 
-_SIDE, _PRODUCTS = 1024, 4
-EFFICIENCY = 0.6  # of the rate of one matrix product, that a forward pass of a model reaches
+_SIDE, _PRODUCTS = 1024, 8
+TRIAL_TOKENS, PROOF_TOKENS = 2048, 512  # of quantize/choose.py and text/windows.py, which load numpy
+SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
+BYTES_A_TOKEN = 4.0
+EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
 PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
 # How wrong the model has been on quiet and busy machines: the range that is printed.
-LEAST, MOST = 0.7, 1.6
+LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
 
 
@@ -52,8 +55,7 @@ def matmul_rate() -> float:
     """Floating-point operations a second of a float32 matrix product, the best of a few: half a second at most."""
     import numpy as np
 
-    a = np.ones((_SIDE, _SIDE), dtype=np.float32)
-    best = math.inf
+    a, best = np.ones((_SIDE, _SIDE), dtype=np.float32), math.inf
     for _ in range(_PRODUCTS):
         begun = time.perf_counter()
         a @ a
@@ -65,28 +67,41 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float) -> Expec
     """Of the stages ``steps`` on the checkpoint in the folder ``source``. rate: what ``matmul_rate`` measured."""
     parameters = sum(math.prod(shape) for shape in shapes_of(source).values())
     removing = any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
-    seconds = 0.0
+    low = high = 0.0
     for _, options in steps:
-        passes, fixed = _work(options, removing)
-        seconds += 2 * parameters * passes / (EFFICIENCY * rate) + fixed + START_S + parameters / PARAMETERS_PER_S
-    return Expectation((LEAST * seconds, MOST * seconds), LIBRARIES + WORKING + 4 * parameters)
+        least, most, fixed = _work(options, removing)
+        fixed += START_S + parameters / PARAMETERS_PER_S
+        token = 2 * parameters / (EFFICIENCY * rate)
+        low, high = low + least * token + fixed, high + most * token + fixed
+    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + 4 * parameters)
 
 
-def _work(options: Options, removing: bool) -> tuple[float, float]:
-    """Tokens that a stage takes forward through the whole model, all passes together, and seconds besides."""
+def _tokens(budget: int, text: Path) -> float:
+    """Tokens of a text that will be read: ``budget``, or all there are."""
+    return min(budget, text.stat().st_size / BYTES_A_TOKEN if text.is_file() else budget)
+
+
+def _work(options: Options, removing: bool) -> tuple[float, float, float]:
+    """Tokens that a stage takes forward through the whole model, all passes together, least and most, and seconds besides."""
     if isinstance(options, PruneOptions):
-        tokens = options.calibration_tokens or PRUNE_TOKENS
-        rounds = options.remove_count or 2
-        trials = 0 if options.remove_layers else rounds * (1 + options.shortlist / 2) * options.greedy_tokens
-        return 0.75 * tokens + 0.25 * tokens * 2 + trials, 0.0
+        text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
+        rounds = 0 if options.remove_layers else options.remove_count or 2
+        # three quarters of the text rank, a quarter is held out and read twice
+        tokens = 1.25 * text + rounds * (1 + options.shortlist / 2) * options.greedy_tokens
+        return tokens, tokens, 0.0
     if isinstance(options, HealOptions):
-        return (6.0 * (options.calibration_tokens or PRUNE_TOKENS) if removing else 0.0), 0.0
+        tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration) * removing
+        return tokens, tokens, 0.0
     if isinstance(options, QuantizeOptions):
-        trial = 3 * 2048 if options.max_growth is not None else 0
-        # forward twice, and the Hessians and the solution cost about as much as a pass each
-        return trial + (4.0 * options.calibration_tokens if options.method == "gptq" else 0.0), 0.0
+        gptq = 0.0
+        if options.method == "gptq":
+            gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
+        if options.max_growth is None:
+            return gptq, gptq, 0.0
+        return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + gptq, 0.0  # more bits may be taken, which need no calibration
     if isinstance(options, ExportOptions):
-        return 4 * 1024.0, 10.0
+        return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
     if isinstance(options, BenchOptions):
-        return options.text_tokens * (3.0 + removing), options.repeats * 4.0 * (1 + removing)
-    return 0.0, 0.0
+        text, rows = _tokens(options.text_tokens, options.text), 2.0 + removing
+        return rows * text, (rows + 1 + removing) * text, options.repeats * 4.0 * (1 + removing)
+    return 0.0, 0.0, 0.0
