@@ -7,12 +7,16 @@ import gc
 import sys
 from contextlib import suppress
 
-_LOGITS = 2**24  # 64 MB in float32; every step of scoring makes one or two copies of it
+_LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
+_FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in another order
 
 
-def rows_at_once(vocabulary: int) -> int:
-    """Positions whose logits are made at a time: those of a whole window would take a gigabyte of a large vocabulary."""
-    return max(32, _LOGITS // vocabulary)
+def rows_at_once(vocabulary: int, times: int = 1) -> int:
+    """Positions whose logits are made at a time: those of a whole window of a large vocabulary would take a gigabyte.
+
+    times: so many times as many, where few copies are made of them.
+    """
+    return max(_FEWEST, times * _LOGITS // vocabulary)
 
 
 def peak_memory() -> int | None:

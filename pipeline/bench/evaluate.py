@@ -94,7 +94,7 @@ class _Onnx:
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
         """A window whose logits would take too much memory is read in pieces through the cache."""
         self.decoder.reset()
-        rows = rows_at_once(self.decoder.vocabulary)
+        rows = rows_at_once(self.decoder.vocabulary, 4)
         for first in range(0, len(ids), rows):
             yield slice(first, min(first + rows, len(ids))), self.decoder.feed(ids[first : first + rows], keep=0)
 

@@ -84,8 +84,13 @@ def next_token_losses(logits: torch.Tensor, following: torch.Tensor) -> torch.Te
 
 def divergences(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(original || model) in nats, float32 (positions,), of logits (positions, vocabulary)."""
-    reference, scores = (torch.log_softmax(part.float(), -1) for part in (original, logits))
-    return (reference.exp() * (reference - scores)).sum(-1)
+    return _divergences(torch.log_softmax(original.float(), -1), logits)
+
+
+def _divergences(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The same of the original's log-probabilities. In place: every array here is as large as the logits."""
+    scores = torch.log_softmax(logits.float(), -1)
+    return torch.sub(reference, scores, out=scores).mul_(reference.exp()).sum(-1)
 
 
 def exact_losses(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarray:
@@ -108,9 +113,11 @@ def divergences_of(blocks: Blocks, original: torch.Tensor, others: list[torch.Te
     """KL(original || other) of each of ``others``, float32 (tokens,), from states (tokens, hidden) that leave the last block."""
     parts: list[list[torch.Tensor]] = [[] for _ in others]
     for positions, logits in blocks.heads(original):
+        reference = torch.log_softmax(logits.float(), -1)
+        del logits
         for found, hidden in zip(parts, others, strict=True):
             (_, scores), *_ = blocks.heads(hidden[positions])
-            found.append(divergences(logits, scores))
+            found.append(_divergences(reference, scores))
     return [torch.cat(found) for found in parts]
 
 

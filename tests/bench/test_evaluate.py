@@ -36,7 +36,8 @@ def test_windows_by_parts(
     build: Path, tiny: Path, text: Path, whole: dict[str, QualityFigures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's figures to the last digit, onnxruntime's to the rounding of a read through the cache."""
-    monkeypatch.setattr(machine, "_LOGITS", 40 * 5120)
+    monkeypatch.setattr(machine, "_FEWEST", 1)
+    monkeypatch.setattr(machine, "_LOGITS", 10 * 5120)
     loaded: list[Path] = []
     real = load.load_model
     monkeypatch.setattr(load, "load_model", lambda folder, *rest: loaded.append(folder) or real(folder, *rest))
