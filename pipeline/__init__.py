@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "tune", "verify"]
 
 
-def build(source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, **options: object) -> Artifact:
+def build(
+    source: str | Path, out: str | Path | None = None, *, recipe: str | None = None, effort: str = "balanced", **options: object
+) -> Artifact:
     """Run every stage of a recipe and return the ONNX artifact; a build that was interrupted goes on where it stopped.
 
     source: a folder with config.json and safetensors, a .gguf file, a hub id, or "reference" (the embedded model).
     out: default out/NAME. recipe: a YAML file or the name of a shipped one.
+    effort: "quick", "balanced" or "best", for what neither the recipe nor ``options`` say.
     options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
     Raises InputError, OptionError, OutputError, ProofError (a stage failed its own check and left nothing behind).
     """
@@ -42,7 +45,7 @@ def build(source: str | Path, out: str | Path | None = None, *, recipe: str | No
     from edgepress.pipeline.checkpoint.source import resolve
 
     name = recipe or recipes.recipe_for(str(source), options)
-    steps = recipes.plan(recipes.read(name), options)
+    steps = recipes.plan(recipes.read(name), options, effort)
     done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
     return recipes.shipped_artifact(done)
 

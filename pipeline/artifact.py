@@ -16,7 +16,7 @@ from typing import Literal, TypedDict
 
 from edgepress.pipeline.documents import DocumentError, short_line, shown, typed
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, leads_out, read_json, sha256, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, leads_out, link_or_copy, read_json, sha256, write_json
 from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
@@ -143,11 +143,14 @@ class Artifact:
             if not (self.path / name).is_file() or sha256(self.path / name) != known["sha256"]
         ]
 
-    def copy_to(self, out: Path) -> None:
-        """Copy the files that the manifest names into a folder, and nothing that lies beside them."""
+    def copy_to(self, out: Path, link: bool = False) -> None:
+        """Copy the files that the manifest names into a folder, and nothing that lies beside them.
+
+        link: as second names of the same files, for an ``out`` in which nothing is changed in place.
+        """
         for name in self.files:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(self.path / name, out / name)
+            (link_or_copy if link else shutil.copy2)(self.path / name, out / name)
 
     def identity(self) -> str:
         """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file (read once)."""

@@ -133,6 +133,17 @@ def journal_of(out: Path) -> Path:
     return out.parent / f".{name}.measured.jsonl"
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file in a second folder: a hard link, so that each folder is whole without the other; a copy on another disk.
+
+    Only for a file that edgepress wrote and that nothing changes in place: whoever writes to one writes to both.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def check_disk(out: Path, needed: int) -> None:
     """Raise OutputError when the disk that will hold ``out`` has fewer than ``needed`` bytes free."""
     parent = next(p for p in [out, *out.absolute().parents] if p.is_dir())

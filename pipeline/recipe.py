@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.documents import DocumentError, parse_yaml
+from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes
+from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes, write_json
 from edgepress.pipeline.flags import Options, make
 from edgepress.pipeline.lock import writing
+from edgepress.pipeline.machine import peak_memory
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     SELF,
@@ -71,8 +75,8 @@ def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, objec
     return {key: str(file.parent / expanded(str(value))) if key in texts else value for key, value in named.items()}
 
 
-def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]) -> Plan:
-    """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it).
+def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object], effort: str = DEFAULT) -> Plan:
+    """Options of every stage: the recipe's, overridden by flags (each goes to every stage that has it), the rest by ``effort``.
 
     An import, which a source that is no GGUF file does without, may come first; ``keep_codes`` adds it.
     Raises OptionError for an unknown stage or option, a bad value, stages whose formats do not follow each other,
@@ -95,6 +99,7 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         overrides = {key: value for key, value in flags.items() if key in names}
         unused -= set(overrides)
         options = {**_not_replaced(given, overrides), **overrides}
+        options |= settings(effort, name, options)
         planned.append((name, make(stage.options, options, f"option of {name}")))
         format = stages.format_of(*planned[-1])
     if unused:
@@ -178,6 +183,7 @@ def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
 def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
 
+    What it was expected to take and what it took stands in ``out/build.json``.
     Raises OutputError, which names it, when another edgepress writes there.
     """
     _check_no_artifact(out)  # before a lock lies in it
@@ -186,6 +192,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
 
 
 def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
+    begun = time.monotonic()
     original, importing = Artifact.load(source), ImportOptions()
     if isinstance(given := steps[0][1], ImportOptions):
         importing, steps = given, steps[1:]
@@ -210,12 +217,19 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
     if missing:  # a finished build may lie on a disk that is read-only
         check_disk(out, int(folder_bytes(source) * sum(missing)))
+    ahead = [step for step, folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
+    expected = expect(source, ahead, matmul_rate()) if ahead else None
+    if expected:
+        kept = len(steps) - len(ahead)
+        log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
             options = _with_comparisons(original, out, steps, done, options)
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
+    if expected:
+        _record_cost(out, expected, time.monotonic() - begun)
     return done
 
 
@@ -228,6 +242,15 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
     if isinstance(options, QuantizeOptions) and options.max_growth is not None:
         return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
     return options
+
+
+def _record_cost(out: Path, expected: Expectation, seconds: float) -> None:
+    """Expected beside taken, in build.json and in one line."""
+    memory = peak_memory()
+    taken = {"seconds": round(seconds), "memory_bytes": memory}
+    write_json(out / "build.json", {"expected": expected.facts(), "taken": taken})
+    used = "" if memory is None else f" and {memory / 1e9:.1f} GB in its largest process"
+    log.info("build: took %.0f min %02.0f s%s", seconds // 60, seconds % 60, used)
 
 
 def _check_no_artifact(out: Path) -> None:

@@ -17,6 +17,7 @@ from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.lock import writing
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import (
     SELF,
@@ -124,6 +125,7 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, format_of(name, options), (*source.steps, step), inputs)
         check_free(out)  # once more: the work may have taken hours
+    release_memory()
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)

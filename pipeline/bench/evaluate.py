@@ -10,15 +10,15 @@ from typing import Protocol
 
 import numpy as np
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityFigures, QualityJob, Scored, ScoringRow
+from edgepress.pipeline.machine import release_memory, rows_at_once
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import Decoder
 
-# The original's logits are kept rather than computed again for every row when they take less than this.
-KEEP_BYTES = 1 << 30
 GREEDY_PROMPTS = 8
 GREEDY_PROMPT_TOKENS = 64
 GREEDY_TOKENS = 32
+_Part = tuple[slice, np.ndarray]  # positions of a window, and their logits float32 (positions, vocabulary)
 
 
 def quality(job: QualityJob) -> Iterator[QualityEvent]:
@@ -28,24 +28,31 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
     """
     ids = [np.array(row, dtype=np.int64) for row in job.windows]
     models = _Models(job.trust_remote_code, job.target)
-    original = None if job.reference is None else _Original(models.torch(job.reference), ids)
+    prompts = _prompts(ids) if any(row.kind == "onnx" for row in job.rows) else []
+    original = None if job.reference is None else _Original(models.torch(job.reference), ids, prompts)
     for row in job.rows:
         with tempfile.TemporaryDirectory(prefix="edgepress-level-0-") as scratch:
             same = row.kind == "torch" and job.reference is not None and Path(row.folder) == Path(job.reference)
             model = None if same else models.open(row, Path(scratch))
             scores = Quality()
             for number, window in enumerate(ids):
-                truth = original(number) if original else None
-                logits = model.logits(window) if model else truth
-                assert logits is not None
-                scores.add(window, logits, truth)
+                parts = model.parts(window) if model else original.parts(number) if original else iter(())
+                for positions, logits in parts:
+                    if model is None or original is None:
+                        scores.add_part(window[1:][positions], logits, None if original is None else logits)
+                        continue
+                    for rows, truth in original.parts(number, positions):
+                        found = logits[rows.start - positions.start : rows.stop - positions.start]
+                        scores.add_part(window[1:][rows], found, truth)
                 yield QualityEvent(window=number + 1)
             matches = None
             if row.kind == "onnx" and original is not None and model is not None:
-                matches = _greedy_matches(original.model, model, ids) or None
+                matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
             yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode()))
+        del model
+        release_memory()
 
 
 def losses_of(scored: Scored) -> np.ndarray:
@@ -54,9 +61,9 @@ def losses_of(scored: Scored) -> np.ndarray:
 
 
 class _Model(Protocol):
-    """logits: ids (tokens,) to (tokens, vocabulary). greedy: the ``count`` tokens that follow ids."""
+    """parts: the logits of ids (tokens,), some positions after others. greedy: the ``count`` tokens that follow ids."""
 
-    def logits(self, ids: np.ndarray) -> np.ndarray: ...
+    def parts(self, ids: np.ndarray) -> Iterator[_Part]: ...
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]: ...
 
@@ -66,14 +73,13 @@ class _Torch:
 
     def __init__(self, folder: str, trust_remote_code: bool) -> None:
         from edgepress.pipeline.checkpoint.load import load_model
+        from edgepress.pipeline.metrics.torch_scores import Logits
 
         self._model = load_model(Path(folder), trust_remote_code)
-        self.vocabulary = int(self._model.config.vocab_size)
+        self.scoring = Logits(self._model)
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        from edgepress.pipeline.metrics.torch_scores import logits_of
-
-        return logits_of(self._model, ids)
+    def parts(self, ids: np.ndarray) -> Iterator[_Part]:
+        return self.scoring.parts(self.scoring.recorded(ids))
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]:
         from edgepress.pipeline.metrics.torch_scores import greedy_tokens
@@ -85,9 +91,12 @@ class _Onnx:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
+    def parts(self, ids: np.ndarray) -> Iterator[_Part]:
+        """A window whose logits would take too much memory is read in pieces through the cache."""
         self.decoder.reset()
-        return self.decoder.feed(ids, keep=0)
+        rows = rows_at_once(self.decoder.vocabulary, 4)
+        for first in range(0, len(ids), rows):
+            yield slice(first, min(first + rows, len(ids))), self.decoder.feed(ids[first : first + rows], keep=0)
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]:
         self.decoder.reset()
@@ -115,26 +124,28 @@ class _Models:
 
 
 class _Original:
-    """Logits of the original by window, computed once where they fit into KEEP_BYTES."""
+    """The original's logits by window, made as often as asked for from what left its last block; its blocks are freed.
 
-    def __init__(self, model: _Torch, windows: list[np.ndarray]) -> None:
-        self.model, self._windows = model, windows
-        needed = 4 * sum(len(row) for row in windows) * model.vocabulary
-        self._kept: dict[int, np.ndarray] | None = {} if needed <= KEEP_BYTES else None
+    greedy: its continuations of the prompts.
+    """
 
-    def __call__(self, number: int) -> np.ndarray:
-        if self._kept is None:
-            return self.model.logits(self._windows[number])
-        if number not in self._kept:
-            self._kept[number] = self.model.logits(self._windows[number])
-        return self._kept[number]
+    def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray]) -> None:
+        self.greedy = [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
+        self._scoring = model.scoring
+        self._recorded = [self._scoring.recorded(window) for window in windows]
+        self._scoring.drop_blocks()
+        release_memory()
+
+    def parts(self, number: int, positions: slice = slice(0, None)) -> Iterator[_Part]:
+        return self._scoring.parts(self._recorded[number], positions.start, positions.stop)
 
 
-def _greedy_matches(original: _Torch, model: _Model, windows: list[np.ndarray]) -> tuple[int, ...]:
-    """Greedy tokens in common before the first that differs, for the beginning of each of the first windows."""
+def _prompts(windows: list[np.ndarray]) -> list[np.ndarray]:
     room = max(2, min(GREEDY_PROMPT_TOKENS, max(len(row) for row in windows) - GREEDY_TOKENS))
-    matches = []
-    for prompt in [row[:room] for row in windows if len(row) >= room][:GREEDY_PROMPTS]:
-        pairs = zip(original.greedy(prompt, GREEDY_TOKENS), model.greedy(prompt, GREEDY_TOKENS), strict=True)
-        matches.append(next((i for i, (a, b) in enumerate(pairs) if a != b), GREEDY_TOKENS))
-    return tuple(matches)
+    return [row[:room] for row in windows if len(row) >= room][:GREEDY_PROMPTS]
+
+
+def _matches(original: list[list[int]], model: list[list[int]]) -> tuple[int, ...]:
+    """Greedy tokens in common before the first that differs, by prompt."""
+    pairs = [list(zip(*continued, strict=True)) for continued in zip(original, model, strict=True)]
+    return tuple(next((i for i, (a, b) in enumerate(pair) if a != b), len(pair)) for pair in pairs)

@@ -139,7 +139,9 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
     if "speed" in subject.failed:
         failed = f"not tried because the measurement of speed failed: {subject.failed['speed']}"
     shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), exported_from if level == 0 else None, failed)
-    if rows and level:
+    if rows and level and subject.wide:
+        subject.missing["stages.onnx_level_0"] = "left out: slow with 8-bit weights, and proven by the export"
+    elif rows and level:
         rows.append(replace(shipped, name="onnx_level_0", kind="onnx_level_0", exact=exported_from))
     return [*rows, shipped]
 

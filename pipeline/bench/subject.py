@@ -49,6 +49,12 @@ class Subject:
         return level if isinstance(level, int) else None
 
     @property
+    def wide(self) -> bool:
+        """Whether its blocks have 8-bit weights: with float activations such a graph takes minutes where others take seconds."""
+        bits = self._fact("bits")
+        return isinstance(bits, dict) and "8" in bits
+
+    @property
     def weight_bytes_per_token(self) -> int | None:
         """Bytes of weights that one decoding step reads; None where the export did not record them."""
         read = self._fact("weight_bytes_per_token")

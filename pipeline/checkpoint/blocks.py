@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.machine import rows_at_once
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -69,10 +70,29 @@ class Blocks:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
+    def heads(self, hidden: torch.Tensor, rows: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of one sequence's states (tokens, hidden) that leave the last block: which positions, and (positions, vocabulary).
+
+        They are the same numbers as those of ``logits``. rows: positions at a time (default: few enough for a small memory),
+        because the logits of a whole window of a large vocabulary take a gigabyte.
+        """
+        rows = rows or rows_at_once(self.model.config.get_text_config().vocab_size)
+        for first in range(0, len(hidden), rows):
+            positions = slice(first, min(first + rows, len(hidden)))
+            part = hidden[None, positions]
+            with self.entering(len(self), part):  # what the ids are is of no account: their embeddings go nowhere
+                logits = self.logits(torch.zeros(part.shape[:2], dtype=torch.long))[0]
+            yield positions, logits
+
+    def drop(self) -> None:
+        """Free the weights of the blocks: from now on nothing but ``heads`` works."""
+        for parameter in self.modules.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
     @contextmanager
     def without(self, removed: Sequence[int]) -> Iterator[None]:
-        """Within the context the blocks ``removed`` hand their input on unchanged."""
-        with self._replaced(dict.fromkeys(removed)):
+        """Within the context the blocks ``removed`` hand their input on unchanged, unless they are replaced already."""
+        with self._replaced({index: None for index in removed if "forward" not in self.modules[index].__dict__}):
             yield
 
     @contextmanager
@@ -128,14 +148,17 @@ class Blocks:
 
             return forward
 
-        changed = [index for index in given if "forward" not in self.modules[index].__dict__]  # contexts may be nested
-        for index in changed:
+        former = {index: self.modules[index].__dict__.get("forward") for index in given}  # contexts may be nested
+        for index in given:
             self.modules[index].forward = hand_on(index)
         try:
             yield
         finally:
-            for index in changed:
-                del self.modules[index].forward
+            for index, forward in former.items():
+                if forward is None:
+                    del self.modules[index].forward
+                else:
+                    self.modules[index].forward = forward
 
     def _extra_outputs(self) -> list[int | None]:
         """For each block the length of its output tuple less one, None where it returns a bare tensor."""

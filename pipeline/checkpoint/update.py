@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from edgepress.pipeline.checkpoint.dtypes import dtype_of
-from edgepress.pipeline.checkpoint.shards import rows_of, shards
+from edgepress.pipeline.checkpoint.shards import INDEX, rows_of, shards
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, read_json, write_json
+from edgepress.pipeline.files import JsonObject, link_or_copy, read_json, write_json
 from edgepress.pipeline.text.tokenizer import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -50,6 +50,13 @@ def without_code(content: JsonObject) -> JsonObject:
     if "tokenizer_class" in plain and tokenizer_class_from_name(str(plain["tokenizer_class"])) is None:
         plain["tokenizer_class"] = "PreTrainedTokenizerFast"
     return plain
+
+
+def link_weights(source: Path, out: Path) -> None:
+    """The weights of ``source`` as a second name of the same files, which nothing may change in place from then on."""
+    index = source / INDEX
+    for file in (*shards(source), *([index] if index.is_file() else [])):
+        link_or_copy(file, out / file.name)
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:

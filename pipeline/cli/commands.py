@@ -45,7 +45,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     interrupt.install_handlers()
     if warning := double_runtime():
         say(f"warning: {warning}")
-    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "prompt")
+    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     if options.debug:
@@ -72,7 +72,7 @@ def _resolved(flags: Flags) -> Flags:
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
     chosen = options.recipe or recipe.recipe_for(options.source, flags)
-    steps = recipe.plan(recipe.read(chosen), _resolved(flags))
+    steps = recipe.plan(recipe.read(chosen), _resolved(flags), options.effort)
     source = resolve(options.source)
     out = options.out or recipe.default_out(options.source)
     done = recipe.build(source, out, steps)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgepress.models.real import REAL_MODELS
+from edgepress.pipeline.effort import DEFAULT
+from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
@@ -59,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)"
     )
+    build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
+        "how much time choices and measurements may take, for what the recipe and flags leave open: "
+        + "; ".join(f"{name} ({text})" for name, text in EFFORT_HELP.items()) + f" (default: {DEFAULT})"))  # fmt: skip
     add_flags(build, *(stage.options for stage in STAGES.values()))
 
     for name, stage in STAGES.items():

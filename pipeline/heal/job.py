@@ -44,7 +44,7 @@ class HealJob:
 
     def loss(self) -> float:
         """Mean over the texts of ``selection`` of the student's loss, in nats a token."""
-        return float(np.mean([mean_loss(self.student.model, windows) for windows in self.selection]))
+        return float(np.mean([mean_loss(self.student, windows) for windows in self.selection]))
 
     def starts(self) -> np.ndarray:
         """Where each window begins among the rows of ``teacher``, and where the last one ends."""

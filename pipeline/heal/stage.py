@@ -42,7 +42,7 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> JsonObject:
     original = Checkpoint(options.original, options.trust_remote_code)
     kept = kept_layers(source, original)
     check_original(Checkpoint(source.path, options.trust_remote_code), original)
-    source.copy_to(out)
+    source.copy_to(out, link=options.healer == "none" or not gaps_of(kept, original.layers))
     return heal_checkpoint(Checkpoint(out, options.trust_remote_code), original, kept, options)
 
 
@@ -100,7 +100,7 @@ def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> O
     """One method: healed in memory, judged, and written only if both texts are better for it."""
     model = job.student.model
     former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    before = [mean_loss(model, windows) for windows in (texts.judging, texts.other)]
+    before = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     try:
         details: JsonObject = load(HEALERS[method])(job)
     except ModelError as error:
@@ -108,7 +108,7 @@ def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> O
         log.warning("warning: %s cannot heal this model: %s", method, error)
     changed = {name: parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, former[name])}
     _round_as_stored(changed, pruned.path)
-    after = [mean_loss(model, windows) for windows in (texts.judging, texts.other)]
+    after = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     held_out, other = (Change(*pair) for pair in zip(before, after, strict=True))
     outcome = Outcome(method, len(changed), held_out, other, details)
     if outcome.accepted:

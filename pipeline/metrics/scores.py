@@ -43,14 +43,18 @@ class Quality:
 
     def add(self, ids: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
         """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original, summed in float64."""
-        for first in range(0, len(ids) - 1, _ROWS):
-            rows = slice(first, min(first + _ROWS, len(ids) - 1))
-            scores, following = log_softmax(logits[rows]), ids[1:][rows]
-            self.losses.append(-scores[np.arange(len(following)), following])
+        self.add_part(ids[1:], logits, original)
+
+    def add_part(self, following: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
+        """Score positions by the ids that follow them; what the last position of a window gives has none and is left out."""
+        for first in range(0, len(following), _ROWS):
+            rows = slice(first, min(first + _ROWS, len(following)))
+            scores, true = log_softmax(logits[rows]), following[rows]
+            self.losses.append(-scores[np.arange(len(true)), true])
             if original is not None:
                 reference = log_softmax(original[rows])
                 self.divergences.append((np.exp(reference) * (reference - scores)).sum(-1))
-                self.changes.append(self.losses[-1] + reference[np.arange(len(following)), following])
+                self.changes.append(self.losses[-1] + reference[np.arange(len(true)), true])
                 self.agreements.append(reference.argmax(-1) == scores.argmax(-1))
 
     def figures(self) -> QualityFigures:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 
 import numpy as np
 import torch
 from edgepress.models.rotary import switches
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.text.windows import padded
 from transformers import PreTrainedModel
 
-_ROWS = 256  # positions whose probabilities are in memory at once
-_LOGITS = 2**26  # float32 logits of a batch: a quarter of a gigabyte
+# A batch of windows has positions for so many logits, which are never made all at once.
+_LOGITS = 2**26
 
 
 def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Windows in order as ids (batch, tokens), padded on the right, and which of them are real.
 
-    At most 8 windows at a time, few enough for the logits of a large vocabulary to fit a small memory.
+    At most 8 windows at a time, fewer where the vocabulary is large.
     """
     size = int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
     changes = switches(model.config)  # a row beside a longer one would be read with that one's rotary frequencies
@@ -51,33 +56,91 @@ def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[i
     return tokens
 
 
-def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood in nats, float32 (batch, tokens - 1), of every id after the first of its window."""
-    losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
-    for row in range(len(ids)):
-        for first in range(0, losses.shape[1], _ROWS):
-            rows = slice(first, min(first + _ROWS, losses.shape[1]))
-            losses[row, rows] = torch.nn.functional.cross_entropy(logits[row, rows].float(), ids[row, 1:][rows], reduction="none")
-    return losses
+class Logits:
+    """Logits of a torch model by rows, made from what leaves its last block; whole windows where its blocks cannot be told."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._blocks = model, None
+        with suppress(ModelError):
+            self._blocks = Blocks(model)
+
+    def recorded(self, ids: np.ndarray) -> torch.Tensor:
+        """What the logits of ids (tokens,) are made from: the states (tokens, hidden) that leave the last block, or the ids."""
+        if self._blocks is None:
+            return torch.from_numpy(ids)
+        last = len(self._blocks)
+        return self._blocks.states(torch.from_numpy(ids)[None], [last])[last][0]
+
+    def drop_blocks(self) -> None:
+        """Free what only ``recorded`` needs."""
+        if self._blocks is not None:
+            self._blocks.drop()
+
+    def parts(self, recorded: torch.Tensor, begin: int = 0, end: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Logits float32 of the positions ``begin`` to ``end`` (default: all): which positions, and (positions, vocabulary)."""
+        end = len(recorded) if end is None else min(end, len(recorded))
+        if self._blocks is None:
+            yield slice(begin, end), logits_of(self._model, recorded.numpy())[begin:end]
+            return
+        for positions, logits in self._blocks.heads(recorded[begin:end]):
+            yield slice(begin + positions.start, begin + positions.stop), logits.numpy()
+
+
+def next_token_losses(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats, float32 (positions,), of the true next ids; logits (positions, vocabulary)."""
+    return torch.nn.functional.cross_entropy(logits.float(), following, reduction="none")
 
 
 def divergences(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(original || model) in nats, float32 (positions,), of logits (positions, vocabulary)."""
-    rows = []
-    for first in range(0, len(logits), _ROWS):
-        reference, scores = (torch.log_softmax(part[first : first + _ROWS].float(), -1) for part in (original, logits))
-        rows.append((reference.exp() * (reference - scores)).sum(-1))
-    return torch.cat(rows)
+    return _divergences(torch.log_softmax(original.float(), -1), logits)
 
 
-def mean_loss(model: PreTrainedModel, windows: list[np.ndarray]) -> float:
+def _divergences(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The same of the original's log-probabilities. In place: every array here is as large as the logits."""
+    scores = torch.log_softmax(logits.float(), -1)
+    return torch.sub(reference, scores, out=scores).mul_(reference.exp()).sum(-1)
+
+
+def exact_losses(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarray:
+    """Loss in nats of every token after the first of its window, float64 (tokens,), summed in float64 as Quality has it."""
+    scores = Quality()
+    for ids in windows:
+        hidden = blocks.states(torch.from_numpy(ids)[None], [len(blocks)])[len(blocks)][0, :-1]
+        for positions, logits in blocks.heads(hidden):
+            scores.add_part(ids[1:][positions], logits.numpy(), None)
+    return np.concatenate(scores.losses)
+
+
+def losses(blocks: Blocks, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Losses (tokens - 1,) of one sequence of ids (tokens,) from the states (tokens, hidden) that leave the last block."""
+    parts = [next_token_losses(logits, ids[1:][positions]) for positions, logits in blocks.heads(hidden[:-1])]
+    return torch.cat(parts)
+
+
+def divergences_of(blocks: Blocks, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
+    """KL(original || other) of each of ``others``, float32 (tokens,), from states (tokens, hidden) that leave the last block."""
+    parts: list[list[torch.Tensor]] = [[] for _ in others]
+    for positions, logits in blocks.heads(original):
+        reference = torch.log_softmax(logits.float(), -1)
+        del logits
+        for found, hidden in zip(parts, others, strict=True):
+            (_, scores), *_ = blocks.heads(hidden[positions])
+            found.append(_divergences(reference, scores))
+    return [torch.cat(found) for found in parts]
+
+
+def mean_loss(model: PreTrainedModel | Blocks, windows: list[np.ndarray]) -> float:
     """Mean loss in nats over every token after the first of its window."""
+    blocks = model if isinstance(model, Blocks) else Blocks(model)
     nats, scored = 0.0, 0
     with torch.inference_mode():
-        for ids, real in progress(batches(model, windows), "loss", "batch"):
-            scoring = real[:, 1:]
-            losses = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids)
-            nats, scored = nats + float(losses[scoring].double().sum()), scored + int(scoring.sum())
+        for ids, real in progress(batches(blocks.model, windows), "loss", "batch"):
+            hidden = blocks.states(ids, [len(blocks)])[len(blocks)]
+            found = torch.cat(
+                [losses(blocks, row[keep], states[keep]) for row, states, keep in zip(ids, hidden, real, strict=True)]
+            )
+            nats, scored = nats + float(found.double().sum()), scored + len(found)
     return nats / scored
 
 

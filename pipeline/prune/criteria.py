@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from edgepress.pipeline.checkpoint.blocks import Blocks
-from edgepress.pipeline.metrics.torch_scores import batches, divergences, mean_loss
+from edgepress.pipeline.metrics.torch_scores import batches, divergences_of, mean_loss
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.prune.influence import Influence, measure_influence
@@ -105,10 +106,10 @@ def _within(
 ) -> tuple[list[int], list[PathStep]]:
     """The last of the growing ``sets`` that keeps the held-out loss within ``limit`` nats a token, and the sets tried."""
     removed, path = list[int](), list[PathStep]()
-    before = mean_loss(blocks.model, held_out)
+    before = mean_loss(blocks, held_out)
     for layers in sets:
         with blocks.without(layers):
-            growth = mean_loss(blocks.model, held_out) - before
+            growth = mean_loss(blocks, held_out) - before
         path.append(PathStep(layers, growth))
         log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, layers)), growth)
         if growth > limit:
@@ -171,19 +172,28 @@ def _costs(search: Search, removed: list[int], candidates: list[int], label: str
 
     All candidates share the blocks before them: each starts from the state that enters it in the model without ``removed``.
     """
-    blocks, sums, tokens = search.blocks, dict.fromkeys(candidates, 0.0), 0
+    blocks, last, sums, tokens = search.blocks, len(search.blocks), dict.fromkeys(candidates, 0.0), 0
     parts = batches(blocks.model, search.windows)
     with bar(label, len(parts) * len(candidates), "trial") as shown:
         for ids, real in parts:
-            original = blocks.logits(ids)[real]
+            original = blocks.states(ids, [last])[last]
             with blocks.without(removed):
                 states = blocks.states(ids, candidates)
+            leaving = []
             for index in candidates:
                 with blocks.entering(index + 1, states[index]), blocks.without(removed):
-                    sums[index] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
+                    leaving.append(blocks.states(ids, [last])[last])
                 shown.update()
+            for index, found in zip(candidates, _divergences(blocks, original, leaving, real), strict=True):
+                sums[index] += found
             tokens += int(real.sum())
     return {index: total / tokens for index, total in sums.items()}
+
+
+def _divergences(blocks: Blocks, original: torch.Tensor, others: list[torch.Tensor], real: torch.Tensor) -> list[float]:
+    """Sums of KL(original || other) over real tokens, from the states (batch, tokens, hidden) that leave the last block."""
+    rows = divergences_of(blocks, original[real], [hidden[real] for hidden in others])
+    return [float(found.double().sum()) for found in rows]
 
 
 def _best_of(search: Search, removed: list[int]) -> list[int]:
@@ -204,14 +214,15 @@ def _best_of(search: Search, removed: list[int]) -> list[int]:
 
 def kl_without(blocks: Blocks, sets: list[list[int]], windows: list[np.ndarray]) -> list[float]:
     """Mean KL(original || model without the blocks of a set) in nats a token, for each set."""
-    sums, tokens = [0.0] * len(sets), 0
+    last, sums, tokens = len(blocks), np.zeros(len(sets)), 0
     for ids, real in batches(blocks.model, windows):
-        original = blocks.logits(ids)[real]
-        for number, removed in enumerate(sets):
+        original, leaving = blocks.states(ids, [last])[last], []
+        for removed in sets:
             with blocks.without(removed):
-                sums[number] += float(divergences(original, blocks.logits(ids)[real]).double().sum())
+                leaving.append(blocks.states(ids, [last])[last])
+        sums += _divergences(blocks, original, leaving, real)
         tokens += int(real.sum())
-    return [total / tokens for total in sums]
+    return [float(total) / tokens for total in sums]
 
 
 def _first_tokens(windows: list[np.ndarray], budget: int) -> list[np.ndarray]:

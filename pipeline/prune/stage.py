@@ -12,8 +12,9 @@ import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.update import carry_files, link_weights
 from edgepress.pipeline.errors import ProofError
-from edgepress.pipeline.files import JsonObject, folder_bytes, sha256
+from edgepress.pipeline.files import JsonObject, folder_bytes, sha256, write_json
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss, perplexity
 from edgepress.pipeline.options import PruneOptions
@@ -33,7 +34,8 @@ class _Plan:
     """What was chosen on the original, and what the pruned checkpoint must compute.
 
     config: config.json without the removed blocks. block_list: name of the list of blocks. loss: on held-out text, nats a token.
-    probe: token ids (1, tokens). logits: of the probe with the removed blocks skipped, (1, tokens, vocabulary).
+    probe: token ids (1, tokens). logits: of the probe with the removed blocks skipped, (1, tokens, vocabulary),
+    None where none is removed. layers: of the original.
     """
 
     influence: Influence
@@ -43,7 +45,8 @@ class _Plan:
     parameters: int
     loss: float
     probe: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
+    layers: int
 
 
 def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
@@ -64,16 +67,17 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     options = with_text(options, source.path)
     ranking, held_out = calibration(source.path, options)
     plan = _plan(checkpoint, options, ranking, held_out)
-    remove_blocks(checkpoint, out, plan.block_list, _others(layers, plan.choice.removed), plan.config)
-    pruned = Checkpoint(out, options.trust_remote_code).model()
-    _prove(plan, pruned, source.family)
-    perplexities = [perplexity(loss) for loss in (plan.loss, mean_loss(pruned, held_out))]
+    if plan.choice.removed:
+        parameters, loss = _written(checkpoint, source.family, out, plan, held_out)
+    else:
+        parameters, loss = _kept(checkpoint, out, plan, bool(source.steps))
+    perplexities = [perplexity(plan.loss), perplexity(loss)]
     _report(plan.choice.removed, layers, perplexities)
     facts = (
         read
         | _choice_facts(options, plan, layers)
         | {
-            "parameters": [plan.parameters, pruned.num_parameters()],
+            "parameters": [plan.parameters, parameters],
             "bytes": [folder_bytes(source.path), folder_bytes(out)],
             "held_out_perplexity": perplexities,
             "evaluations": plan.choice.evaluations,
@@ -99,18 +103,40 @@ def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarra
     influence = measure_influence(blocks, ranking, _run_lengths(options, amount))
     choice = choose(options, amount, blocks, influence, ranking, held_out)
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed))
-    loss = mean_loss(model, held_out)
+    loss = mean_loss(blocks, held_out)
     warn_unless_readable(loss, model.config.vocab_size, options.calibration)
     probe = torch.from_numpy(ranking[0])[None]
-    with blocks.without(choice.removed):
-        logits = blocks.logits(probe)
-    return _Plan(influence, choice, config, blocks.name, model.num_parameters(), loss, probe, logits)
+    logits = None
+    if choice.removed:
+        with blocks.without(choice.removed):
+            logits = blocks.logits(probe)
+    return _Plan(influence, choice, config, blocks.name, model.num_parameters(), loss, probe, logits, checkpoint.layers)
+
+
+def _written(checkpoint: Checkpoint, family: str, out: Path, plan: _Plan, held_out: list[np.ndarray]) -> tuple[int, float]:
+    """Write the checkpoint without the chosen blocks, prove it, and return its parameters and its loss on held-out text."""
+    remove_blocks(checkpoint, out, plan.block_list, _others(plan.layers, plan.choice.removed), plan.config)
+    pruned = Checkpoint(out, checkpoint.trust_remote_code).model()
+    _prove(plan, pruned, family)
+    return pruned.num_parameters(), mean_loss(pruned, held_out)
+
+
+def _kept(checkpoint: Checkpoint, out: Path, plan: _Plan, ours: bool) -> tuple[int, float]:
+    """The checkpoint as it is: weights that edgepress wrote (``ours``) are not written again, and nothing is measured twice."""
+    if ours:
+        link_weights(checkpoint.path, out)
+    else:
+        checkpoint.rewrite(out, lambda name: name)
+    carry_files(checkpoint.path, out, checkpoint.trust_remote_code)
+    write_json(out / "config.json", plan.config)
+    return plan.parameters, plan.loss
 
 
 def _prove(plan: _Plan, pruned: torch.nn.Module, family: str) -> None:
     """Raise ProofError unless the reloaded checkpoint computes what the original does with the removed blocks skipped."""
     with torch.inference_mode():
         logits = pruned(input_ids=plan.probe, use_cache=False).logits
+    assert plan.logits is not None
     if not torch.equal(logits, plan.logits):
         raise ProofError(
             f"without layers {plan.choice.removed} the written checkpoint's logits differ from the original's with those layers "

@@ -13,12 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.blocks import block_linears
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.metrics.readable import warn_unless_readable
-from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
-from edgepress.pipeline.metrics.torch_scores import logits_of
+from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
@@ -60,8 +59,9 @@ class _Trial:
         checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.model, self.options, self.path = checkpoint.model(), options, source.path
         self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
-        self.references = [logits_of(self.model, ids) for ids in progress(self.windows, "bits", "window")]
-        warn_unless_readable(mean_loss_of(self.windows, self.references), self.model.config.vocab_size, options.calibration)
+        self.blocks, self.weights = Blocks(self.model), checkpoint.index
+        self.losses = exact_losses(self.blocks, progress(self.windows, "bits", "window"))
+        warn_unless_readable(float(self.losses.mean()), self.model.config.vocab_size, options.calibration)
         self.kept = checkpoint.weights.matrices  # codes of a GGUF file
         self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
         if not self.modules:
@@ -79,11 +79,9 @@ class _Trial:
 
     def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
-        with rounded(self.modules, forms, self.options.symmetric):
-            scores = Quality()
-            for ids, reference in zip(progress(self.windows, f"{bits} bits", "window"), self.references, strict=True):
-                scores.add(ids, logits_of(self.model, ids), reference)
-        self.growth[bits] = round(math.expm1(min(factor * scores.loss_change()[0], 50.0)), 5)
+        with rounded(self.modules, forms, self.options.symmetric, self.weights):
+            losses = exact_losses(self.blocks, progress(self.windows, f"{bits} bits", "window"))
+        self.growth[bits] = round(math.expm1(min(factor * float((losses - self.losses).mean()), 50.0)), 5)
         return self.growth[bits]
 
     def all(self, form: Form) -> dict[str, Form]:

@@ -7,13 +7,10 @@ from its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import logging
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, shards
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.registry import version
@@ -76,7 +74,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
         _run(replace(settings, model=str(_float_source(job))))
-    _release_memory()
+    release_memory()
     return read_checkpoint(folder / "model", job.linears)
 
 
@@ -196,14 +194,6 @@ def _source_folder(checkpoint: Path, out: Path, trusted: bool) -> Path:
         places = {name: header.file.name for header in ShardIndex(files).headers for name in header.entries}
         write_json(out / INDEX, {"metadata": {}, "weight_map": places})
     return out
-
-
-def _release_memory() -> None:
-    """Return free memory to the system: glibc keeps what gptqmodel has freed, and the stage goes on in this process."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:

@@ -66,6 +66,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         "calibration": _calibration(used, options),
         "calibration_positions": sum(len(row) for row in used),
         **_sizes(linears),
+        **_other_blocks(linears, options.group),
         "relative_error": errors,
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
@@ -109,6 +110,18 @@ def _sizes(linears: dict[str, PackedLinear]) -> JsonObject:
             n: x.groups * x.group_size - x.shape[1] for n, x in linears.items() if not x.codebook and x.shape[1] % x.group_size
         },
     }
+
+
+def _other_blocks(linears: dict[str, PackedLinear], group: int) -> JsonObject:
+    """Matrices whose scales are not for ``group`` weights each, by the length of their blocks; said in one line."""
+    other: dict[str, list[str]] = {}
+    for name, linear in linears.items():
+        if linear.group_size != group and group > 0:
+            other.setdefault(str(linear.group_size), []).append(name)
+    for block, names in other.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        log.info("quantize: blocks of %s instead of %d in %s (%d wide)%s", block, group, names[0], linears[names[0]].shape[1], more)
+    return {"other_blocks": other} if other else {}
 
 
 def _kept_float(model: PreTrainedModel, linears: dict[str, PackedLinear]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from transformers.pytorch_utils import Conv1D
@@ -68,18 +69,38 @@ def matrix_of(module: torch.nn.Linear | Conv1D) -> torch.Tensor:
 
 @contextmanager
 def rounded(
-    modules: Mapping[str, torch.nn.Linear | Conv1D], forms: Mapping[str, tuple[int, int]], symmetric: bool = False
+    modules: Mapping[str, torch.nn.Linear | Conv1D],
+    forms: Mapping[str, tuple[int, int]],
+    symmetric: bool = False,
+    stored: ShardIndex | None = None,
 ) -> Iterator[None]:
-    """Within the context the modules in ``forms`` have the weights that rounding to these bits and group sizes leaves."""
-    kept = {name: modules[name].weight.detach().clone() for name in forms}
+    """Within the context the modules in ``forms`` have the weights that rounding to these bits and group sizes leaves.
+
+    stored: the files that the weights came from. What they hold as it is in memory is read again afterwards, not kept: the blocks
+    of a whole model need not be in memory twice.
+    """
+    former: dict[str, torch.Tensor | None] = {}  # None: in the files
     try:
         with torch.no_grad():
             for name, (bits, group_size) in forms.items():
                 module = modules[name]
+                former[name] = None if _is_stored(name, module.weight, stored) else module.weight.detach().clone()
                 restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, symmetric).dequantized()
                 module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
         yield
     finally:
         with torch.no_grad():
-            for name, weight in kept.items():
+            for name, weight in former.items():
+                if weight is None:
+                    assert stored is not None
+                    weight = stored.tensor(f"{name}.weight")
                 modules[name].weight.copy_(weight)
+
+
+def _is_stored(name: str, weight: torch.Tensor, stored: ShardIndex | None) -> bool:
+    """Whether these very numbers are in the files under this name: transformers renames and transposes some."""
+    file_name = f"{name}.weight"
+    if stored is None or file_name not in stored:
+        return False
+    tensor = stored.tensor(file_name)
+    return tensor.shape == weight.shape and torch.equal(tensor.to(weight.dtype), weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import Blocks
@@ -26,3 +27,20 @@ def test_skipped_blocks_cost_nothing_and_come_back(reference: Path) -> None:
     assert runs == [i for i in range(16) if i not in (3, 7)]
     assert torch.equal(before, blocks.logits(ids))
     assert read_json(reference / "config.json")["num_hidden_layers"] == len(blocks)
+
+
+@pytest.mark.parametrize("removed", [[], [3, 15]])
+def test_the_head_by_rows_gives_the_logits(reference: Path, removed: list[int]) -> None:
+    """Bit for bit those of the whole window, also where the last block is skipped, and never more of them than asked for."""
+    blocks = Blocks(load_model(reference))
+    ids = torch.from_numpy(text_windows(CALIBRATION_TEXT, reference, budget=100, length=100)[0])[None]
+    sizes: list[int] = []
+    with blocks.without(removed):
+        whole = blocks.logits(ids)[0]
+        states = blocks.states(ids, [16])[16][0]
+        handle = blocks.model.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.append(output.shape[1]))
+        parts = list(blocks.heads(states, rows=32))
+        handle.remove()
+        assert torch.equal(blocks.logits(ids)[0], whole)
+    assert [(part.start, part.stop) for part, _ in parts] == [(0, 32), (32, 64), (64, 96), (96, 100)]
+    assert torch.equal(torch.cat([logits for _, logits in parts]), whole) and sizes == [32, 32, 32, 4]

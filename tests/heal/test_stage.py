@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,3 +80,23 @@ def test_no_text_judges_what_it_taught(
 def test_nothing_removed_nothing_healed(reference: Path, tmp_path: Path, options: Callable[..., HealOptions]) -> None:
     facts = heal_checkpoint(Checkpoint(tmp_path), Checkpoint(reference), list(range(16)), options(reference))
     assert not facts["accepted"] and facts["why"] == "no layer was removed"
+
+
+def test_an_unchanged_checkpoint_is_not_written_again(
+    tiny: Path, text: Path, tmp_path: Path, options: Callable[..., HealOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer removed: the folders that edgepress wrote share the weights, a user's own is copied, and each is whole alone."""
+    loads: list[Path] = []
+    model = Checkpoint.model
+    monkeypatch.setattr(Checkpoint, "model", lambda self: loads.append(self.path) or model(self))
+    nothing = PruneOptions(remove_count=0, shortlist=1, greedy_tokens=64, calibration=text, calibration_tokens=256)
+    pruned = stages.run("prune", Artifact.load(tiny), tmp_path / "pruned", nothing)
+    assert pruned.steps[-1].facts["removed_layers"] == [] and loads == [tiny]
+    again = stages.run("prune", pruned, tmp_path / "again", nothing)
+    healed = stages.run("heal", again, tmp_path / "healed", options(tiny))
+    weights = [folder / "model.safetensors" for folder in (tiny, pruned.path, again.path, healed.path)]
+    own, *ours = [(file.stat().st_dev, file.stat().st_ino) for file in weights]
+    assert len(set(ours)) == 1 and own not in ours
+    shutil.rmtree(again.path)
+    assert not healed.damaged() and not pruned.damaged() and sha256(weights[0]) == sha256(weights[3])
+    assert torch.equal(next(load_model(healed.path).parameters()), next(load_model(tiny).parameters()))

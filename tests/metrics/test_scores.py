@@ -16,7 +16,7 @@ def test_numpy_and_torch_agree() -> None:
     original, logits = (rng.normal(size=(300, 50)).astype(np.float32) for _ in range(2))
     quality = Quality()
     quality.add(ids, logits, original)
-    losses = next_token_losses(torch.from_numpy(logits)[None], torch.from_numpy(ids)[None])[0]
+    losses = next_token_losses(torch.from_numpy(logits[:-1]), torch.from_numpy(ids[1:]))
     kl = divergences(torch.from_numpy(original[:-1]), torch.from_numpy(logits[:-1]))
     assert np.concatenate(quality.losses) == pytest.approx(losses.numpy(), abs=1e-5)
     assert np.concatenate(quality.divergences) == pytest.approx(kl.numpy(), abs=1e-5)

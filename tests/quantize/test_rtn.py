@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from edgepress.pipeline.checkpoint.blocks import block_linears
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.quantize import rtn
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.text.windows import text_windows
@@ -107,3 +110,15 @@ def test_known_perplexities(
     assert found[0] == pytest.approx(whole, rel=0.005)
     assert whole * 1.005 < found[1] <= four
     assert found[1] * 1.1 < found[2] <= three
+
+
+def test_rounded_weights_come_back_from_the_files(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the context the modules are rounded, afterwards what the checkpoint stores; no second copy of them is kept."""
+    checkpoint, stored = Checkpoint(tiny), matrices(tiny)
+    linears = block_linears(checkpoint.model())
+    monkeypatch.setattr(torch.Tensor, "clone", None, raising=False)
+    with rtn.rounded(linears, 4, 32, checkpoint):
+        for name, module in linears.items():
+            found = round_to_nearest(name, stored[name], 4, 32, False).dequantized()
+            assert np.array_equal(module.weight.detach().numpy(), found)
+    assert all(np.array_equal(module.weight.detach().numpy(), stored[name]) for name, module in linears.items())

@@ -1,0 +1,119 @@
+"""What a build is expected to take on this machine: a simple model of the passes that each stage makes over its tokens.
+
+seconds = 2 x parameters x tokens x passes / rate, the rate that of a float32 matrix product measured here and now, plus what does
+not go with tokens. Dequantizing, hashing and writing are proportional to the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.flags import Options
+from edgepress.pipeline.options import (
+    PRUNE_TOKENS,
+    BenchOptions,
+    ExportOptions,
+    HealOptions,
+    PruneOptions,
+    QuantizeOptions,
+    TuneOptions,
+)
+
+_SIDE, _PRODUCTS = 1024, 8
+TRIAL_TOKENS, PROOF_TOKENS = 2048, 512  # of quantize/choose.py and text/windows.py, which load numpy
+SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
+BYTES_A_TOKEN = 4.0
+TUNE_PASSES = 4  # of a token that a tune stage learns from: there, back, the original's, what is judged
+EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
+START_S = 4.0  # for a process to import torch and transformers
+PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
+# How wrong the model has been on quiet and busy machines: the range that is printed.
+LEAST, MOST = 0.8, 1.4
+LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Wall-clock seconds, least and most, and bytes of memory at the peak."""
+
+    seconds: tuple[float, float]
+    memory: float
+
+    def line(self) -> str:
+        """``expect 4 to 6 minutes and about 1.5 GB of memory on this machine``."""
+        low, high = self.seconds
+        return f"expect {_duration(low, high)} and about {self.memory / 1e9:.1f} GB of memory on this machine"
+
+    def facts(self) -> JsonObject:
+        """As build.json has them."""
+        return {"seconds": [round(self.seconds[0]), round(self.seconds[1])], "memory_bytes": round(self.memory)}
+
+
+def _duration(low: float, high: float) -> str:
+    if high < 90:
+        return f"{max(1, round(low))} to {max(2, round(high))} seconds"
+    return f"{max(1, math.floor(low / 60))} to {math.ceil(high / 60)} minutes"
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of a float32 matrix product, the best of a few: half a second at most."""
+    import numpy as np
+
+    a, best = np.ones((_SIDE, _SIDE), dtype=np.float32), math.inf
+    for _ in range(_PRODUCTS):
+        begun = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begun)
+    return 2 * _SIDE**3 / best
+
+
+def expect(source: Path, steps: list[tuple[str, Options]], rate: float) -> Expectation:
+    """Of the stages ``steps`` on the checkpoint in the folder ``source``. rate: what ``matmul_rate`` measured."""
+    parameters = sum(math.prod(shape) for shape in ShardIndex.of(source).shapes.values())
+    removing = any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
+    low = high = 0.0
+    for _, options in steps:
+        least, most, fixed = _work(options, removing)
+        fixed += START_S + parameters / PARAMETERS_PER_S
+        token = 2 * parameters / (EFFICIENCY * rate)
+        low, high = low + least * token + fixed, high + most * token + fixed
+    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + 4 * parameters)
+
+
+def _tokens(budget: int, text: Path) -> float:
+    """Tokens of a text that will be read: ``budget``, or all there are."""
+    return min(budget, text.stat().st_size / BYTES_A_TOKEN if text.is_file() else budget)
+
+
+def _work(options: Options, removing: bool) -> tuple[float, float, float]:
+    """Tokens that a stage takes forward through the whole model, all passes together, least and most, and seconds besides."""
+    if isinstance(options, PruneOptions):
+        text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
+        rounds = 0 if options.remove_layers else options.remove_count or 2
+        # three quarters of the text rank, a quarter is held out and read twice
+        tokens = 1.25 * text + rounds * (1 + options.shortlist / 2) * options.greedy_tokens
+        return tokens, tokens, 0.0
+    if isinstance(options, HealOptions):
+        tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration) * removing
+        return tokens, tokens, 0.0
+    if isinstance(options, QuantizeOptions):
+        gptq = 0.0
+        if options.method == "gptq":
+            gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
+        if options.max_growth is None:
+            return gptq, gptq, 0.0
+        return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + gptq, 0.0  # more bits may be taken, which need no calibration
+    if isinstance(options, TuneOptions):
+        trained = TUNE_PASSES * (options.tune_tokens or 0)
+        return trained, trained, 0.0 if options.tune_tokens else 60 * options.minutes
+    if isinstance(options, ExportOptions):
+        return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
+    if isinstance(options, BenchOptions):
+        text, rows = _tokens(options.text_tokens, options.text), 2.0 + removing
+        return rows * text, (rows + 1 + removing) * text, options.repeats * 4.0 * (1 + removing)
+    return 0.0, 0.0, 0.0

@@ -1,0 +1,37 @@
+"""What work takes of this machine: memory given back, and how many logits are made at once."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from contextlib import suppress
+
+_LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
+_FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in another order
+
+
+def rows_at_once(vocabulary: int, times: int = 1) -> int:
+    """Positions whose logits are made at a time: those of a whole window of a large vocabulary would take a gigabyte.
+
+    times: so many times as many, where few copies are made of them.
+    """
+    return max(_FEWEST, times * _LOGITS // vocabulary)
+
+
+def peak_memory() -> int | None:
+    """Bytes of the largest of this process and those that it started and that ended, None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def release_memory() -> None:
+    """Return free memory to the system: glibc keeps what was freed, and the next stage or process needs it."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

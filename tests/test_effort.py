@@ -1,0 +1,76 @@
+"""--effort: a table of known options, overridden by whatever was said; and what a build is expected to take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgepress.models import CALIBRATION_TEXT
+from edgepress.pipeline import expectation
+from edgepress.pipeline.effort import EFFORTS, HELP, settings
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.recipe import plan, read
+from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.text import windows
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_every_setting_is_an_option_of_its_stage(effort: str) -> None:
+    assert effort in HELP
+    for stage, options in EFFORTS[effort].items():
+        given = dict(options, **({"remove_count": 1} if stage == "prune" else {}))
+        make(STAGES[stage].options, given)
+
+
+def test_without_a_word_builds_are_what_they_were() -> None:
+    """The shipped recipes, in the figures that they had before there was --effort."""
+    default, reference = (dict(plan(read(name), {})) for name in ("default", "reference"))
+    assert (default["prune"].shortlist, default["prune"].greedy_tokens) == (3, 1024)
+    assert (reference["prune"].shortlist, reference["prune"].greedy_tokens) == (8, 4096)
+    for steps in (default, reference):
+        assert steps["quantize"].calibration_tokens == 32768 and steps["prune"].calibration_tokens is None
+        assert (steps["bench"].repeats, steps["bench"].text_tokens) == (5, 16000)
+
+
+def test_what_was_said_goes_first() -> None:
+    """Flags and the recipe, each before the word."""
+    steps: Any = dict(plan({"prune": {"remove_count": 1, "greedy_tokens": 77}, "quantize": {}}, {"shortlist": 5}, "quick"))
+    assert (steps["prune"].greedy_tokens, steps["prune"].shortlist) == (77, 5)
+    assert steps["quantize"].calibration_tokens == 4096
+
+
+def test_another_text_is_taken_as_long_as_it_is() -> None:
+    """A number of tokens that nobody asked for must not be more than a user's text has."""
+    assert "calibration_tokens" not in settings("quick", "prune", {"calibration": Path("mine.txt")})
+    assert settings("quick", "prune", {})["calibration_tokens"] == 4096
+    assert CALIBRATION_TEXT.stat().st_size > 6 * 4096
+
+
+def test_an_unknown_word_is_one_line() -> None:
+    with pytest.raises(OptionError, match=r"unknown effort 'quik' \(did you mean 'quick'\?\); there are: quick, balanced, best"):
+        plan(read("default"), {}, "quik")
+
+
+def test_more_effort_is_expected_to_take_longer(reference: Path) -> None:
+    rate = 50e9
+    quick, balanced, best = (expect(reference, plan(read("default"), {}, word), rate) for word in ("quick", "balanced", "best"))
+    assert quick.seconds[0] < balanced.seconds[0] < best.seconds[0] and balanced.seconds[0] < balanced.seconds[1]
+    assert expect(reference, plan(read("default"), {}), 2 * rate).seconds[1] < balanced.seconds[1]
+    assert expect(reference, [], rate).seconds == (0, 0)
+    assert balanced.memory > 4 * 14e6
+
+
+def test_the_expectation_in_words() -> None:
+    assert Expectation((250, 350), 1.5e9).line() == "expect 4 to 6 minutes and about 1.5 GB of memory on this machine"
+    assert re.match("expect 20 to 60 seconds", Expectation((20, 60), 1e9).line())
+    assert matmul_rate() > 1e8
+
+
+def test_its_figures_are_those_of_the_stages() -> None:
+    """Written down a second time, because --help must not load numpy."""
+    assert (expectation.TRIAL_TOKENS, expectation.PROOF_TOKENS) == (choose.TRIAL_TOKENS, windows.PROOF_TOKENS)
