@@ -33,6 +33,7 @@ from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, SpeedJob, Spe
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.report.stats import ratio
+from edgepress.pipeline.text.windows import text_windows
 from engine_files import TITLES, build, process
 
 PROMPT, NEW_TOKENS = 128, 64
@@ -191,57 +192,24 @@ def quality_table(
     engines: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]], folder: Path, options: argparse.Namespace
 ) -> None:
     """KL against the original's logits, and perplexity, of each engine's own file over the same tokens."""
-    from edgepress.pipeline.checkpoint.load import load_model
-    from edgepress.pipeline.metrics.torch_scores import logits_of
-    from edgepress.pipeline.text.windows import text_windows
+    from engine_quality import quality, save_logits
 
     windows = text_windows(options.text, REFERENCE, budget=options.text_tokens)
-    original = load_model(REFERENCE)
-    truth = [logits_of(original, ids) for ids in windows]
     print(f"\n{sum(len(ids) - 1 for ids in windows):,} tokens of {options.text.name}\n")
     print("| engine | head | bits a block weight | file MB | MB per token | KL, nats | top-1 | perplexity | decode tok/s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    whole = quality(windows, truth, truth)
-    print(f"| original, torch float32 | | | | | 0 | 1 | {whole['perplexity']:.3f} | |")
-    for name, engine in engines.items():
-        if "missing" not in engine:
-            found = quality(windows, logits(engine, windows, folder, options), truth)
-            print(f"| {name} | {engine['head']} | {engine['block_bits']:.2f} | {engine['file_bytes'] / 1e6:.2f} |"
-                  f" {engine['bytes_per_token'] / 1e6:.2f} | {found['kl_mean']:.5f} | {found['top1_agreement']:.4f} |"
-                  f" {found['perplexity']:.3f} | {median(samples[name], 'decode'):.0f} |")  # fmt: skip
-
-
-def quality(windows: list[np.ndarray], found: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, float]:
-    from edgepress.pipeline.metrics.scores import Quality
-
-    scores = Quality()
-    for ids, own, original in zip(windows, found, truth, strict=True):
-        scores.add(ids, own, original)
-    return scores.figures()
-
-
-def logits(engine: dict[str, Any], windows: list[np.ndarray], folder: Path, options: argparse.Namespace) -> list[np.ndarray]:
-    """Of every position of every window, each computed by the engine itself."""
-    if engine["kind"] == "llama":
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            job = {"file": engine["file"], "windows": [ids.tolist() for ids in windows], "threads": options.threads}
-            process(options.llama, "llama_logits", job | {"out": f"{scratch}/logits.npy"})
-            return np.split(np.load(f"{scratch}/logits.npy"), np.cumsum([len(ids) for ids in windows])[:-1])
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(Path(engine["file"]) / "model.onnx"))
-    decoder = json.loads((Path(engine["file"]) / "genai_config.json").read_text())["model"]["decoder"]
-    nothing = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype=np.float32)
-    found = []
-    for ids in windows:
-        feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), dtype=np.int64)}
-        for one in session.get_inputs():
-            if one.name.startswith("past_key_values."):
-                feeds[one.name] = nothing
-        if engine["kind"] == "ours":
-            feeds["logits_to_keep"] = np.zeros(1, dtype=np.int64)
-        found.append(session.run(["logits"], feeds)[0][0])
-    return found
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        truth, own = Path(scratch) / "truth.npy", Path(scratch) / "own.npy"
+        save_logits({"kind": "torch", "file": str(REFERENCE)}, windows, truth, options.llama, options.threads)
+        whole = quality(windows, truth, truth)
+        print(f"| original, torch float32 | | | | | 0 | 1 | {whole['perplexity']:.3f} | |")
+        for name, engine in engines.items():
+            if "missing" not in engine:
+                save_logits(engine, windows, own, options.llama, options.threads)
+                found = quality(windows, own, truth)
+                print(f"| {name} | {engine['head']} | {engine['block_bits']:.2f} | {engine['file_bytes'] / 1e6:.2f} |"
+                      f" {engine['bytes_per_token'] / 1e6:.2f} | {found['kl_mean']:.5f} | {found['top1_agreement']:.4f} |"
+                      f" {found['perplexity']:.3f} | {median(samples[name], 'decode'):.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def build(shape: str, folder: Path, llama: str) -> dict[str, dict[str, Any]]:
     except ImportError:
         engines["model builder, int4"] = {"missing": GENAI_PIP}
     known = subprocess.run([llama, "-c", "import llama_cpp, gguf"], capture_output=True).returncode == 0
-    gguf = once(folder / "gguf", lambda out: convert(source, out, llama)) if known else None
+    gguf = once(folder / "gguf", lambda out: convert(source, out, llama, ("Q4_0", "Q4_K_M"))) if known else None
     found = json.loads((gguf / "files.json").read_text()) if gguf else {}
     for name in ("Q4_0", "Q4_K_M"):
         row = {"kind": "llama", "file": str(gguf / f"{name}.gguf")} | found[name] if gguf else {"missing": LLAMA_PIP}
@@ -147,9 +147,11 @@ def builder(source: Path, out: Path) -> None:
             sys.exit(f"the model builder failed on {source}")
 
 
-def convert(source: Path, out: Path, llama: str) -> None:
+def convert(source: Path, out: Path, llama: str, types: Sequence[str]) -> None:
+    """TYPE.gguf of every type in ``out``, and files.json, which describes them."""
     out.mkdir()
-    (out / "files.json").write_text(json.dumps(process(llama, "convert", {"folder": str(source), "out": str(out)})))
+    job = {"folder": str(source), "out": str(out), "types": list(types)}
+    (out / "files.json").write_text(json.dumps(process(llama, "convert", job)))
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -170,7 +172,8 @@ def described(folder: Path) -> dict[str, Any]:
                 weights += rows * columns
                 bits += 8 * sum(v.const_value.nbytes for v in node.inputs[1:] if v is not None and v.const_value is not None)
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    return {"bytes_per_token": weight_bytes_per_token(model), "head": head, "block_bits": bits / weights, "file_bytes": size}
+    block_bits = bits / weights if weights else 32.0
+    return {"bytes_per_token": weight_bytes_per_token(model), "head": head, "block_bits": block_bits, "file_bytes": size}
 
 
 def process(python: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What benchmarks/engines/compare.py runs in processes of their own: the engines that are not ours. Needs no edgepress.
+"""What the scripts beside it run in processes of their own: the engines that are not ours. Needs no edgepress.
 
     PYTHON engine_process.py KIND JOB.json      (prints one JSON object)
 
-convert, llama_speed and llama_logits need llama-cpp-python and gguf, genai_speed needs onnxruntime-genai.
+convert, requantize, llama_speed and llama_logits need llama-cpp-python and gguf, genai_speed onnxruntime-genai, torch_logits
+transformers.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_writer
 import numpy as np
 
 WARM_UP_TOKENS, PREFILLS = 8, 3  # as edgepress.pipeline.bench.worker has them
 CONTEXT = 512
-FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}  # enum llama_ftype
 
 
 def main() -> None:
@@ -29,94 +30,19 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print what they like
     kinds: dict[str, Callable[..., Any]] = {
-        "convert": convert, "llama_speed": llama_speed, "llama_logits": llama_logits, "genai_speed": genai_speed,
+        "convert": gguf_writer.convert, "describe": describe, "requantize": requantize, "llama_speed": llama_speed,
+        "llama_logits": llama_logits, "genai_speed": genai_speed, "torch_logits": torch_logits,
     }  # fmt: skip
     print(json.dumps(kinds[kind](**job)), file=answer, flush=True)
 
 
-def convert(folder: str, out: str) -> dict[str, Any]:
-    """A Hugging Face checkpoint (llama or qwen2, tied) as GGUF, and from it every file type; vocabulary left out."""
-    import gguf
-
-    config = json.loads((Path(folder) / "config.json").read_text())
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    kind = config["model_type"]
-    head_size = config.get("head_dim") or config["hidden_size"] // heads
-    whole = Path(out) / "float.gguf"
-    writer = gguf.GGUFWriter(whole, kind)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(groups)
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(1)
-    names = gguf.get_tensor_name_map(
-        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[kind], config["num_hidden_layers"]
-    )
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        for name, array in _tensors(file):
-            array = array.astype(np.float32) if array.ndim == 1 else array
-            if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-                # llama.cpp rotates neighbouring rows of this architecture, transformers those half a head apart
-                count = heads if "q_proj" in name else groups
-                array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-            stem, _, part = name.rpartition(".")
-            writer.add_tensor(f"{names.get_name(stem)}.{part}", np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    import llama_cpp
-
-    found = {}
-    for name, number in FILE_TYPES.items():
-        file = Path(out) / f"{name}.gguf"
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype, settings.nthread = number, 2
-        if llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), ctypes.byref(settings)):
-            sys.exit(f"llama.cpp could not quantize {file}")
-        tensors = gguf.GGUFReader(file).tensors
-        # Where no output.weight is there the embedding is the head.
-        head = next((t for t in tensors if t.name == "output.weight"), None)
-        embedding = next(t for t in tensors if t.name == "token_embd.weight")
-        last = head or embedding
-        read = sum(int(t.n_bytes) for t in tensors if t.name != "token_embd.weight") + (0 if head else int(embedding.n_bytes))
-        blocks = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-        found[name] = {
-            "bytes_per_token": read,
-            "head": last.tensor_type.name,
-            "block_bits": 8 * sum(int(t.n_bytes) for t in blocks) / sum(int(t.n_elements) for t in blocks),
-            "blocks": sorted({t.tensor_type.name for t in blocks}),
-            "file_bytes": file.stat().st_size,
-        }
-    whole.unlink()
-    return found
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and array of every tensor; bfloat16, which numpy does not know, widened to float32."""
-    content = np.memmap(file, np.uint8, "r")
-    length = int(content[:8].view("<u8")[0])
-    for name, row in json.loads(content[8 : 8 + length].tobytes()).items():
-        if name != "__metadata__":
-            first, last = (8 + length + end for end in row["data_offsets"])
-            kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[row["dtype"]]
-            array = content[first:last].view(kind).reshape(row["shape"])
-            yield name, (array.astype(np.uint32) << 16).view(np.float32) if row["dtype"] == "BF16" else array
-
-
 class _Llama:
-    """A GGUF file in libllama, its cache of CONTEXT positions, memory-mapped as it comes."""
+    """A GGUF file in libllama, its cache of CONTEXT positions, memory-mapped as it comes.
 
-    def __init__(self, file: str, threads: int) -> None:
+    exact: keep the cache in float32, and no flash attention, which rounds to float16 too.
+    """
+
+    def __init__(self, file: str, threads: int, exact: bool = False) -> None:
         import llama_cpp as lib
 
         self.lib = lib
@@ -127,6 +53,9 @@ class _Llama:
         settings = lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = CONTEXT
         settings.n_threads = settings.n_threads_batch = threads
+        if exact:
+            settings.type_k = settings.type_v = lib.GGML_TYPE_F32
+            settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = lib.llama_init_from_model(self.model, settings)
         if not self.context:
             sys.exit(f"llama.cpp cannot load {file}")
@@ -214,14 +143,68 @@ def _speed(start: Callable[[], int], step: Callable[[int], int], new_tokens: int
     return {"prefill_s": statistics.median(prefills), "inter_token_ms": steps, "peak_rss_bytes": peak}
 
 
-def llama_logits(file: str, windows: list[list[int]], threads: int, out: str) -> dict[str, Any]:
+def llama_logits(file: str, windows: list[list[int]], threads: int, out: str, exact: bool = False) -> dict[str, Any]:
     """Logits of every position of every window, float32 (positions of all, vocabulary), saved as ``out``."""
-    engine, found = _Llama(file, threads), []
-    for ids in windows:
+    engine = _Llama(file, threads, exact)
+
+    def logits(ids: np.ndarray) -> np.ndarray:
         engine.reset()
-        found.append(engine.feed(np.array(ids), every=True))
-    np.save(out, np.concatenate(found))
+        return engine.feed(ids, every=True)
+
+    return _save(out, windows, logits)
+
+
+def torch_logits(
+    folder: str, windows: list[list[int]], threads: int, out: str, gguf_file: str | None = None, gelu_noise: float | None = None
+) -> dict[str, Any]:
+    """The same by plain transformers in float32, of a checkpoint or of a GGUF file in ``folder``.
+
+    gelu_noise: read GELU from a table of float16 values, as llama.cpp does, and change the embeddings by so much of themselves.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
+    if gelu_noise is not None:
+        for module in model.modules():
+            if hasattr(module, "act_fn"):
+                module.act_fn = lambda x: torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            states = model.get_input_embeddings()(torch.from_numpy(ids)[None])
+            states = states * (1 + (gelu_noise or 0) * torch.randn_like(states))
+            found: np.ndarray = model(inputs_embeds=states, use_cache=False).logits[0].numpy()
+        return found
+
+    torch.manual_seed(0)
+    return _save(out, windows, logits)
+
+
+def _save(out: str, windows: list[list[int]], logits: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """Window by window into the file: those of a large vocabulary are gigabytes."""
+    first, file = 0, None
+    for ids in windows:
+        found = logits(np.array(ids))
+        if file is None:
+            file = np.lib.format.open_memmap(out, "w+", np.float32, (sum(map(len, windows)), found.shape[1]))
+        file[first : first + len(ids)] = found
+        first += len(ids)
+    assert file is not None
+    file.flush()
     return {}
+
+
+def describe(file: str) -> dict[str, Any]:
+    """What ``gguf_writer.described`` knows of a file."""
+    return gguf_writer.described(Path(file))
+
+
+def requantize(file: str, out: str, kind: str) -> dict[str, Any]:
+    """A GGUF as another type, dequantized and quantized by llama.cpp."""
+    gguf_writer.quantize(Path(file), Path(out), kind)
+    return gguf_writer.described(Path(out))
 
 
 if __name__ == "__main__":
