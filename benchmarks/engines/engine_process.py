@@ -169,7 +169,7 @@ def torch_logits(
     if gelu_noise is not None:
         for module in model.modules():
             if hasattr(module, "act_fn"):
-                module.act_fn = lambda x: torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+                module.act_fn.forward = lambda x: torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
 
     def logits(ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
