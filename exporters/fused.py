@@ -13,6 +13,7 @@ import onnx_ir as ir
 from edgepress.exporters.architecture import EMBEDDING, rotary_kind, rotary_tables, window
 from edgepress.exporters.graph.builder import Builder, block_output, last_positions
 from edgepress.exporters.graph.operators import DOMAIN, stacked
+from edgepress.exporters.graph.rotary import rotary_values
 from edgepress.models.families import FAMILIES, head_size
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedLinear
@@ -86,7 +87,7 @@ class _Graph:
         tables: dict[str | None, list[ir.Value | None]] = {None: [None, None]}
         for kind, (cos, sin) in rotary_tables(self.config).items():
             suffix = f".{kind}" if kind else ""
-            tables[kind] = [self.b.constant(f"cos_cache{suffix}", cos), self.b.constant(f"sin_cache{suffix}", sin)]
+            tables[kind] = rotary_values(self.b, suffix, cos, sin)
         return tables
 
     def _cache_shape(self, length: str) -> list[int | str]:

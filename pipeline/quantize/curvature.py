@@ -19,7 +19,8 @@ from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
 
-BATCH = 8  # windows
+BATCH = 8  # windows, fewer where the vocabulary is large
+_LOGITS = 2**25  # of a batch: 128 MB, several copies of which are made
 
 
 class Errors:
@@ -75,8 +76,9 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     squares = dict.fromkeys(errors.modules, 0.0)
-    for first in progress(range(0, len(windows), BATCH), "sensitivity", "batch"):
-        ids = torch.from_numpy(np.stack(windows[first : first + BATCH]))
+    size = min(BATCH, max(1, _LOGITS // (len(windows[0]) * model.config.get_text_config().vocab_size)))
+    for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
+        ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
             logits = model(input_ids=ids, use_cache=False).logits.float()
             with torch.no_grad():

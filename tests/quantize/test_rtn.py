@@ -117,8 +117,21 @@ def test_rounded_weights_come_back_from_the_files(tiny: Path, monkeypatch: pytes
     checkpoint, stored = Checkpoint(tiny), matrices(tiny)
     linears = block_linears(checkpoint.model())
     monkeypatch.setattr(torch.Tensor, "clone", None, raising=False)
-    with rtn.rounded(linears, 4, 32, checkpoint):
+    with rtn.rounded(linears, dict.fromkeys(linears, (4, 32)), stored=checkpoint.index):
         for name, module in linears.items():
             found = round_to_nearest(name, stored[name], 4, 32, False).dequantized()
             assert np.array_equal(module.weight.detach().numpy(), found)
     assert all(np.array_equal(module.weight.detach().numpy(), stored[name]) for name, module in linears.items())
+
+
+def test_weights_that_the_files_hold_otherwise_are_kept(tiny: Path) -> None:
+    """A matrix that was changed, or renamed, in memory comes back as it was there."""
+    checkpoint = Checkpoint(tiny)
+    linears = block_linears(checkpoint.model())
+    name, module = next(iter(linears.items()))
+    with torch.no_grad():
+        module.weight.mul_(2)
+    doubled = module.weight.detach().clone()
+    with rtn.rounded(linears, {name: (4, 32)}, stored=checkpoint.index):
+        assert not torch.equal(module.weight, doubled)
+    assert torch.equal(module.weight, doubled)
