@@ -1,7 +1,7 @@
 """Cosines and sines of rotary embeddings: as tables, or long ones as the products of two short ones.
 
-A table of 32,768 positions and 256 dimensions is 34 MB, a tenth of a small model's file, and cos((nk + m)f) and sin((nk + m)f) follow
-from the rows nk and m alone (addition theorem). onnxruntime multiplies them out once, when it loads the graph (constant folding).
+Cosines and sines of 32,768 positions and 256 dimensions are 34 MB, a tenth of a small model's file, and those of (nk + m)f follow
+from those of nkf and mf (addition theorem). onnxruntime multiplies them out once, when it loads the graph (constant folding).
 """
 
 from __future__ import annotations
