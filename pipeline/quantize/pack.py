@@ -66,7 +66,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         "calibration": _calibration(used, options),
         "calibration_positions": sum(len(row) for row in used),
         **_sizes(linears),
-        **_other_blocks(linears, options.group),
+        **_other_blocks(linears, job),
         "relative_error": errors,
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }
@@ -112,15 +112,16 @@ def _sizes(linears: dict[str, PackedLinear]) -> JsonObject:
     }
 
 
-def _other_blocks(linears: dict[str, PackedLinear], group: int) -> JsonObject:
-    """Matrices whose scales are not for ``group`` weights each, by the length of their blocks; said in one line."""
+def _other_blocks(linears: dict[str, PackedLinear], job: QuantizeJob) -> JsonObject:
+    """Matrices whose scales are not for as many weights each as was asked for, by the length of their blocks; said in one line."""
     other: dict[str, list[str]] = {}
     for name, linear in linears.items():
-        if linear.group_size != group and group > 0:
+        if linear.group_size != (asked := job.format(name)[1]) and asked > 0:
             other.setdefault(str(linear.group_size), []).append(name)
     for block, names in other.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        log.info("quantize: blocks of %s instead of %d in %s (%d wide)%s", block, group, names[0], linears[names[0]].shape[1], more)
+        width, asked = linears[names[0]].shape[1], job.format(names[0])[1]
+        log.info("quantize: blocks of %s instead of %d in %s (%d wide)%s", block, asked, names[0], width, more)
     return {"other_blocks": other} if other else {}
 
 
