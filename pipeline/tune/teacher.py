@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,50 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
     logits: (positions, vocabulary) of the student. tokens, logs: (positions, top) as in Predictions. Merging outcomes never
     makes a divergence greater, so this is a lower bound, and close: what is merged has little probability.
     """
-    scores = torch.log_softmax(logits.float(), -1).gather(-1, tokens)
-    probabilities = logs.exp()
+    found: torch.Tensor = _Divergence.apply(logits, tokens, logs)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """``divergence`` with its gradient in closed form: one exponential a logit, and no float32 copy of all the logits.
+
+    With q the student's probabilities, p the original's, and r and s what p and q leave for the merged tokens, the derivative
+    with respect to a logit is q - p for a token that the original's list names, and q * (1 - r / s) for every other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        ctx.gradient = torch.empty_like(logits) if wanted else None
+        values = torch.empty(len(logits))
+        for first in range(0, len(logits), _ROWS):
+            rows = slice(first, first + _ROWS)
+            values[rows], gradient = _divergence(logits[rows].float(), tokens[rows], logs[rows], wanted)
+            if wanted:
+                ctx.gradient[rows] = gradient
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return ctx.gradient.mul_(upstream[:, None]), None, None
+
+
+def _divergence(
+    logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divergence (positions,), and if ``wanted`` its derivative by the float32 logits (positions, vocabulary)."""
+    logits = logits - logits.amax(-1, keepdim=True)
+    best = logits.gather(-1, tokens)
+    powers = logits.exp_()
+    total = powers.sum(-1, keepdim=True)
+    scores, probabilities = best - total.log(), logs.exp()
     rest = (1 - probabilities.sum(-1)).clamp_min(_LEAST)
     student_rest = (1 - scores.exp().sum(-1)).clamp_min(_LEAST)
-    return (probabilities * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+    value = (probabilities * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+    if not wanted:
+        return value, None
+    others = powers.mul_((1 - rest / student_rest)[:, None] / total)
+    return value, others.scatter_(-1, tokens, scores.exp() - probabilities)
 
 
 def mean_divergence(student: PreTrainedModel, windows: list[np.ndarray], predictions: Predictions) -> float:

@@ -36,6 +36,8 @@ class Lesson:
 class Settings:
     """learning_rate: of every parameter, as a share of its mean size. tokens: to train on, None for as many as ``minutes`` allow.
 
+    batch_tokens: positions a step. betas: of AdamW. norms: factor on the learning rate of what is no scale.
+
     bfloat16: whether matrices are multiplied in it; parameters and their changes are float32 in any case.
     """
 
@@ -44,6 +46,10 @@ class Settings:
     minutes: float
     bfloat16: bool
     seed: int = 0
+    batch_tokens: int = BATCH_TOKENS
+    betas: tuple[float, float] = (0.9, 0.99)
+    norms: float = 1.0
+    moves: float = 0.0
 
 
 @dataclass
@@ -107,11 +113,13 @@ class _Run:
         self._model, self._lesson, self._held_out, self._settings = student.model, lesson, held_out, settings
         self.parameters = dict(student.trained())
         sizes = {name: float(p.detach().abs().mean()) or 1.0 for name, p in self.parameters.items()}
-        self._rates = [settings.learning_rate * sizes[name] for name in self.parameters]
+        factors = {name: 1.0 if ".parametrizations." in name else settings.norms for name in self.parameters}
+        self._rates = [settings.learning_rate * factors[name] * sizes[name] for name in self.parameters]
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters.values(), self._rates, strict=True)]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self._moving = student.seen if settings.moves else []
+        self._optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0.0)
         self._starts = np.cumsum([0, *map(len, lesson.windows)])
-        self._batch = max(1, BATCH_TOKENS // len(lesson.windows[0]))
+        self._batch = max(1, settings.batch_tokens // len(lesson.windows[0]))
         self.batch_tokens = self._batch * len(lesson.windows[0])
 
     def steps(self) -> int:
@@ -137,8 +145,15 @@ class _Run:
         for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = peak * rate
         self._optimizer.step()
+        self._move(rate * self._settings.moves)
         self._optimizer.zero_grad()
         return loss
+
+    def _move(self, rate: float) -> None:
+        with torch.no_grad():
+            for one in self._moving:
+                one.offsets.add_(one.offsets.grad.sign_().mul_(-rate)).clamp_(-1, 1)
+                one.offsets.grad = None
 
     def look(self, training: Training) -> None:
         """Score the held-out lessons, and keep the parameters if they are the best so far."""
