@@ -366,7 +366,7 @@ class TuneOptions(Options):
     tune_tokens: int | None = option(
         None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
     )
-    tune_rate: float = option(2e-3, "peak learning rate, as a share of the mean size of each parameter")
+    tune_rate: float = option(3e-3, "peak learning rate, as a share of the mean size of each parameter")
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")

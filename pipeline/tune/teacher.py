@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 TOP = 128
 _ROWS = 256  # positions whose probabilities are in memory at once
+_LOGITS = 2**24  # of a batch: a large vocabulary is most of the memory that training takes
 _LEAST = 1e-6  # of the probability of all other tokens: float32 cannot tell less from nothing
 
 
@@ -33,6 +34,12 @@ class Predictions:
     def at(self, rows: slice | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (int64) and logs of some positions."""
         return torch.from_numpy(np.array(self.tokens[rows], dtype=np.int64)), torch.from_numpy(np.array(self.logs[rows]))
+
+
+def small_batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As ``batches``, ids (batch, tokens) and which are real, of at most ``_LOGITS`` logits, or of one window."""
+    size = max(1, _LOGITS // (len(windows[0]) * model.config.get_text_config().vocab_size))
+    return [batch for first in range(0, len(windows), size) for batch in batches(model, windows[first : first + size])]
 
 
 def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> Predictions:
@@ -52,7 +59,7 @@ def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> P
 def _record(teacher: PreTrainedModel, windows: list[np.ndarray], tokens: np.ndarray, logs: np.ndarray) -> None:
     row, top = 0, tokens.shape[1]
     with torch.inference_mode():
-        for ids, real in progress(batches(teacher, windows), "the original's predictions", "batch"):
+        for ids, real in progress(small_batches(teacher, windows), "the original's predictions", "batch"):
             logits = teacher(input_ids=ids, use_cache=False).logits[real]
             for first in range(0, len(logits), _ROWS):
                 part = torch.log_softmax(logits[first : first + _ROWS].float(), -1)
@@ -117,7 +124,7 @@ def mean_divergence(student: PreTrainedModel, windows: list[np.ndarray], predict
     """The mean of ``divergence`` over the windows' positions, in nats a token."""
     total, row = 0.0, 0
     with torch.inference_mode():
-        for ids, real in progress(batches(student, windows), "KL", "batch"):
+        for ids, real in progress(small_batches(student, windows), "KL", "batch"):
             logits = student(input_ids=ids, use_cache=False).logits[real]
             for first in range(0, len(logits), _ROWS):
                 part = logits[first : first + _ROWS]

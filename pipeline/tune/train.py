@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.tune.student import Student
-from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence
+from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence, small_batches
 
 log = logging.getLogger("edgepress")
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 256
 WARM_UP = 0.05  # of the steps
 LOOKS = 8  # times that held-out text is looked at, and the best state kept
 SAVE_SECONDS = 30.0
@@ -191,7 +190,7 @@ class _Run:
         windows = [self._lesson.windows[index] for index in chosen]
         positions = np.concatenate([np.arange(self._starts[index], self._starts[index + 1]) for index in chosen])
         predictions, total, row = self._lesson.predictions, 0.0, 0
-        for ids, real in batches(self._model, windows):
+        for ids, real in small_batches(self._model, windows):
             rows = positions[row : row + int(real.sum())]
             row += len(rows)
             with self._precision():
