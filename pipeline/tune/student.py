@@ -7,7 +7,6 @@ forward, whatever its class: Linear, Conv1D, an embedding that multiplies by a c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -34,20 +33,13 @@ class Dequantized(torch.nn.Module):
         super().__init__()
         self.packed_shape, self.transposed, self.scales = packed.shape, transposed, torch.from_numpy(np.array(packed.scales))
         self.register_buffer("values", _values(packed))
-        self.offsets: torch.nn.Parameter | None = None
-        top = (1 << packed.bits) - 1
-        zeros = np.full(packed.scales.shape, 1 << (packed.bits - 1)) if packed.zeros is None else packed.zeros.astype(np.int16)
-        self._bounds = None if packed.codebook else (torch.from_numpy(-zeros)[..., None].float(), torch.from_numpy(top - zeros)[..., None].float())
         order = None if packed.permutation is None else torch.from_numpy(np.argsort(packed.permutation))
         self.register_buffer("columns", order)
 
     def forward(self, scales: torch.Tensor) -> torch.Tensor:
         """The weight as its module stores it, float32: (out, in), or (in, out) of a Conv1D."""
         rows, columns = self.packed_shape
-        if self.offsets is None:
-            flat = self.values * scales[..., None]
-        else:
-            flat = _Rounded.apply(scales, self.offsets, self.values, *self._bounds)
+        flat = self.values * scales[..., None]
         weight = flat.reshape(-1)[: rows * columns].view(rows, columns) if flat.ndim == 2 else flat.view(rows, -1)[:, :columns]
         if self.columns is not None:
             weight = weight[:, self.columns]
@@ -56,22 +48,6 @@ class Dequantized(torch.nn.Module):
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """What ``parametrize`` stores in place of the weight: the scales, (out, groups), or (groups,) with a codebook."""
         return self.scales
-
-
-class _Rounded(torch.autograd.Function):
-    """round(values + offsets) * scales, with the gradient of the rounding taken as 1."""
-
-    @staticmethod
-    def forward(ctx, scales, offsets, values, low, high):
-        moved = (values + offsets).round_()
-        moved = torch.maximum(torch.minimum(moved, high), low)
-        ctx.save_for_backward(scales, moved.to(torch.int8))
-        return moved.mul_(scales[..., None])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        scales, moved = ctx.saved_tensors
-        return (gradient * moved).sum(-1), gradient * scales[..., None], None, None, None
 
 
 def _values(packed: PackedLinear) -> torch.Tensor:
@@ -88,12 +64,6 @@ def _values(packed: PackedLinear) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int8) if small else values)
 
 
-def _attend_by_matrices(model: PreTrainedModel) -> None:
-    """On windows this short the fused attention of the CPU is slower, forward and backward, than matrices in bfloat16."""
-    with suppress(ValueError):  # a class of its own that knows one implementation
-        model.set_attn_implementation("eager")
-
-
 class Student:
     """A quantized checkpoint in memory with its scales, norms and biases to train; everything else is frozen.
 
@@ -102,9 +72,7 @@ class Student:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model: PreTrainedModel = checkpoint.model()
-        _attend_by_matrices(self.model)
         self.model.requires_grad_(False)
-        self.seen: list = []
         self._packed = {name: checkpoint.weights.packed(name) for name in sorted(checkpoint.weights.matrices)}
         ends = self._ends()
         self.matrices = [name for name, packed in self._packed.items() if packed and (name not in ends or packed.bits < HEAD_BITS)]
@@ -129,27 +97,9 @@ class Student:
             one.parametrizations.weight.original = module.parametrizations.weight.original
         del dequantized.scales
 
-    def let_codes_move(self, original: PreTrainedModel) -> None:
-        """Give every weight of the blocks an offset that begins where the original's weight lies between the codes."""
-        ends = self._ends()
-        for name in self.matrices:
-            if name in ends:
-                continue
-            module = self.model.get_submodule(name)
-            dequantized, scales = module.parametrizations.weight[0], module.parametrizations.weight.original.detach()
-            weight = original.get_submodule(name).weight.detach()
-            weight = weight.T if dequantized.transposed else weight
-            if dequantized.columns is not None:
-                weight = weight[:, self._packed[name].permutation]
-            values = dequantized.values
-            padded = torch.nn.functional.pad(weight, (0, values[0].numel() - weight.shape[1])).view(values.shape)
-            offsets = (padded / scales[..., None] - values).nan_to_num_().clamp_(-0.5, 0.5)
-            dequantized.offsets = torch.nn.Parameter(offsets)
-            if self.seen is not None: self.seen.append(dequantized)
-
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Name and value of every trained parameter, each once, in the order of the model."""
-        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and not n.endswith(".offsets"))
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def packed(self) -> dict[str, PackedLinear]:
         """All packed matrices with the present scales; codes and zero points are the very arrays that were read."""

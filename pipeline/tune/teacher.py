@@ -74,7 +74,7 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
     logits: (positions, vocabulary) of the student. tokens, logs: (positions, top) as in Predictions. Merging outcomes never
     makes a divergence greater, so this is a lower bound, and close: what is merged has little probability.
     """
-    found: torch.Tensor = _Divergence.apply(logits, tokens, logs)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Divergence.apply(logits, tokens, logs)
     return found
 
 
@@ -98,7 +98,7 @@ class _Divergence(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.gradient.mul_(upstream[:, None]), None, None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.tune.student import Student
 from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence, small_batches
+from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 BATCH_TOKENS = 256
+BETAS = (0.9, 0.99)  # of AdamW
 WARM_UP = 0.05  # of the steps
 LOOKS = 8  # times that held-out text is looked at, and the best state kept
 SAVE_SECONDS = 30.0
@@ -46,9 +49,8 @@ class Settings:
     bfloat16: bool
     seed: int = 0
     batch_tokens: int = BATCH_TOKENS
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = BETAS
     norms: float = 1.0
-    moves: float = 0.0
 
 
 @dataclass
@@ -73,6 +75,25 @@ def train(student: Student, lesson: Lesson, held_out: list[Lesson], settings: Se
 
     With ``settings.tokens`` and on one thread the same call gives the same parameters, interrupted or not.
     """
+    with _attending_by_matrices(student.model, settings.bfloat16):
+        return _train(student, lesson, held_out, settings, file)
+
+
+@contextmanager
+def _attending_by_matrices(model: PreTrainedModel, bfloat16: bool) -> Iterator[None]:
+    """On windows this short torch's fused attention is slower in bfloat16, there and back, than the matrices written out."""
+    former = model.config._attn_implementation
+    if bfloat16 and former != "eager":
+        with suppress(ValueError):  # a class of its own that knows one implementation
+            model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != former:
+            model.set_attn_implementation(former)
+
+
+def _train(student: Student, lesson: Lesson, held_out: list[Lesson], settings: Settings, file: Path) -> Training:
     run = _Run(student, lesson, held_out, settings)
     training = run.resumed(file) or Training(run.steps(), run.batch_tokens)
     if training.step:
@@ -115,7 +136,6 @@ class _Run:
         factors = {name: 1.0 if ".parametrizations." in name else settings.norms for name in self.parameters}
         self._rates = [settings.learning_rate * factors[name] * sizes[name] for name in self.parameters]
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters.values(), self._rates, strict=True)]
-        self._moving = student.seen if settings.moves else []
         self._optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0.0)
         self._starts = np.cumsum([0, *map(len, lesson.windows)])
         self._batch = max(1, settings.batch_tokens // len(lesson.windows[0]))
@@ -144,18 +164,13 @@ class _Run:
         for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = peak * rate
         self._optimizer.step()
-        self._move(rate * self._settings.moves)
         self._optimizer.zero_grad()
         return loss
 
-    def _move(self, rate: float) -> None:
-        with torch.no_grad():
-            for one in self._moving:
-                one.offsets.add_(one.offsets.grad.sign_().mul_(-rate)).clamp_(-1, 1)
-                one.offsets.grad = None
-
     def look(self, training: Training) -> None:
-        """Score the held-out lessons, and keep the parameters if they are the best so far."""
+        """Score the held-out lessons, and keep the parameters if they are the best so far; without lessons the last are kept."""
+        if not self._held_out:
+            return
         score = self._held_out_divergence()
         if score < min(training.held_out, default=math.inf):
             training.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
