@@ -13,11 +13,11 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -36,10 +36,10 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "rate*3": ({"tune_rate": RATE * 3}, {}),
     "scales alone": ({}, {"parts": ".original"}),
     "norms alone": ({}, {"parts": "norm"}),
-    "windows of 128": ({}, {"window": 128}),
+    "windows of 256": ({}, {"window": 256}),
     "windows of 512": ({}, {"window": 512}),
     "batches of 512": ({}, {"batch": 512}),
-    "batches of 2048": ({}, {"batch": 2048}),
+    "batches of 1024": ({}, {"batch": 1024}),
     "float32": ({}, {"noise": 0.0}),
 }
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, action="append")
     parser.add_argument("--text-tokens", type=int, default=4096)
     parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
+    parser.add_argument("--calibration", type=Path, default=TuneOptions.calibration)
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bits", type=int, default=4)
@@ -92,7 +92,7 @@ def _changed(constants: dict[str, object]) -> Iterator[None]:
     with (
         patch.object(stage, "WINDOW", constants.get("window", stage.WINDOW)),
         patch.object(stage, "NOISE", constants.get("noise", stage.NOISE)),
-        patch.object(train, "BATCH_TOKENS", constants.get("batch", train.BATCH_TOKENS)),
+        patch.object(stage, "Settings", partial(train.Settings, batch_tokens=constants.get("batch", train.BATCH_TOKENS))),
         patch.object(student.Student, "trained", lambda self: (pair for pair in trained(self) if part in pair[0])),
     ):
         yield

@@ -366,8 +366,11 @@ class TuneOptions(Options):
     tune_tokens: int | None = option(
         None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
     )
-    tune_rate: float = option(2e-3, "peak learning rate, as a share of the mean size of each parameter")
-    calibration: Path = _calibration()
+    tune_rate: float = option(3e-3, "peak learning rate, as a share of the mean size of each parameter")
+    calibration: Path = option(
+        SELF, "text to learn from: .txt, .jsonl, .json or .csv, or 'self': what the original itself writes, sampled once "
+        "(default: self; the writing comes on top of --minutes)",
+    )  # fmt: skip
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
     calibration_skip: int = _calibration_skip()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 TOP = 128
 _ROWS = 256  # positions whose probabilities are in memory at once
+_LOGITS = 2**24  # of a batch: a large vocabulary is most of the memory that training takes
 _LEAST = 1e-6  # of the probability of all other tokens: float32 cannot tell less from nothing
 
 
@@ -32,6 +34,12 @@ class Predictions:
     def at(self, rows: slice | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (int64) and logs of some positions."""
         return torch.from_numpy(np.array(self.tokens[rows], dtype=np.int64)), torch.from_numpy(np.array(self.logs[rows]))
+
+
+def small_batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As ``batches``, ids (batch, tokens) and which are real, of at most ``_LOGITS`` logits, or of one window."""
+    size = max(1, _LOGITS // (len(windows[0]) * model.config.get_text_config().vocab_size))
+    return [batch for first in range(0, len(windows), size) for batch in batches(model, windows[first : first + size])]
 
 
 def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> Predictions:
@@ -51,7 +59,7 @@ def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> P
 def _record(teacher: PreTrainedModel, windows: list[np.ndarray], tokens: np.ndarray, logs: np.ndarray) -> None:
     row, top = 0, tokens.shape[1]
     with torch.inference_mode():
-        for ids, real in progress(batches(teacher, windows), "the original's predictions", "batch"):
+        for ids, real in progress(small_batches(teacher, windows), "the original's predictions", "batch"):
             logits = teacher(input_ids=ids, use_cache=False).logits[real]
             for first in range(0, len(logits), _ROWS):
                 part = torch.log_softmax(logits[first : first + _ROWS].float(), -1)
@@ -66,18 +74,57 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
     logits: (positions, vocabulary) of the student. tokens, logs: (positions, top) as in Predictions. Merging outcomes never
     makes a divergence greater, so this is a lower bound, and close: what is merged has little probability.
     """
-    scores = torch.log_softmax(logits.float(), -1).gather(-1, tokens)
-    probabilities = logs.exp()
+    found: torch.Tensor = _Divergence.apply(logits, tokens, logs)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """``divergence`` with its gradient in closed form: one exponential a logit, and no float32 copy of all the logits.
+
+    With q the student's probabilities, p the original's, and r and s what p and q leave for the merged tokens, the derivative
+    with respect to a logit is q - p for a token that the original's list names, and q * (1 - r / s) for every other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        ctx.gradient = torch.empty_like(logits) if wanted else None
+        values = torch.empty(len(logits))
+        for first in range(0, len(logits), _ROWS):
+            rows = slice(first, first + _ROWS)
+            values[rows], gradient = _divergence(logits[rows].float(), tokens[rows], logs[rows], wanted)
+            if wanted:
+                ctx.gradient[rows] = gradient
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.gradient.mul_(upstream[:, None]), None, None
+
+
+def _divergence(
+    logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divergence (positions,), and if ``wanted`` its derivative by the float32 logits (positions, vocabulary)."""
+    logits = logits - logits.amax(-1, keepdim=True)
+    best = logits.gather(-1, tokens)
+    powers = logits.exp_()
+    total = powers.sum(-1, keepdim=True)
+    scores, probabilities = best - total.log(), logs.exp()
     rest = (1 - probabilities.sum(-1)).clamp_min(_LEAST)
     student_rest = (1 - scores.exp().sum(-1)).clamp_min(_LEAST)
-    return (probabilities * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+    value = (probabilities * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+    if not wanted:
+        return value, None
+    others = powers.mul_((1 - rest / student_rest)[:, None] / total)
+    return value, others.scatter_(-1, tokens, scores.exp() - probabilities)
 
 
 def mean_divergence(student: PreTrainedModel, windows: list[np.ndarray], predictions: Predictions) -> float:
     """The mean of ``divergence`` over the windows' positions, in nats a token."""
     total, row = 0.0, 0
     with torch.inference_mode():
-        for ids, real in progress(batches(student, windows), "KL", "batch"):
+        for ids, real in progress(small_batches(student, windows), "KL", "batch"):
             logits = student(input_ids=ids, use_cache=False).logits[real]
             for first in range(0, len(logits), _ROWS):
                 part = logits[first : first + _ROWS]

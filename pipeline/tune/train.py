@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.tune.student import Student
-from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence
+from edgepress.pipeline.tune.teacher import Predictions, divergence, mean_divergence, small_batches
+from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 256
+BETAS = (0.9, 0.99)  # of AdamW
 WARM_UP = 0.05  # of the steps
 LOOKS = 8  # times that held-out text is looked at, and the best state kept
 SAVE_SECONDS = 30.0
@@ -36,6 +38,8 @@ class Lesson:
 class Settings:
     """learning_rate: of every parameter, as a share of its mean size. tokens: to train on, None for as many as ``minutes`` allow.
 
+    batch_tokens: positions a step. betas: of AdamW. norms: factor on the learning rate of what is no scale.
+
     bfloat16: whether matrices are multiplied in it; parameters and their changes are float32 in any case.
     """
 
@@ -44,6 +48,9 @@ class Settings:
     minutes: float
     bfloat16: bool
     seed: int = 0
+    batch_tokens: int = BATCH_TOKENS
+    betas: tuple[float, float] = BETAS
+    norms: float = 1.0
 
 
 @dataclass
@@ -68,6 +75,25 @@ def train(student: Student, lesson: Lesson, held_out: list[Lesson], settings: Se
 
     With ``settings.tokens`` and on one thread the same call gives the same parameters, interrupted or not.
     """
+    with _attending_by_matrices(student.model, settings.bfloat16):
+        return _train(student, lesson, held_out, settings, file)
+
+
+@contextmanager
+def _attending_by_matrices(model: PreTrainedModel, bfloat16: bool) -> Iterator[None]:
+    """On windows this short torch's fused attention is slower in bfloat16, there and back, than the matrices written out."""
+    former = model.config._attn_implementation
+    if bfloat16 and former != "eager":
+        with suppress(ValueError):  # a class of its own that knows one implementation
+            model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != former:
+            model.set_attn_implementation(former)
+
+
+def _train(student: Student, lesson: Lesson, held_out: list[Lesson], settings: Settings, file: Path) -> Training:
     run = _Run(student, lesson, held_out, settings)
     training = run.resumed(file) or Training(run.steps(), run.batch_tokens)
     if training.step:
@@ -107,11 +133,12 @@ class _Run:
         self._model, self._lesson, self._held_out, self._settings = student.model, lesson, held_out, settings
         self.parameters = dict(student.trained())
         sizes = {name: float(p.detach().abs().mean()) or 1.0 for name, p in self.parameters.items()}
-        self._rates = [settings.learning_rate * sizes[name] for name in self.parameters]
+        factors = {name: 1.0 if ".parametrizations." in name else settings.norms for name in self.parameters}
+        self._rates = [settings.learning_rate * factors[name] * sizes[name] for name in self.parameters]
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters.values(), self._rates, strict=True)]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0.0)
         self._starts = np.cumsum([0, *map(len, lesson.windows)])
-        self._batch = max(1, BATCH_TOKENS // len(lesson.windows[0]))
+        self._batch = max(1, settings.batch_tokens // len(lesson.windows[0]))
         self.batch_tokens = self._batch * len(lesson.windows[0])
 
     def steps(self) -> int:
@@ -141,7 +168,9 @@ class _Run:
         return loss
 
     def look(self, training: Training) -> None:
-        """Score the held-out lessons, and keep the parameters if they are the best so far."""
+        """Score the held-out lessons, and keep the parameters if they are the best so far; without lessons the last are kept."""
+        if not self._held_out:
+            return
         score = self._held_out_divergence()
         if score < min(training.held_out, default=math.inf):
             training.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -176,7 +205,7 @@ class _Run:
         windows = [self._lesson.windows[index] for index in chosen]
         positions = np.concatenate([np.arange(self._starts[index], self._starts[index + 1]) for index in chosen])
         predictions, total, row = self._lesson.predictions, 0.0, 0
-        for ids, real in batches(self._model, windows):
+        for ids, real in small_batches(self._model, windows):
             rows = positions[row : row + int(real.sum())]
             row += len(rows)
             with self._precision():

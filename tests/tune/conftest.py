@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions, TuneOptions
@@ -23,7 +24,8 @@ def options() -> Callable[..., TuneOptions]:
     """Options with an original, little text, and what a test changes."""
 
     def make(original: Path | None, **changes: object) -> TuneOptions:
-        few = {"original": original, "calibration_tokens": 4096, "tune_tokens": 12288, "tune_rate": 0.02}
+        text = {"calibration": CALIBRATION_TEXT, "calibration_tokens": 4096}
+        few = {"original": original, "tune_tokens": 12288, "tune_rate": 0.02} | text
         return TuneOptions(**(few | changes))
 
     return make

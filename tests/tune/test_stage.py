@@ -15,6 +15,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, ProofError, TextError
 from edgepress.pipeline.files import sha256
 from edgepress.pipeline.options import QuantizeOptions, TuneOptions
+from edgepress.pipeline.own_text.kept import own_text
 from edgepress.pipeline.tune import stage, train
 from safetensors.numpy import load_file
 
@@ -180,3 +181,31 @@ def test_bfloat16_only_where_it_serves(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert stage._bfloat16_serves(model, window)
     monkeypatch.setattr(stage, "NOISE", 0.0)
     assert not stage._bfloat16_serves(model, window)
+
+
+def test_by_default_the_original_writes_what_is_learnt_from(
+    quantized: Artifact, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    options = TuneOptions(original=tiny, calibration_tokens=1024, tune_tokens=256)
+    facts = stages.run("tune", quantized, tmp_path / "out", options).steps[-1].facts
+    assert facts["calibration"]["fit"] == 768
+    file = own_text(Checkpoint(tiny), 1024)
+    assert facts["calibration"]["sha256"] == sha256(file)
+
+
+def test_few_tokens_select(tiny: Path, quantized: Artifact, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight looks cost more than they bring where each reads all that is held out."""
+    monkeypatch.setattr(stage, "SELECTION_TOKENS", 300)
+    facts = stages.run("tune", quantized, tmp_path / "out", options(tiny, tune_tokens=256)).steps[-1].facts["calibration"]
+    assert facts["selection"] == facts["other_selection"] == 256 < facts["judging"]
+
+
+def test_attention_is_that_of_before_when_training_ends(quantized: Artifact) -> None:
+    model = train.Student(Checkpoint(quantized.path)).model
+    former = model.config._attn_implementation
+    for bfloat16, within in ((True, "eager"), (False, former)):
+        with pytest.raises(KeyboardInterrupt), train._attending_by_matrices(model, bfloat16):
+            assert model.config._attn_implementation == within
+            raise KeyboardInterrupt
+        assert model.config._attn_implementation == former

@@ -34,6 +34,31 @@ def test_with_few_tokens_it_is_less_and_falls_with_the_divergence() -> None:
     assert all(0.8 * a <= b <= a + 1e-5 for a, b in zip(whole, merged, strict=True))
 
 
+def by_autograd(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """The definition, as torch differentiates it."""
+    scores = torch.log_softmax(logits, -1).gather(-1, tokens)
+    rest, student_rest = 1 - logs.exp().sum(-1), 1 - scores.exp().sum(-1)
+    return (logs.exp() * (logs - scores)).sum(-1) + rest * (rest.log() - student_rest.log())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_closed_gradient_is_that_of_the_definition(kind: torch.dtype) -> None:
+    """More positions than are in memory at once, each with a weight of its own."""
+    torch.manual_seed(0)
+    original, student = 2 * torch.randn(300, 200), (2 * torch.randn(300, 200)).to(kind)
+    weights, predictions = torch.rand(300), likeliest(original, 50)
+    gradients = []
+    for function in (by_autograd, divergence):
+        logits = student.clone().float() if function is by_autograd else student.clone()
+        logits.requires_grad_()
+        values = function(logits, *predictions)
+        (values * weights).sum().backward()
+        gradients.append((values.detach(), logits.grad.float()))  # type: ignore[union-attr]
+    (expected, wanted), (values, gradient) = gradients
+    assert torch.allclose(values, expected, atol=1e-5)
+    assert torch.allclose(gradient, wanted, atol=1e-6 if kind == torch.float32 else 4e-3)
+
+
 def test_predictions_are_recorded_once(tiny: Path, tmp_path: Path) -> None:
     """In order, windows of unequal length included; whole files are not computed again; a model does not depart from itself."""
     model = Checkpoint(tiny).model()
