@@ -13,6 +13,7 @@ EFFORTS: dict[str, dict[str, dict[str, object]]] = {
         "prune": {"shortlist": 1, "greedy_tokens": 512, "calibration_tokens": 4096},
         "heal": {"calibration_tokens": 4096},
         "quantize": {"calibration_tokens": 4096},
+        "tune": {"minutes": 2.0},
         "bench": {"repeats": 2, "text_tokens": 4096},
     },
     "balanced": {
@@ -21,6 +22,7 @@ EFFORTS: dict[str, dict[str, dict[str, object]]] = {
     "best": {
         "prune": {"shortlist": 8, "greedy_tokens": 4096},
         "quantize": {"calibration_tokens": 65536},
+        "tune": {"minutes": 30.0},
         "bench": {"repeats": 10, "text_tokens": 32000},
     },
 }

@@ -28,7 +28,9 @@ _SIDE, _PRODUCTS = 1024, 8
 TRIAL_TOKENS, PROOF_TOKENS = 2048, 512  # of quantize/choose.py and text/windows.py, which load numpy
 SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
-TUNE_PASSES = 4  # of a token that a tune stage learns from: there, back, the original's, what is judged
+TUNE_TOKENS, MOST_PASSES = PRUNE_TOKENS, 10  # of own_text/kept.py and tune/train.py
+TUNE_PASSES = 4  # forward passes that a token costs which is learned from
+SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
 PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
@@ -79,6 +81,8 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float) -> Expec
     low = high = 0.0
     for _, options in steps:
         least, most, fixed = _work(options, removing)
+        if isinstance(options, TuneOptions) and not options.tune_tokens:
+            most = min(most, 60 * options.minutes * EFFICIENCY * rate / (2 * parameters) + SAMPLING * TUNE_TOKENS)
         fixed += START_S + parameters / PARAMETERS_PER_S
         token = 2 * parameters / (EFFICIENCY * rate)
         low, high = low + least * token + fixed, high + most * token + fixed
@@ -108,9 +112,9 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
         if options.max_growth is None:
             return gptq, gptq, 0.0
         return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + gptq, 0.0  # more bits may be taken, which need no calibration
-    if isinstance(options, TuneOptions):
-        trained = TUNE_PASSES * (options.tune_tokens or 0)
-        return trained, trained, 0.0 if options.tune_tokens else 60 * options.minutes
+    if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
+        text = options.calibration_tokens or TUNE_TOKENS
+        return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0
     if isinstance(options, ExportOptions):
         return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
     if isinstance(options, BenchOptions):

@@ -13,10 +13,12 @@ from edgepress.pipeline.effort import EFFORTS, HELP, settings
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.flags import make
+from edgepress.pipeline.options import PRUNE_TOKENS
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text import windows
+from edgepress.pipeline.tune import train
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -74,3 +76,4 @@ def test_the_expectation_in_words() -> None:
 def test_its_figures_are_those_of_the_stages() -> None:
     """Written down a second time, because --help must not load numpy."""
     assert (expectation.TRIAL_TOKENS, expectation.PROOF_TOKENS) == (choose.TRIAL_TOKENS, windows.PROOF_TOKENS)
+    assert (expectation.TUNE_TOKENS, expectation.MOST_PASSES) == (PRUNE_TOKENS, train.PASSES)

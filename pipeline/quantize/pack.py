@@ -17,6 +17,7 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, write_json
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.plan import plan, with_full_names
 from edgepress.pipeline.quantize.proof import prove_errors, prove_written
 from edgepress.pipeline.quantize.rtn import round_to_nearest

@@ -23,6 +23,7 @@ BETAS = (0.9, 0.99)  # of AdamW
 WARM_UP = 0.05  # of the steps
 LOOKS = 8  # times that held-out text is looked at, and the best state kept
 SAVE_SECONDS = 30.0
+PASSES = 10  # over the text at most: more of them teach a small model the text by heart
 FEW = 20  # steps: fewer change next to nothing
 
 
@@ -152,11 +153,12 @@ class _Run:
             seconds.append(time.monotonic() - begun)
         self._optimizer.zero_grad()
         steps = max(1, int((60 * self._settings.minutes - (LOOKS + 1) * seconds[2]) / seconds[1]))
-        if steps < FEW:
+        enough = math.ceil(PASSES * len(self._lesson.windows) / self._batch)
+        if min(steps, enough) < FEW:
             log.warning(
                 "warning: only %d steps of training fit into %g minutes; give more --minutes", steps, self._settings.minutes
             )
-        return steps
+        return min(steps, enough)
 
     def train_step(self, step: int, rate: float) -> float:
         """One change of the parameters; returns the mean divergence before it, in nats a token."""
