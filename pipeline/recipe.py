@@ -11,7 +11,7 @@ from pathlib import Path
 from edgepress.models import RECIPES
 from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.artifact import Artifact, check_free
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.documents import DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
@@ -218,6 +218,9 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     if missing:  # a finished build may lie on a disk that is read-only
         check_disk(out, int(folder_bytes(source) * sum(missing)))
     ahead = [step for step, folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
+    for folder in folders:
+        if not (folder / MANIFEST).is_file():
+            check_free(folder)
     expected = expect(source, ahead, matmul_rate()) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)
