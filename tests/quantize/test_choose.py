@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import choose
@@ -48,6 +49,18 @@ def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., 
     """They are rounded, and rounding takes none; the wish for it is GPTQ's."""
     chosen = choose.choose(Artifact.load(tiny), QuantizeOptions(method="gptq", act_order=True, max_growth=1e-9)).options
     assert (chosen.method, chosen.bits, chosen.act_order) == ("rtn", 8, False)
+
+
+def test_weights_that_were_quantized_before_are_rounded(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a GGUF file's levels are worth is lost where calibration moves weights between them."""
+    caplog.set_level("INFO", logger="edgepress")
+    plain = Artifact.load(tiny)
+    imported = replace(plain, steps=(Step("import", {}, {"quantized_types": ["Q4_1"]}, 0.0, {}), *plain.steps))
+    methods = [
+        choose.choose(source, QuantizeOptions(method="gptq", group_size=64, max_growth=10.0)).options.method
+        for source in (plain, imported)
+    ]
+    assert methods == ["gptq", "rtn"] and "quantized before (Q4_1)" in caplog.text
 
 
 @pytest.mark.parametrize("target", [3.0, 4.6, 6.0])

@@ -69,6 +69,7 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
     return {
         "architecture": model.config.model_type,
         "types": dict(sorted(kinds.items())),
+        "quantized_types": coarse,
         "parameters": model.num_parameters(),
         "tied_from_two_matrices": tied,
         "kept_codes": dict(sorted(Counter(kind for kind, _ in kept.values()).items())),
