@@ -27,7 +27,7 @@ from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.text.calibration import healing_sets
-from edgepress.pipeline.tune.student import HEAD_BITS, Student
+from edgepress.pipeline.tune.student import ENOUGH_BITS, Student
 from edgepress.pipeline.tune.teacher import mean_divergence, record
 from edgepress.pipeline.tune.train import Lesson, Settings, train
 
@@ -51,7 +51,7 @@ def tune(source: Artifact, out: Path, options: TuneOptions) -> JsonObject:
     _check_original(checkpoint, original)
     source.copy_to(out)
     bits = {linear.bits for name in checkpoint.weights.matrices if (linear := checkpoint.weights.packed(name))}
-    if not bits or min(bits) >= HEAD_BITS:
+    if not bits or min(bits) >= ENOUGH_BITS:
         why = f"weights of {min(bits)} bits lose too little to win back" if bits else "nothing is quantized"
         log.info("tune: left as it is, %s", why)
         return {"accepted": False, "why": why}

@@ -17,7 +17,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-HEAD_BITS = 8  # a head of so many bits loses next to nothing: training it would cost its dequantization at every step
+# A matrix of so many bits loses next to nothing, and training it would cost its dequantization at every step and add the noise
+# of training: a step of a scale is larger than the error of its codes.
+ENOUGH_BITS = 8
 
 
 class Dequantized(torch.nn.Module):
@@ -74,17 +76,11 @@ class Student:
         self.model: PreTrainedModel = checkpoint.model()
         self.model.requires_grad_(False)
         self._packed = {name: checkpoint.weights.packed(name) for name in sorted(checkpoint.weights.matrices)}
-        ends = self._ends()
-        self.matrices = [name for name, packed in self._packed.items() if packed and (name not in ends or packed.bits < HEAD_BITS)]
+        self.matrices = [name for name, packed in self._packed.items() if packed and packed.bits < ENOUGH_BITS]
         for name in self.matrices:
             self._parametrize(name)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point()))
-
-    def _ends(self) -> set[str]:
-        modules = {id(module): name for name, module in self.model.named_modules()}
-        found = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        return {modules[id(module)] for module in found if module is not None}
 
     def _parametrize(self, name: str) -> None:
         module, packed = self.model.get_submodule(name), self._packed[name]
