@@ -94,12 +94,9 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
     Measured on the calibration text, of which rounding learns nothing.
     """
-    if options.max_growth is not None and options.method == "gptq" and (grid := _grid(source)):
-        # Its codes would cut across the first quantizer's levels, where rounding keeps many: docs/tuning.md has both
-        log.info("quantize: round to nearest instead of GPTQ, because the weights were quantized before (%s)", ", ".join(grid))
-        options = replace(options, method="rtn", act_order=False)
     trial = _Trial(source, options)
-    left = (CALIBRATED if options.method == "gptq" else 1.0) * (TUNED if options.tuned else 1.0)
+    calibrated = options.method == "gptq" and not _quantized_before(source)
+    left = (CALIBRATED if calibrated else 1.0) * (TUNED if options.tuned else 1.0)
     settled = replace(options, max_growth=None, target_bits=None)
     if options.target_bits is not None:
         items = trial.items()
@@ -151,9 +148,9 @@ def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> Qu
     return replace(settled, bits=usual.bits, group_size=usual.group_size, bits_for=rules)
 
 
-def _grid(source: Artifact) -> list[str]:
-    """The types of the GGUF file that a checkpoint came from, in which its weights were quantized before; none for another."""
-    return [str(kind) for step in source.steps[:1] for kind in step.facts.get("quantized_types", ())]
+def _quantized_before(source: Artifact) -> bool:
+    """Whether the checkpoint came from a GGUF file that holds its weights in few bits."""
+    return any(step.facts.get("quantized_types") for step in source.steps[:1])
 
 
 def _because(growth: dict[str, float], limit: float) -> str:

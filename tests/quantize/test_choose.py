@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,16 +52,14 @@ def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., 
     assert (chosen.method, chosen.bits, chosen.act_order) == ("rtn", 8, False)
 
 
-def test_weights_that_were_quantized_before_are_rounded(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What a GGUF file's levels are worth is lost where calibration moves weights between them."""
-    caplog.set_level("INFO", logger="edgepress")
+def test_calibration_is_not_reckoned_with_where_weights_were_quantized_before(tiny: Path) -> None:
+    """On SmolLM2's Q4_1 file GPTQ loses as much as rounding: a bound that counts on it would be exceeded."""
     plain = Artifact.load(tiny)
     imported = replace(plain, steps=(Step("import", {}, {"quantized_types": ["Q4_1"]}, 0.0, {}), *plain.steps))
-    methods = [
-        choose.choose(source, QuantizeOptions(method="gptq", group_size=64, max_growth=10.0)).options.method
-        for source in (plain, imported)
-    ]
-    assert methods == ["gptq", "rtn"] and "quantized before (Q4_1)" in caplog.text
+    options = QuantizeOptions(method="gptq", group_size=64, max_growth=10.0)
+    fresh, before = (choose.choose(source, options) for source in (plain, imported))
+    expected = math.expm1(choose.CALIBRATED * math.log1p(before.growth["4"]))
+    assert before.options.method == "gptq" and fresh.growth["4"] == pytest.approx(expected, abs=2e-5) != before.growth["4"]
 
 
 @pytest.mark.parametrize("target", [3.0, 4.6, 6.0])
