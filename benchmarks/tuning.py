@@ -28,7 +28,7 @@ from edgepress.pipeline.text.windows import text_windows
 from edgepress.pipeline.tune import stage, student, train
 from transformers import PreTrainedModel
 
-RATE = TuneOptions.tune_rate
+RATE = stage.RATE
 # Name -> options that differ from the defaults, and constants of modules that do.
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "default": ({}, {}),

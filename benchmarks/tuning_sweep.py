@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import sha256
-from edgepress.pipeline.options import PRUNE_TOKENS, SELF, TuneOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, SELF
 from edgepress.pipeline.own_text.kept import own_text
 from edgepress.pipeline.text.calibration import even_windows
 from edgepress.pipeline.text.windows import text_windows
-from edgepress.pipeline.tune.stage import WINDOW
+from edgepress.pipeline.tune.stage import RATE, WINDOW
 from edgepress.pipeline.tune.student import Student
 from edgepress.pipeline.tune.teacher import mean_divergence, record
 from edgepress.pipeline.tune.train import BATCH_TOKENS, BETAS, Lesson, Settings, train
@@ -41,7 +41,7 @@ from edgepress.pipeline.tune.train import BATCH_TOKENS, BETAS, Lesson, Settings,
 class Variant:
     """What one row of the table differs in."""
 
-    rate: float = TuneOptions.tune_rate
+    rate: float = RATE
     norms: float = 1.0
     window: int = WINDOW
     batch: int = BATCH_TOKENS

@@ -366,7 +366,10 @@ class TuneOptions(Options):
     tune_tokens: int | None = option(
         None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
     )
-    tune_rate: float = option(3e-3, "peak learning rate, as a share of the mean size of each parameter")
+    tune_rate: float | None = option(
+        None, "peak learning rate, as a share of the mean size of each parameter (default: 0.003 or, where the model has lost less "
+        "than 0.22 nats, a 75th of that)",
+    )  # fmt: skip
     calibration: Path = option(
         SELF, "text to learn from: .txt, .jsonl, .json or .csv, or 'self': what the original itself writes, sampled once "
         "(default: self; the writing comes on top of --minutes)",
@@ -381,8 +384,9 @@ class TuneOptions(Options):
     def __post_init__(self) -> None:
         _check_model(self.calibration, self.calibration_model)
         for name in ("minutes", "tune_rate"):
-            if getattr(self, name) <= 0:
-                raise OptionError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise OptionError(f"{flag(name)} must be greater than 0, not {value}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
-from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.mix import (
@@ -36,7 +36,7 @@ from edgepress.pipeline.quantize.mix import (
 from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
-from edgepress.pipeline.text.windows import text_windows
+from edgepress.pipeline.text.windows import IDS, text_windows
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
@@ -44,7 +44,9 @@ COST_TOKENS = 16384
 # Growth of the loss under a calibrated method, in that of rounding: 0.42 to 0.52 on the models of docs/quantization.md, whose
 # weights lie on no grid; of weights that were quantized before, GPTQ may lose as much as rounding.
 CALIBRATED = 0.7
-TUNED = 0.6  # the same of a tune stage: docs/tuning.md
+# The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
+# (docs/tuning.md).
+TUNED, TUNED_MIX = 0.6, 0.9
 TRIALS = 4
 # A mix that saves less of the bytes than this is not worth its many operators.
 WORTH = 0.03
@@ -58,10 +60,10 @@ class _Trial:
         options = with_text(enough, source.path)
         checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.model, self.options, self.path = checkpoint.model(), options, source.path
-        self.windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context))
         self.blocks, self.weights = Blocks(self.model), checkpoint.index
-        self.losses = exact_losses(self.blocks, progress(self.windows, "bits", "window"))
-        warn_unless_readable(float(self.losses.mean()), self.model.config.vocab_size, options.calibration)
+        self.texts = [self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context), one) for one in self._kinds()]
+        self.losses = [exact_losses(self.blocks, progress(windows, "bits", "window")) for windows in self.texts]
+        warn_unless_readable(float(self.losses[0].mean()), self.model.config.vocab_size, options.calibration)
         self.kept = checkpoint.weights.matrices  # codes of a GGUF file
         self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
         if not self.modules:
@@ -69,19 +71,30 @@ class _Trial:
         self.context = checkpoint.context
         self.growth: dict[str, float] = {}
 
-    def _windows(self, tokens: int, length: int) -> list[np.ndarray]:
-        text, key = self.options.calibration, self.options.text_key
-        return text_windows(text, self.path, budget=tokens, skip=self.options.calibration_skip, length=length, key=key)
+    def _kinds(self) -> list[QuantizeOptions]:
+        """Options with each kind of text that is judged by: a mix that suits one may lose twice as much of another."""
+        if not self.options.tuned or self.options.calibration.suffix == IDS:
+            return [self.options]
+        own = replace(self.options, calibration=SELF, calibration_tokens=PRUNE_TOKENS, calibration_skip=0)  # as tune reads it
+        return [self.options, with_text(own, self.path)]
+
+    def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
+        text, key = options.calibration, options.text_key
+        return text_windows(text, self.path, budget=tokens, skip=options.calibration_skip, length=length, key=key)
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        return items_of_model(self.model, self._windows(COST_TOKENS, min(WINDOW, self.context)), self.kept)
+        return items_of_model(self.model, self._windows(COST_TOKENS, min(WINDOW, self.context), self.options), self.kept)
 
     def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
-        """The expected growth of perplexity with the matrices in these forms; factor: of a loss, what is left of rounding's."""
+        """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
+
+        factor: of a loss, what is left of rounding's.
+        """
         with rounded(self.modules, forms, self.options.symmetric, self.weights):
-            losses = exact_losses(self.blocks, progress(self.windows, f"{bits} bits", "window"))
-        self.growth[bits] = round(math.expm1(min(factor * float((losses - self.losses).mean()), 50.0)), 5)
+            losses = [exact_losses(self.blocks, progress(windows, f"{bits} bits", "window")) for windows in self.texts]
+        change = max(float((new - old).mean()) for new, old in zip(losses, self.losses, strict=True))
+        self.growth[bits] = round(math.expm1(min(factor * change, 50.0)), 5)
         return self.growth[bits]
 
     def all(self, form: Form) -> dict[str, Form]:
@@ -96,7 +109,8 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     """
     trial = _Trial(source, options)
     calibrated = options.method == "gptq" and not _quantized_before(source)
-    left = (CALIBRATED if calibrated else 1.0) * (TUNED if options.tuned else 1.0)
+    left = CALIBRATED if calibrated else 1.0
+    left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None)
     if options.target_bits is not None:
         items = trial.items()
@@ -109,7 +123,7 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
     limit = options.max_growth or 0.0
     uniform = Form(options.weight_bits, options.group)
-    if trial.measure(str(uniform.bits), trial.all(uniform), left) <= limit:
+    if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
         return Chosen(chosen, _because(trial.growth, limit), trial.growth)
     # calibration wins nothing there

@@ -34,6 +34,8 @@ from edgepress.pipeline.tune.train import Lesson, Settings, train
 log = logging.getLogger("edgepress")
 WINDOW = 128  # tokens: a third cheaper a token than 512, and transfers no worse (docs/tuning.md)
 SELECTION_TOKENS = 2048  # of each of two texts: the states of one training differ little from look to look
+# The noise that training adds grows with the rate: what has lost little is only made worse by a rate that suits what lost much.
+RATE, LOSS_OF_A_RATE = 3e-3, 75  # docs/tuning.md
 # KL divergence in nats that bfloat16 may add to the original's own predictions and still teach.
 NOISE = 0.002
 
@@ -111,7 +113,8 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
     numbers = sum(parameter.numel() for _, parameter in student.trained())
     before = _judge(student, lessons)
     log.info("tune: %d numbers to train, scales, norms and biases; no integer moves", numbers)
-    settings = Settings(options.tune_rate, options.tune_tokens, options.minutes, bfloat16)
+    rate = options.tune_rate or min(RATE, before[0] / LOSS_OF_A_RATE)
+    settings = Settings(rate, options.tune_tokens, options.minutes, bfloat16)
     selection = [lessons["selection"], lessons["other_selection"]]
     training = train(student, fit, selection, settings, scratch / _STATE)
     after = _judge(student, lessons)

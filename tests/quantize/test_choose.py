@@ -15,6 +15,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.choose import EIGHT
+from edgepress.pipeline.quantize.mix import Form
 from edgepress.pipeline.quantize.stage import Chosen
 
 
@@ -40,10 +41,20 @@ def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen]) -> None:
 
 
 def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen]) -> None:
-    four = settled(max_growth=10.0).growth["4"]
-    assert settled(max_growth=0.9 * four).options.bits == 8
-    four_bits = settled(max_growth=0.9 * four, tuned=True).options
+    four = settled(max_growth=10.0, tuned=True).growth["4"]
+    four_bits = settled(max_growth=1.01 * four, tuned=True).options
     assert four_bits.bits == 4 and not four_bits.bits_for
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_mix_is_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
+    """By the calibration text and by what the model writes, for a mix may suit one of them."""
+    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, tuned=True))
+    forms, texts, losses = trial.all(Form(4, 64)), trial.texts, trial.losses
+    together, alone = trial.measure("4", forms, 1.0), []
+    for trial.texts, trial.losses in zip([[text] for text in texts], [[loss] for loss in losses], strict=True):
+        alone.append(trial.measure("4", forms, 1.0))
+    assert len(set(alone)) == 2 and together == max(alone)
 
 
 def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., Chosen]) -> None:

@@ -1,4 +1,4 @@
-"""The first real model, pressed as a new user would: no flags but those that shorten training and benchmark (make test-real)."""
+"""The first real model, pressed as a new user would: no flags but those that shorten the benchmark (make test-real)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("real") / "smollm2"
     text = ["--text", str(WIKITEXT)] if WIKITEXT.is_file() else []
     command = [sys.executable, "-m", "edgepress.pipeline.cli", "build", str(source), str(out), "--repeats", "1"]
-    command += ["--tune-tokens", "32768", "--text-tokens", "4000", *text]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, "--text-tokens", "4000", *text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -46,16 +45,10 @@ def test_no_layer_goes_that_the_model_needs(built: Path) -> None:
     assert facts(built, "prune")["removed_layers"] == []
 
 
-def test_bits_are_chosen_matrix_by_matrix_and_the_reason_is_given(built: Path) -> None:
+def test_bits_are_chosen_and_the_reason_is_given(built: Path) -> None:
     quantized = facts(built, "quantize")
-    assert set(quantized["bits"]) == {"4", "8"} and "5 % is allowed" in quantized["chosen_because"]
+    assert quantized["chosen"]["bits"] == 8 and "5 % is allowed" in quantized["chosen_because"]
     assert quantized["expected_growth"]["4"] > 0.05 > quantized["expected_growth"]["8"]
-    assert (next(built.glob("*-export")) / "model.onnx.data").stat().st_size < 120e6
-
-
-def test_tuning_wins_back_a_part_of_it(built: Path) -> None:
-    tuned = facts(built, "tune")
-    assert tuned["accepted"] and all(after < 0.9 * before for before, after in (tuned["held_out_kl"], tuned["other_kl"]))
 
 
 def test_int8_activations_ship_though_they_change_top_tokens(built: Path) -> None:
