@@ -68,7 +68,7 @@ def parse_yaml(content: bytes) -> object:
     import yaml
 
     if len(content) > MAX_YAML:
-        raise DocumentError(f"too large ({len(content):,} bytes; at most {MAX_YAML:,} are read)")
+        raise DocumentError(f"too large ({len(content):,} bytes or more; at most {MAX_YAML:,} are read)")
     try:
         loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         node = loader.get_single_node()

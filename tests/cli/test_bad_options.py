@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,13 @@ def test_bad_recipe(content: str, says: tuple[str, ...], refused: Refused, tiny:
     """A recipe is checked whole before the first stage begins, also one of odd keys and values."""
     (tmp_path / "own.yaml").write_text(content)
     refused("build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", says=says)
+
+
+def test_a_recipe_without_end(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """Of a file of a terabyte no more is read than a recipe may have."""
+    (tmp_path / "own.yaml").touch()
+    os.truncate(tmp_path / "own.yaml", 1 << 40)
+    refused("build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", says="too large")
 
 
 def test_odd_recipe_keys_beside_flags(refused: Refused, tiny: Path, tmp_path: Path) -> None:
