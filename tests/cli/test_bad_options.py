@@ -50,6 +50,7 @@ OPTIONS = [
     ("quantize --method rtn --bits-for layers.9.*=8", ("first match of no matrix", "model.layers.0.", "correct")),
     ("quantize --method nf4 --bits-for .*=8", ("nf4 takes no --bits-for", "use --method")),
     ("quantize --method rtn --embedding-bits 3", ("--embedding-bits is one of 4, 8, 16",)),
+    ("quantize --calibration-tokens 9223372036854775808", ("--calibration-tokens must be at most 9,007,199,254,740,991",)),
     ("quantize --calibration-tokens 3", ("--calibration-tokens must be at least 16",)),
     ("export --exporter fussed", ("unknown exporter 'fussed'", "did you mean 'fused'?")),
     ("export --target gpu", ("unknown target 'gpu'", "cpu")),
