@@ -18,7 +18,8 @@ Copy = Callable[..., Path]
 ADVICE = re.compile(
     r"--help|needs --[a-z-]+, for example|"
     r"\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
-    r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
+    r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct"
+    r"|mend|replace)\b"
 )
 LOG = re.compile(r"(prune|greedy|quantize|export|bench): |warning: the model cannot read ")  # the last: random ones
 COMMANDS = {
