@@ -44,7 +44,7 @@ def check_refusal(code: int, err: str, says: tuple[str, ...]) -> None:
     assert code == 2 and "Traceback" not in err, err
     assert last.startswith("error: ") and all(LOG.match(line) for line in log), err
     for part in says:
-        assert part in last
+        assert part in last, last
     if not ADVICE.search(last):
         pytest.fail(f"does not say what to do: {last}")
 

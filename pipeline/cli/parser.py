@@ -55,7 +55,7 @@ class _Version(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = Parser(prog="edgepress", description="Press a language model into a small, fast ONNX folder, and measure what was lost.")
-    top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    top.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
