@@ -50,7 +50,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         log.info("export: the context ends at %d tokens, beyond which dynamic rotary frequencies change with every token", context)
     windows = parity.proof_windows(options.text, source.path, changes, options.text_key)
     with reference_logits(model, windows, out) as reference:
-        exact = parity.prove(reference, out, graph)
+        exact = parity.prove(reference, out, graph, other_way(checkpoint, is_fused))
         loss = mean_loss_of(reference.windows, map(reference.logits, reference.windows))
         warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
@@ -86,6 +86,13 @@ def _lost(reference: ReferenceLogits, out: Path, options: ExportOptions, is_fuse
         for ids in reference.windows:
             quality.add(ids, reference.logits(ids), truth.logits(ids))
     return accuracy_level.Lost(quality.figures()["kl_mean"], quality.loss_change()[0])
+
+
+def other_way(checkpoint: Checkpoint, is_fused: bool) -> str:
+    """What may help where a graph does not compute what the checkpoint does: the other exporter, if it can take the model."""
+    if is_fused:
+        return "use --exporter portable"
+    return "use --exporter fused" if architecture.obstacle(checkpoint) is None else "no exporter is left; choose another model"
 
 
 def choose_exporter(requested: str, checkpoint: Checkpoint) -> tuple[str, str | None]:

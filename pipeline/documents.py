@@ -21,6 +21,7 @@ Value = TypeVar("Value")
 JsonObject = dict[str, Any]
 # The largest documents known (headers of models with 100,000 tensors, tokenizer configs) stay far below it.
 MAX_BYTES = 64 << 20
+MAX_VALUES = 2_000_000  # each is an object of Python, and a document is read more than once
 MAX_YAML = 1 << 16  # bytes of a recipe; YAML takes a second for each 100,000
 MAX_DEPTH = 64  # Python's own recursion ends at 1,000, and copying a document takes several frames for each level
 MAX_YAML_NODES = 10_000  # a recipe has about fifty; aliases of aliases have billions
@@ -34,13 +35,15 @@ class DocumentError(ValueError):
 def parse_json(content: bytes | str) -> object:
     """Plain data from JSON (RFC 8259) in UTF-8, read as one reader and the next agree on.
 
-    Raises DocumentError for what is no JSON, for more than MAX_BYTES or MAX_DEPTH, a key that stands twice in an object, NaN,
-    Infinity or a number that rounds to it, a number of more than 4,300 digits, and for halves of surrogate pairs.
+    Raises DocumentError for what is no JSON, for more than MAX_BYTES, MAX_VALUES or MAX_DEPTH, a key that stands twice in an
+    object, NaN, Infinity or a number that rounds to it, a number of more than 4,300 digits, and for halves of surrogate pairs.
     """
     if len(content) > MAX_BYTES:
         raise DocumentError(f"too large ({len(content):,} bytes or more; at most {MAX_BYTES:,} are read)")
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        if sum(map(text.count, ",[{")) > MAX_VALUES:  # before each value, except the first, stands one of them
+            raise DocumentError(f"too large (more than {MAX_VALUES:,} values)")
         value: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except DocumentError:
         raise
@@ -68,7 +71,7 @@ def parse_yaml(content: bytes) -> object:
     import yaml
 
     if len(content) > MAX_YAML:
-        raise DocumentError(f"too large ({len(content):,} bytes; at most {MAX_YAML:,} are read)")
+        raise DocumentError(f"too large ({len(content):,} bytes or more; at most {MAX_YAML:,} are read)")
     try:
         loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         node = loader.get_single_node()

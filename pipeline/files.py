@@ -14,25 +14,39 @@ from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, p
 from edgepress.pipeline.errors import InputError, OutputError
 
 __all__ = [
-    "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "files_below", "folder_bytes", "journal_of", "read_json", "remove",
-    "sha256", "write_json",
+    "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "check_size", "files_below", "folder_bytes", "journal_of",
+    "read_bytes", "read_json", "remove", "sha256", "write_json",
 ]  # fmt: skip
 MANIFEST = "manifest.json"
 
 
 def read_json(path: Path) -> JsonObject:
     """A JSON object from a file; InputError names the file when it is absent or not one (documents.py has the bounds)."""
-    try:
-        if path.exists() and not path.is_file():  # a device may have no end
-            raise InputError(f"{path} is not a file; give the complete folder")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}; give the complete folder") from error
+    content = read_bytes(path)
     try:
         return parse_object(content)
     except DocumentError as error:
         raise InputError(f"{path} is {error}; correct it or replace it") from error
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """A file's content. Raises InputError where ``check_size`` does, and for one that grows meanwhile."""
+    check_size(path, most)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{path} grew while it was read; leave it alone and start again")
+    return content
+
+
+def check_size(path: Path, most: int = MAX_BYTES) -> None:
+    """Raise InputError for what is absent, no file, or larger than ``most`` bytes, before anything reads it whole."""
+    if not path.exists():
+        raise InputError(f"no such file: {path}; give the complete folder")
+    if not path.is_file():  # a device may have no end
+        raise InputError(f"{path} is not a file; give the complete folder")
+    if (size := path.stat().st_size) > most:
+        raise InputError(f"{path} is too large ({size:,} bytes; at most {most:,} are read); correct it or replace it")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

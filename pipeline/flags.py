@@ -28,6 +28,7 @@ RENAMED = {
 }
 
 
+_LARGEST = (1 << 53) - 1  # whole numbers up to here are the same to all that read JSON
 _ABSENT = argparse.SUPPRESS  # a flag that is not given leaves no attribute
 
 
@@ -184,6 +185,8 @@ def _converted(name: str, kind: _Kind, value: object) -> object:
         converted: object = kind.type(value)
         if converted != converted:  # NaN
             raise ValueError
+        if isinstance(converted, int) and abs(converted) > _LARGEST:
+            raise OptionError(f"{flag(name)} must be at most {_LARGEST:,}, not {shown(value)}")
         if isinstance(converted, Path):
             return expanded(converted)
     except (ValueError, TypeError, OverflowError) as error:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepress.pipeline.errors import OutputError
+from edgepress.pipeline.errors import InputError, OutputError
+from edgepress.pipeline.files import read_bytes
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
@@ -242,8 +243,8 @@ def _record(out: Path) -> str:
 def _holder(file: Path) -> str:
     """Who holds a lock, in words fit for a terminal."""
     try:
-        content = file.read_text(encoding="utf-8", errors="replace")[:5000] if file.is_file() else ""
-    except OSError:
+        content = read_bytes(file, 5000).decode(errors="replace") if file.is_file() else ""
+    except (OSError, InputError):
         content = ""
     parts = ["".join(c if c.isprintable() else "?" for c in line) for line in content.split("\n")]
     if len(parts) != 5:  # it has not written it yet

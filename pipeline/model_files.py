@@ -7,8 +7,15 @@ from pathlib import Path
 
 from edgepress.pipeline.documents import DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import read_json
+from edgepress.pipeline.files import check_size, read_json
 
+# What transformers and tokenizers read whole, by themselves.
+_READ_WHOLE = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "processor_config.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+    "model.safetensors.index.json",
+}  # fmt: skip
+_READ_WHOLE_KINDS = (".jinja", ".model", ".tiktoken")
 _LARGEST_ID = (1 << 31) - 1
 # Whole numbers of a config.json -> the largest that is read; far above the models there are, far below what exhausts memory.
 # Some architectures give one a layer, as a list.
@@ -30,6 +37,13 @@ _LARGEST_SETTING = 1e12
 _NAMES = ("model_type", "dtype", "torch_dtype", "hidden_act", "hidden_activation", "activation_function", "_attn_implementation")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse a file without end, or larger than any model's, that a library would read whole. Raises InputError."""
+    for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
+        if file.exists() and (file.name in _READ_WHOLE or file.suffix in _READ_WHOLE_KINDS):
+            check_size(file)
 
 
 def read_config(folder: Path) -> JsonObject:

@@ -13,7 +13,7 @@ from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, check_free
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
-from edgepress.pipeline.documents import DocumentError, parse_yaml
+from edgepress.pipeline.documents import MAX_YAML, DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
@@ -58,7 +58,8 @@ def read(name: str) -> Recipe:
             raise OptionError(f"no recipe '{name}'{suggestion(name, shipped)}; give a YAML file or one of: {known}")
         file = shipped[name]
     try:
-        content = parse_yaml(file.read_bytes())
+        with file.open("rb") as opened:
+            content = parse_yaml(opened.read(MAX_YAML + 1))
     except DocumentError as error:
         raise OptionError(f"{file} is {error}; correct it") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):

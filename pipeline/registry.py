@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -33,6 +31,8 @@ PACKAGES = {
 
 def suggestion(name: str, names: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
@@ -80,6 +80,8 @@ def _missing(package: str) -> MissingPackageError:
 
 def version(distribution: str) -> str | None:
     """Installed version, or None."""
+    import importlib.metadata  # parsers of mail, which --help does without
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -222,6 +222,9 @@ STYLES: dict[str, Callable[[Path], None]] = {
     "no tokenizer_config.json": lambda f: write(
         f, tokenizer("bytes", ("<|endoftext|>",)), None, "gpt2", chat_template_jinja=DIALOGPT
     ),
+    "special tokens of a text are split": lambda f: write(
+        f, tokenizer("bytes", IM), FAST | {"eos_token": "<|im_end|>", "chat_template": CHATML, "split_special_tokens": True}
+    ),
     "special tokens as dicts": lambda f: write(
         f, tokenizer("spaces", (), "<s>"), FAST | {k: token(v) for k, v in BOS_EOS.items()} | {"chat_template": ZEPHYR}
     ),

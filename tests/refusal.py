@@ -18,7 +18,8 @@ Copy = Callable[..., Path]
 ADVICE = re.compile(
     r"--help|needs --[a-z-]+, for example|"
     r"\b(give|choose|use|must|should|at most|there are|one of|is true or false|takes|convert|allow|free|fetch|build|delete"
-    r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct|mend)\b"
+    r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct"
+    r"|mend|replace)\b"
 )
 LOG = re.compile(r"(prune|greedy|quantize|export|bench): |warning: the model cannot read ")  # the last: random ones
 COMMANDS = {
@@ -43,7 +44,7 @@ def check_refusal(code: int, err: str, says: tuple[str, ...]) -> None:
     assert code == 2 and "Traceback" not in err, err
     assert last.startswith("error: ") and all(LOG.match(line) for line in log), err
     for part in says:
-        assert part in last
+        assert part in last, last
     if not ADVICE.search(last):
         pytest.fail(f"does not say what to do: {last}")
 

@@ -29,10 +29,12 @@ BAD_JSON = {
     '{"\\ud800": 1}': "surrogate",
     "": "not valid JSON",
     "{'a': 1}": "not valid JSON",
+    "[" + "0," * 2_000_000 + "0]": "more than 2,000,000 values",
+    "[" + "[]," * 1_000_000 + "0]": "more than 2,000,000 values",
 }
 
 
-@pytest.mark.parametrize("text", BAD_JSON)
+@pytest.mark.parametrize("text", BAD_JSON, ids=range(len(BAD_JSON)))
 def test_json_that_is_refused(text: str) -> None:
     with pytest.raises(DocumentError) as caught:
         parse_json(text)

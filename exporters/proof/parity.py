@@ -67,19 +67,19 @@ def proof_windows(text: Path, folder: Path, switches: Sequence[int] = (), key: s
     return windows[:-1] if len(windows[-1]) < min(length, STEPS) and sum(map(len, windows[:-1])) >= PROOF_TOKENS else windows
 
 
-def prove(reference: ReferenceLogits, folder: Path, graph: ir.Model) -> Parity:
+def prove(reference: ReferenceLogits, folder: Path, graph: ir.Model, other_way: str = "choose another model") -> Parity:
     """Compare at float activations; ``graph`` is what ``folder/model.onnx`` was saved from (int8 activations: see accuracy_level).
 
     Each window is read whole and in chunks, STEPS tokens in all one by one, and two rows of unequal length in one padded
     batch; and a text that goes on where the rotary frequencies change, if they do. Raises ProofError, which names the first
-    layer that differs, when there are ``faults``.
+    layer that differs, when there are ``faults``. other_way: what may help then, in float32.
     """
     with _float_activations(folder, graph) as file:
         exact = measure(reference, lambda: Decoder(folder, model=file), 0)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in graph.graph.inputs)
     if reasons := faults(exact, half):
         where = _where(reference, folder, exact, TOLERANCE_HALF if half else TOLERANCE)
-        cure = "the model may need more than float16: use --target cpu" if half else "try the other --exporter"
+        cure = "the model may need more than float16: use --target cpu" if half else other_way
         raise ProofError(f"the ONNX model differs from the checkpoint: {where}; {reasons}; nothing was written; {cure}")
     return exact
 
@@ -177,7 +177,7 @@ def _difference(logits: np.ndarray, truth: np.ndarray) -> float:
     for first in range(0, len(truth), ROWS):
         rows, reference = logits[first : first + ROWS], truth[first : first + ROWS]
         if not np.isfinite(reference).all():
-            raise ProofError("the checkpoint's logits are not finite (NaN or Inf), so it is broken; fetch or build it again")
+            raise ProofError("the checkpoint's logits are not finite (NaN or Inf), so it is broken; give another one")
         largest = max(largest, float(np.abs(rows - reference).max()) if np.isfinite(rows).all() else float("inf"))
     return largest
 

@@ -45,7 +45,7 @@ class ReferenceLogits:
         """Standard deviation of the logits of a window, averaged over the windows. Raises ProofError when it is 0."""
         spread = float(np.mean([_deviation(self.logits(ids)) for ids in self.windows]))
         if spread == 0:
-            raise ProofError("all logits of the checkpoint are equal, so it is broken; fetch or build it again")
+            raise ProofError("all logits of the checkpoint are equal, so it is broken; give another one")
         return spread
 
 

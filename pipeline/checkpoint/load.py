@@ -43,7 +43,7 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a model's class raises for a number that does not fit has no common base
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); fetch both again") from error
+        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); replace either") from error
     return model
 
 
@@ -68,7 +68,7 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
         except ModelError:
             raise
         except Exception as error:  # as above
-            raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); fetch both again") from error
+            raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); replace either") from error
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} for one; give the complete checkpoint")
     return model.eval()

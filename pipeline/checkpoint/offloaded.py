@@ -55,13 +55,13 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
                 copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32
             )
     except Exception as error:  # what a model's class raises for a number that does not fit has no common base
-        raise ModelError(f"the weights in {folder} do not fit config.json ({short_line(str(error))}); fetch both again") from error
+        raise ModelError(f"the weights in {folder} do not fit config.json ({short_line(str(error))}); replace either") from error
     by_name = _WithTiedNames(weights, model.all_tied_weights_keys or {})
     for name, parameter in model.named_parameters():
         if name not in by_name:
             raise ModelError(f"{folder} lacks weights, {name} for one; give the complete checkpoint")
         if weights.shape(by_name.stored(name)) != tuple(parameter.shape):
-            raise ModelError(f"the weights in {folder} do not fit its config.json (a shape differs); fetch both again")
+            raise ModelError(f"the weights in {folder} do not fit its config.json (a shape differs); replace either")
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=by_name)
     return model.eval()
 

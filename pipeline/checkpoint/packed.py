@@ -248,13 +248,13 @@ class PackedFile(PackedMatrices):
     def __init__(self, folder: Path) -> None:
         self.path = folder / PACKED
         if not self.path.is_file():
-            raise ModelError(f"{folder} has no {PACKED}; quantize again")
+            raise ModelError(f"{folder} has no {PACKED}; give the complete folder, or build it again")
         self._index = ShardIndex([self.path])
         described = (self._index.headers[0].metadata or {}).get("linears", "")
         try:
             self._described = typed(dict[str, PackedRow], parse_json(described), "linears")
         except DocumentError as error:
-            raise ModelError(f"{self.path} is damaged (its description of the matrices: {error}); quantize again") from error
+            raise ModelError(f"{self.path} is damaged (how it describes its matrices: {error}); build that folder again") from error
         super().__init__(self._described)
 
     def __getitem__(self, name: str) -> PackedLinear:
@@ -264,13 +264,13 @@ class PackedFile(PackedMatrices):
         try:
             check_arrays(row, arrays)
         except ValueError as error:
-            raise ModelError(f"{self.path} is damaged ({name}: {error}); quantize again") from error
+            raise ModelError(f"{self.path} is damaged ({name}: {error}); build that folder again") from error
         return PackedLinear(name, row.shape, row.bits, row.group_size, codebook=row.codebook, **arrays)
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._index:
-            raise ModelError(f"{self.path} is damaged (it lacks {name}); quantize again")
+            raise ModelError(f"{self.path} is damaged (it lacks {name}); build that folder again")
         entry = self._index[name]
         if entry.dtype not in _STORED:
-            raise ModelError(f"{self.path} is damaged ({name} is of the type {entry.dtype}); quantize again")
+            raise ModelError(f"{self.path} is damaged ({name} is of the type {entry.dtype}); build that folder again")
         return np.frombuffer(self._index.read(name), dtype=_STORED[entry.dtype]).reshape(entry.shape)

@@ -118,15 +118,15 @@ def read_header(file: Path) -> Header:
                 for name, row in rows.items()
             }
         except ValueError as error:
-            raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); fetch it again") from error
+            raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); replace it") from error
     end = max((entry.end for entry in entries.values()), default=begin)
     if end != size:
-        raise ModelError(f"{file} is cut short: {size} bytes, its header promises {end}; fetch it again")
+        raise ModelError(f"{file} is cut short: {size} bytes, its header promises {end}; replace it")
     try:
         with safe_open(file, "np"):  # it checks types, shapes and offsets against each other
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is damaged or cut short ({error}); fetch or build it again") from error
+        raise ModelError(f"{file} is damaged or cut short ({error}); replace it") from error
     return Header(file, begin, metadata, entries)
 
 
@@ -168,7 +168,7 @@ class ShardIndex:
 
     def __getitem__(self, name: str) -> TensorEntry:
         if name not in self._entries:
-            raise ModelError(f"the checkpoint lacks {name}; fetch it again")
+            raise ModelError(f"the checkpoint lacks {name}; give the complete checkpoint")
         return self._entries[name]
 
     def read(self, name: str) -> bytearray:
@@ -188,7 +188,7 @@ class ShardIndex:
                 tensor = _tensor(name, header.entries[name])
                 floating = name in finite and tensor.is_floating_point()
                 if floating and not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
-                    raise ModelError(f"{name} in {header.file} holds NaN or Inf; the checkpoint is broken there, fetch it again")
+                    raise ModelError(f"{name} in {header.file} holds NaN or Inf; the checkpoint is broken there; give another one")
                 yield name, tensor
 
     def rewrite(self, out: Path, rename: Callable[[str], str | None]) -> int:
@@ -217,7 +217,7 @@ def _read(entry: TensorEntry) -> bytearray:
     with entry.file.open("rb") as stream:
         stream.seek(entry.begin)
         if stream.readinto(content) != len(content):
-            raise ModelError(f"{entry.file} is cut short; fetch or build it again")
+            raise ModelError(f"{entry.file} is cut short; replace it")
     return content
 
 

@@ -9,7 +9,7 @@ from edgepress.models import REFERENCE
 from edgepress.pipeline.artifact import folder_of
 from edgepress.pipeline.checkpoint.admission import check_not_adapter
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import expanded
+from edgepress.pipeline.files import expanded, read_bytes
 
 # Code (*.py) too: it is run only with --trust-remote-code (admission.py), and a model that brings code cannot load without it.
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -49,7 +49,7 @@ def _snapshot(folder: Path) -> Path:
         return folder
     found = {path.name: path for path in sorted((root / "snapshots").iterdir()) if path.is_dir()}
     main = root / "refs" / "main"
-    if main.is_file() and (revision := main.read_text(encoding="utf-8", errors="replace").strip()) in found:
+    if main.is_file() and (revision := read_bytes(main).decode(errors="replace").strip()) in found:
         return found[revision]
     if len(found) == 1:
         return next(iter(found.values()))

@@ -103,7 +103,7 @@ def check_names(checkpoint: Checkpoint, model: PreTrainedModel, shapes: dict[str
     for name, shape in parameters.items():
         if name in stored and stored[name] != shape:
             raise ModelError(
-                f"the weights in {folder} do not fit its config.json ({name} is {stored[name]}, not {shape}); fetch both again"
+                f"the weights in {folder} do not fit its config.json ({name} is {stored[name]}, not {shape}); replace either"
             )
 
 

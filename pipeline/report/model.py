@@ -16,6 +16,8 @@ from edgepress.pipeline.report.steps import Quantization, Step
 from edgepress.pipeline.visible import one_line
 
 SCHEMA = 3
+# Beginnings of the names of figures that are above 0 wherever they are measured.
+_POSITIVE = ("size.total_bytes", "load.", "memory.", "speed.")
 # Samples from which on percentiles are given.
 MANY = 20
 
@@ -73,6 +75,8 @@ class StageRow:
     def __post_init__(self) -> None:
         if self.perplexity is None and self.failed is None:
             raise ValueError(f"stage {self.name} has neither perplexity nor the reason why it failed")
+        if self.perplexity is not None and self.perplexity <= 0:
+            raise ValueError(f"stage {self.name} has a perplexity of {self.perplexity}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,14 @@ class Report:
     failed: dict[str, str]
     environment: Environment
     run: str
+
+    def __post_init__(self) -> None:
+        """Size, speed, time and memory are compared as ratios."""
+        wrong = (name for name, figure in self.figures.items() if name.startswith(_POSITIVE) and min(figure.values) <= 0)
+        if (name := next(wrong, None)) is not None:
+            raise ValueError(f"{name} is not above 0")
+        if "size.total_bytes" not in self.figures:
+            raise ValueError("size.total_bytes is missing")
 
     @property
     def removed_layers(self) -> list[int]:

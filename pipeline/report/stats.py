@@ -37,12 +37,17 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """
     if len(ours) != len(theirs) or not len(ours):
         raise ValueError(f"{len(ours)} samples do not pair with {len(theirs)}")
-    logs = np.log(np.asarray(ours, dtype=np.float64) / np.asarray(theirs, dtype=np.float64))
+    logs = np.log(np.asarray(ours, dtype=np.float64)) - np.log(np.asarray(theirs, dtype=np.float64))
     count, mean = len(logs), float(logs.mean())
     if count < 2:
-        return Ratio(math.exp(mean), 0.0, math.inf, count)
+        return Ratio(_exp(mean), 0.0, math.inf, count)
     half = _T99[min(count - 1, len(_T99)) - 1] * float(logs.std(ddof=1)) / math.sqrt(count)
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), count)
+    return Ratio(_exp(mean), _exp(mean - half), _exp(mean + half), count)
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

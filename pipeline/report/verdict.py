@@ -39,10 +39,11 @@ def _slow(reports: Sequence[Report]) -> list[str]:
     """
     lines = []
     for report in reports:
-        used, read = (report.figures.get(f"speed.{name}") for name in ("bandwidth_fraction", "bytes_per_token"))
-        if used is None or read is None or read.median < HEAVY or used.median >= SLOW:
+        names = ("speed.bandwidth_fraction", "speed.bytes_per_token", DECODE)
+        used, read, speed = (report.figures.get(name) for name in names)
+        if used is None or read is None or speed is None or read.median < HEAVY or used.median >= SLOW:
             continue
-        decode = report.figures[DECODE].median
+        decode = speed.median
         lines.append(
             f"{report.artifact} decodes at {100 * used.median:.0f} % of the memory's bandwidth, {decode:.3g} tokens/s where its "
             f"bytes promise about {EXPECTED * decode / used.median:.3g}: {_cause(report)}"

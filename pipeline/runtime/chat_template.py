@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.files import JsonObject, check_size
 from edgepress.pipeline.model_files import read_tokenizer_config
 from edgepress.pipeline.runtime.template_process import TemplateError, TemplateProcess
 
@@ -48,12 +48,11 @@ def read_template(folder: Path) -> ChatTemplate | None:
     if isinstance(source, list):  # several by name
         source = next((row.get("template") for row in source if isinstance(row, dict) and row.get("name") == "default"), None)
     if (folder / FILE).is_file():
-        if (folder / FILE).stat().st_size > 4 * LARGEST:
-            raise InputError(f"{folder / FILE} is longer than {LARGEST:,} characters; shorten it or delete it")
+        check_size(folder / FILE, 4 * LARGEST)
         try:
             source, name = (folder / FILE).read_text(encoding="utf-8"), FILE
         except UnicodeDecodeError as error:
-            raise InputError(f"{folder / FILE} is not UTF-8 text ({error.reason}); fetch it again") from error
+            raise InputError(f"{folder / FILE} is not UTF-8 text ({error.reason}); save it as UTF-8 or delete it") from error
     if not source:
         return None
     return ChatTemplate(str(source), special_tokens(settings), name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
+from edgepress.pipeline.files import check_size
 from edgepress.pipeline.model_files import read_genai_config
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime import targets
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MODEL = "model.onnx"
+LARGEST_GRAPH = (1 << 31) - 1  # bytes of a message of protobuf
 # Tokens that a shared cache holds at first: one for the whole context may take more memory than the model.
 FIRST_CAPACITY = 256
 # In the metadata of a graph: lengths beyond which it rotates with other frequencies, so that no cache may be kept.
@@ -41,6 +43,7 @@ class Decoder:
 
         if not (folder / model).is_file():
             raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
+        check_size(folder / model, LARGEST_GRAPH)
         if threads > (os.cpu_count() or threads):
             raise OptionError(
                 f"{threads} threads are more than the {os.cpu_count()} processors of this machine; give at most as many"
@@ -54,7 +57,10 @@ class Decoder:
         except EdgepressError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise InputError(f"onnxruntime cannot load {folder / model}: {str(error).splitlines()[0]}; export again") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"onnxruntime cannot load {folder / model}: {reason}; copy the complete folder again or export again"
+            ) from error
         self._onnxruntime, self._file = onnxruntime, folder / model
         self._device = targets.TARGETS[target].device
         try:
@@ -62,7 +68,9 @@ class Decoder:
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.switches = tuple(int(length) for length in metadata.get(SWITCHES, "").split(",") if length)
         except ValueError as error:
-            raise InputError(f"{folder / model} is not a graph that edgepress wrote: {error}; export again") from error
+            raise InputError(
+                f"{folder / model} is not a graph that edgepress wrote: {error}; give a folder that edgepress export wrote"
+            ) from error
         self._shapes = {name: (1, heads, 0, size) for name, (heads, size) in signature.caches.items()}
         # Activations, cache and logits: float16 in what is exported for a GPU.
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if signature.half else np.float32
@@ -137,7 +145,9 @@ class Decoder:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # such as a token id outside the vocabulary
-            raise InputError(f"onnxruntime cannot run {self._file}: {str(error).splitlines()[0]}; export again") from error
+            raise InputError(
+                f"onnxruntime cannot run {self._file}: {str(error).splitlines()[0]}; copy the complete folder again or export again"
+            ) from error
         binding.synchronize_outputs()  # a GPU may still be at work when the call returns
         if not self.shared:
             self._cache = dict(zip(self._cache, binding.get_outputs()[1:], strict=True))

@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import MANIFEST, JsonObject, read_json, write_json
-from edgepress.pipeline.model_files import read_tokenizer_config
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, write_json
+from edgepress.pipeline.model_files import check_sizes, read_tokenizer_config
 from tokenizers import Tokenizer
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -47,6 +48,7 @@ def read_file(folder: Path) -> Tokenizer:
     """The tokenizer of tokenizer.json as it stands. Raises ModelError for a damaged file and for none."""
     if not (folder / FILE).is_file():
         raise ModelError(f"{folder} has no {FILE}; give the complete folder")
+    check_size(folder / FILE)
     return _usable(folder, lambda: Tokenizer.from_file(str(folder / FILE)))
 
 
@@ -57,8 +59,10 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def _usable(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    settings = read_tokenizer_config(folder)
     try:
         tokenizer = make()
+        tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))  # no tokenizer.json can say it
         # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -115,6 +119,7 @@ def _resolve(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Resolved 
     """``resolved``, once; state: what tells whether a file has changed."""
     if _files_say_all(folder):
         return None
+    check_sizes(folder)
     whole = (folder / FILE).is_file()
     if whole:
         read_file(folder)
@@ -125,10 +130,10 @@ def _resolve(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Resolved 
     except Exception as error:  # tokenizer classes raise what they like
         if whole:
             return None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{folder} has no {FILE}, and transformers cannot make one of what is there ({reason}); give the complete checkpoint"
-        ) from error
+        reason, cure = (str(error).strip().splitlines() or [type(error).__name__])[0], "give the complete checkpoint"
+        if find_spec("sentencepiece") is None and any(folder.glob("*.model")):  # transformers then blames tiktoken
+            reason, cure = "sentencepiece is not installed", f"pip install sentencepiece, or {cure}"
+        raise ModelError(f"{folder} has no {FILE}, and transformers cannot make one of what is there ({reason}); {cure}") from error
     try:
         template = tokenizer.get_chat_template()
     except ValueError:  # none, or several and no default

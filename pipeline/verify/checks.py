@@ -15,11 +15,11 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.subject import stages_of
 from edgepress.pipeline.errors import EdgepressError, InputError, MissingPackageError, ProofError
-from edgepress.pipeline.files import MANIFEST, files_below
+from edgepress.pipeline.files import MANIFEST, check_size, files_below
 from edgepress.pipeline.model_files import end_tokens, read_config, read_genai_config
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.registry import require
-from edgepress.pipeline.runtime.decoder import MODEL, Decoder
+from edgepress.pipeline.runtime.decoder import LARGEST_GRAPH, MODEL, Decoder
 from edgepress.pipeline.text.windows import check_ids, load_tokenizer, vocabulary
 
 State = Literal["ok", "failed", "not checked"]
@@ -93,6 +93,7 @@ def _graph(folder: Path) -> str:
 
     if not (folder / MODEL).is_file():
         raise InputError(f"no {MODEL}; copy the complete folder again or export again")
+    check_size(folder / MODEL, LARGEST_GRAPH)
     _register_normalization()
     try:
         checker.check_model(str(folder / MODEL), full_check=True)

@@ -57,6 +57,27 @@ def test_damaged_packed_file(refused: Refused, made: Path, text: Path, tmp_path:
     refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("packed.safetensors", "build that folder again"))
 
 
+ENDLESS = {
+    "manifest.json": ("show", "ONNX"),
+    "genai_config.json": ("run", "ONNX", "Once"),
+    "tokenizer.json": ("run", "ONNX", "Once"),
+    "tokenizer_config.json": ("run", "ONNX", "Once"),
+    "chat_template.jinja": ("run", "ONNX", "Once", "--chat"),
+    "model.onnx": ("run", "ONNX", "Once"),
+    "report.json": ("report", "ONNX"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_file_without_end(name: str, refused: Refused, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "onnx", tmp_path / "onnx")
+    (tmp_path / "onnx" / "manifest.json").unlink()  # or its sha256 would meet everything
+    (tmp_path / "onnx" / name).touch()
+    os.truncate(tmp_path / "onnx" / name, 1 << 40)
+    with no_longer_than(20):
+        refused(*(str(tmp_path / "onnx") if part == "ONNX" else part for part in ENDLESS[name]), says=(name, "too large"))
+
+
 ARTIFACTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "graph is none": (write("model.onnx", b"nothing of the kind"), "model.onnx"),
     "weights missing": (lambda folder: (folder / "model.onnx.data").unlink(), "model.onnx"),

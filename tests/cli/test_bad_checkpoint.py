@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from edgepress.pipeline.checkpoint.source import resolve
-from refusal import COMMANDS, Copy, Refused, command, truncated_to, write
+from refusal import COMMANDS, Copy, Refused, command, no_longer_than, truncated_to, write
 from safetensors.torch import load_file, save_file
 from transformers import XLMConfig
 
@@ -82,7 +83,43 @@ def test_weights_that_are_not_finite(value: float, refused: Refused, copy_of: Co
     weights = load_file(source / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    refused(*command("prune", source, tmp_path / "out"), says=("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "fetch it again"))
+    says = ("model.layers.2.mlp.up_proj.weight", "NaN or Inf", "give another one")
+    refused(*command("prune", source, tmp_path / "out"), says=says)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        "merges.txt",
+        *("added_tokens.json", "vocab.json", "tokenizer.model", "chat_template.jinja", "model.safetensors.index.json"),
+    ],
+)
+def test_a_file_without_end(name: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Nothing of it is read, by us or by a library."""
+    source = copy_of(tiny)
+    (source / name).touch()
+    os.truncate(source / name, 1 << 40)
+    with no_longer_than(20):
+        refused(*command("quantize", source, tmp_path / "out"), says=(name, "too large"))
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "merges.txt", "tokenizer_config.json"])
+def test_what_is_no_file(name: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """A pipe is not waited for."""
+    source = copy_of(tiny)
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with no_longer_than(20):
+        refused(*command("quantize", source, tmp_path / "out"), says=(name, "is not a file"))
+
+
+def test_a_header_without_end(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    source = copy_of(tiny)
+    (source / "model.safetensors").write_bytes((100 << 20).to_bytes(8, "little"))
+    os.truncate(source / "model.safetensors", 101 << 20)
+    with no_longer_than(20):
+        refused(*command("quantize", source, tmp_path / "out"), says=("model.safetensors", "too large"))
 
 
 def test_the_line_of_a_config_error_that_says_the_reason(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:

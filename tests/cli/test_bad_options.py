@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ OPTIONS = [
     ("quantize --method rtn --bits-for layers.9.*=8", ("first match of no matrix", "model.layers.0.", "correct")),
     ("quantize --method nf4 --bits-for .*=8", ("nf4 takes no --bits-for", "use --method")),
     ("quantize --method rtn --embedding-bits 3", ("--embedding-bits is one of 4, 8, 16",)),
+    ("quantize --calibration-tokens 9223372036854775808", ("--calibration-tokens must be at most 9,007,199,254,740,991",)),
     ("quantize --calibration-tokens 3", ("--calibration-tokens must be at least 16",)),
     ("export --exporter fussed", ("unknown exporter 'fussed'", "did you mean 'fused'?")),
     ("export --target gpu", ("unknown target 'gpu'", "cpu")),
@@ -108,6 +110,13 @@ def test_bad_recipe(content: str, says: tuple[str, ...], refused: Refused, tiny:
     """A recipe is checked whole before the first stage begins, also one of odd keys and values."""
     (tmp_path / "own.yaml").write_text(content)
     refused("build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", says=says)
+
+
+def test_a_recipe_without_end(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """Of a file of a terabyte no more is read than a recipe may have."""
+    (tmp_path / "own.yaml").touch()
+    os.truncate(tmp_path / "own.yaml", 1 << 40)
+    refused("build", tiny, tmp_path / "out", "--recipe", tmp_path / "own.yaml", says="too large")
 
 
 def test_odd_recipe_keys_beside_flags(refused: Refused, tiny: Path, tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ DAMAGES = {
     "a figure of nothing": (lambda content: content["figures"]["size.total_bytes"].update(values=[]), "no values"),
     "text for a number": (lambda content: content["stages"][0].update(bytes="many"), "bytes: Expected `int`, got `str`"),
     "a stage without perplexity": (lambda content: content["stages"][0].pop("perplexity"), "neither perplexity"),
+    "a stage of no perplexity": (lambda content: content["stages"][0].update(perplexity=0), "has a perplexity of 0"),
+    "no speed": (lambda content: content["figures"]["speed.decode_tokens_per_s"].update(values=[0] * 5), "is not above 0"),
+    "no size": (lambda content: content["figures"].pop("size.total_bytes"), "size.total_bytes is missing"),
     "no processor": (lambda content: content["environment"].pop("cpu"), "field `cpu`"),
     "a step without its facts": (lambda content: content["steps"][0]["facts"].pop("removed_layers"), "field `removed_layers`"),
     "others that are none": (

@@ -36,6 +36,7 @@ def test_verdict_is_never_guessed() -> None:
     fast, slow = [1.25, 1.24, 1.26, 1.25, 1.23], [1.0, 1.01, 0.99, 1.0, 1.0]
     assert ratio(fast, slow).verdict("faster", "slower") == "faster"
     assert ratio(slow, fast).verdict("faster", "slower") == "slower"
+    assert ratio([1e300, 1.0], [1e-300, 1.0]).high == float("inf")
 
 
 def test_pairing_takes_out_what_both_met() -> None:

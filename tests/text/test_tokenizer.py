@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from edgepress.pipeline.runtime.chat_template import read_template
 from edgepress.pipeline.text.tokenizer import OWN_CLASS, resolved
 from edgepress.pipeline.text.windows import load_tokenizer
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, TOKENIZER_MAPPING_NAMES
 
 CHATS = [
@@ -89,6 +91,35 @@ def test_no_tokenizer_that_can_be_read(files: dict[str, bytes], tmp_path: Path) 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=r"has no tokenizer\.json, and transformers cannot make one"):
         load_tokenizer(tmp_path)
+
+
+def sentencepiece_model() -> bytes:
+    """A vocabulary of bytes, letters and a few pieces, as SentencePiece stores it."""
+    made = import_protobuf().ModelProto()
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{byte:02X}>", 6) for byte in range(256))]
+    pieces += [(piece, 1) for piece in ("▁t", "he", "▁the", "in", "▁w", "er", "▁do", "wn", *map(chr, range(33, 127)), "▁")]
+    for number, (piece, kind) in enumerate(pieces):
+        made.pieces.add(piece=piece, score=-float(number), type=kind)
+    made.trainer_spec.model_type, made.trainer_spec.byte_fallback = 2, True  # BPE
+    return bytes(made.SerializeToString())
+
+
+def test_tokenizer_model_alone(tmp_path: Path) -> None:
+    """Made into a tokenizer.json where sentencepiece is there; else refused with the cure."""
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "tokenizer.model").write_bytes(sentencepiece_model())
+    if find_spec("sentencepiece") is None:
+        with pytest.raises(ModelError, match=r"sentencepiece is not installed\); pip install sentencepiece"):
+            load_tokenizer(source)
+        return
+    truth = AutoTokenizer.from_pretrained(source)
+    out = carried(source, tmp_path / "out")
+    for text in TEXTS:
+        assert load_tokenizer(source).encode(text).ids == load_tokenizer(out).encode(text).ids == truth(text)["input_ids"]
 
 
 def test_templates_without_a_default(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class BnbFolder(PackedMatrices):
         q, absmax = self._index.tensor(f"{name}.weight"), self._index.tensor(f"{name}.SCB").float().numpy()
         if q.dtype != torch.int8 or q.ndim != 2 or absmax.shape != (q.shape[0],):
             raise ModelError(
-                f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are not an LLM.int8 matrix; fetch it again"
+                f"{name}: {tuple(q.shape)} {q.dtype} and {absmax.shape} scales are not an LLM.int8 matrix; replace the checkpoint"
             )
         if f"{name}.weight_format" in self._index and int(self._index.tensor(f"{name}.weight_format")):
             raise ModelError(f"{name} is stored in a tiled layout for one kind of GPU; save it again with a current bitsandbytes")

@@ -128,9 +128,9 @@ def _types(file: Path) -> Counter[str]:
         architecture = reader.get_field("general.architecture")
         name = "" if architecture is None else str(architecture.contents())
     except Exception as error:  # the reader maps the file and trusts its numbers
-        raise InputError(f"{file} is damaged or cut short ({type(error).__name__}); fetch it again") from error
+        raise InputError(f"{file} is damaged or cut short ({type(error).__name__}); replace it") from error
     if not ends or max(ends) > file.stat().st_size:
-        raise InputError(f"{file} is damaged or cut short; fetch it again")
+        raise InputError(f"{file} is damaged or cut short; replace it")
     if name in _VISION:
         raise ModelError(f"{file.name} is the vision part of a model; give the GGUF of its language model")
     return Counter(tensor.tensor_type.name for tensor in reader.tensors)

@@ -171,7 +171,7 @@ def width(name: str, words: int, columns: int) -> int:
     for bits in (2, 3, 4, 8):
         if words in (padded * bits, -(-columns * bits // 32)):
             return bits
-    raise ModelError(f"{name}: {words} words cannot hold {columns} codes of 2, 3, 4 or 8 bits; fetch it again")
+    raise ModelError(f"{name}: {words} words cannot hold {columns} codes of 2, 3, 4 or 8 bits; replace the checkpoint")
 
 
 def convert(
@@ -193,7 +193,7 @@ def convert(
     groups = -(-columns // length)
     if tensors["scales"].shape != (groups, rows) or tensors["qzeros"].shape != (groups, -(-rows * bits // 32)):
         shapes = f"scales {tensors['scales'].shape} and qzeros {tensors['qzeros'].shape}"
-        raise ModelError(f"{name}: {shapes} do not fit {groups} groups of {rows} rows at {bits} bits; fetch it again")
+        raise ModelError(f"{name}: {shapes} do not fit {groups} groups of {rows} rows at {bits} bits; replace the checkpoint")
     in_order = np.array_equal(order, np.arange(columns))
     codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
     zeros = unpack_zeros(tensors["qzeros"], bits, format)[:, :rows].T
