@@ -185,32 +185,33 @@ def _take(out: Path, file: Path, flags: int) -> _Held | None:
 
     # a link in its place is not followed, a pipe not waited for
     descriptor = os.open(file, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    held, locked = None, False
     try:
-        with suppress(OSError):  # a file system without locks: the lease alone decides
-            if not lock_descriptor(descriptor, blocking=False):
-                os.close(descriptor)
-                return None
-        if not _is_at(descriptor, file):
-            os.close(descriptor)
-            return None
-        lease_file = file.with_name(file.name.removesuffix(LOCK) + LEASE)
-        _clear_unfinished(lease_file)
-        lease = SoftFileLease(lease_file, lease_duration=LEASE_SECONDS)
         try:
-            lease.acquire(timeout=0.2)
-        except Timeout:
-            log.info("waiting up to %.0f s for a sign of life: %s", 1.2 * LEASE_SECONDS, _holder(file))
-            lease.acquire(timeout=1.2 * LEASE_SECONDS)
-        return _Held(out, file, descriptor, lease)
+            locked = lock_descriptor(descriptor, blocking=False)
+            free = locked
+        except OSError:  # a file system without locks: the lease alone decides
+            free = True
+        if free and _is_at(descriptor, file):
+            lease_file = file.with_name(file.name.removesuffix(LOCK) + LEASE)
+            _clear_unfinished(lease_file)
+            lease = SoftFileLease(lease_file, lease_duration=LEASE_SECONDS)
+            try:
+                lease.acquire(timeout=0.2)
+            except Timeout:
+                log.info("waiting up to %.0f s for a sign of life: %s", 1.2 * LEASE_SECONDS, _holder(file))
+                lease.acquire(timeout=1.2 * LEASE_SECONDS)
+            held = _Held(out, file, descriptor, lease)
     except (Timeout, LeaseSettingsMismatch):
-        os.close(descriptor)
-        return None
+        pass
     except RuntimeError as error:  # no memory for the thread that renews the lease
-        os.close(descriptor)
         raise MemoryError from error
-    except BaseException:
-        os.close(descriptor)
-        raise
+    finally:
+        if held is None:
+            if locked and not os.fstat(descriptor).st_size and _is_at(descriptor, file):  # a signal came: as if it had not begun
+                file.unlink()
+            os.close(descriptor)
+    return held
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

@@ -278,3 +278,19 @@ def test_folder_that_is_replaced_with_the_lock_in_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lock, "_around", around)
     with writing(out, build=True):
         assert (out / ".edgepress-lock").is_file() and not moves
+
+
+def test_interrupted_while_it_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file goes again; that of another, which it waited for, stays."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(filelock.SoftFileLease, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", build=True):
+        pass
+    assert left(tmp_path) == []
+    elsewhere(tmp_path / "out", 30.0)
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", build=True):
+        pass
+    assert len(left(tmp_path / "out")) == 2
