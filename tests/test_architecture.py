@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors", "pipeline.visible"),
     ("pipeline.documents",),
-    (*(f"pipeline.{name}" for name in ("files", "lock", "machine", "progress", "registry", "search_path", "vocabulary")), "models"),
-    ("pipeline.model_files",),
+    (*(f"pipeline.{name}" for name in ("files", "machine", "progress", "registry", "search_path", "vocabulary")), "models"),
+    ("pipeline.lock", "pipeline.model_files"),
     ("pipeline.artifact", "pipeline.effort", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),
     ("pipeline.options",),
