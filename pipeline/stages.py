@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgepress.pipeline import interrupt
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import hub_origin, resolve
@@ -119,6 +120,7 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     begun = time.monotonic()
     with atomic_folder(out) as folder:
         facts = function(source, folder, options)
+        interrupt.check()
         if origin := hub_origin(source.path):
             facts = facts | {"downloaded": origin}
         seconds = round(time.monotonic() - begun, 2)

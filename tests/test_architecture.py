@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors", "pipeline.visible"),
     ("pipeline.documents",),
-    (*(f"pipeline.{name}" for name in ("files", "machine", "progress", "registry", "search_path", "vocabulary")), "models"),
+    (
+        *(f"pipeline.{name}" for name in ("files", "interrupt", "machine", "progress", "registry", "search_path", "vocabulary")),
+        "models",
+    ),
     ("pipeline.lock", "pipeline.model_files"),
     ("pipeline.artifact", "pipeline.effort", "pipeline.fetch", "pipeline.flags", "pipeline.methods"),
     ("pipeline.report",),

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgepress.pipeline import interrupt
+from edgepress.pipeline import stages as pipeline_stages
+from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.files import MANIFEST, read_json, sha256
+from edgepress.pipeline.options import PruneOptions
 
 STAGES = ["01-prune", "02-quantize", "03-export", "04-bench"]
 Call = Callable[..., Any]
@@ -300,3 +304,11 @@ def test_leftovers_of_a_killed_run_are_cleared(call: Call, tiny: Path, tmp_path:
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     kept_before, _ = quantize(call, tiny, tmp_path / "out")
     assert not kept_before and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_lost_interrupt_is_noticed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer that runs when Ctrl-C comes cannot raise it: the stage ends before its folder gets its name."""
+    monkeypatch.setattr(interrupt, "signals", [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        pipeline_stages.run("prune", Artifact.load(tiny), tmp_path / "out", PruneOptions(remove_layers=(1,)))
+    assert not (tmp_path / "out").exists()

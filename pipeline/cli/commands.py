@@ -13,11 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgepress.pipeline import recipe, stages
+from edgepress.pipeline import interrupt, recipe, stages
 from edgepress.pipeline.artifact import Artifact, bench_folder, folder_of, onnx_folder
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
-from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
 from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say, speak_utf8
@@ -35,8 +34,11 @@ Flags = dict[str, object]  # those that were given, by option name
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     speak_utf8()
-    with plain_output():
-        return _main(arguments)
+    try:
+        with plain_output():
+            return _main(arguments)
+    finally:
+        interrupt.signals.clear()  # whoever called from Python goes on
 
 
 def _main(arguments: Sequence[str] | None) -> int:

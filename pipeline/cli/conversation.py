@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepress.pipeline.cli.interrupt import signals
 from edgepress.pipeline.cli.terminal import say
 from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.interrupt import signals
 from edgepress.pipeline.options import RunOptions
 
 if TYPE_CHECKING:

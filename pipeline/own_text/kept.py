@@ -32,6 +32,8 @@ from edgepress.pipeline.text.windows import IDS, load_tokenizer, read_ids
 Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+# Files in which stages record what they did.
+_RECORDS = {MANIFEST, "influence.json", "training.json"}
 
 
 def with_text(options: Calibrated, model: Path) -> Calibrated:
@@ -66,7 +68,7 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
     """Hash of all that decides what is written."""
     from edgepress.pipeline.own_text.sampler import dtype
 
-    files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name != MANIFEST}
+    files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name not in _RECORDS}
     content = {file.name: sha256(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps([content, tokens, seed, sampler(), str(dtype())], sort_keys=True).encode()).hexdigest()[:32]
 

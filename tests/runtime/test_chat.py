@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgepress.pipeline import stages
+from edgepress.pipeline import interrupt, stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.cli import interrupt
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.model_files import end_tokens

@@ -23,6 +23,12 @@ def stop(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def check() -> None:
+    """Raise the KeyboardInterrupt that was asked for and lost: what Python calls from C, as a finalizer, cannot raise it."""
+    if signals:
+        raise KeyboardInterrupt
+
+
 def message(writes: bool, resumes: bool) -> str:
     """The line for an interrupted command: one that writes a folder, one that resumes when it is run again."""
     more = "; nothing half-written is left" if writes else ""
