@@ -21,15 +21,14 @@ EFFORTS: dict[str, dict[str, dict[str, object]]] = {
     },
     "best": {
         "prune": {"shortlist": 8, "greedy_tokens": 4096},
-        "quantize": {"calibration_tokens": 65536},
-        "tune": {"minutes": 30.0},
-        "bench": {"repeats": 10, "text_tokens": 32000},
+        "tune": {"minutes": 30.0, "calibration_tokens": 65536},
+        "bench": {"repeats": 10},
     },
 }
 HELP = {
     "quick": "fewer tokens and samples, for a first look",
     "balanced": "the usual",
-    "best": "more tokens to choose and calibrate by, and narrower intervals",
+    "best": "more candidates for removal, longer tuning, narrower intervals",
 }
 
 

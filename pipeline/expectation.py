@@ -30,6 +30,7 @@ SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 TUNE_TOKENS, MOST_PASSES = PRUNE_TOKENS, 10  # of own_text/kept.py and tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
+MIX_PASSES = 40  # over the trial's text: what each matrix costs, and what a few mixes do
 SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
@@ -74,10 +75,13 @@ def matmul_rate() -> float:
     return 2 * _SIDE**3 / best
 
 
-def expect(source: Path, steps: list[tuple[str, Options]], rate: float) -> Expectation:
-    """Of the stages ``steps`` on the checkpoint in the folder ``source``. rate: what ``matmul_rate`` measured."""
+def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing: bool = False) -> Expectation:
+    """Of the stages ``steps`` on the checkpoint in the folder ``source``.
+
+    rate: what ``matmul_rate`` measured. removing: whether layers were removed by a stage that is done already.
+    """
     parameters = sum(math.prod(shape) for shape in ShardIndex.of(source).shapes.values())
-    removing = any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
+    removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
     low = high = 0.0
     for _, options in steps:
         least, most, fixed = _work(options, removing)
@@ -103,15 +107,17 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
         tokens = 1.25 * text + rounds * (1 + options.shortlist / 2) * options.greedy_tokens
         return tokens, tokens, 0.0
     if isinstance(options, HealOptions):
-        tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration) * removing
-        return tokens, tokens, 0.0
+        tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
+        tokens += TUNE_PASSES * options.lora_tokens * ("lora" in options.healer)
+        return tokens * removing, tokens * removing, 0.0
     if isinstance(options, QuantizeOptions):
         gptq = 0.0
         if options.method == "gptq":
             gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
         if options.max_growth is None:
             return gptq, gptq, 0.0
-        return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + gptq, 0.0  # more bits may be taken, which need no calibration
+        mix = MIX_PASSES * TRIAL_TOKENS if options.tuned else 0
+        return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + mix + gptq, 0.0  # more bits may be taken, which need no calibration
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or TUNE_TOKENS
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0

@@ -153,7 +153,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     Only for a file that edgepress wrote and that nothing changes in place: whoever writes to one writes to both.
     """
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # of a link, as all files in a hub cache are, it would link the link
     except OSError:
         shutil.copy2(source, target)
 

@@ -209,7 +209,8 @@ def _take(out: Path, file: Path, flags: int) -> _Held | None:
     finally:
         if held is None:
             if locked and not os.fstat(descriptor).st_size and _is_at(descriptor, file):  # a signal came: as if it had not begun
-                file.unlink()
+                with suppress(OSError):  # Windows removes no open file
+                    file.unlink()
             os.close(descriptor)
     return held
 

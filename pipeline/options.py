@@ -125,8 +125,12 @@ class PruneOptions(Options):
         None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
     )
     remove_layers: tuple[int, ...] = option((), "which blocks to remove: indices from 0, separated by commas", at_least=0)
-    shortlist: int = option(8, "blocks of lowest Block Influence that greedy tries in each round", at_least=1)
-    greedy_tokens: int = option(4096, "calibration tokens that greedy measures each trial on", at_least=16)
+    shortlist: int = option(
+        8, "blocks of lowest Block Influence that greedy tries in each round (a build: as --effort says)", at_least=1
+    )
+    greedy_tokens: int = option(
+        4096, "calibration tokens that greedy measures each trial on (a build: as --effort says)", at_least=16
+    )
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
@@ -362,7 +366,13 @@ class TuneOptions(Options):
     """
 
     original: Path | None = option(None, "the float checkpoint before anything was removed or quantized (a build knows it)")
-    minutes: float = option(10.0, "time to train, as estimated at the start; the result then depends on this machine's speed")
+    minutes: float = option(
+        10.0, "time to train, as estimated at the start, ten passes over the text at most; the result then depends on this "
+        "machine's speed",
+    )  # fmt: skip
+        10.0,
+        "time to train, as estimated at the start, ten passes over the text at most; the result then depends on this machine's speed",
+    )
     tune_tokens: int | None = option(
         None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
     )

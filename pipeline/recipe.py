@@ -218,11 +218,11 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
     if missing:  # a finished build may lie on a disk that is read-only
         check_disk(out, int(folder_bytes(source) * sum(missing)))
-    ahead = [step for step, folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
+    ahead = _ahead(original, steps, folders)
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             check_free(folder)
-    expected = expect(source, ahead, matmul_rate()) if ahead else None
+    expected = expect(source, ahead, matmul_rate(), _removed(folders)) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)
         log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
@@ -235,6 +235,27 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     if expected:
         _record_cost(out, expected, time.monotonic() - begun)
     return done
+
+
+def _ahead(original: Artifact, steps: Plan, folders: Sequence[Path]) -> Plan:
+    """The stages that are not done, or done otherwise. What bench compares is known when it begins: it counts if another does."""
+    artifact = original
+    for number, ((name, options), folder) in enumerate(zip(steps, folders, strict=True)):
+        if isinstance(options, BenchOptions):
+            done = Artifact.load(folder) if (folder / MANIFEST).is_file() else None
+        else:
+            options = _informed(options, original, steps).resolved()
+            done = stages.finished(folder, stages.fingerprint(name, options, artifact))
+        if done is None:
+            return steps[number:]
+        artifact = done
+    return []
+
+
+def _removed(folders: Sequence[Path]) -> bool:
+    """Whether one of the folders is of a prune stage that removed layers."""
+    pruned = [folder for folder in folders if folder.name.endswith("-prune") and (folder / MANIFEST).is_file()]
+    return any(Artifact.load(folder).steps[-1].facts.get("removed_layers") for folder in pruned)
 
 
 def _informed(options: Options, original: Artifact, steps: Plan) -> Options:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from edgepress.pipeline.files import leads_out, read_json, write_json, write_whole
+from edgepress.pipeline.files import leads_out, link_or_copy, read_json, write_json, write_whole
 
 
 def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
@@ -42,3 +42,13 @@ def test_blobs_of_a_hub_cache_are_no_way_out(below: str, tmp_path: Path) -> None
     (folder / "config.json").symlink_to(repository / "blobs" / "b1")
     (folder / "other.json").symlink_to(tmp_path)
     assert not leads_out(folder, folder / "config.json") and leads_out(folder, folder / "other.json")
+
+
+def test_a_second_name_is_that_of_the_file(tmp_path: Path) -> None:
+    """All files of a hub cache are links: a link to a link would point nowhere in another folder."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "cache" / "model.safetensors").symlink_to("../blob")
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    link_or_copy(tmp_path / "cache" / "model.safetensors", target := tmp_path / "out" / "deep" / "model.safetensors")
+    assert not target.is_symlink() and target.read_bytes() == b"weights"

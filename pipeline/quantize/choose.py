@@ -75,7 +75,9 @@ class _Trial:
         """Options with each kind of text that is judged by: a mix that suits one may lose twice as much of another."""
         if not self.options.tuned or self.options.calibration.suffix == IDS:
             return [self.options]
-        own = replace(self.options, calibration=SELF, calibration_tokens=PRUNE_TOKENS, calibration_skip=0)  # as tune reads it
+        own = replace(
+            self.options, calibration=SELF, calibration_tokens=PRUNE_TOKENS, calibration_skip=0
+        )  # what tune reads, too, if no layer was removed
         return [self.options, with_text(own, self.path)]
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:

@@ -80,7 +80,8 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
-            logits = model(input_ids=ids, use_cache=False).logits.float()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+                logits = model(input_ids=ids, use_cache=False).logits.float()
             with torch.no_grad():
                 drawn = torch.multinomial(torch.softmax(logits, -1).flatten(0, 1), 1, generator=generator).view(ids.shape)
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()

@@ -82,9 +82,11 @@ def rounded(
     former: dict[str, torch.Tensor | None] = {}  # None: in the files
     try:
         with torch.no_grad():
-            for name, (bits, group_size) in forms.items():
+            for name in forms:  # all before the first changes, for two modules may share a weight
                 module = modules[name]
                 former[name] = None if _is_stored(name, module.weight, stored) else module.weight.detach().clone()
+            for name, (bits, group_size) in forms.items():
+                module = modules[name]
                 restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, symmetric).dequantized()
                 module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
         yield

@@ -6,12 +6,10 @@ is the original before any layer went.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
@@ -36,6 +35,7 @@ WINDOW = 128  # tokens: a third cheaper a token than 512, and transfers no worse
 SELECTION_TOKENS = 2048  # of each of two texts: the states of one training differ little from look to look
 # The noise that training adds grows with the rate: what has lost little is only made worse by a rate that suits what lost much.
 RATE, LOSS_OF_A_RATE = 3e-3, 75  # docs/tuning.md
+NOTHING = 1e-5  # nats: rounding in the sums
 # KL divergence in nats that bfloat16 may add to the original's own predictions and still teach.
 NOISE = 0.002
 
@@ -108,10 +108,13 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
         fit = Lesson(texts.fit, record(teacher, texts.fit, scratch / "fit"))
     del teacher
-    _return_memory()
+    release_memory()
     student = Student(checkpoint)
     numbers = sum(parameter.numel() for _, parameter in student.trained())
     before = _judge(student, lessons)
+    if before[0] <= NOTHING:
+        log.info("tune: left as it is, nothing was lost")
+        return {"accepted": False, "why": "nothing was lost"}
     log.info("tune: %d numbers to train, scales, norms and biases; no integer moves", numbers)
     rate = options.tune_rate or min(RATE, before[0] / LOSS_OF_A_RATE)
     settings = Settings(rate, options.tune_tokens, options.minutes, bfloat16)
@@ -142,13 +145,6 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
 def _beginning(windows: list[np.ndarray]) -> list[np.ndarray]:
     """As many windows as ``SELECTION_TOKENS`` hold, at least one."""
     return windows[: max(1, SELECTION_TOKENS // len(windows[0]))]
-
-
-def _return_memory() -> None:
-    """Give what was freed back to the system, where the C library keeps it (glibc)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bfloat16_serves(teacher: torch.nn.Module, window: np.ndarray) -> bool:

@@ -154,7 +154,9 @@ class _Run:
         self._optimizer.zero_grad()
         steps = max(1, int((60 * self._settings.minutes - (LOOKS + 1) * seconds[2]) / seconds[1]))
         enough = math.ceil(PASSES * len(self._lesson.windows) / self._batch)
-        if min(steps, enough) < FEW:
+        if enough < FEW:
+            log.warning("warning: the text is enough for %d steps of training; give a longer --calibration text", enough)
+        elif steps < FEW:
             log.warning(
                 "warning: only %d steps of training fit into %g minutes; give more --minutes", steps, self._settings.minutes
             )

@@ -124,6 +124,15 @@ def test_rounded_weights_come_back_from_the_files(tiny: Path, monkeypatch: pytes
     assert all(np.array_equal(module.weight.detach().numpy(), stored[name]) for name, module in linears.items())
 
 
+def test_modules_that_share_a_weight_get_it_back() -> None:
+    first, second = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+    second.weight = first.weight
+    weight = first.weight.detach().clone()
+    with rtn.rounded({"a": first, "b": second}, {"a": (4, 32), "b": (4, 32)}):
+        assert not torch.equal(first.weight, weight)
+    assert torch.equal(first.weight, weight)
+
+
 def test_weights_that_the_files_hold_otherwise_are_kept(tiny: Path) -> None:
     """A matrix that was changed, or renamed, in memory comes back as it was there."""
     checkpoint = Checkpoint(tiny)
