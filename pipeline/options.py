@@ -370,9 +370,6 @@ class TuneOptions(Options):
         10.0, "time to train, as estimated at the start, ten passes over the text at most; the result then depends on this "
         "machine's speed",
     )  # fmt: skip
-        10.0,
-        "time to train, as estimated at the start, ten passes over the text at most; the result then depends on this machine's speed",
-    )
     tune_tokens: int | None = option(
         None, "tokens to train on instead, the text again and again (default: as many as --minutes allow)", at_least=256
     )
