@@ -73,8 +73,8 @@ class Blocks:
     def heads(self, hidden: torch.Tensor, rows: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of one sequence's states (tokens, hidden) that leave the last block: which positions, and (positions, vocabulary).
 
-        But for the rounding of matrix products of another height they are those of ``logits``. rows: positions at a time, few enough
-        for a small memory where not given: the logits of a whole window of a large vocabulary take a gigabyte.
+        But for the rounding of matrix products of another height they are those of ``logits``. rows: positions at a time, few
+        enough for a small memory where not given: the logits of a whole window of a large vocabulary take a gigabyte.
         """
         rows = rows or rows_at_once(self.model.config.get_text_config().vocab_size)
         for first in range(0, len(hidden), rows):
