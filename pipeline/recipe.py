@@ -215,13 +215,11 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     stale = [f for f in numbered if (f / MANIFEST).is_file() and f.resolve() not in own]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
-    missing = [STAGES[name].disk for (name, _), folder in zip(steps, folders, strict=True) if not (folder / MANIFEST).is_file()]
-    if missing:  # a finished build may lie on a disk that is read-only
-        check_disk(out, int(folder_bytes(source) * sum(missing)))
     ahead = _ahead(original, steps, folders)
-    for folder in folders:
-        if not (folder / MANIFEST).is_file():
-            check_free(folder)
+    if ahead:  # a finished build may lie on a disk that is read-only
+        check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
+    for folder in folders[len(folders) - len(ahead) :]:
+        check_free(folder)
     expected = expect(source, ahead, matmul_rate(), _removed(folders)) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)
