@@ -143,7 +143,7 @@ def digest(file: Path) -> str:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Digest of every file below but for what took how long: manifests and build.json are left out, and lines of seconds in JSON."""
+    """Digest of every file below but for what took how long: manifests, build.json, and lines of seconds in JSON."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("manifest.json", "build.json"))
     return {str(file.relative_to(folder)): untimed(file) for file in files}
 
