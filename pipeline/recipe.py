@@ -243,7 +243,7 @@ def _ahead(original: Artifact, steps: Plan, folders: Sequence[Path]) -> Plan:
             done = Artifact.load(folder) if (folder / MANIFEST).is_file() else None
         else:
             options = _informed(options, original, steps).resolved()
-            done = stages.finished(folder, stages.fingerprint(name, options, artifact))
+            done = stages.made(folder, stages.fingerprint(name, options, artifact))
         if done is None:
             return steps[number:]
         artifact = done

@@ -146,11 +146,17 @@ def source_of(source: str) -> Artifact:
 
 def finished(out: Path, fingerprint: str) -> Artifact | None:
     """The artifact in ``out`` if it has this fingerprint and every file is whole."""
+    artifact = made(out, fingerprint)
+    return None if artifact is None or artifact.damaged() else artifact
+
+
+def made(out: Path, fingerprint: str) -> Artifact | None:
+    """The artifact in ``out`` if it has this fingerprint; no file is read but its manifest."""
     try:
         artifact = Artifact.load(out)
     except InputError:
         return None
-    return artifact if artifact.fingerprint == fingerprint and not artifact.damaged() else None
+    return artifact if artifact.fingerprint == fingerprint else None
 
 
 def record(options: Options) -> JsonObject:

@@ -35,7 +35,7 @@ class _Plan:
 
     config: config.json without the removed blocks. block_list: name of the list of blocks. loss: on held-out text, nats a token.
     probe: token ids (1, tokens). logits: of the probe with the removed blocks skipped, (1, tokens, vocabulary),
-    None where none is removed. layers: of the original.
+    None where none is removed.
     """
 
     influence: Influence
@@ -46,7 +46,6 @@ class _Plan:
     loss: float
     probe: torch.Tensor
     logits: torch.Tensor | None
-    layers: int
 
 
 def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
@@ -110,12 +109,12 @@ def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarra
     if choice.removed:
         with blocks.without(choice.removed):
             logits = blocks.logits(probe)
-    return _Plan(influence, choice, config, blocks.name, model.num_parameters(), loss, probe, logits, checkpoint.layers)
+    return _Plan(influence, choice, config, blocks.name, model.num_parameters(), loss, probe, logits)
 
 
 def _written(checkpoint: Checkpoint, family: str, out: Path, plan: _Plan, held_out: list[np.ndarray]) -> tuple[int, float]:
     """Write the checkpoint without the chosen blocks, prove it, and return its parameters and its loss on held-out text."""
-    remove_blocks(checkpoint, out, plan.block_list, _others(plan.layers, plan.choice.removed), plan.config)
+    remove_blocks(checkpoint, out, plan.block_list, _others(checkpoint.layers, plan.choice.removed), plan.config)
     pruned = Checkpoint(out, checkpoint.trust_remote_code).model()
     _prove(plan, pruned, family)
     return pruned.num_parameters(), mean_loss(pruned, held_out)
