@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_what_lost_little_is_left_as_it_is(method: str, tiny: Path, options: Mak
     out = stages.run("tune", source, tmp_path / "out", options(tiny))
     assert "why" in out.steps[-1].facts and not out.changed
     assert sha256(out.path / "packed.safetensors") == sha256(source.path / "packed.safetensors")
+
+
+@pytest.mark.parametrize(("lost", "rate"), [(0.075, 0.001), (3.0, stage.RATE), (-1e-9, None)])
+def test_the_rate_follows_what_was_lost(
+    lost: float, rate: float | None, quantized: Artifact, tiny: Path, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing was lost, sums round to less than 0, and there is nothing to train."""
+    rates = []
+
+    def taught(student: object, fit: object, selection: object, settings: train.Settings, file: Path) -> None:
+        rates.append(settings.learning_rate)
+        raise InterruptedError
+
+    monkeypatch.setattr(stage, "_judge", lambda *_: [lost, lost])
+    monkeypatch.setattr(stage, "train", taught)
+    with nullcontext() if rate is None else pytest.raises(InterruptedError):
+        out = stages.run("tune", quantized, tmp_path / "out", options(tiny, tune_rate=None))
+        assert out.steps[-1].facts["why"] == "nothing was lost"
+    assert rates == ([] if rate is None else [pytest.approx(rate)])
 
 
 def test_nothing_that_lies_beside_the_checkpoint_is_carried(tiny: Path, options: Make, tmp_path: Path) -> None:
