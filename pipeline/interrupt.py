@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 from typing import NoReturn
 
 # Numbers of the signals that arrived since the handlers were installed.
-signals: list[object] = []
+signals: list[int] = []
 
 
 def install_handlers() -> None:
@@ -15,6 +17,7 @@ def install_handlers() -> None:
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), stop)
+    sys.unraisablehook = lost
 
 
 def stop(number: int, frame: object) -> NoReturn:
@@ -23,8 +26,25 @@ def stop(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def lost(what: sys.UnraisableHookArgs) -> None:
+    """Interrupt once more, in a moment: what Python calls from C, as a finalizer, cannot pass a KeyboardInterrupt on."""
+    if not signals or not issubclass(what.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(what)
+        return
+    again = threading.Timer(0.05, _again)
+    again.daemon = True
+    again.start()
+
+
+def _again() -> None:
+    if signals and hasattr(signal, "pthread_kill"):  # wakes the main thread from a system call
+        signal.pthread_kill(threading.main_thread().ident or 0, signals[-1])
+    elif signals:
+        signal.raise_signal(signals[-1])
+
+
 def check() -> None:
-    """Raise the KeyboardInterrupt that was asked for and lost: what Python calls from C, as a finalizer, cannot raise it."""
+    """Raise the KeyboardInterrupt that was asked for and that native code has swallowed."""
     if signals:
         raise KeyboardInterrupt
 

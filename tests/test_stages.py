@@ -306,8 +306,32 @@ def test_leftovers_of_a_killed_run_are_cleared(call: Call, tiny: Path, tmp_path:
     assert not kept_before and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_lost_interrupt_is_noticed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finalizer that runs when Ctrl-C comes cannot raise it: the stage ends before its folder gets its name."""
+FINALIZER = """
+import os, signal, time
+from edgepress.pipeline import interrupt
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+interrupt.install_handlers()
+try:
+    Slow()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_in_a_finalizer_comes_again() -> None:
+    """Python cannot raise it there: without a second one the command would go on, with a traceback on the screen."""
+    done = subprocess.run([sys.executable, "-c", FINALIZER], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_a_swallowed_interrupt_is_noticed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code may drop what Ctrl-C raised: the stage ends before its folder gets its name."""
     monkeypatch.setattr(interrupt, "signals", [signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
         pipeline_stages.run("prune", Artifact.load(tiny), tmp_path / "out", PruneOptions(remove_layers=(1,)))
