@@ -18,7 +18,7 @@ from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes, write_json
-from edgepress.pipeline.flags import Options, make
+from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory
 from edgepress.pipeline.model_files import read_config
@@ -67,6 +67,12 @@ def read(name: str) -> Recipe:
     if not content:
         raise OptionError(f"{file} names no stage; give at least one of: {', '.join(STAGES)}")
     return {str(stage): _resolve_texts(file, options or {}) for stage, options in content.items()}
+
+
+def given_by(name: str) -> str:
+    """The options that a recipe gives, as flags: ``prune --max-loss 0.01; heal --healer linear; ...``."""
+    stages_ = ((stage, (f" {flag(key)} {value}" for key, value in options.items())) for stage, options in read(name).items())
+    return "; ".join(stage + "".join(flags) for stage, flags in stages_)
 
 
 def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:

@@ -25,6 +25,7 @@ from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
+from edgepress.pipeline.runtime.chat_template import has_template
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.visible import one_line
 
@@ -82,7 +83,8 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     artifact = recipe.shipped_artifact(done)
     print(f"\nartifact: {artifact.path}")
     if artifact.format == "onnx":
-        print(f'try:      edgepress run {shlex.quote(str(artifact.path))} "Once upon a time"')
+        how = "--chat" if has_template(artifact.path) else '"Once upon a time"'
+        print(f"try:      edgepress run {shlex.quote(str(artifact.path))} {how}")
     return 0
 
 
@@ -147,6 +149,8 @@ def _run(options: argparse.Namespace, flags: Flags) -> int:
     print()
     if count > 2:  # the first piece is the prompt, the second waited for it to be read
         say(f"{(count - 2) / (time.monotonic() - begun):.1f} tokens/s")
+    elif count < 2 and has_template(folder):
+        say("the model ended the text at once; it has a chat template, which --chat applies")
     return 0
 
 

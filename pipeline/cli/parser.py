@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
+from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import version
 from edgepress.pipeline.stages import STAGES
 
@@ -25,16 +27,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
         self._mixing = False
+        self.last_words: Callable[[], str] | None = None  # the epilog, made when the help is asked for
+
+    def format_help(self) -> str:
+        """As argparse's."""
+        self.epilog = self.last_words() if self.last_words else self.epilog
+        return super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, which would give up on PROMPT at a flag that stands before it."""
+        """As argparse's, which would give up on PROMPT at a flag that stands before it; a command refuses its own unknown flags."""
         if self._mixing or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         self._mixing = True  # what is called here calls this method
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._mixing = False
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Exit 2; a former spelling is answered with the present one."""
@@ -72,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
         "how much time choices and measurements may take, for what the recipe and flags leave open: "
         + "; ".join(f"{name} ({text})" for name, text in EFFORT_HELP.items()) + f" (default: {DEFAULT})"))  # fmt: skip
+    build.last_words = lambda: (
+        f"The defaults above are those of single stages. The recipe 'default' gives: {given_by('default')}; what neither "
+        "recipe nor flags give, --effort may choose.")  # fmt: skip
     add_flags(build, *(stage.options for stage in STAGES.values()))
 
     for name, stage in STAGES.items():

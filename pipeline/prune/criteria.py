@@ -113,7 +113,7 @@ def _within(
         path.append(PathStep(layers, growth))
         log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, layers)), growth)
         if growth > limit:
-            log.info("that is more than --max-loss %g: %s will be removed", limit, listed(removed))
+            log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break
         removed = layers
     return removed, path

@@ -43,19 +43,27 @@ class ChatTemplate:
 
 def read_template(folder: Path) -> ChatTemplate | None:
     """The chat template of a checkpoint or artifact, None where it has none."""
-    settings = read_tokenizer_config(folder)
-    source, name = settings.get("chat_template"), "tokenizer_config.json"
-    if isinstance(source, list):  # several by name
-        source = next((row.get("template") for row in source if isinstance(row, dict) and row.get("name") == "default"), None)
+    source, name = _text(folder)
+    return ChatTemplate(str(source), special_tokens(read_tokenizer_config(folder)), name) if source else None
+
+
+def has_template(folder: Path) -> bool:
+    """Whether there is a chat template, which may be wrong."""
+    return bool(_text(folder)[0])
+
+
+def _text(folder: Path) -> tuple[object, str]:
+    """The template's source, and the file that holds it."""
     if (folder / FILE).is_file():
         check_size(folder / FILE, 4 * LARGEST)
         try:
-            source, name = (folder / FILE).read_text(encoding="utf-8"), FILE
+            return (folder / FILE).read_text(encoding="utf-8"), FILE
         except UnicodeDecodeError as error:
             raise InputError(f"{folder / FILE} is not UTF-8 text ({error.reason}); save it as UTF-8 or delete it") from error
-    if not source:
-        return None
-    return ChatTemplate(str(source), special_tokens(settings), name)
+    source = read_tokenizer_config(folder).get("chat_template")
+    if isinstance(source, list):  # several by name
+        source = next((row.get("template") for row in source if isinstance(row, dict) and row.get("name") == "default"), None)
+    return source, "tokenizer_config.json"
 
 
 def special_tokens(settings: JsonObject) -> dict[str, str]:

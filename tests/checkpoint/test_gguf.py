@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from edgepress.pipeline import stages
@@ -30,6 +31,16 @@ def test_the_weights_are_the_files(kind: GGMLQuantizationType, reference: Path, 
     for name, weight in weights.items():
         np.testing.assert_array_equal(state[name].numpy(), weight, err_msg=name)
     assert artifact.format == "hf" and set(artifact.steps[-1].facts["types"]) == {kind.name, "F32"}
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_file_is_parsed_once(codes: bool, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vocabulary of 262,144 that takes 13 s, and whoever of transformers needs something does it again."""
+    write_gguf(reference, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    parsed, real = list[object](), gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *given: (parsed.append(given), real(self, *given))[1])
+    stages.run("import", Artifact.load(tmp_path / "model.gguf"), tmp_path / "out", ImportOptions(keep_codes=codes))
+    assert len(parsed) == 1
 
 
 def test_texts_become_the_same_tokens(reference: Path, text: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgepress.pipeline import options
+from edgepress.pipeline import options, recipe
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.cli import terminal
 from edgepress.pipeline.cli.parser import parser
@@ -92,6 +92,13 @@ def test_help_looks_up_no_version() -> None:
     code = "import sys; from edgepress.pipeline.cli import main\ntry: main(['--help'])\nfinally: print('email' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("False\n")
+
+
+def test_help_of_build_gives_what_the_recipe_gives(call: Call) -> None:
+    """The flags' own defaults are those of single stages."""
+    text = " ".join(call("build", "--help").out.replace("-\n", "-").split())
+    for stage, given in recipe.read("default").items():
+        assert " ".join([stage, *(f"--{key.replace('_', '-')} {value}" for key, value in given.items())]) in text
 
 
 def test_help_runs_as_a_module_and_names_every_verb(edgepress: Call) -> None:
@@ -325,6 +332,7 @@ def test_what_may_be_left_out_may_stand_behind_flags(line: str, name: str, value
 def test_what_is_too_much_is_refused(line: str, call: Call) -> None:
     result = call(*line.split())
     assert result.code == 2 and result.err.startswith("error: unrecognized arguments") and result.err.count("\n") == 1
+    assert f"edgepress {line.split()[0]} --help" in result.err
 
 
 def test_an_error_is_one_line_whatever_a_name_holds(call: Call) -> None:

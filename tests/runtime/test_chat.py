@@ -244,6 +244,18 @@ def test_a_missing_template_is_reported(reference: Path, artifact: Path, copy_of
     assert result.code == 2 and "has no chat template" in line and f"edgepress run '{folder}' " in line
 
 
+def test_a_text_ended_at_once_names_chat(
+    artifact: Path, copy_of: Callable, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model trained to chat does with a bare question."""
+    folder = copy_of(artifact, "no template")
+    (folder / "chat_template.jinja").unlink()
+    monkeypatch.setattr(generate, "tokens", lambda *_: iter(()))
+    for where, hint in ((artifact, True), (folder, False)):
+        result = call("run", where, "Good day")
+        assert result.code == 0 and result.out == "Good day\n" and ("--chat" in result.err) == hint, result.err
+
+
 def test_chat_in_the_light_base(artifact: Path) -> None:
     """From a pipe, with a system message, without torch and transformers; the end of the input ends the conversation."""
     heavy = ["torch", "transformers", "safetensors", "onnx", "onnx_ir"]
