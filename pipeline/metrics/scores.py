@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 
-_ROWS = 64  # positions at a time: float64 copies of whole windows of a large vocabulary would need gigabytes
+_NUMBERS = 1 << 19  # logits at a time: their float64 copies stay in the processor's cache, which is two to three times as fast
 
 
 class _Losses(TypedDict):
@@ -47,8 +47,9 @@ class Quality:
 
     def add_part(self, following: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
         """Score positions by the ids that follow them; what the last position of a window gives has none and is left out."""
-        for first in range(0, len(following), _ROWS):
-            rows = slice(first, min(first + _ROWS, len(following)))
+        step = max(1, _NUMBERS // logits.shape[-1])
+        for first in range(0, len(following), step):
+            rows = slice(first, min(first + step, len(following)))
             scores, true = log_softmax(logits[rows]), following[rows]
             self.losses.append(-scores[np.arange(len(true)), true])
             if original is not None:
