@@ -35,9 +35,12 @@ SAMPLING = 4  # the same of a token that the model writes itself: in batches, bu
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
 PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
+SLOW_PARAMETERS_PER_S = 3.5e6  # the same of an export: 8-bit weights that meet float activations have no fast kernel
+LOGITS_PER_S = 250e6  # that a row of the benchmark compares with the original's
 # How wrong the model has been on quiet and busy machines: the range that is printed.
 LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
+PROOF_COPIES = 3.5  # of the logits of a window of the proof: torch's, onnxruntime's, what is made of them
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
 
     rate: what ``matmul_rate`` measured. removing: whether layers were removed by a stage that is done already.
     """
-    parameters = sum(math.prod(shape) for shape in ShardIndex.of(source).shapes.values())
+    shapes = ShardIndex.of(source).shapes.values()
+    parameters = sum(map(math.prod, shapes))
+    vocabulary = max((shape[0] for shape in shapes if len(shape) == 2), default=0)  # the embedding has the most rows
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
-    low = high = 0.0
+    low, high, memory = 0.0, 0.0, 4.0 * parameters
     for _, options in steps:
         least, most, fixed = _work(options, removing)
         if isinstance(options, TuneOptions) and not options.tune_tokens:
@@ -90,7 +95,13 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
         fixed += START_S + parameters / PARAMETERS_PER_S
         token = 2 * parameters / (EFFICIENCY * rate)
         low, high = low + least * token + fixed, high + most * token + fixed
-    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + 4 * parameters)
+        if isinstance(options, ExportOptions):
+            high += parameters / SLOW_PARAMETERS_PER_S
+            memory = 4.0 * (parameters + PROOF_COPIES * PROOF_TOKENS * vocabulary)
+        if isinstance(options, BenchOptions):
+            rows = (2 + removing) * _tokens(options.text_tokens, options.text)
+            low, high = low + rows * vocabulary / LOGITS_PER_S, high + 1.5 * rows * vocabulary / LOGITS_PER_S
+    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory)
 
 
 def _tokens(budget: int, text: Path) -> float:
