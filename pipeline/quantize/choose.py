@@ -86,7 +86,8 @@ class _Trial:
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        return items_of_model(self.model, self._windows(COST_TOKENS, min(WINDOW, self.context), self.options), self.kept)
+        windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.options)
+        return items_of_model(self.model, windows, self.kept, self.options.symmetric)
 
     def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.

@@ -29,8 +29,11 @@ class Errors:
     together: names of matrices that read one input (query, key and value; gate and up), known after the first pass.
     """
 
-    def __init__(self, model: PreTrainedModel, bits: int, group_size: int, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, bits: int, group_size: int, without: Collection[str] = (), symmetric: bool = False
+    ) -> None:
         """without: names of matrices that are left alone."""
+        self.symmetric = symmetric
         self.modules = {name: module for name, module in block_linears(model).items() if name not in without}
         self.factors: dict[str, torch.Tensor] = {}
         self.together: list[list[str]] = []
@@ -38,7 +41,7 @@ class Errors:
         self._errors = {}
         for name, module in progress(self.modules.items(), "rounding", "matrix"):
             weight = matrix_of(module)
-            restored = round_to_nearest(name, weight.numpy(), bits, group_size, False).dequantized()
+            restored = round_to_nearest(name, weight.numpy(), bits, group_size, symmetric).dequantized()
             self._errors[name] = (torch.from_numpy(restored) - weight).bfloat16()
 
     @contextmanager

@@ -59,7 +59,7 @@ def items_of(errors: Errors, costs: Mapping[str, float], together: Iterable[Sequ
                 tuple(names),
                 sum(rows * columns for rows, columns in shapes),
                 {form: sum(costs[name] * ratios[name][form] for name in names) for form in FORMS},
-                {form: sum(_bytes(rows, columns, form) for rows, columns in shapes) for form in FORMS},
+                {form: sum(_bytes(rows, columns, form, errors.symmetric) for rows, columns in shapes) for form in FORMS},
             )
         )
     return items
@@ -69,14 +69,16 @@ def _squared_errors(errors: Errors, name: str) -> dict[Form, float]:
     """The squared rounding error of each form as a multiple of that of ``BASE``."""
     weight = matrix_of(errors.modules[name])
     some = weight[:: max(1, len(weight) // _ROWS)].numpy()
-    squares = {form: float(np.square(round_to_nearest(name, some, *form, False).dequantized() - some).sum()) for form in FORMS}
+    rounded = {form: round_to_nearest(name, some, *form, errors.symmetric).dequantized() for form in FORMS}
+    squares = {form: float(np.square(restored - some).sum()) for form, restored in rounded.items()}
     return {form: square / (squares[BASE] or 1.0) for form, square in squares.items()}
 
 
-def _bytes(rows: int, columns: int, form: Form) -> int:
-    """Of an asymmetric matrix, as ``PackedLinear.nbytes`` counts them."""
+def _bytes(rows: int, columns: int, form: Form, symmetric: bool) -> int:
+    """Of codes, scales and zero points, which a symmetric matrix has none of, as ``PackedLinear.nbytes`` counts them."""
     groups = -(-columns // form.group_size)
-    return rows * (groups * form.group_size * form.bits // 8 + 4 * groups + -(-groups * form.bits // 8))
+    zeros = 0 if symmetric else -(-groups * form.bits // 8)
+    return rows * (groups * form.group_size * form.bits // 8 + 4 * groups + zeros)
 
 
 def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = None, size: float | None = None) -> list[Form]:

@@ -67,11 +67,13 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
 
-def items_of_model(model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = ()) -> list[Item]:
+def items_of_model(
+    model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = (), symmetric: bool = False
+) -> list[Item]:
     """What each matrix costs at each form, but for those in ``without``."""
     whole = [row for row in windows if len(row) == len(windows[0])]
     log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
-    errors = Errors(model, *BASE, without)
+    errors = Errors(model, *BASE, without, symmetric)
     by_name = costs(model, errors, whole)
     return items_of(errors, by_name, errors.together)
 

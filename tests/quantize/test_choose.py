@@ -75,9 +75,9 @@ def test_calibration_is_not_reckoned_with_where_weights_were_quantized_before(ti
     assert before.options.method == "gptq" and fresh.growth["4"] == pytest.approx(expected, abs=2e-5) != before.growth["4"]
 
 
-@pytest.mark.parametrize("target", [3.0, 4.6, 6.0])
-def test_a_mean_is_kept_to(target: float, settled: Callable[..., Chosen], tiny: Path, tmp_path: Path) -> None:
-    chosen = settled(target_bits=target).options
+@pytest.mark.parametrize(("target", "symmetric"), [(3.0, False), (4.6, False), (6.0, False), (4.3, True)])
+def test_a_mean_is_kept_to(target: float, symmetric: bool, settled: Callable[..., Chosen], tiny: Path, tmp_path: Path) -> None:
+    chosen = settled(target_bits=target, symmetric=symmetric).options
     folder = stages.run("quantize", Artifact.load(tiny), tmp_path / "q", chosen).path
     weights = Checkpoint(folder).weights
     blocks = [weights.packed(name) for name in weights.matrices if "layers" in name]

@@ -22,7 +22,7 @@ def items(count: int = 6, seed: int = 0) -> list[Item]:
         scale = float(generator.lognormal())
         cost = {form: scale * 4.0 ** (4 - form.bits) * form.group_size**0.3 for form in FORMS}
         made.append(
-            Item((f"m.{index}.a", f"m.{index}.b"), weights, cost, {form: _bytes(64, weights // 64, form) for form in FORMS})
+            Item((f"m.{index}.a", f"m.{index}.b"), weights, cost, {form: _bytes(64, weights // 64, form, False) for form in FORMS})
         )
     return made
 
@@ -52,11 +52,12 @@ def test_a_bound_that_nothing_keeps_to_gets_what_comes_nearest() -> None:
     assert solve(made, CHOICES, size=1.0) == [BASE] * 6
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [64, 96, 160])
-def test_bytes_are_those_of_the_packed_matrix(form: Form, columns: int) -> None:
+def test_bytes_are_those_of_the_packed_matrix(form: Form, columns: int, symmetric: bool) -> None:
     weight = np.random.default_rng(0).normal(size=(8, columns)).astype(np.float32)
-    assert _bytes(8, columns, form) == round_to_nearest("m", weight, *form, symmetric=False).nbytes
+    assert _bytes(8, columns, form, symmetric) == round_to_nearest("m", weight, *form, symmetric).nbytes
 
 
 def test_rules_give_every_matrix_its_form() -> None:
