@@ -20,6 +20,7 @@ from edgepress.pipeline.bench.jobs import TaskFigures
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.tasks import OnnxLM, run
 from edgepress.pipeline.files import sha256
+from edgepress.pipeline.registry import versions
 from lm_eval.api.model import LM
 
 # What is told of a task, and what guessing gives.
@@ -38,13 +39,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/task-table"), help="folder for what was measured")
     options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    files = dict(given.split("=", 1) for given in options.task)
+    files = dict(given.partition("=")[::2] for given in options.task)
+    if wrong := [name for name, file in files.items() if name not in METRICS or not Path(file).is_file()]:
+        parser.error(f"--task {wrong[0]}=FILE: a file, and one of {', '.join(METRICS)}")
     source = stages.source_of(options.checkpoint)
     options.work.mkdir(parents=True, exist_ok=True)
-    journal = Journal(options.work / "tasks.jsonl")
+    journal = Journal(options.work / "tasks.jsonl", versions=versions("torch", "transformers", "onnxruntime", "lm_eval"))
     rows = {"original, torch": scores(source, files, options.limit, journal)}
     for folder in options.artifact:
-        rows[folder.name] = scores(Artifact.load(onnx_folder(folder)), files, options.limit, journal)
+        rows[str(folder)] = scores(Artifact.load(onnx_folder(folder)), files, options.limit, journal)
     table(rows, list(files))
 
 
@@ -79,7 +82,7 @@ def table(rows: dict[str, TaskFigures], tasks: list[str]) -> None:
         for task in tasks:
             metric, chance = METRICS[task]
             figure, original = row.figures[f"{task}.{metric}"], first.figures[f"{task}.{metric}"]
-            cells.append(f"{figure.value:.3f} ± {figure.standard_error or 0:.3f}")
+            cells.append(f"{figure.value:.3f}" + (f" ± {figure.standard_error:.3f}" if figure.standard_error else ""))
             kept.append((figure.value - chance) / (original.value - chance))
         print(f"| {name} | {' | '.join(cells)} | {100 * sum(kept) / len(kept):.0f} % |")
 

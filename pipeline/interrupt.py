@@ -7,17 +7,21 @@ import sys
 import threading
 from typing import NoReturn
 
-# Numbers of the signals that arrived since the handlers were installed.
+# Numbers of the signals that arrived and were not dealt with.
 signals: list[int] = []
+_timer: threading.Timer | None = None
+_former = sys.__unraisablehook__  # of whoever called from Python
 
 
 def install_handlers() -> None:
-    """A polite kill cleans up as Ctrl-C does; a signal that the shell ignores stays ignored."""
-    signals.clear()
+    """A polite kill cleans up as Ctrl-C does; a signal that the shell ignores stays ignored. ``finish`` ends it."""
+    global _former
+    forget()
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), stop)
-    sys.unraisablehook = lost
+    if sys.unraisablehook is not lost:
+        _former, sys.unraisablehook = sys.unraisablehook, lost
 
 
 def stop(number: int, frame: object) -> NoReturn:
@@ -28,25 +32,48 @@ def stop(number: int, frame: object) -> NoReturn:
 
 def lost(what: sys.UnraisableHookArgs) -> None:
     """Interrupt once more, in a moment: what Python calls from C, as a finalizer, cannot pass a KeyboardInterrupt on."""
+    global _timer
     if not signals or not issubclass(what.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(what)
+        _former(what)
         return
-    again = threading.Timer(0.05, _again)
-    again.daemon = True
-    again.start()
+    settled()
+    _timer = threading.Timer(0.05, _again)
+    _timer.daemon = True
+    _timer.start()
 
 
 def _again() -> None:
-    if signals and hasattr(signal, "pthread_kill"):  # wakes the main thread from a system call
-        signal.pthread_kill(threading.main_thread().ident or 0, signals[-1])
-    elif signals:
-        signal.raise_signal(signals[-1])
+    for number in signals[-1:]:
+        if hasattr(signal, "pthread_kill"):  # wakes the main thread from a system call
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            signal.raise_signal(number)
 
 
 def check() -> None:
     """Raise the KeyboardInterrupt that was asked for and that native code has swallowed."""
     if signals:
+        settled()
         raise KeyboardInterrupt
+
+
+def settled() -> None:
+    """What was asked for is being done: it does not come again while things are cleaned up."""
+    if _timer is not None:
+        _timer.cancel()
+
+
+def forget() -> None:
+    """Go on as if no signal had come."""
+    settled()
+    signals.clear()
+
+
+def finish() -> None:
+    """The end of a command: whoever called from Python goes on, with the hook that was there."""
+    forget()
+    if sys.unraisablehook is lost:
+        sys.unraisablehook = _former
 
 
 def message(writes: bool, resumes: bool) -> str:

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import expectation
 from edgepress.pipeline.effort import EFFORTS, HELP, settings
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.flags import make
-from edgepress.pipeline.options import PRUNE_TOKENS
+from edgepress.pipeline.options import PRUNE_TOKENS, BenchOptions, ExportOptions, PruneOptions
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text import windows
 from edgepress.pipeline.tune import train
+from safetensors.torch import save_file
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -65,6 +67,20 @@ def test_more_effort_is_expected_to_take_longer(reference: Path) -> None:
     assert expect(reference, plan(read("default"), {}), 2 * rate).seconds[1] < balanced.seconds[1]
     assert expect(reference, [], rate).seconds == (0, 0)
     assert balanced.memory > 4 * 14e6
+
+
+def test_a_large_vocabulary_takes_memory_in_the_proof_and_time_in_the_benchmark(reference: Path, tmp_path: Path) -> None:
+    """The same parameters in a table of more rows."""
+    for name, shape in (("small", (64, 4096)), ("large", (4096, 64))):
+        (tmp_path / name).mkdir()
+        save_file({"table": torch.zeros(shape)}, tmp_path / name / "model.safetensors")
+    for options, longer, larger in (
+        (PruneOptions(max_loss=0.1), False, False),
+        (ExportOptions(), False, True),
+        (BenchOptions(), True, False),
+    ):
+        small, large = (expect(tmp_path / name, [("", options)], 50e9) for name in ("small", "large"))
+        assert (large.seconds[1] > small.seconds[1], large.memory > small.memory) == (longer, larger), options
 
 
 def test_the_expectation_in_words() -> None:

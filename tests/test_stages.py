@@ -318,16 +318,27 @@ class Slow:
 interrupt.install_handlers()
 try:
     Slow()
-    time.sleep(60)
+    {waits}
 except KeyboardInterrupt:
     print("interrupted")
+    time.sleep(0.3)
+    print("cleaned up")
 """
 
 
-def test_an_interrupt_in_a_finalizer_comes_again() -> None:
-    """Python cannot raise it there: without a second one the command would go on, with a traceback on the screen."""
-    done = subprocess.run([sys.executable, "-c", FINALIZER], capture_output=True, text=True, timeout=50)
-    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+@pytest.mark.parametrize("waits", ["time.sleep(60)", "interrupt.check()"])
+def test_an_interrupt_in_a_finalizer_comes_again(waits: str) -> None:
+    """Python cannot raise it there: without a second one the command would go on, with a traceback on the screen.
+
+    It does not come while things are cleaned up.
+    """
+    done = subprocess.run([sys.executable, "-c", FINALIZER.format(waits=waits)], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("interrupted\ncleaned up\n", "")
+
+
+def test_the_callers_hook_is_back_after_a_command(call: Call) -> None:
+    before = sys.unraisablehook
+    assert call("show", "nowhere").code == 2 and sys.unraisablehook is before
 
 
 def test_a_swallowed_interrupt_is_noticed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plain_output():
             return _main(arguments)
     finally:
-        interrupt.signals.clear()  # whoever called from Python goes on
+        interrupt.finish()
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -56,6 +56,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         return command(options, flags)
     except BaseException as error:
+        interrupt.settled()
         # Native code may swallow the KeyboardInterrupt and fail in its own way; the signal still asked to stop.
         if not interrupt.signals and not isinstance(error, KeyboardInterrupt):
             return exit_code(error)
@@ -149,7 +150,7 @@ def _run(options: argparse.Namespace, flags: Flags) -> int:
     print()
     if count > 2:  # the first piece is the prompt, the second waited for it to be read
         say(f"{(count - 2) / (time.monotonic() - begun):.1f} tokens/s")
-    elif count < 2 and has_template(folder):
+    elif count < 2 < settings.limit and has_template(folder):
         say("the model ended the text at once; it has a chat template, which --chat applies")
     return 0
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepress.pipeline import interrupt
 from edgepress.pipeline.cli.terminal import say
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.interrupt import signals
 from edgepress.pipeline.options import RunOptions
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
         except OptionError as error:
             say(f"error: {error}")
         except BaseException:  # native code may swallow the KeyboardInterrupt and fail in its own way
-            if signal.SIGINT not in signals or len(set(signals)) > 1:
+            if signal.SIGINT not in interrupt.signals or len(set(interrupt.signals)) > 1:
                 raise
-            signals.clear()
+            interrupt.forget()
             print()
             if message is None:
                 say("/bye or Ctrl-D quits")

@@ -49,7 +49,10 @@ def read_template(folder: Path) -> ChatTemplate | None:
 
 def has_template(folder: Path) -> bool:
     """Whether there is a chat template, which may be wrong."""
-    return bool(_text(folder)[0])
+    try:
+        return bool(_text(folder)[0])
+    except InputError:
+        return (folder / FILE).is_file()
 
 
 def _text(folder: Path) -> tuple[object, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -32,6 +33,7 @@ log = logging.getLogger("edgepress")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Two quantizations of one matrix differ by a few per cent of its length; two matrices by about 1.4 times.
 _SAME_MATRIX = 0.2
+_TURN = threading.Lock()  # of the thread that imports: names of transformers and gguf are replaced meanwhile, for all
 _VISION = frozenset({"clip", "mmproj"})  # what a multi-modal model keeps in a file of its own
 
 
@@ -43,12 +45,16 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
     damaged or split, ModelError for an architecture that transformers cannot convert, OptionError for codes that cannot be kept.
     """
     require("gguf")
-    file = source.path
+    with _TURN:
+        return _import(source.path, out, options)
+
+
+def _import(file: Path, out: Path, options: ImportOptions) -> JsonObject:
     reader = _read(file)
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     try:
         # its bar is drawn wherever stderr goes, and cannot be switched off
-        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _always(reader), _alone(file) as folder:
+        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _parsed_once(file, reader), _alone(file) as folder:
             given = {"gguf_file": file.name, "trust_remote_code": False}
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
             tokenizer = AutoTokenizer.from_pretrained(folder, **given)
@@ -86,7 +92,7 @@ def _kept(reader: GGUFReader, file: Path, model: PreTrainedModel, kinds: Counter
     """The matrices whose codes are kept. Raises OptionError where there is none."""
     from edgepress.pipeline.checkpoint.importers.gguf_codes import BITS, kept_codes
 
-    with _always(reader):
+    with _parsed_once(file, reader):
         kept = kept_codes(file, model)
     if not kept:
         found = ", ".join(sorted(kind for kind in kinds if kind not in ("F32", *BITS))) or "float"
@@ -118,9 +124,16 @@ def _bar(tensors: list[object], desc: str) -> Iterator[object]:
 
 
 @contextmanager
-def _always(reader: GGUFReader) -> Iterator[None]:
+def _parsed_once(file: Path, reader: GGUFReader) -> Iterator[None]:
     """Within the context whoever opens the file gets this reader: of a large vocabulary it makes a million objects, five times."""
-    with patch("gguf.GGUFReader", lambda path: reader):
+    import gguf
+
+    real = gguf.GGUFReader
+
+    def opened(path: str | Path, mode: Literal["r", "r+", "c"] = "r") -> GGUFReader:
+        return reader if mode == "r" and Path(path).samefile(file) else real(path, mode)
+
+    with patch.object(gguf, "GGUFReader", opened):
         yield
 
 
