@@ -25,7 +25,7 @@ _WHOLE = {
         ("hidden_size", "n_embd", "d_model", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads"), 1 << 20
     ),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), 1 << 24),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), 1 << 31),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), 1 << 24),
 }
 # Numbers that the exporters read of one architecture or another.
 _NUMBERS = (

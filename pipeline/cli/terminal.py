@@ -46,6 +46,11 @@ class _OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
+_NO_MEMORY = "out of memory; close other programs or press a smaller model"
+# What torch and onnxruntime say where Python would raise a MemoryError.
+_ALLOCATORS = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc")
+
+
 def exit_code(error: BaseException) -> int:
     """One line and exit code 2 for what the user can mend; anything else is a bug, and raised again."""
     try:
@@ -53,7 +58,11 @@ def exit_code(error: BaseException) -> int:
     except EdgepressError as error:
         reason = str(error)
     except MemoryError:
-        reason = "out of memory; close other programs or press a smaller model"
+        reason = _NO_MEMORY
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _ALLOCATORS):
+            raise
+        reason = _NO_MEMORY
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

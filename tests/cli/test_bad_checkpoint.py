@@ -168,6 +168,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown model type": (change(model_type="quux", architectures=None), ("quux",)),
     "tokenizer is no JSON": (write("tokenizer.json", b"{"), ("tokenizer.json",)),
     "layer count is text": (change(num_hidden_layers="four"), ("config.json",)),
+    "context beyond any memory": (change(max_position_embeddings=1 << 31), ("max_position_embeddings", "16,777,216")),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
     "negative hidden size": (change(hidden_size=-64), ("hidden_size is -64",)),
     "other shapes": (change(vocab_size=5121), ("do not fit",)),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from edgepress.pipeline import options, recipe
 from edgepress.pipeline.cli import commands as cli
 from edgepress.pipeline.cli import terminal
@@ -289,6 +290,16 @@ def test_a_read_that_fails_does_not_blame_the_disk(
     assert terminal.exit_code(error) == 2
     line = capsys.readouterr().err
     assert says in line and never not in line and line.count("\n") == 1
+
+
+def test_memory_that_torch_cannot_get_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its allocator raises a RuntimeError, as a fault of ours does."""
+    with pytest.raises(RuntimeError) as allocator:
+        torch.empty(1 << 60)
+    assert terminal.exit_code(allocator.value) == 2
+    assert "out of memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        terminal.exit_code(RuntimeError("The size of tensor a must match the size of tensor b"))
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
