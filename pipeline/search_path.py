@@ -13,7 +13,10 @@ from collections.abc import Iterable, Sequence
 
 def without_current_folder(entries: Iterable[str]) -> list[str]:
     """Entries of a search path that are not the current folder (as "" is); all of them where edgepress itself lies in it."""
-    here = os.path.realpath(os.curdir)
+    try:
+        here = os.path.realpath(os.curdir)
+    except FileNotFoundError:  # deleted: nothing can be in it
+        return [entry for entry in entries if entry]
     if here == os.path.realpath(_holder(os.path.abspath(__file__), 3)):  # FOLDER/edgepress/pipeline/search_path.py
         return list(entries)
     return [entry for entry in entries if entry and os.path.realpath(entry) != here]

@@ -19,7 +19,15 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import resolve
 from edgepress.pipeline.cli.conversation import chat
 from edgepress.pipeline.cli.parser import parser
-from edgepress.pipeline.cli.terminal import exit_code, log_to_terminal, plain_output, say, speak_utf8
+from edgepress.pipeline.cli.terminal import (
+    check_current_folder,
+    exit_code,
+    log_to_terminal,
+    plain_output,
+    say,
+    speak_utf8,
+    whole_streams,
+)
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make
@@ -34,6 +42,7 @@ Flags = dict[str, object]  # those that were given, by option name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    whole_streams()
     speak_utf8()
     try:
         with plain_output():
@@ -54,6 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if options.debug:
         return command(options, flags)
     try:
+        check_current_folder()
         return command(options, flags)
     except BaseException as error:
         interrupt.settled()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO, cast
 
 from edgepress.pipeline.documents import short_line
-from edgepress.pipeline.errors import EdgepressError
+from edgepress.pipeline.errors import EdgepressError, InputError
 from edgepress.pipeline.registry import missing_package
 from edgepress.pipeline.visible import one_line, plain_progress, plain_text
 
@@ -88,6 +88,25 @@ def _disk_reason(error: OSError) -> str:
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno
         return f"cannot write {name}: {reason}; free some disk space or choose another output folder"
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
+
+
+def whole_streams() -> None:
+    """Streams that the caller has closed lead nowhere: a model's file must not get the number that native code prints to."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def check_current_folder() -> None:
+    """Raises InputError where it was deleted: torch would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder has been deleted; change to one that is there") from error
 
 
 def speak_utf8() -> None:

@@ -398,3 +398,19 @@ def test_output_is_utf8(encoding: str, exported: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("Once → 中é".encode())
     done = run("show", tmp_path / "→\udcff")
     assert done.returncode == 2 and "→\\udcff".encode() in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_lead_nowhere(closed: str, exported: Path) -> None:
+    """As under some schedulers; a file of the model must not get the number of one."""
+    command = f'"{sys.executable}" -m edgepress.pipeline.cli run "{exported}" Once --max-new-tokens 3 {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("Once" in done.stdout) == (not closed.startswith(">"))
+
+
+def test_a_deleted_current_folder_is_one_line(exported: Path, tmp_path: Path) -> None:
+    """Torch would end the process there."""
+    command = f'mkdir gone && cd gone && rmdir ../gone && "{sys.executable}" -m edgepress.pipeline.cli show "{exported}"'
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has been deleted" in done.stderr
