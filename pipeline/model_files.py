@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgepress.pipeline.documents import DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import check_size, read_json
+from edgepress.pipeline.files import MAX_BYTES, check_size, read_json
 
 # What transformers and tokenizers read whole, by themselves.
 _READ_WHOLE = {
@@ -16,6 +16,7 @@ _READ_WHOLE = {
     "model.safetensors.index.json",
 }  # fmt: skip
 _READ_WHOLE_KINDS = (".jinja", ".model", ".tiktoken")
+_LARGEST = {"special_tokens_map.json": 4 << 20}  # bytes; transformers makes an object of every value of it
 _LARGEST_ID = (1 << 31) - 1
 # Whole numbers of a config.json -> the largest that is read; far above the models there are, far below what exhausts memory.
 # Some architectures give one a layer, as a list.
@@ -43,7 +44,7 @@ def check_sizes(folder: Path) -> None:
     """Refuse a file without end, or larger than any model's, that a library would read whole. Raises InputError."""
     for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
         if file.exists() and (file.name in _READ_WHOLE or file.suffix in _READ_WHOLE_KINDS):
-            check_size(file)
+            check_size(file, _LARGEST.get(file.name, MAX_BYTES))
 
 
 def read_config(folder: Path) -> JsonObject:

@@ -16,6 +16,7 @@ from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOpt
 from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import version
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.visible import one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
             if flag(old) in given and old != "method":  # which is quantize's still
                 of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
                 message = f"{flag(old)} is now {flag(new)}{of}"
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):

@@ -339,6 +339,11 @@ def test_what_may_be_left_out_may_stand_behind_flags(line: str, name: str, value
     assert getattr(parser().parse_args(line.split()), name) == value
 
 
+def test_a_word_too_many_is_one_line_whatever_it_holds(call: Call) -> None:
+    result = call("run", "DIR", "--nothing", "\n Once\n\x1b[31m")
+    assert result.code == 2 and result.err.count("\n") == 1 and "\x1b" not in result.err
+
+
 @pytest.mark.parametrize("line", ["run DIR Once --seed 1 more", "run DIR --nothing Once", "show DIR more", "build A B --bits 4 c"])
 def test_what_is_too_much_is_refused(line: str, call: Call) -> None:
     result = call(*line.split())
