@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepress.pipeline.documents import DocumentError, JsonObject, shown, typed
+from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import MAX_BYTES, check_size, read_json
+from edgepress.pipeline.files import check_size, read_json
 
 # What transformers and tokenizers read whole, by themselves.
 _READ_WHOLE = {
