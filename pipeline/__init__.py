@@ -9,6 +9,9 @@ from __future__ import annotations
 import edgepress.pipeline.search_path  # first: no module of the current folder may stand in for one imported below
 
 # isort: split
+import edgepress.pipeline.privacy
+
+# isort: split
 from pathlib import Path
 from typing import TYPE_CHECKING
 

@@ -130,7 +130,7 @@ def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = _take(out, file, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
-        if file.parent.exists():  # /proc answers so
+        if file.parent.exists() or not _can_be_made(file.parent):  # /proc answers so
             raise OutputError(f"cannot write to {file.parent}; choose another output folder") from None
         return file  # removed by another that ended just now
     except OSError as error:
@@ -149,6 +149,12 @@ def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
         raise
     held.release()
     return in_the_way
+
+
+def _can_be_made(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder.exists()
 
 
 def _around(out: Path, build: bool) -> Iterator[Path]:

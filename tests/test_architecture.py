@@ -16,7 +16,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors", "pipeline.visible"),
     ("pipeline.documents",),
     (
-        *(f"pipeline.{name}" for name in ("files", "interrupt", "machine", "progress", "registry", "search_path", "vocabulary")),
+        *(
+            f"pipeline.{name}"
+            for name in ("files", "interrupt", "machine", "privacy", "progress", "registry", "search_path", "vocabulary")
+        ),
         "models",
     ),
     ("pipeline.lock", "pipeline.model_files"),

@@ -51,6 +51,7 @@ def test_output_at_or_below_a_file(place: str, verb: str, refused: Refused, tiny
 def test_output_cannot_be_made(verb: str, refused: Refused, tiny: Path) -> None:
     """/proc takes no folders, not even root's."""
     refused(*command(verb, tiny, "/proc/edgepress-out"), says=("/proc", "choose another output folder"))
+    refused(*command(verb, tiny, "/proc/no/edgepress-out"), says=("cannot write to /proc/no", "choose another output folder"))
 
 
 def test_output_without_permission(refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

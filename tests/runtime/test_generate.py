@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +101,11 @@ def test_ends_and_unknown_tokens_as_in_transformers(
     assert stop == (set() if ends is None else set(ends) if isinstance(ends, list) else {ends})
     whole = tokenizer.decode([*ids[0].tolist(), *(id for id in expected if id not in stop)], skip_special_tokens=True)
     assert PROMPT + "".join(TextModel(artifact.path).stream(PROMPT, 24)) == whole.rstrip("\ufffd")
+
+
+def test_nothing_is_reported_to_anybody(folder: Path, tmp_path: Path) -> None:
+    """Left to itself onnxruntime keeps a device id in the user's cache folder, and a database of what it will send."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-m", "edgepress.pipeline.cli", "run", str(folder), "Once", "--max-new-tokens", "2"]
+    subprocess.run(command, env=kept | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=60)
+    assert not list(tmp_path.rglob("*icrosoft*"))
