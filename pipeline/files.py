@@ -54,6 +54,16 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def discard_part(path: Path) -> None:
+    """Remove what a killed ``write_whole`` left of a file, if it can be removed."""
+    with suppress(OSError):
+        _part(path).unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and move it there: whoever is killed leaves the former one, or none.
 
@@ -63,7 +73,7 @@ def write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)

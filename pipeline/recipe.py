@@ -17,7 +17,7 @@ from edgepress.pipeline.documents import MAX_YAML, DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, expanded, folder_bytes, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_part, expanded, folder_bytes, write_json
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory
@@ -42,6 +42,7 @@ log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
+COST = "build.json"
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
@@ -238,6 +239,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         done.append(artifact)
     if expected:
         _record_cost(out, expected, time.monotonic() - begun)
+    else:
+        discard_part(out / COST)
     return done
 
 
@@ -274,10 +277,10 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
 
 
 def _record_cost(out: Path, expected: Expectation, seconds: float) -> None:
-    """Expected beside taken, in build.json and in one line."""
+    """Expected beside taken, in a file and in one line."""
     memory = peak_memory()
     taken = {"seconds": round(seconds), "memory_bytes": memory}
-    write_json(out / "build.json", {"expected": expected.facts(), "taken": taken})
+    write_json(out / COST, {"expected": expected.facts(), "taken": taken})
     used = "" if memory is None else f" and {memory / 1e9:.1f} GB in its largest process"
     log.info("build: took %.0f min %02.0f s%s", seconds // 60, seconds % 60, used)
 

@@ -164,6 +164,12 @@ def built(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+def test_a_kill_while_the_cost_is_written_leaves_nothing_for_good(built: Path, tiny: Path, text: Path) -> None:
+    """All stages are done then, and the next build has no cost to write."""
+    (left := built / ".build.json.part").write_text("{")
+    assert cli.main(build_arguments(tiny, built, text)) == 0 and not left.exists()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_manifest_describes_its_folder(stage: str, built: Path) -> None:
     """Every file with size and hash, every stage so far with what it was told, what it found and who did it."""
