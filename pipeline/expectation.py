@@ -99,14 +99,20 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             high += parameters / SLOW_PARAMETERS_PER_S
             memory = 4.0 * (parameters + PROOF_COPIES * PROOF_TOKENS * vocabulary)
         if isinstance(options, BenchOptions):
-            rows = (2 + removing) * _tokens(options.text_tokens, options.text)
-            low, high = low + rows * vocabulary / LOGITS_PER_S, high + 1.5 * rows * vocabulary / LOGITS_PER_S
+            text, rows = _scored(options, removing)
+            compared = rows * text * vocabulary / LOGITS_PER_S
+            low, high = low + compared, high + 1.5 * compared
     return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory)
 
 
 def _tokens(budget: int, text: Path) -> float:
     """Tokens of a text that will be read: ``budget``, or all there are."""
     return min(budget, text.stat().st_size / BYTES_A_TOKEN if text.is_file() else budget)
+
+
+def _scored(options: BenchOptions, removing: bool) -> tuple[float, float]:
+    """Tokens of the benchmark's text, and how many models read it at least."""
+    return _tokens(options.text_tokens, options.text), 2.0 + removing
 
 
 def _work(options: Options, removing: bool) -> tuple[float, float, float]:
@@ -135,6 +141,6 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
     if isinstance(options, ExportOptions):
         return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
     if isinstance(options, BenchOptions):
-        text, rows = _tokens(options.text_tokens, options.text), 2.0 + removing
+        text, rows = _scored(options, removing)
         return rows * text, (rows + 1 + removing) * text, options.repeats * 4.0 * (1 + removing)
     return 0.0, 0.0, 0.0

@@ -126,11 +126,13 @@ def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
 
     Whoever comes announces itself first and looks around then: of two at once, at least one sees the other.
     """
+    made = False
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        made = True
         held = _take(out, file, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
-        if file.parent.exists() or not _can_be_made(file.parent):  # /proc answers so
+        if not made or file.parent.exists():  # /proc answers so
             raise OutputError(f"cannot write to {file.parent}; choose another output folder") from None
         return file  # removed by another that ended just now
     except OSError as error:
@@ -149,12 +151,6 @@ def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
         raise
     held.release()
     return in_the_way
-
-
-def _can_be_made(folder: Path) -> bool:
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder.exists()
 
 
 def _around(out: Path, build: bool) -> Iterator[Path]:

@@ -41,8 +41,8 @@ from edgepress.pipeline.text.reading import KEY, read_text
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
+COST = "build.json"  # in OUT: what a build was expected to take, and what it took
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
-COST = "build.json"
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 # What another quantization method need not understand.
@@ -72,8 +72,7 @@ def read(name: str) -> Recipe:
 
 def given_by(name: str) -> str:
     """The options that a recipe gives, as flags: ``prune --max-loss 0.01; heal --healer linear; ...``."""
-    stages_ = ((stage, (f" {flag(key)} {value}" for key, value in options.items())) for stage, options in read(name).items())
-    return "; ".join(stage + "".join(flags) for stage, flags in stages_)
+    return "; ".join(" ".join([stage, *(f"{flag(k)} {v}" for k, v in options.items())]) for stage, options in read(name).items())
 
 
 def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:

@@ -69,7 +69,7 @@ def test_more_effort_is_expected_to_take_longer(reference: Path) -> None:
     assert balanced.memory > 4 * 14e6
 
 
-def test_a_large_vocabulary_takes_memory_in_the_proof_and_time_in_the_benchmark(reference: Path, tmp_path: Path) -> None:
+def test_a_large_vocabulary_takes_memory_in_the_proof_and_time_in_the_benchmark(tmp_path: Path) -> None:
     """The same parameters in a table of more rows."""
     for name, shape in (("small", (64, 4096)), ("large", (4096, 64))):
         (tmp_path / name).mkdir()

@@ -46,7 +46,6 @@ class _OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
-_NO_MEMORY = "out of memory; close other programs or press a smaller model"
 # What torch and onnxruntime say where Python would raise a MemoryError.
 _ALLOCATORS = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc")
 
@@ -57,12 +56,10 @@ def exit_code(error: BaseException) -> int:
         raise error
     except EdgepressError as error:
         reason = str(error)
-    except MemoryError:
-        reason = _NO_MEMORY
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _ALLOCATORS):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _ALLOCATORS):
             raise
-        reason = _NO_MEMORY
+        reason = "out of memory; close other programs or press a smaller model"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

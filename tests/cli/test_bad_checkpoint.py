@@ -105,7 +105,7 @@ def test_a_file_without_end(name: str, refused: Refused, copy_of: Copy, tiny: Pa
 
 
 def test_a_map_of_special_tokens_with_millions_of_values(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
-    """Transformers takes 44 s for 63 MB of them; no model's map has a tenth of the 4 MB that are read."""
+    """Transformers took 44 s of a busy processor for 63 MB of them; 4 MB are read."""
     source = copy_of(tiny)
     (source / "special_tokens_map.json").write_text('{"x": [' + ",".join(["[]"] * (5 << 19)) + "]}")
     refused(*command("quantize", source, tmp_path / "out"), says=("special_tokens_map.json", "too large"))

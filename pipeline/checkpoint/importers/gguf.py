@@ -46,15 +46,15 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
     """
     require("gguf")
     with _TURN:
-        return _import(source.path, out, options)
+        reader = _read(source.path)
+        with _parsed_once(source.path, reader):
+            return _import(source.path, Counter(tensor.tensor_type.name for tensor in reader.tensors), out, options)
 
 
-def _import(file: Path, out: Path, options: ImportOptions) -> JsonObject:
-    reader = _read(file)
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+def _import(file: Path, kinds: Counter[str], out: Path, options: ImportOptions) -> JsonObject:
     try:
         # its bar is drawn wherever stderr goes, and cannot be switched off
-        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _parsed_once(file, reader), _alone(file) as folder:
+        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _alone(file) as folder:
             given = {"gguf_file": file.name, "trust_remote_code": False}
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
             tokenizer = AutoTokenizer.from_pretrained(folder, **given)
@@ -63,7 +63,7 @@ def _import(file: Path, out: Path, options: ImportOptions) -> JsonObject:
         raise ModelError(f"transformers cannot convert {file.name} ({reason}); give the original checkpoint") from error
     tied = _tie(loaded)
     model = _plain(loaded)
-    kept = _kept(reader, file, model, kinds) if options.keep_codes else {}
+    kept = _kept(file, model, kinds) if options.keep_codes else {}
     state = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in kept}
     if kept and model.config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if not _is_head(model, name)}
@@ -88,12 +88,11 @@ def _import(file: Path, out: Path, options: ImportOptions) -> JsonObject:
     }
 
 
-def _kept(reader: GGUFReader, file: Path, model: PreTrainedModel, kinds: Counter[str]) -> dict[str, tuple[str, PackedLinear]]:
+def _kept(file: Path, model: PreTrainedModel, kinds: Counter[str]) -> dict[str, tuple[str, PackedLinear]]:
     """The matrices whose codes are kept. Raises OptionError where there is none."""
     from edgepress.pipeline.checkpoint.importers.gguf_codes import BITS, kept_codes
 
-    with _parsed_once(file, reader):
-        kept = kept_codes(file, model)
+    kept = kept_codes(file, model)
     if not kept:
         found = ", ".join(sorted(kind for kind in kinds if kind not in ("F32", *BITS))) or "float"
         raise OptionError(
