@@ -25,7 +25,7 @@ from edgepress.pipeline.options import (
 )
 
 _SIDE, _PRODUCTS = 1024, 8
-TRIAL_TOKENS, PROOF_TOKENS = 2048, 512  # of quantize/choose.py and text/windows.py, which load numpy
+TRIAL_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 512, 2**25  # of quantize/choose.py and text/windows.py, which load numpy
 SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 TUNE_TOKENS, MOST_PASSES = PRUNE_TOKENS, 10  # of own_text/kept.py and tune/train.py
@@ -97,7 +97,7 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
         low, high = low + least * token + fixed, high + most * token + fixed
         if isinstance(options, ExportOptions):
             high += parameters / SLOW_PARAMETERS_PER_S
-            memory = 4.0 * (parameters + PROOF_COPIES * PROOF_TOKENS * vocabulary)
+            memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
         if isinstance(options, BenchOptions):
             text, rows = _scored(options, removing)
             compared = rows * text * vocabulary / LOGITS_PER_S

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 LONGEST_WINDOW = 2048
 # For the proof of an export: tokens that it reads at least, and that it generates.
 PROOF_TOKENS, GREEDY_TOKENS = 512, 32
+# Logits of one of its windows: 134 MB in float32, of which torch, onnxruntime and the comparison hold a copy each.
+PROOF_LOGITS = 2**25
 # How the name of a file ends that holds token ids in place of a text: what --calibration self keeps.
 IDS = ".ids.npz"
 
@@ -72,14 +74,17 @@ def check_ids(ids: Sequence[int], tokenizer: Tokenizer, size: int | None, where:
 
 
 def proof_window(folder: Path) -> int:
-    """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it. Raises ModelError."""
+    """Tokens in a window that an export is proven on: greedy tokens must fit into the context behind it.
+
+    At most PROOF_TOKENS, fewer where the vocabulary is large. Raises ModelError for a context that is too short.
+    """
     context = context_length(folder)
     if context < GREEDY_TOKENS + 8:
         raise ModelError(
             f"a context of {context} tokens is too short for the proof of an export, it takes {GREEDY_TOKENS + 8}; "
             "give a model with a longer context"
         )
-    return min(context - GREEDY_TOKENS, PROOF_TOKENS)
+    return min(context - GREEDY_TOKENS, PROOF_TOKENS, max(PROOF_TOKENS // 8, PROOF_LOGITS // (vocabulary(folder) or 1)))
 
 
 def text_windows(

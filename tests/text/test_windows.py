@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgepress.pipeline.errors import ModelError, TextError
+from edgepress.pipeline.files import write_json
+from edgepress.pipeline.text import windows
 from edgepress.pipeline.text.windows import IDS, beginning, load_tokenizer, text_windows
 
 
@@ -68,3 +70,14 @@ def test_a_tokenizer_that_fails_in_use_is_refused_at_once(
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"tokenizer.json cannot be used"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "context", "length"), [(49152, 2048, 512), (151936, 32768, 220), (262144, 32768, 128), (256, 96, 64)]
+)
+def test_windows_of_the_proof_are_shorter_for_a_large_vocabulary(
+    vocabulary: int, context: int, length: int, tmp_path: Path
+) -> None:
+    """Their logits stand in memory several times: a gigabyte for Gemma at 512 tokens."""
+    write_json(tmp_path / "config.json", {"vocab_size": vocabulary, "max_position_embeddings": context})
+    assert windows.proof_window(tmp_path) == length
