@@ -33,7 +33,7 @@ from edgepress.pipeline.options import (
     TuneOptions,
     bits_rules,
 )
-from edgepress.pipeline.registry import look_up, suggestion
+from edgepress.pipeline.registry import load, look_up, suggestion
 from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text.reading import KEY, read_text
@@ -150,6 +150,17 @@ def _check_inputs(source: Path, steps: Plan) -> None:
             text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
 
+def _check_ahead(source: Path, ahead: Plan) -> None:
+    """The same of what takes seconds to look up, by the stages that will run. Raises what they raise."""
+    removed = 0
+    for name, options in ahead:
+        if isinstance(options, PruneOptions) and options.max_loss is None:
+            config = read_config(source)
+            removed = options.amount(config[layer_count_key(config)])
+        if foresee := STAGES[name].foresee:
+            load(foresee)(source, options, removed)
+
+
 def _bits(options: QuantizeOptions) -> list[int]:
     return [options.weight_bits, *(rule.bits for rule in bits_rules(options.bits_for))]
 
@@ -226,6 +237,7 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
     for folder in folders[len(folders) - len(ahead) :]:
         check_free(folder)
+    _check_ahead(source, ahead)
     expected = expect(source, ahead, matmul_rate(), _removed(folders)) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)

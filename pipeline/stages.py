@@ -41,6 +41,8 @@ class Stage:
     """One verb: its options, the function behind it, the formats it reads and writes, and what it depends on.
 
     disk: bytes needed for its output, as a multiple of the source folder's. gives: without ``keep_codes``, see ``format_of``.
+    foresee: a function that refuses, before a build begins, options that the stage would refuse late; it is given the folder that
+    the build starts from, the options, and how many layers are certain to be removed before.
     """
 
     options: type[Options]
@@ -49,6 +51,7 @@ class Stage:
     gives: Format
     packages: tuple[str, ...]
     disk: float
+    foresee: str | None = None
 
 
 _BUILD = ("torch", "transformers", "numpy")
@@ -66,6 +69,7 @@ STAGES: dict[str, Stage] = {
         "packed",
         _BUILD,
         1.0,
+        "edgepress.pipeline.quantize.plan:foresee",
     ),
     "tune": Stage(TuneOptions, "edgepress.pipeline.tune.stage:tune", ("packed",), "packed", _BUILD, 1.5),
     # a float export is float32, twice the bytes of a 16-bit checkpoint
@@ -77,7 +81,15 @@ STAGES: dict[str, Stage] = {
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
         2.2,
     ),
-    "bench": Stage(BenchOptions, "edgepress.pipeline.bench.stage:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
+    "bench": Stage(
+        BenchOptions,
+        "edgepress.pipeline.bench.stage:bench",
+        ("onnx",),
+        "report",
+        (*_BUILD, "onnxruntime"),
+        0.0,
+        "edgepress.pipeline.bench.subject:foresee",
+    ),
 }
 
 

@@ -15,7 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, QualityJob, SpeedJob, SpeedSample, TasksJob
+from edgepress.pipeline.bench.jobs import (
+    Bandwidth,
+    BandwidthJob,
+    ColdJob,
+    ColdSample,
+    QualityJob,
+    SpeedJob,
+    SpeedSample,
+    TaskNames,
+    TaskNamesJob,
+    TasksJob,
+)
 from edgepress.pipeline.bench.memory import peak_rss, pss
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import EdgepressError
@@ -152,6 +163,14 @@ def _tasks(job: TasksJob) -> Iterator[object]:
     return evaluate(job)
 
 
+def _task_names(job: TaskNamesJob) -> Iterator[object]:
+    require("lm_eval")
+    from edgepress.pipeline.bench.tasks import check_names
+
+    check_names(job.tasks, job.with_files)
+    yield TaskNames(job.tasks)
+
+
 def answers(kind: str, job: JsonObject) -> Iterator[object]:
     """Run a job. Kinds that need more than the light base are imported only when they are asked for."""
     if kind == "speed":
@@ -162,6 +181,8 @@ def answers(kind: str, job: JsonObject) -> Iterator[object]:
         return bandwidth(typed(BandwidthJob, job))
     if kind == "quality":
         return _quality(typed(QualityJob, job))
+    if kind == "task_names":
+        return _task_names(typed(TaskNamesJob, job))
     return _tasks(typed(TasksJob, job))
 
 
