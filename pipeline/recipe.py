@@ -204,6 +204,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     What it was expected to take and what it took stands in ``out/build.json``.
     Raises OutputError, which names it, when another edgepress writes there.
     """
+    stages.check_outside(out, source)
     _check_no_artifact(out)  # before a lock lies in it
     with writing(out, build=True):
         return _build(source, out, steps)
@@ -226,6 +227,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
+    for folder in folders:
+        stages.check_outside(folder, source)
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
     _check_no_artifact(out)
     own = {folder.resolve() for folder in (source, *folders)}

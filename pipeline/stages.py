@@ -109,11 +109,35 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
+    check_outside(out, source.path, *_folders(options))
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one
     with writing(out, wait=wait):
         return _run(name, source, out, options.resolved())
+
+
+def check_outside(out: Path, *read: Path) -> None:
+    """Raise OptionError for an output folder that is, or lies in, one of the folders that are ``read`` for it.
+
+    However they are written: links count for what they lead to, and a model in the hub's cache with all that is kept of it.
+    """
+    place = out.resolve()
+    above = [parent for parent in (place, *place.parents) if parent.is_dir()]
+    for folder in read:
+        root = folder.resolve()
+        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+            root = root.parent.parent
+        if root.is_dir() and any(parent.samefile(root) for parent in above):
+            where = "is" if place.is_dir() and place.samefile(root) else "lies in"
+            raise OptionError(f"{out} {where} the source {folder}, which is only read; choose another output folder")
+
+
+def _folders(options: Options) -> list[Path]:
+    """The folders that options name, to be read."""
+    values = [getattr(options, item.name) for item in dataclasses.fields(options)]
+    every = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in every if isinstance(value, Path) and value.is_dir()]
 
 
 def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
@@ -124,8 +148,6 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
         log.info("%s: already done, kept %s", name, out)
         return done
     check_free(out)
-    if out == source.path.resolve():
-        raise OptionError(f"{name} would overwrite its own source {source.path}; choose another output folder")
     check_disk(out, int(folder_bytes(source.path) * stage.disk))
     function = load(stage.run)
     log.info("%s: %s -> %s", name, source.path, out)
