@@ -115,6 +115,12 @@ def test_output_in_the_source(
     refused(*command(verb, ".", "out"), says=("out lies in the source .", "choose another output folder"))
 
 
+def test_a_file_in_the_source(refused: Refused, copy_of: Copy, tiny: Path) -> None:
+    """It would make another model of the folder, whose stages would all be run again."""
+    source = copy_of(tiny)
+    refused("sensitivity", source, "--out", source / "s.json", says=("lies in the source", "choose another output folder"))
+
+
 def test_output_in_the_cache_of_the_hub(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
     """Beside the snapshot that is read: the folder is the hub's."""
     root = tmp_path / "models--me--tiny"
