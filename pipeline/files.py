@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, parse_object
-from edgepress.pipeline.errors import InputError, OutputError
+from edgepress.pipeline.errors import InputError, ModelError, OutputError
 
 __all__ = [
     "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "check_size", "files_below", "folder_bytes", "journal_of",
@@ -41,12 +41,29 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 def check_size(path: Path, most: int = MAX_BYTES) -> None:
     """Raise InputError for what is absent, no file, or larger than ``most`` bytes, before anything reads it whole."""
-    if not path.exists():
-        raise InputError(f"no such file: {path}; give the complete folder")
-    if not path.is_file():  # a device may have no end
-        raise InputError(f"{path} is not a file; give the complete folder")
+    check_file(path)
     if (size := path.stat().st_size) > most:
         raise InputError(f"{path} is too large ({size:,} bytes; at most {most:,} are read); correct it or replace it")
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError for what is absent, and for a pipe or a device, which may have no end."""
+    if not path.exists():
+        raise InputError(f"no such file: {path}; give the complete folder")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give the complete folder")
+
+
+def check_pointer(file: Path) -> None:
+    """Raise ModelError for what git leaves in the place of a large file that git-LFS has not fetched."""
+    if begins_with(file, b"version https://git-lfs.github.com/spec/"):
+        raise ModelError(f"{file} is a git-LFS pointer, not the file itself; run 'git lfs pull' in its folder to replace it")
+
+
+def begins_with(file: Path, mark: bytes) -> bool:
+    """Whether a file's first bytes are these."""
+    with file.open("rb") as opened:
+        return opened.read(len(mark)) == mark
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -176,9 +193,15 @@ def check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"not enough disk space at {parent}: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            f"not enough disk space at {parent}: about {_size(needed)} needed, {_size(free)} free; "
             "free some or choose another output folder"
         )
+
+
+def _size(count: int) -> str:
+    """Bytes in words, in the unit that leaves a digit before the point."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit), (1, "bytes"))
+    return f"{count} {name}" if unit == 1 else f"{count / unit:.1f} {name}"
 
 
 def remove(folder: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar, cast
@@ -43,17 +43,27 @@ class Options:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of an option beside its type and default: help, allowed values (with their help), least value."""
+    """What is known of an option beside its type and default: help, allowed values (with their help), least value.
+
+    rules: of an option that takes several texts, whether a comma may be part of one, as in a regular expression.
+    """
 
     help: str
     choices: Mapping[str, str] | tuple[int, ...] = ()
     at_least: int | None = None
+    rules: bool = False
     optional: bool = False
 
 
-def option(default: Value, help: str, choices: Mapping[str, str] | tuple[int, ...] = (), at_least: int | None = None) -> Value:
+def option(
+    default: Value,
+    help: str,
+    choices: Mapping[str, str] | tuple[int, ...] = (),
+    at_least: int | None = None,
+    rules: bool = False,
+) -> Value:
     """A dataclass field that is also a flag and a recipe key; typed as its default, as dataclasses.field is."""
-    setting = Setting(help, choices, at_least, optional=default is None)
+    setting = Setting(help, choices, at_least, rules, optional=default is None)
     return field(default=default, metadata={"setting": setting})
 
 
@@ -109,8 +119,9 @@ def _add_flag(
     name, text = flag(item.name), _help(item, kind, same)
     if kind.type is bool:
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action=argparse.BooleanOptionalAction)
-    elif kind.many and kind.type is str:  # commas mean something in a regular expression: given once for each
-        group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action="append", metavar="RULE")
+    elif kind.many and kind.type is str:  # may be given once for each; rules must be
+        metavar = "RULE" if setting_of(item).rules else "NAME,..."
+        group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action="append", metavar=metavar)
     else:
         metavar = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind.type] + (",..." if kind.many else "")
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, metavar=metavar)
@@ -148,11 +159,19 @@ def make(cls: type[Chosen], values: Mapping[str, object], where: str = "option")
             raise OptionError(f"remove_layers takes indices, as [4, 5]; for a count give remove_count: {value}")
         kind, setting = kinds[name], setting_of(fields[name])
         if kind.many:
-            items = value if isinstance(value, list | tuple) else [value] if kind.type is str else str(value).split(",")
-            checked[name] = tuple(_checked(name, kind, item, setting) for item in items)
+            checked[name] = tuple(_checked(name, kind, item, setting) for item in _items(value, kind, setting))
         else:
             checked[name] = _checked(name, kind, value, setting)
     return cls(**checked)
+
+
+def _items(value: object, kind: _Kind, setting: Setting) -> Iterable[object]:
+    """The values of an option that takes several: a list, as of a recipe, or a text in which commas separate them."""
+    if not isinstance(value, list | tuple):
+        return [value] if setting.rules else str(value).split(",")
+    if kind.type is str and not setting.rules:  # a flag that was given again
+        return [part for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
+    return value
 
 
 def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import check_size, read_json
+from edgepress.pipeline.files import begins_with, check_pointer, check_size, read_json
 
 # What transformers and tokenizers read whole, by themselves.
 _READ_WHOLE = {
@@ -35,16 +36,31 @@ _NUMBERS = (
     "final_logit_softcapping", "attn_logit_softcapping", "sliding_window", "initializer_range",
 )  # fmt: skip
 _LARGEST_SETTING = 1e12
+# Numbers of a rotary embedding that divide, or whose logarithm is taken: one that is not greater than 0 makes no embedding.
+_POSITIVE = {
+    "factor", "rope_theta", "attention_factor", "original_max_position_embeddings", "partial_rotary_factor", "short_factor",
+    "long_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+}  # fmt: skip
 _NAMES = ("model_type", "dtype", "torch_dtype", "hidden_act", "hidden_activation", "activation_function", "_attn_implementation")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
 
 
-def check_sizes(folder: Path) -> None:
-    """Refuse a file without end, or larger than any model's, that a library would read whole. Raises InputError."""
+def check_files(folder: Path) -> None:
+    """Refuse files that a library would read whole, and that are not what it takes them for. Raises InputError.
+
+    Without end, or larger than any model's; a pipe; a pointer of git-LFS; JSON that begins with a byte-order mark.
+    """
     for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
-        if file.exists() and (file.name in _READ_WHOLE or file.suffix in _READ_WHOLE_KINDS):
-            check_size(file, _LARGEST.get(file.name, MAX_BYTES))
+        if not file.exists() or not (file.name in _READ_WHOLE or file.suffix in _READ_WHOLE_KINDS):
+            continue
+        check_size(file, _LARGEST.get(file.name, MAX_BYTES))
+        if file.suffix != ".model" or not (folder / "tokenizer.json").exists():  # else nothing reads it
+            check_pointer(file)
+        if file.suffix == ".json" and not file.name.endswith(".index.json") and begins_with(file, codecs.BOM_UTF8):
+            raise InputError(
+                f"{file} begins with a byte-order mark, and transformers reads no JSON that does; replace it by one saved without"
+            )
 
 
 def read_config(folder: Path) -> JsonObject:
@@ -90,8 +106,10 @@ def _check_rotary(settings: JsonObject, name: str) -> None:
                 raise DocumentError(f"{key} is {shown(value)}, it must be a name")
         elif isinstance(value, dict):
             _check_rotary(value, f"{name}.{key}")
-        elif not all(map(_is_setting, value if isinstance(value, list) else [value])):
+        elif not all(map(_is_setting, numbers := value if isinstance(value, list) else [value])):
             raise DocumentError(f"{name}.{key} is {shown(value)}, it must be a number of ordinary size, or a list of them")
+        elif key in _POSITIVE and any(number is not None and number <= 0 for number in numbers):
+            raise DocumentError(f"{name}.{key} is {shown(value)}, it must be greater than 0")
 
 
 def _is_setting(value: object) -> bool:

@@ -222,7 +222,7 @@ class QuantizeOptions(Options):
         (), "bits of some matrices, as 'model.layers.(0|23).mlp.*=8', or bits and group size, as '.*o_proj=8/64': a regular "
         "expression for the whole name, the first that matches counts, 16 leaves them float; repeat the flag for more rules "
         f"({joined(ADJUSTABLE, 'and')}; "
-        "edgepress sensitivity proposes some)",
+        "edgepress sensitivity proposes some)", rules=True,
     )  # fmt: skip
     head_bits: int = option(
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)

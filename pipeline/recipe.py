@@ -33,7 +33,7 @@ from edgepress.pipeline.options import (
     TuneOptions,
     bits_rules,
 )
-from edgepress.pipeline.registry import look_up, suggestion
+from edgepress.pipeline.registry import load, look_up, suggestion
 from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text.reading import KEY, read_text
@@ -150,6 +150,17 @@ def _check_inputs(source: Path, steps: Plan) -> None:
             text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
 
+def _check_ahead(source: Path, ahead: Plan) -> None:
+    """The same of what takes seconds to look up, by the stages that will run. Raises what they raise."""
+    removed = 0
+    for name, options in ahead:
+        if isinstance(options, PruneOptions) and options.max_loss is None:
+            config = read_config(source)
+            removed = options.amount(config[layer_count_key(config)])
+        if foresee := STAGES[name].foresee:
+            load(foresee)(source, options, removed)
+
+
 def _bits(options: QuantizeOptions) -> list[int]:
     return [options.weight_bits, *(rule.bits for rule in bits_rules(options.bits_for))]
 
@@ -193,6 +204,7 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     What it was expected to take and what it took stands in ``out/build.json``.
     Raises OutputError, which names it, when another edgepress writes there.
     """
+    stages.check_outside(out, source)
     _check_no_artifact(out)  # before a lock lies in it
     with writing(out, build=True):
         return _build(source, out, steps)
@@ -215,6 +227,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     check_checkpoint(source, bool(getattr(steps[0][1], "trust_remote_code", False)), quantized=steps[0][0] == "export")
     _check_inputs(source, steps)
     folders = [out / f"{number:02}-{name}" for number, (name, _) in enumerate(steps, 1)]
+    for folder in folders:
+        stages.check_outside(folder, source)
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
     _check_no_artifact(out)
     own = {folder.resolve() for folder in (source, *folders)}
@@ -226,6 +240,7 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
     for folder in folders[len(folders) - len(ahead) :]:
         check_free(folder)
+    _check_ahead(source, ahead)
     expected = expect(source, ahead, matmul_rate(), _removed(folders)) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)

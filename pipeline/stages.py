@@ -41,6 +41,8 @@ class Stage:
     """One verb: its options, the function behind it, the formats it reads and writes, and what it depends on.
 
     disk: bytes needed for its output, as a multiple of the source folder's. gives: without ``keep_codes``, see ``format_of``.
+    foresee: a function that refuses, before a build begins, options that the stage would refuse late; it is given the folder that
+    the build starts from, the options, and how many layers are certain to be removed before.
     """
 
     options: type[Options]
@@ -49,6 +51,7 @@ class Stage:
     gives: Format
     packages: tuple[str, ...]
     disk: float
+    foresee: str | None = None
 
 
 _BUILD = ("torch", "transformers", "numpy")
@@ -66,6 +69,7 @@ STAGES: dict[str, Stage] = {
         "packed",
         _BUILD,
         1.0,
+        "edgepress.pipeline.quantize.plan:foresee",
     ),
     "tune": Stage(TuneOptions, "edgepress.pipeline.tune.stage:tune", ("packed",), "packed", _BUILD, 1.5),
     # a float export is float32, twice the bytes of a 16-bit checkpoint
@@ -77,7 +81,15 @@ STAGES: dict[str, Stage] = {
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
         2.2,
     ),
-    "bench": Stage(BenchOptions, "edgepress.pipeline.bench.stage:bench", ("onnx",), "report", (*_BUILD, "onnxruntime"), 0.0),
+    "bench": Stage(
+        BenchOptions,
+        "edgepress.pipeline.bench.stage:bench",
+        ("onnx",),
+        "report",
+        (*_BUILD, "onnxruntime"),
+        0.0,
+        "edgepress.pipeline.bench.subject:foresee",
+    ),
 }
 
 
@@ -97,11 +109,35 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
         raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
+    check_outside(out, source.path, *_folders(options))
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
     out = out.resolve()  # a link to a folder stays one
     with writing(out, wait=wait):
         return _run(name, source, out, options.resolved())
+
+
+def check_outside(out: Path, *read: Path) -> None:
+    """Raise OptionError for an output folder that is, or lies in, one of the folders that are ``read`` for it.
+
+    However they are written: links count for what they lead to, and a model in the hub's cache with all that is kept of it.
+    """
+    place = out.resolve()
+    above = [parent for parent in (place, *place.parents) if parent.is_dir()]
+    for folder in read:
+        root = folder.resolve()
+        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+            root = root.parent.parent
+        if root.is_dir() and any(parent.samefile(root) for parent in above):
+            where = "is" if place.is_dir() and place.samefile(root) else "lies in"
+            raise OptionError(f"{out} {where} the source {folder}, which is only read; choose another output folder")
+
+
+def _folders(options: Options) -> list[Path]:
+    """The folders that options name, to be read."""
+    values = [getattr(options, item.name) for item in dataclasses.fields(options)]
+    every = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in every if isinstance(value, Path) and value.is_dir()]
 
 
 def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
@@ -112,8 +148,6 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
         log.info("%s: already done, kept %s", name, out)
         return done
     check_free(out)
-    if out == source.path.resolve():
-        raise OptionError(f"{name} would overwrite its own source {source.path}; choose another output folder")
     check_disk(out, int(folder_bytes(source.path) * stage.disk))
     function = load(stage.run)
     log.info("%s: %s -> %s", name, source.path, out)

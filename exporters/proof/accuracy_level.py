@@ -205,7 +205,8 @@ def _decide(proof: Parity, rates: dict[int, float], excess: str) -> tuple[int, s
     if excess:
         return 0, f"level 4 {excess}"
     ratio = rates[4] / rates[0]
-    speeds = f"level 4 decodes {ratio:.2f} times as fast as level 0, {rates[4]:,.0f} against {rates[0]:,.0f} tokens/s"
+    digits = next((n for n in range(2, 9) if f"{ratio:.{n}f}" != f"{FASTER:.{n}f}"), 2)  # or one number would stand against itself
+    speeds = f"level 4 decodes {ratio:.{digits}f} times as fast as level 0, {rates[4]:,.0f} against {rates[0]:,.0f} tokens/s"
     added = f"adds KL {proof.kl_mean:.2g}, {100 * np.expm1(proof.loss_change):+.1f} % of perplexity"
     return (4, f"{speeds}, and {added}") if ratio >= FASTER else (0, f"{speeds}; it would have to be {FASTER} times")
 

@@ -143,6 +143,21 @@ class TasksJob:
 
 
 @dataclass(frozen=True)
+class TaskNamesJob:
+    """Whether lm-evaluation-harness knows these tasks; with_files: with documents of ours, which a group of tasks cannot have."""
+
+    tasks: tuple[str, ...]
+    with_files: bool
+
+
+@dataclass(frozen=True)
+class TaskNames:
+    """It knows them."""
+
+    known: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TaskFigure:
     """One metric of one task."""
 
@@ -157,4 +172,4 @@ class TaskFigures:
     figures: dict[str, TaskFigure]
 
 
-Job = SpeedJob | ColdJob | BandwidthJob | QualityJob | TasksJob
+Job = SpeedJob | ColdJob | BandwidthJob | QualityJob | TasksJob | TaskNamesJob

@@ -32,6 +32,7 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
         write_json(file, object_of(job))
         process = subprocess.Popen(
             [sys.executable, "-m", "edgepress.pipeline.bench.worker", kind, str(file)],
+            stdin=subprocess.PIPE,  # nothing is written to it: it ends with this process, and the other sees that
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -53,8 +54,9 @@ def events(kind: str, job: Job, answer: type[Answer]) -> Iterator[Answer]:
         finally:
             process.kill()
             process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
         if code:
             stderr.seek(0)
             raise WorkerError(error or _reason(code, stderr.read()))

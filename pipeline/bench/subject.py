@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.jobs import TaskNames, TaskNamesJob
+from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import MANIFEST
@@ -80,7 +83,7 @@ class Subject:
 
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     """Everything named is there, whole, and can be read: checked before anything is measured."""
-    targets.target(options.target)
+    foresee(source.path, options)
     others = [Artifact.load(folder) for folder in options.compare_with]
     for other in others:
         if other.format != "onnx":
@@ -100,14 +103,30 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     ]
     if options.stages:
         subjects[0].stages = options.stages
-    if options.tasks:
-        require("lm_eval")
-        if absent := [file for file in options.task_files if not file.is_file()]:
-            raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
     if options.reference or any(s.stages for s in subjects):
         require("torch")
         require("transformers")
     return subjects
+
+
+def foresee(source: Path, options: BenchOptions, removed: int = 0) -> None:
+    """Refuse what this machine or lm-evaluation-harness does not have; a process of its own looks tasks up.
+
+    Raises MissingPackageError, InputError, OptionError and WorkerError.
+    """
+    targets.target(options.target)
+    targets.check_threads(options.threads)
+    if not options.tasks:
+        return
+    require("lm_eval")
+    if absent := [file for file in options.task_files if not file.is_file()]:
+        raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
+    _look_up(TaskNamesJob(options.tasks, bool(options.task_files)))
+
+
+@cache  # a build has looked before its first stage
+def _look_up(job: TaskNamesJob) -> TaskNames:
+    return measured("task_names", job, TaskNames)
 
 
 def _check_references(options: BenchOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import lm_eval
 import numpy as np
 from edgepress.pipeline.bench.jobs import TaskFigure, TaskFigures, TasksJob
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject, read_json
 from edgepress.pipeline.metrics.scores import log_softmax
@@ -178,9 +180,8 @@ def run(model: LM, tasks: Sequence[str], files: Sequence[str], limit: int) -> di
     os.environ["DISABLE_MULTIPROC"] = "1"  # its pool is forked while the runtime's threads run, and hangs now and then
     local = [local_task(name, Path(file)) for name, file in zip(tasks, files, strict=True)] if files else []
     manager = TaskManager(include_defaults=False) if local else _manager()
-    for name in [] if local else tasks:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            raise _unknown(name, manager)
+    if not local:
+        check_names(tasks, False)
     chosen: list[JsonObject | str] = [*local] or [*tasks]
     results = simple_evaluate(
         model, tasks=chosen, limit=limit or None, task_manager=manager, log_samples=False, bootstrap_iters=1000
@@ -205,15 +206,50 @@ def _unknown(name: str, manager: TaskManager) -> OptionError:
     return OptionError(f"lm-evaluation-harness has no task '{name}'{suggestion(name, manager.all_tasks)}")
 
 
+def check_names(tasks: Sequence[str], with_files: bool) -> None:
+    """Raise OptionError for a task that the harness does not know, and for a file that defines none.
+
+    with_files: for documents of ours, which only a single task can have. The harness's index is read only if need be.
+    """
+    for name in tasks:
+        in_a_file = Path(name).is_file() or _named_as_its_file(name) is not None
+        if not in_a_file and not with_files and name in _manager().all_tasks:
+            continue
+        if not isinstance(_read(_definition(name)).get("task"), str) and with_files:
+            raise OptionError(f"--task-files gives documents for single tasks, and '{name}' stands for several; name its tasks")
+
+
+def _named_as_its_file(name: str) -> Path | None:
+    """The harness's file NAME.yaml that defines the task NAME; most are named so."""
+    return next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{glob.escape(name)}.yaml"), None)
+
+
+def _definition(name: str) -> Path:
+    """The file that defines a task. Raises OptionError for none."""
+    if (file := Path(name) if Path(name).is_file() else _named_as_its_file(name)) is not None:
+        return file
+    known = _manager().task_index.get(name)  # named otherwise than its file: the whole index is read
+    if known is not None and known.yaml_path is None:
+        raise OptionError(f"--task-files gives documents for single tasks, and '{name}' stands for several; name its tasks")
+    if known is None:
+        raise _unknown(name, _manager())
+    return Path(known.yaml_path)
+
+
+def _read(file: Path) -> JsonObject:
+    """A file of the harness's format, without running the code that it may name. Raises OptionError."""
+    try:
+        content = load_yaml(file, resolve_func=False)
+    except Exception as error:  # YAML's errors and the harness's own
+        raise OptionError(f"--tasks: {file} cannot be read ({short_line(str(error))}); correct it") from error
+    if not isinstance(content, dict) or not {"task", "group"} & content.keys():
+        raise OptionError(f"--tasks: {file} defines no task of lm-evaluation-harness (it has no 'task'); give another one")
+    return dict(content)
+
+
 def local_task(name: str, file: Path) -> JsonObject:
     """The harness's own task (prompts, metrics) on documents from a local .jsonl file."""
-    definition = Path(name) if Path(name).is_file() else next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{name}.yaml"), None)
-    if definition is None:  # named otherwise than its file: the whole index is read
-        known = _manager().task_index.get(name)
-        if known is None or known.yaml_path is None:
-            raise _unknown(name, _manager())
-        definition = known.yaml_path
-    config = dict(load_yaml(definition, resolve_func=True))
+    config = dict(load_yaml(_definition(name), resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}

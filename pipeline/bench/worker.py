@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import stat
 import sys
 import threading
 import time
@@ -15,7 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, QualityJob, SpeedJob, SpeedSample, TasksJob
+from edgepress.pipeline.bench.jobs import (
+    Bandwidth,
+    BandwidthJob,
+    ColdJob,
+    ColdSample,
+    QualityJob,
+    SpeedJob,
+    SpeedSample,
+    TaskNames,
+    TaskNamesJob,
+    TasksJob,
+)
 from edgepress.pipeline.bench.memory import peak_rss, pss
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import EdgepressError
@@ -152,6 +164,14 @@ def _tasks(job: TasksJob) -> Iterator[object]:
     return evaluate(job)
 
 
+def _task_names(job: TaskNamesJob) -> Iterator[object]:
+    require("lm_eval")
+    from edgepress.pipeline.bench.tasks import check_names
+
+    check_names(job.tasks, job.with_files)
+    yield TaskNames(job.tasks)
+
+
 def answers(kind: str, job: JsonObject) -> Iterator[object]:
     """Run a job. Kinds that need more than the light base are imported only when they are asked for."""
     if kind == "speed":
@@ -162,11 +182,29 @@ def answers(kind: str, job: JsonObject) -> Iterator[object]:
         return bandwidth(typed(BandwidthJob, job))
     if kind == "quality":
         return _quality(typed(QualityJob, job))
+    if kind == "task_names":
+        return _task_names(typed(TaskNamesJob, job))
     return _tasks(typed(TasksJob, job))
+
+
+def _end_with_parent() -> None:
+    """End this process with the one that started it, however that ends: no one would read the answer, and it may take long.
+
+    That one holds the other end of the pipe that is standard input here. Waiting for its end takes no time from what is measured.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """Entry point of the process. An EdgepressError is the last line, as {"error": text}, with exit code 2."""
+    _end_with_parent()
     kind, job = sys.argv[1], read_json(Path(sys.argv[2]))
     # What libraries print must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, leads_out, read_json
-from edgepress.pipeline.model_files import check_sizes, read_config
+from edgepress.pipeline.model_files import check_files, end_tokens, read_config
 
 log = logging.getLogger("edgepress")
 ADAPTER = "adapter_config.json"
@@ -104,8 +104,9 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
     quantized: accept one that GPTQ or bitsandbytes quantized.
     """
     check_links(folder)
-    check_sizes(folder)
+    check_files(folder)
     config = read_config(folder)
+    end_tokens(folder)
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ModelError(

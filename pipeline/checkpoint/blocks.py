@@ -45,6 +45,16 @@ def block_matrices(model: PreTrainedModel) -> tuple[dict[str, tuple[int, int]], 
     return {name: (b, a) if name in transposed else (a, b) for name, (a, b) in shapes.items()}, transposed
 
 
+def possible_names(model: PreTrainedModel, removed: int = 0) -> list[str]:
+    """Every name that a linear layer may have once ``removed`` blocks are gone and the others are numbered anew.
+
+    Blocks may differ in what they hold, and which ones stay is not known.
+    """
+    prefix, blocks = decoder_blocks(model)
+    kinds = dict.fromkeys(name.removeprefix(f"{prefix}.").partition(".")[2] for name in block_linears(model))
+    return [f"{prefix}.{index}.{kind}" for index in range(len(blocks) - removed) for kind in kinds]
+
+
 class _Enough(Exception):
     """All requested states are computed."""
 

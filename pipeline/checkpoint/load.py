@@ -15,7 +15,7 @@ import torch
 from edgepress.pipeline.checkpoint.admission import check_code
 from edgepress.pipeline.checkpoint.reading import Reading, read_together
 from edgepress.pipeline.checkpoint.weights import Weights
-from edgepress.pipeline.documents import short_line
+from edgepress.pipeline.documents import short_line, shown
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import read_json
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -43,7 +43,9 @@ def build_meta_model(config: PreTrainedConfig, folder: Path, trust_remote_code: 
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a model's class raises for a number that does not fit has no common base
-        raise ModelError(f"the weights in {folder} do not fit its config.json ({reason_of(error)}); replace either") from error
+        raise ModelError(
+            f"transformers cannot make a model of {folder / 'config.json'} ({_setting(config, error)}); correct it or replace it"
+        ) from error
     return model
 
 
@@ -104,6 +106,18 @@ def quiet() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     # transformers refers to a report that goes to its log
     return "a shape differs" if "ignore_mismatched_sizes" in str(error) else reason_of(error)
+
+
+def _setting(config: PreTrainedConfig, error: Exception) -> str:
+    """``reason_of`` an error that a config caused, with the setting that it is about where the error does not name it."""
+    settings = config.to_dict()
+    if isinstance(error, KeyError) and error.args:  # its text is the value alone, as a name that is in no table
+        every = [*settings.items(), *(pair for value in settings.values() if isinstance(value, dict) for pair in value.items())]
+        if key := next((key for key, value in every if value == error.args[0]), None):
+            return short_line(f"{key} is {shown(error.args[0])}, which it does not know")
+    if "Padding_idx" in str(error):
+        return short_line(f"pad_token_id is {shown(config.pad_token_id)}, and vocab_size {shown(config.vocab_size)}")
+    return reason_of(error)
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgepress.pipeline.documents import MAX_BYTES, DocumentError, parse_object, typed
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, read_json, write_json
+from edgepress.pipeline.files import JsonObject, check_file, check_pointer, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +42,16 @@ def shards(folder: Path) -> list[Path]:
         except DocumentError as error:
             raise ModelError(f"{folder / INDEX} has no weight_map of file names ({error}); correct it or replace it") from error
         files = [folder / name for name in sorted(set(places.values()))]
-        if missing := next((file for file in files if not file.is_file() or file.parent != folder), None):
+        if missing := next((file for file in files if not file.exists() or file.parent != folder), None):
             raise ModelError(f"{folder / INDEX} names {missing.name}, which is not there; give the complete checkpoint")
+        for file in files:
+            check_file(file)
         if (single := folder / "model.safetensors").is_file() and single not in files:
             raise ModelError(f"{folder} holds both {single.name} and the shards of {INDEX}; move away what is not the model's")
         return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (single := folder / "model.safetensors").exists():
+        check_file(single)
+        return [single]
     others = sorted(p for p in folder.glob("*.safetensors") if p.name != PACKED)
     if not others or (len(others) == 1 and (folder / "quantize_config.json").is_file()):
         return others
@@ -101,6 +104,7 @@ def read_header(file: Path) -> Header:
     """The header of a safetensors file, checked. Raises ModelError when the file is damaged or cut short."""
     from safetensors import SafetensorError, safe_open
 
+    check_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
@@ -121,7 +125,8 @@ def read_header(file: Path) -> Header:
             raise ModelError(f"{file} is damaged or cut short, no safetensors file ({error}); replace it") from error
     end = max((entry.end for entry in entries.values()), default=begin)
     if end != size:
-        raise ModelError(f"{file} is cut short: {size} bytes, its header promises {end}; replace it")
+        what = "is cut short" if size < end else "has more behind its end, as when two files were joined"
+        raise ModelError(f"{file} {what}: {size} bytes, its header promises {end}; replace it")
     try:
         with safe_open(file, "np"):  # it checks types, shapes and offsets against each other
             pass

@@ -9,7 +9,7 @@ from edgepress.models import REFERENCE
 from edgepress.pipeline.artifact import folder_of
 from edgepress.pipeline.checkpoint.admission import check_not_adapter
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import expanded, read_bytes
+from edgepress.pipeline.files import check_file, check_pointer, expanded, read_bytes
 
 # Code (*.py) too: it is run only with --trust-remote-code (admission.py), and a model that brings code cannot load without it.
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -23,11 +23,14 @@ def resolve(source: str) -> Path:
     if path.is_dir():
         return _checked(_snapshot(path))
     if path.is_file() and path.suffix == ".gguf":
+        check_pointer(path)
         return path
     if path.is_file():
         raise InputError(f"{source} is a file; give its folder, {path.parent}, or a .gguf file")
+    if path.exists():
+        check_file(path)  # a pipe, or a device
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
-    if path.exists() or looks_local:
+    if looks_local:
         raise InputError(
             f"no such folder: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from edgepress.pipeline.checkpoint.blocks import block_matrices
+from edgepress.pipeline.checkpoint.blocks import block_matrices, possible_names
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
@@ -57,6 +57,15 @@ def plan(
     usual = (options.weight_bits, options.group)
     others = {name: form for name, form in exceptions.items() if form[0] != 16 and form != usual}
     return QuantizeJob(checkpoint, linears, windows, options, scratch, others, untouched, transposed), used
+
+
+def foresee(source: Path, options: QuantizeOptions, removed: int) -> None:
+    """Raise OptionError for a ``bits_for`` rule that matches no matrix of a model once ``removed`` of its layers are gone."""
+    if not options.bits_for:
+        return
+    checkpoint = Checkpoint(source, options.trust_remote_code)
+    names = possible_names(checkpoint.meta_model(), removed)
+    exceptions_of(options, [name for name in names if name not in checkpoint.weights.matrices])
 
 
 def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,6 @@ present are one buffer, so that a step writes one position instead of copying th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +43,7 @@ class Decoder:
         if not (folder / model).is_file():
             raise InputError(f"{folder} has no {model}; give the folder that edgepress export wrote")
         check_size(folder / model, LARGEST_GRAPH)
-        if threads > (os.cpu_count() or threads):
-            raise OptionError(
-                f"{threads} threads are more than the {os.cpu_count()} processors of this machine; give at most as many"
-            )
+        targets.check_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgepress.pipeline.errors import InputError, MissingPackageError
+from edgepress.pipeline.errors import InputError, MissingPackageError, OptionError
 from edgepress.pipeline.registry import look_up, require
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ def target(name: str) -> Target:
         if not gpus():
             raise InputError("no NVIDIA GPU is visible (nvidia-smi lists none); use a machine that has one, or --target cpu")
     return row
+
+
+def check_threads(count: int) -> None:
+    """Raise OptionError for more threads than this machine has processors; 0 leaves the choice to onnxruntime."""
+    if count > (os.cpu_count() or count):
+        raise OptionError(f"{count} threads are more than the {os.cpu_count()} processors of this machine; give at most as many")
 
 
 def session(model: str, options: onnxruntime.SessionOptions, name: str = "cpu") -> onnxruntime.InferenceSession:

@@ -37,7 +37,8 @@ def read_text(path: Path, key: str = KEY) -> str:
 
     Rows are those of .jsonl, .json (an array, or lines), .csv and .tsv, in any case; a file of another name that holds JSON
     objects is read as such. A row's value is a text, or chat messages whose contents are texts. A lone surrogate, half of
-    a character, becomes U+FFFD. Raises TextError that names the line, and the keys found where ``key`` is not.
+    a character, becomes U+FFFD. Raises TextError for a text without a word, and one that names the line, and the
+    keys found where ``key`` is not.
     """
     content = _decoded(path)
     if _structured(path, content):
@@ -45,6 +46,8 @@ def read_text(path: Path, key: str = KEY) -> str:
         text = "\n\n".join(text for text in texts if text.strip())
     else:
         text = content.replace("\r\n", "\n").replace("\r", "\n")
+    if not any(c.isprintable() and not c.isspace() for c in text):
+        raise TextError(f"{path} is too short: there is no word in it; give a longer text")
     try:
         text.encode()
     except UnicodeEncodeError:

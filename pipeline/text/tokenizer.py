@@ -16,7 +16,7 @@ from typing import Any
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, write_json
-from edgepress.pipeline.model_files import check_sizes, read_tokenizer_config
+from edgepress.pipeline.model_files import check_files, read_tokenizer_config
 from tokenizers import Tokenizer
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -119,7 +119,7 @@ def _resolve(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Resolved 
     """``resolved``, once; state: what tells whether a file has changed."""
     if _files_say_all(folder):
         return None
-    check_sizes(folder)
+    check_files(folder)
     whole = (folder / FILE).is_file()
     if whole:
         read_file(folder)

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.jobs import TaskNamesJob
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
 
 pytest.importorskip("lm_eval")
@@ -122,6 +124,60 @@ def test_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch, files: list[Path
     for given in ([], [str(files[0])]):
         with pytest.raises(OptionError, match=r"no task 'arc_esy' \(did you mean 'arc_easy'\?\)"):
             tasks.run(None, ["arc_esy"], given, 0)
+
+
+@pytest.mark.parametrize(("given", "says"), [("a: [", "cannot be read"), ("a: 1", "defines no task")])
+def test_a_file_that_defines_no_task(given: str, says: str, tmp_path: Path) -> None:
+    """Its reason is said before anything is measured."""
+    from edgepress.pipeline.bench.tasks import check_names
+
+    (tmp_path / "mine.yaml").write_text(given)
+    with pytest.raises(OptionError, match=says):
+        check_names([str(tmp_path / "mine.yaml")], False)
+
+
+def test_a_group_of_tasks_takes_no_documents_of_ours(tmp_path: Path) -> None:
+    from edgepress.pipeline.bench.tasks import check_names
+
+    group = tmp_path / "group.yaml"
+    group.write_text("group: mine\ntask: [arc_easy, piqa]")
+    check_names([str(group)], False)
+    with pytest.raises(OptionError, match="stands for several; name its tasks"):
+        check_names([str(group)], True)
+
+
+def test_names_of_tasks_are_split_at_commas() -> None:
+    """As they are given in the documentation; a flag given again adds to them."""
+    assert make(BenchOptions, {"tasks": ["arc_easy,piqa", "wikitext"]}).tasks == ("arc_easy", "piqa", "wikitext")
+
+
+def test_tasks_are_looked_up_before_anything_else(
+    exported: Artifact, tiny: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process of its own: by bench before it measures, by a build before its first stage, and once for both."""
+    from edgepress.pipeline.bench import subject
+
+    looked_up = []
+
+    def measured(kind: str, job: object, answer: type) -> None:
+        looked_up.append((kind, job))
+        raise OptionError("lm-evaluation-harness has no task 'arc_esy'; give another one")
+
+    monkeypatch.setattr(subject, "measured", measured)
+    for command in (
+        ["bench", exported.path, "--out", tmp_path / "out"],
+        ["build", tiny, tmp_path / "out", "--remove-layers", "1", "--method", "rtn"],
+    ):
+        result = call(*command, "--tasks", "arc_esy")
+        assert result.code == 2 and result.err.splitlines()[-1].startswith("error: lm-evaluation-harness has no task"), result.err
+    assert looked_up == [("task_names", TaskNamesJob(("arc_esy",), False))] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_threads_than_processors(exported: Artifact, call: Callable[..., Any], tmp_path: Path) -> None:
+    """Not found by each process that measures, in turn."""
+    result = call("bench", exported.path, "--out", tmp_path / "out", "--threads", "100000")
+    assert result.code == 2 and len(result.err.splitlines()) == 2 and "processors of this machine" in result.err
 
 
 def test_bench_reports_tasks(exported: Artifact, files: list[Path], text: Path, tmp_path: Path) -> None:

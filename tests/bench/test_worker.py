@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,34 @@ def test_killed_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **rest: real([sys.executable, "-c", dies], **rest))
     with pytest.raises(WorkerError, match="SIGKILL"):
         measured("bandwidth", BandwidthJob(1), Bandwidth)
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also when that is killed outright, and cannot end it."""
+    number = tmp_path / "number"
+    child = (
+        "import os, pathlib, time; from edgepress.pipeline.bench import worker; "
+        f"worker.answers = lambda *_: (pathlib.Path({str(number)!r}).write_text(str(os.getpid())), time.sleep(60)); worker.main()"
+    )
+    parent = (
+        "import subprocess, sys; from edgepress.pipeline.bench import jobs, launch; Real = subprocess.Popen; "
+        f"launch.subprocess.Popen = lambda c, **rest: Real([c[0], '-c', {child!r}, *c[3:]], **rest); "
+        "launch.measured('bandwidth', jobs.BandwidthJob(1), jobs.Bandwidth)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], env=os.environ | {"TMPDIR": str(tmp_path)}) as process:
+        _wait_until(lambda: number.is_file() and number.read_text() != "")
+        process.kill()
+    _wait_until(lambda: not _runs(int(number.read_text())))
+
+
+def _wait_until(fulfilled: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not fulfilled():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _runs(number: int) -> bool:
+    """Whether a process runs; one that has ended and whose parent has not looked does not."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header, rewrite, shards
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.errors import InputError, ModelError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -298,3 +299,19 @@ def test_a_damaged_index(content: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError, match="no weight_map"):
         ShardIndex.of(sharded)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    """With what fetches the file: to download it again would not help."""
+    (tmp_path / "model.safetensors").write_bytes(DAMAGES["pointer file"](b""))
+    with pytest.raises(ModelError, match=r"model\.safetensors is a git-LFS pointer.*; run 'git lfs pull'"):
+        ShardIndex.of(tmp_path)
+
+
+def test_a_shard_that_is_a_pipe(sharded: Path) -> None:
+    """Nobody waits for what comes out of it."""
+    shard = sorted(sharded.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(InputError, match=rf"{shard.name} is not a file"):
+        shards(sharded)

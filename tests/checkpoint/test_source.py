@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,3 +97,13 @@ def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path / "mine" / "sub")
     names = {"me/tiny": "tiny", "../../models/a/": "a", ".": "sub", "..": "mine", "reference": "reference"}
     assert {source: default_out(source) for source in names} == {source: Path("out") / name for source, name in names.items()}
+
+
+def test_a_gguf_file_that_is_not_there_yet(tmp_path: Path) -> None:
+    """A pointer of git-LFS, or a pipe: named, and never waited for."""
+    (tmp_path / "a.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    with pytest.raises(ModelError, match=r"a\.gguf is a git-LFS pointer.*; run 'git lfs pull'"):
+        resolve(str(tmp_path / "a.gguf"))
+    os.mkfifo(tmp_path / "b.gguf")
+    with pytest.raises(InputError, match=r"b\.gguf is not a file"):
+        resolve(str(tmp_path / "b.gguf"))

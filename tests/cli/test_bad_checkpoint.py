@@ -34,6 +34,23 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+
+
+def marked(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+
+
+def pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def yarn(**settings: float) -> Callable[[Path], None]:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    return change(rope_parameters=rope | settings)
+
+
 SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("no such folder", "give a folder")),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("has no config.json", "give the folder")),
@@ -56,6 +73,22 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "adapter": (adapter, ("holds an adapter, which is no model", "merge it first, so: python -c", "from_pretrained('me/base')")),
     "adapter beside a model": (write("adapter_config.json", b"{}"), ("a model and an adapter", "merge it first, so: python -c")),
+    "weights that git-LFS has not fetched": (
+        write("model.safetensors", POINTER),
+        ("model.safetensors is a git-LFS pointer", "run 'git lfs pull'"),
+    ),
+    "a tokenizer that git-LFS has not fetched": (
+        write("tokenizer.json", POINTER),
+        ("tokenizer.json is a git-LFS pointer", "run 'git lfs pull'"),
+    ),
+    "a byte-order mark": (marked, ("config.json begins with a byte-order mark", "replace it")),
+    "a pipe for weights": (pipe, ("model.safetensors is not a file", "give")),
+    "a negative rotary factor": (yarn(factor=-4.0), ("rope_parameters.factor is -4.0", "greater than 0")),
+    "no rotary base": (yarn(rope_theta=0), ("rope_parameters.rope_theta is 0", "greater than 0")),
+    "an end that is no token": (
+        write("generation_config.json", b'{"eos_token_id": "</s>"}'),
+        ("generation_config.json: eos_token_id is '</s>'", "must be a token id"),
+    ),
     "quantized": (change(quantization_config={"quant_method": "awq", "bits": 4}), ("already quantized (awq)", "give the original")),
 }
 
@@ -142,7 +175,8 @@ def test_unusable_checkpoint(case: str, verb: str, refused: Refused, copy_of: Co
     spoil, says = SOURCES[case]
     source = copy_of(tiny)
     spoil(source)
-    refused(*command(verb, source, tmp_path / "out"), says=says)
+    with no_longer_than(20):
+        refused(*command(verb, source, tmp_path / "out"), says=says)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -178,6 +212,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "context beyond any memory": (change(max_position_embeddings=1 << 31), ("max_position_embeddings", "16,777,216")),
     "context is text": (change(max_position_embeddings="long"), ("config.json",)),
     "negative hidden size": (change(hidden_size=-64), ("hidden_size is -64",)),
+    "an activation that is none": (change(hidden_act="foo"), ("config.json", "hidden_act is 'foo', which it does not know")),
+    "a rotary embedding that is none": (
+        change(rope_parameters={"rope_type": "foo", "rope_theta": 10000.0}),
+        ("config.json", "rope_type is 'foo', which it does not know"),
+    ),
+    "padding beyond the embedding": (change(pad_token_id=99999), ("config.json", "pad_token_id is 99999, and vocab_size 5120")),
     "other shapes": (change(vocab_size=5121), ("do not fit",)),
     "more layers than weights": (change(num_hidden_layers=6), ("lacks weights", "layers.4")),
 }
@@ -205,10 +245,16 @@ def flip_header(file: Path) -> None:
     file.write_bytes(content)
 
 
+def append(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"the rest of another file")
+
+
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut in the data": (truncated_to(2_000_000), "cut short"),
     "cut in the header": (truncated_to(500), "cut short"),
     "empty": (truncated_to(0), "cut short"),
+    "with more behind its end": (append, "has more behind its end"),
     "header garbled": (flip_header, "damaged"),
     "a tensor missing": (drop_tensor, "model.layers.2.mlp.up_proj.weight"),
 }

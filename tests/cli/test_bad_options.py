@@ -64,6 +64,10 @@ OPTIONS = [
     ("build --recipe absent.yaml", ("no recipe 'absent.yaml'", "give a YAML file")),
     ("build --remove-count 4 --method rtn", ("cannot remove 4 of 4", "at most 3")),
     ("build --bits 5", ("--bits", "2, 3, 4, 8")),
+    # Known before the first stage runs.
+    ("build --method rtn --remove-layers 1 --bits-for REGEX=4/32", ("'REGEX=4/32' is the first match of no matrix", "correct")),
+    ("build --method rtn --remove-layers 1 --bits-for .*layers.3.*=8", ("first match of no matrix", "model.layers.0.", "correct")),
+    ("build --method rtn --remove-layers 1 --threads 100000", ("100000 threads", "processors of this machine", "at most")),
 ]
 
 

@@ -92,11 +92,53 @@ def test_output_here(call: Callable[..., Any], tiny: Path, tmp_path: Path, monke
 def test_output_is_the_source(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     """A stage that replaced what it reads would lose it when it fails."""
     assert call(*COMMANDS["prune"][:1], tiny, tmp_path / "pruned", "--remove-count", 1, "--calibration-tokens", 64).code == 0
-    refused(
-        *command("quantize", tmp_path / "pruned", tmp_path / "pruned"),
-        says=("overwrite its own source", "choose another output folder"),
-    )
-    refused("prune", tiny, tiny, "--remove-count", 1, says=("did not write", "choose another output folder"))
+    says = (" is the source ", "only read", "choose another output folder")
+    refused(*command("quantize", tmp_path / "pruned", tmp_path / "pruned"), says=says)
+    (tmp_path / "again").symlink_to("pruned")
+    refused(*command("quantize", tmp_path / "pruned", tmp_path / "again"), says=says)
+    refused("heal", tmp_path / "pruned", tiny, "--original", tiny, says=says)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("place", ["model", "model/out", "model/new/out", "link/out", "out/../model/out"])
+def test_output_in_the_source(
+    place: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's folder is read, however it is called, and nothing is put into it."""
+    source = copy_of(tiny)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "out").mkdir()
+    says = (f"{place} is the source" if place == "model" else f"{place} lies in the source", "choose another output folder")
+    refused(*command(verb, source, tmp_path / place), says=says)
+    refused(*command(verb, tmp_path / "link", tmp_path / place), says="the source")
+    monkeypatch.chdir(source)
+    refused(*command(verb, ".", "out"), says=("out lies in the source .", "choose another output folder"))
+
+
+def test_a_file_in_the_source(refused: Refused, copy_of: Copy, tiny: Path) -> None:
+    """It would make another model of the folder, whose stages would all be run again."""
+    source = copy_of(tiny)
+    refused("sensitivity", source, "--out", source / "s.json", says=("lies in the source", "choose another output folder"))
+
+
+def test_output_in_the_cache_of_the_hub(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Beside the snapshot that is read: the folder is the hub's."""
+    root = tmp_path / "models--me--tiny"
+    (root / "snapshots").mkdir(parents=True)
+    copy_of(tiny).rename(root / "snapshots" / "abc")
+    refused(*command("build", root, root / "out"), says=("lies in the source", "choose another output folder"))
+
+
+def test_a_build_around_its_source(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    """SRC may be a stage in OUT, and what it would be overwritten by is found before a stage runs."""
+    pruned = tmp_path / "build" / "02-quantize"
+    assert call(*COMMANDS["prune"][:1], tiny, pruned, "--remove-count", 1, "--calibration-tokens", 64).code == 0
+    (tmp_path / "recipe.yaml").write_text("prune: {remove_count: 1}\nquantize: {method: rtn}")
+    line = ["build", pruned, tmp_path / "build", "--calibration-tokens", 64, "--recipe", tmp_path / "recipe.yaml"]
+    refused(*line, says=("02-quantize is the source", "choose another output folder"))
+    (tmp_path / "recipe.yaml").write_text("quantize: {method: rtn}")
+    assert call(*line).code == 0
+    assert sorted(p.name for p in (tmp_path / "build").iterdir() if p.is_dir()) == ["01-quantize", "02-quantize"]
 
 
 @pytest.mark.parametrize("inside", ["source", "thesis.txt"])
@@ -114,7 +156,10 @@ def test_too_little_disk(verb: str, refused: Refused, tiny: Path, tmp_path: Path
     """Known before the first byte is written."""
     usage = shutil._ntuple_diskusage(1 << 40, (1 << 40) - 1024, 1024)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    refused(*command(verb, tiny, tmp_path / "out"), says=("not enough disk space", str(tmp_path), "free some"))
+    refused(
+        *command(verb, tiny, tmp_path / "out"),
+        says=("not enough disk space", str(tmp_path), " MB needed, 1.0 kB free", "free some"),
+    )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)

@@ -10,6 +10,7 @@ from refusal import Refused, command
 TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
     "too short": ("a.txt", b"Only a few words.", ("too short", "give a longer text")),
     "empty": ("a.txt", b"", ("too short", "give a longer text")),
+    "blank": ("a.txt", b" \t\n\xc2\xa0\xe2\x80\x8b" * 9000, ("too short", "no word", "give a longer text")),
     "missing": ("a.txt", None, ("cannot read the text", "No such file", "give")),
     "not UTF-8": ("a.txt", b"caf\xe9 " * 4000, ("not UTF-8", "give a UTF-8")),
     "a folder": ("", None, ("text", "give")),
@@ -38,6 +39,13 @@ def test_unusable_text(case: str, verb: str, refused: Refused, tiny: Path, tmp_p
         (folder / name).write_bytes(content)
     flag = "--calibration" if verb == "prune" else "--text"
     refused(*command(verb, tiny, tmp_path / "out"), flag, folder / name, says=(*says, str(folder)))
+
+
+@pytest.mark.parametrize("flag", ["--calibration", "--other-text", "--text"])
+def test_every_text_is_read_before_the_first_stage(flag: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """A blank one is refused whichever stage would read it."""
+    (tmp_path / "blank.txt").write_text("\n" * 50_000)
+    refused(*command("build", tiny, tmp_path / "out"), flag, tmp_path / "blank.txt", says=("too short", "no word"))
 
 
 def test_failed_build_leaves_no_folder(refused: Refused, tiny: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import onnx_ir as ir
 import pytest
@@ -84,8 +87,19 @@ def test_auto_measures_both_levels(export: Callable) -> None:
     ratio = tried["4"]["decode_tokens_per_s"] / tried["0"]["decode_tokens_per_s"]
     assert facts["accuracy_level"] == (4 if ratio >= accuracy_level.FASTER else 0)
     assert set(levels_of(made).values()) == {facts["accuracy_level"]}
-    assert f"{ratio:.2f} times as fast" in facts["accuracy_level_because"]
+    said = re.search(r"decodes ([\d.]+) times as fast", facts["accuracy_level_because"])
+    assert said and float(said[1]) == pytest.approx(ratio, abs=0.006)
     assert not list(made.path.glob("levels*"))
+
+
+@pytest.mark.parametrize(
+    ("fast", "says"), [(104.98, "1.0498 times as fast"), (104.0, "1.04 times as fast"), (104.9999, "1.049999 times as fast")]
+)
+def test_too_little_is_not_said_in_the_digits_of_enough(fast: float, says: str) -> None:
+    """That 1.05 times would have to be 1.05 times helps nobody."""
+    proof = cast(Parity, SimpleNamespace(kl_mean=0.01, loss_change=0.0))
+    level, because = accuracy_level._decide(proof, {0: 100.0, 4: fast}, "")
+    assert level == 0 and says in because and because.endswith("it would have to be 1.05 times")
 
 
 def test_what_is_lost_already_is_measured(packed: Artifact, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
