@@ -198,15 +198,20 @@ def test_second_build_keeps_all(call: Call, built: Path, tiny: Path, text: Path)
 
 
 @pytest.mark.parametrize(
-    ("flag", "stages", "same"), [("--new-tokens", STAGES, 3), ("--bits", STAGES[:2], 1)], ids=["last stage", "second stage"]
+    ("flag", "value", "stages", "same"),
+    [
+        pytest.param("--new-tokens", 8, STAGES, 3, id="bench", marks=pytest.mark.families),  # as any last stage, at its price
+        pytest.param("--accuracy-level", 0, STAGES[:3], 2, id="last stage"),
+        pytest.param("--bits", 8, STAGES[:2], 1, id="second stage"),
+    ],
 )
 def test_changed_option_redoes_from_its_stage(
-    flag: str, stages: list[str], same: int, call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path
+    flag: str, value: int, stages: list[str], same: int, call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     """What stands before the change is kept, what follows from it is not."""
     out = copied(built, tmp_path / "out", stages)
     before = times(out)
-    result = call(*build_arguments(tiny, out, text, stages), flag, 8)
+    result = call(*build_arguments(tiny, out, text, stages), flag, value)
     assert result.code == 0 and kept(result.err) == [stage[3:] for stage in stages[:same]]
     unchanged = {name.split("/")[0] for name, time in times(out).items() if before.get(name) == time and name.endswith(MANIFEST)}
     assert unchanged == set(stages[:same]) and not hidden(out)

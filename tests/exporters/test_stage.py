@@ -144,7 +144,7 @@ def test_a_head_size_that_the_fused_operator_refuses_falls_back_and_says_so(
     random_model: Callable[..., Path], make: Callable[..., Made], tmp_path: Path
 ) -> None:
     """GroupQueryAttention takes multiples of 16 only; asked for by name, the fused graph is refused."""
-    folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 2}, head_dim=8, tie_word_embeddings=True), tmp_path / "model")
+    folder = random_model(LlamaConfig(**{**TINY, "num_hidden_layers": 1}, head_dim=8, tie_word_embeddings=True), tmp_path / "model")
     _, exported = make(folder, "rtn")
     assert exported.steps[-1].facts["exporter"] == "portable"
     assert "head size 8" in exported.steps[-1].facts["not_fused_because"]
