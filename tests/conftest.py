@@ -101,7 +101,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                (part := folder.with_suffix(".part")).mkdir()
+                (part := folder.with_suffix(".part")).mkdir(exist_ok=True)  # there after a fill that failed
                 fill(part)
                 part.rename(folder)
         return folder
