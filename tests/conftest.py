@@ -15,6 +15,7 @@ import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
 from edgepress.pipeline.checkpoint.load import quiet
 from families import TINY
+from filelock import FileLock
 from refusal import Refused, check_refusal, tree
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -22,8 +23,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Begun first: the last file to begin leaves the other worker idle until it ends, and the rest are short.
+LONGEST = ("test_chain.py", "test_stages.py", "exporters/test_stage.py", "test_gptq.py", "test_linear.py", "tune/test_stage.py")
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others in their order."""
+    place = {path: number for number, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: min((place[end] for end in LONGEST if str(item.path).endswith(f"/{end}")), default=len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +90,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Path]:
     return save_random
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that the first worker to ask for it fills, for all of them to read."""
+
+    def shared(name: str, fill: Callable[[Path], object]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                (part := folder.with_suffix(".part")).mkdir(exist_ok=True)  # there after a fill that failed
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return shared
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from edgepress.models import OTHER_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.load import load_model
@@ -33,7 +34,9 @@ SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
 def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model through all stages, round to nearest for speed."""
     out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
-    few = ["--text-tokens", 1500, "--calibration-tokens", 2400, "--shortlist", 4, "--greedy-tokens", 512]
+    other = tmp_path_factory.mktemp("texts") / "technical.txt"
+    other.write_text(OTHER_TEXT.read_text()[:6000])
+    few = ["--text-tokens", 800, "--calibration-tokens", 2400, "--shortlist", 3, "--greedy-tokens", 256, "--other-text", other]
     result = edgepress("build", "reference", out, "--method", "rtn", *few, *SHORT)
     assert result.code == 0, result.err
     assert "ONNX as shipped" in result.out and shlex.join(["edgepress", "run", str(out / "04-export")]) in result.out
@@ -48,7 +51,7 @@ def test_each_stage_loses_a_little_and_the_report_says_where(built: Path, refere
     assert stages["original"]["perplexity"] < stages["pruned"]["perplexity"] < 1.5 * stages["original"]["perplexity"]
     assert stages["onnx"]["perplexity"] == pytest.approx(stages["quantized"]["perplexity"], rel=0.01)
     assert stages["onnx"]["bytes"] < 0.4 * stages["original"]["bytes"]
-    windows = text_windows(reference / "evaluation.txt", reference, budget=1500)
+    windows = text_windows(reference / "evaluation.txt", reference, budget=800)
     assert stages["original"]["perplexity"] == pytest.approx(np.exp(mean_loss(load_model(reference), windows)), rel=1e-6)
 
 

@@ -26,15 +26,15 @@ Call = Callable[..., Any]
 
 
 def build_arguments(tiny: Path, out: Path, text: Path, stages: list[str] = STAGES) -> list[str]:
-    """The command that builds all stages, or with a recipe of its own the first two."""
+    """The command that builds all stages, or with a recipe of its own the first two or three."""
     flags: dict[str, object] = {"method": "rtn", "remove-layers": 1, "calibration": text, "calibration-tokens": 512}
+    if len(stages) > 2:
+        flags["text"] = text
     if len(stages) == 4:
-        flags |= {"text": text, "text-tokens": 256, "repeats": 1, "prompt-lengths": 8, "new-tokens": 4}
-        flags |= {"recipe": out.parent / "whole.yaml"}
-        (out.parent / "whole.yaml").write_text("prune: {}\nquantize: {}\nexport: {}\nbench: {baseline: false}\n")
-    else:
-        flags["recipe"] = out.parent / "short.yaml"
-        (out.parent / "short.yaml").write_text("prune: {}\nquantize: {}\n")
+        flags |= {"text-tokens": 256, "repeats": 1, "prompt-lengths": 8, "new-tokens": 4}
+    settings = {"bench": "{baseline: false}"}
+    recipe = flags["recipe"] = out.parent / f"{len(stages)}.yaml"
+    recipe.write_text("".join(f"{name[3:]}: {settings.get(name[3:], '{}')}\n" for name in stages))
     return ["build", str(tiny), str(out), *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
 
 
@@ -198,15 +198,20 @@ def test_second_build_keeps_all(call: Call, built: Path, tiny: Path, text: Path)
 
 
 @pytest.mark.parametrize(
-    ("flag", "stages", "same"), [("--new-tokens", STAGES, 3), ("--bits", STAGES[:2], 1)], ids=["last stage", "second stage"]
+    ("flag", "value", "stages", "same"),
+    [
+        pytest.param("--new-tokens", 8, STAGES, 3, id="bench", marks=pytest.mark.families),  # as any last stage, at its price
+        pytest.param("--accuracy-level", 0, STAGES[:3], 2, id="last stage"),
+        pytest.param("--bits", 8, STAGES[:2], 1, id="second stage"),
+    ],
 )
 def test_changed_option_redoes_from_its_stage(
-    flag: str, stages: list[str], same: int, call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path
+    flag: str, value: int, stages: list[str], same: int, call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     """What stands before the change is kept, what follows from it is not."""
     out = copied(built, tmp_path / "out", stages)
     before = times(out)
-    result = call(*build_arguments(tiny, out, text, stages), flag, 8)
+    result = call(*build_arguments(tiny, out, text, stages), flag, value)
     assert result.code == 0 and kept(result.err) == [stage[3:] for stage in stages[:same]]
     unchanged = {name.split("/")[0] for name, time in times(out).items() if before.get(name) == time and name.endswith(MANIFEST)}
     assert unchanged == set(stages[:same]) and not hidden(out)
@@ -261,8 +266,9 @@ def interrupted(
 
 KILLS = [
     *((stage, "SIGINT") for stage in STAGES),
-    ("04-bench", "SIGKILL"),
-    pytest.param("04-bench", "SIGTERM", marks=pytest.mark.families),
+    ("02-quantize", "SIGKILL"),
+    # what bench keeps after a kill: tests/bench/test_journal.py
+    *(pytest.param("04-bench", name, marks=pytest.mark.families) for name in ("SIGKILL", "SIGTERM")),
 ]
 
 
@@ -272,7 +278,7 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
     before = STAGES[: STAGES.index(stage)]
     out = copied(built, tmp_path / "out", before)
     earlier = times(out) if before else {}
-    stages = STAGES[:2] if stage in STAGES[:2] else STAGES
+    stages = STAGES[: max(2, len(before) + 1)]
     arguments = build_arguments(tiny, out, text, stages)
     code, err = interrupted(out, stage, getattr(signal, name), arguments)
     # what bench had finished measuring stays, to go on from

@@ -23,15 +23,16 @@ def source(tiny: Path, random_model: Callable[..., Path], tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
-def written(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(source: Path, text: Path, once: Callable[..., Path]) -> Path:
     """A folder of GPTQ folders."""
-    out = tmp_path_factory.mktemp("gptq")
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE, *map(str, (source, text, out))], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out
+
+    def write(out: Path) -> None:
+        command = [sys.executable, "-c", WRITE, *map(str, (source, text, out))]
+        environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return once("gptq", write)
 
 
 @pytest.fixture(scope="session")

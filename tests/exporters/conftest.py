@@ -11,6 +11,8 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
+from families import TINY
+from transformers import LlamaConfig
 
 Made = tuple[Artifact, Artifact]
 
@@ -28,6 +30,13 @@ def make(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[..., 
         return packed, exported
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shallow(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, for the portable graph: torch traces every one."""
+    config = LlamaConfig(**{**TINY, "num_hidden_layers": 2}, tie_word_embeddings=False)
+    return random_model(config, tmp_path_factory.mktemp("models") / "shallow")
 
 
 @pytest.fixture(scope="session")

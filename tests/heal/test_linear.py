@@ -38,10 +38,11 @@ def added_map(block: torch.nn.Module, matrix: torch.nn.Module, change: torch.Ten
 
 
 def test_linear_helps_and_equals_the_explicit_map(
-    pruned: Artifact, reference: Path, tmp_path: Path, options: Callable[..., HealOptions]
+    pruned: Artifact, reference: Path, tmp_path: Path, options: Callable[..., HealOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain transformers loads a checkpoint of the same architecture; its logits are those with the map outside the matrix."""
-    healed = stages.run("heal", pruned, tmp_path / "healed", options(reference))
+    monkeypatch.setattr("edgepress.pipeline.text.calibration.OTHER_TEXT_TOKENS", 3000)
+    healed = stages.run("heal", pruned, tmp_path / "healed", options(reference, calibration_tokens=4500))
     facts = healed.steps[-1].facts
     assert facts["accepted"] and facts["held_out_perplexity"][1] < facts["held_out_perplexity"][0]
     assert read_json(healed.path / "config.json") == read_json(pruned.path / "config.json")

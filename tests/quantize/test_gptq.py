@@ -54,6 +54,7 @@ def test_gptq_against_raw_words(quantized: GptqRun) -> None:
         assert np.array_equal(linear.dequantized(), expected)
 
 
+@pytest.mark.families  # gptqmodel takes seconds to load; the words themselves are read in the test before
 def test_gptq_against_gptqmodel(quantized: GptqRun) -> None:
     """The same as gptqmodel's own dequantization of its own checkpoint, array for array."""
     truth = quantized.dequantized()
