@@ -133,8 +133,8 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
             gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
         if options.max_growth is None:
             return gptq, gptq, 0.0
-        mix = MIX_PASSES * TRIAL_TOKENS if options.tuned else 0
-        return 2 * TRIAL_TOKENS, 3 * TRIAL_TOKENS + mix + gptq, 0.0  # more bits may be taken, which need no calibration
+        # more bits may be taken everywhere, which need no calibration, or matrix by matrix
+        return 2 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + gptq, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or TUNE_TOKENS
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0

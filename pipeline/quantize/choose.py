@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
@@ -40,6 +40,7 @@ from edgepress.pipeline.text.windows import IDS, text_windows
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
+OWN_TOKENS = 4096  # that the model writes to be judged by, where no tune stage, which reads more of them, follows
 COST_TOKENS = 16384
 # Growth of the loss under a calibrated method, in that of rounding: 0.42 to 0.52 on the models of docs/quantization.md, whose
 # weights lie on no grid; of weights that were quantized before, GPTQ may lose as much as rounding.
@@ -48,37 +49,65 @@ CALIBRATED = 0.7
 # (docs/tuning.md).
 TUNED, TUNED_MIX = 0.6, 0.9
 TRIALS = 4
-# A mix that saves less of the bytes than this is not worth its many operators.
-WORTH = 0.03
+# A mix that saves less of the artifact's bytes than this is not worth what it costs: most of the loss that is allowed, where 8 bits
+# lose next to nothing. A tune stage wins some of it back, and who asked for one wants few bytes.
+WORTH, WORTH_TUNED = 0.2, 0.03
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Windows of token ids, and the loss of each of their tokens with the weights as they are."""
+
+    windows: list[np.ndarray]
+    losses: np.ndarray
 
 
 class _Trial:
-    """The model, its text, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
+    """The model, its texts, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
     def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
         enough = replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS))  # a model may write it
-        options = with_text(enough, source.path)
-        checkpoint = Checkpoint(source.path, options.trust_remote_code)
-        self.model, self.options, self.path = checkpoint.model(), options, source.path
-        self.blocks, self.weights = Blocks(self.model), checkpoint.index
-        self.texts = [self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, checkpoint.context), one) for one in self._kinds()]
-        self.losses = [exact_losses(self.blocks, progress(windows, "bits", "window")) for windows in self.texts]
-        warn_unless_readable(float(self.losses[0].mean()), self.model.config.vocab_size, options.calibration)
-        self.kept = checkpoint.weights.matrices  # codes of a GGUF file
-        self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
+        self.options, self.path = with_text(enough, source.path), source.path
+        self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
+        self.context, self.weights = self.checkpoint.context, self.checkpoint.index
+        self.kept = self.checkpoint.weights.matrices  # codes of a GGUF file
+        self.texts: list[_Text] = []
+        self.growth: dict[str, float] = {}
+        self._load()
         if not self.modules:
             raise OptionError("there is nothing to choose: every matrix keeps the codes that it has; leave --target-bits out")
-        self.context = checkpoint.context
-        self.growth: dict[str, float] = {}
+        self._read(self.options)
+        warn_unless_readable(float(self.texts[0].losses.mean()), self.model.config.vocab_size, self.options.calibration)
 
-    def _kinds(self) -> list[QuantizeOptions]:
-        """Options with each kind of text that is judged by: a mix that suits one may lose twice as much of another."""
-        if not self.options.tuned or self.options.calibration.suffix == IDS:
-            return [self.options]
-        own = replace(
-            self.options, calibration=SELF, calibration_tokens=PRUNE_TOKENS, calibration_skip=0
-        )  # what tune reads, too, if no layer was removed
-        return [self.options, with_text(own, self.path)]
+    def _load(self) -> None:
+        self.model = self.checkpoint.model()
+        self.blocks = Blocks(self.model)
+        self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
+
+    def _free(self) -> None:
+        del self.model, self.blocks, self.modules
+
+    def _read(self, options: QuantizeOptions) -> None:
+        """Judge by the calibration text of ``options`` as well."""
+        windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, self.context), options)
+        self.texts.append(_Text(windows, exact_losses(self.blocks, progress(windows, "bits", "window"))))
+
+    def _all_texts(self) -> Iterator[_Text]:
+        """The calibration text, and what the model writes itself: bits that suit one may lose twice as much of another.
+
+        The second is written when it is first needed, while no other copy of the model is in memory.
+        """
+        yield self.texts[0]
+        if self.options.calibration.name.endswith(IDS):
+            return
+        if len(self.texts) == 1:
+            tokens = PRUNE_TOKENS if self.options.tuned else OWN_TOKENS  # the former are what tune reads, if no layer was removed
+            own = replace(self.options, calibration=SELF, calibration_tokens=tokens, calibration_skip=0)
+            self._free()
+            own = with_text(own, self.path)
+            self._load()
+            self._read(own)
+        yield self.texts[1]
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
         text, key = options.calibration, options.text_key
@@ -87,72 +116,92 @@ class _Trial:
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
         windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.options)
-        return items_of_model(self.model, windows, self.kept, self.options.symmetric)
+        items = items_of_model(self.model, windows, self.kept, self.options.symmetric, spent=True)
+        self._free()
+        self._load()
+        return items
 
-    def measure(self, bits: str, forms: Mapping[str, Form], factor: float) -> float:
+    def measure(self, bits: str, forms: Mapping[str, Form], factor: float, limit: float = math.inf, own: bool = True) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
 
-        factor: of a loss, what is left of rounding's.
+        factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. own: judge by what the
+        model writes, too.
         """
-        with rounded(self.modules, forms, self.options.symmetric, self.weights):
-            losses = [exact_losses(self.blocks, progress(windows, f"{bits} bits", "window")) for windows in self.texts]
-        change = max(float((new - old).mean()) for new, old in zip(losses, self.losses, strict=True))
-        self.growth[bits] = round(math.expm1(min(factor * change, 50.0)), 5)
+        self.growth[bits] = -1.0
+        for number, text in enumerate(self._all_texts() if own else self.texts[:1]):
+            with rounded(self.modules, forms, self.options.symmetric, self.weights):
+                losses = exact_losses(self.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
+            change = factor * float((losses - text.losses).mean())
+            self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
+            if self.growth[bits] > limit:
+                break
         return self.growth[bits]
 
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
         return dict.fromkeys(self.modules, form)
 
+    def saved(self, forms: Mapping[str, Form]) -> float:
+        """The share of the artifact's bytes that these forms save against 8 bits everywhere; what is not in blocks has 8 bits."""
+        weights = {name: module.weight.numel() for name, module in self.modules.items()}
+        rest = self.model.num_parameters() - sum(weights.values())
+        bits = sum(count * _bits(forms[name]) for name, count in weights.items())
+        share: float = (bits + rest * _bits(EIGHT)) / (_bits(EIGHT) * self.model.num_parameters())
+        return 1 - share
+
+
+def _bits(form: Form) -> float:
+    """Of a weight: its code, and its share of a float32 scale and a zero point."""
+    return form.bits + (32 + form.bits) / form.group_size
+
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     """Options that settle the bits of every matrix: by ``max_growth`` or ``target_bits``.
 
-    Measured on the calibration text, of which rounding learns nothing.
+    Measured on the calibration text, of which rounding learns nothing, and on what the model writes itself.
     """
     trial = _Trial(source, options)
-    calibrated = options.method == "gptq" and not _quantized_before(source)
-    left = CALIBRATED if calibrated else 1.0
+    before = _quantized_before(source)
+    left = CALIBRATED if options.method == "gptq" and not before else 1.0
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None)
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
         forms = solve(items, FORMS, size=size)
-        growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left)
+        growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left, own=options.tuned)
         because = (
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
         )
         return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
     limit = options.max_growth or 0.0
     uniform = Form(options.weight_bits, options.group)
-    if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform) <= limit:
+    if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform, limit) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
         return Chosen(chosen, _because(trial.growth, limit), trial.growth)
     # calibration wins nothing there
-    eight = replace(settled, method="rtn", bits=EIGHT.bits, group_size=EIGHT.group_size, act_order=False)
-    # A mix that just keeps to the limit on this text may lose twice as much on another: only a tune stage makes room for it.
-    if trial.measure("8", trial.all(EIGHT), 1.0) > limit or not options.tuned:
+    rounding = replace(settled, method="rtn", act_order=False)
+    eight = replace(rounding, bits=EIGHT.bits, group_size=EIGHT.group_size)
+    worth = WORTH_TUNED if options.tuned else WORTH
+    if trial.measure("8", trial.all(EIGHT), 1.0, own=False) > limit or trial.saved(trial.all(Form(4, 64))) < worth:
         return Chosen(eight, _because(trial.growth, limit), trial.growth)
     items = trial.items()
-    mixed = _within(trial, items, limit, left)
-    chosen = eight if mixed is None else _mixed(settled, items, mixed)
+    mixed = _within(trial, items, limit, left, worth)
+    chosen = eight if mixed is None else _mixed(rounding if before else settled, items, mixed)
     return Chosen(chosen, _because(trial.growth, limit), trial.growth)
 
 
-def _within(trial: _Trial, items: list[Item], limit: float, left: float) -> list[Form] | None:
+def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: float) -> list[Form] | None:
     """The mix of fewest bytes whose measured growth keeps to the limit; None where it saves too little against 8 bits.
 
     The estimates need not add up: a bound that a trial exceeds is lowered by as much.
     """
-    whole = sum(item.bytes[EIGHT] for item in items)
     allowed = math.log1p(limit) / left
     for _ in range(TRIALS):
         forms = solve(items, (Form(4, 32), BASE, EIGHT), cost=allowed)
-        size = sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
-        if size > (1 - WORTH) * whole:
+        if trial.saved(by_matrix(items, forms)) < worth:
             return None
-        growth = trial.measure(f"{mean_bits(items, forms):.1f}", by_matrix(items, forms), left)
+        growth = trial.measure(f"{mean_bits(items, forms):.1f}", by_matrix(items, forms), left, limit)
         if growth <= limit:
             return forms
         allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
@@ -173,4 +222,4 @@ def _quantized_before(source: Artifact) -> bool:
 def _because(growth: dict[str, float], limit: float) -> str:
     figures = [f"{bits} bits {100 * share:+.1f} % of perplexity" for bits, share in growth.items()]
     within = "" if np.isclose(limit, 0) or list(growth.values())[-1] <= limit else ", which nothing here keeps to"
-    return f"expected on the calibration text: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"
+    return f"expected on the text that suffers most: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, block_linears
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
@@ -30,19 +31,36 @@ class Errors:
     """
 
     def __init__(
-        self, model: PreTrainedModel, bits: int, group_size: int, without: Collection[str] = (), symmetric: bool = False
+        self,
+        model: PreTrainedModel,
+        bits: int,
+        group_size: int,
+        without: Collection[str] = (),
+        symmetric: bool = False,
+        spent: bool = False,
     ) -> None:
-        """without: names of matrices that are left alone."""
+        """without: names of matrices that are left alone.
+
+        spent: nobody needs the model any more, whose matrices get the type that ``costs`` computes in. Otherwise a copy of each in
+        that type is kept for the backward pass, three times the memory in all.
+        """
         self.symmetric = symmetric
         self.modules = {name: module for name, module in block_linears(model).items() if name not in without}
         self.factors: dict[str, torch.Tensor] = {}
         self.together: list[list[str]] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._errors = {}
+        halved = {id(p) for p in model.parameters() if p.ndim == 2} if spent and torch.cpu._is_avx512_bf16_supported() else set()
         for name, module in progress(self.modules.items(), "rounding", "matrix"):
             weight = matrix_of(module)
             restored = round_to_nearest(name, weight.numpy(), bits, group_size, symmetric).dequantized()
             self._errors[name] = (torch.from_numpy(restored) - weight).bfloat16()
+            if id(module.weight) in halved:
+                module.weight.data = module.weight.data.bfloat16()
+        for parameter in model.parameters():
+            if id(parameter) in halved:
+                parameter.data = parameter.data.bfloat16()
+        release_memory()
 
     @contextmanager
     def added(self, windows: int) -> Iterator[None]:

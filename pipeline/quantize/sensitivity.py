@@ -62,18 +62,21 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     )  # fmt: skip
     model = checkpoint.model()
     warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, options.calibration)
-    items = items_of_model(model, windows, checkpoint.weights.matrices)
+    items = items_of_model(model, windows, checkpoint.weights.matrices, spent=True)
     size = options.target_bits * sum(item.weights for item in items) / 8
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 
 
 def items_of_model(
-    model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = (), symmetric: bool = False
+    model: PreTrainedModel, windows: list[np.ndarray], without: Collection[str] = (), symmetric: bool = False, spent: bool = False
 ) -> list[Item]:
-    """What each matrix costs at each form, but for those in ``without``."""
+    """What each matrix costs at each form, but for those in ``without``.
+
+    spent: nobody needs the model's weights any more, which saves two thirds of the memory.
+    """
     whole = [row for row in windows if len(row) == len(windows[0])]
     log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
-    errors = Errors(model, *BASE, without, symmetric)
+    errors = Errors(model, *BASE, without, symmetric, spent)
     by_name = costs(model, errors, whole)
     return items_of(errors, by_name, errors.together)
 

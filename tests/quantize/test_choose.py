@@ -23,21 +23,25 @@ from edgepress.pipeline.quantize.stage import Chosen
 def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen]:
     """The choice for the tiny model, on little text."""
     monkeypatch.setattr(choose, "TRIAL_TOKENS", 512)
+    monkeypatch.setattr(choose, "OWN_TOKENS", 512)
     monkeypatch.setattr(choose, "COST_TOKENS", 1024)
     monkeypatch.setattr(choose, "WINDOW", 32)
     return lambda **options: choose.choose(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, **options))
 
 
-def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen]) -> None:
+def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
     many = settled(max_growth=10.0)
     assert (many.options.bits, many.options.group_size, many.options.bits_for) == (4, 64, ())
     four = many.growth["4"]
-    assert settled(max_growth=four / 3).options.bits == 8
     few = settled(max_growth=four / 300, tuned=True)
     assert (few.options.method, few.options.bits, few.options.group_size, few.options.bits_for) == ("rtn", *EIGHT, ())
     between = settled(max_growth=four / 3, tuned=True)
     assert between.options.bits_for and list(between.growth.values())[-1] <= four / 3
     assert between.options.max_growth is None and "--max-growth" in between.because
+    monkeypatch.setattr(choose, "WORTH", 0.02)
+    assert settled(max_growth=four / 3).options.bits_for
+    monkeypatch.setattr(choose, "WORTH", 0.9)
+    assert settled(max_growth=four / 3).options.bits == 8  # most of the loss that is allowed, for few bytes
 
 
 def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,14 +53,42 @@ def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen],
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_mix_is_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
-    """By the calibration text and by what the model writes, for a mix may suit one of them."""
-    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, tuned=True))
-    forms, texts, losses = trial.all(Form(4, 64)), trial.texts, trial.losses
-    together, alone = trial.measure("4", forms, 1.0), []
-    for trial.texts, trial.losses in zip([[text] for text in texts], [[loss] for loss in losses], strict=True):
-        alone.append(trial.measure("4", forms, 1.0))
+def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
+    """By the calibration text and by what the model writes, for bits may suit one of them."""
+    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    together, alone = trial.measure("4", trial.all(Form(4, 64)), 1.0), []
+    assert len(trial.texts) == 2
+    for text in list(trial.texts):
+        trial.texts = [text]
+        alone.append(trial.measure("4", trial.all(Form(4, 64)), 1.0, own=False))
     assert len(set(alone)) == 2 and together == max(alone)
+    trial.texts = trial.texts[:1]
+    trial.measure("4", trial.all(Form(4, 64)), 1.0, limit=-1.0)
+    assert len(trial.texts) == 1  # the first text settled it: the model wrote nothing
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_a_mix_saves_is_what_the_folder_saves(tiny: Path, tmp_path: Path) -> None:
+    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    sizes = []
+    for bits in (4, 8):
+        options = QuantizeOptions(method="rtn", bits=bits, group_size=64)
+        folder = stages.run("quantize", Artifact.load(tiny), tmp_path / str(bits), options).path
+        sizes.append(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    assert trial.saved(trial.all(Form(4, 64))) == pytest.approx(1 - sizes[0] / sizes[1], abs=0.03)
+
+
+def test_a_mix_of_weights_that_were_quantized_before_is_rounded(
+    tiny: Path, settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration wins nothing there, and takes minutes."""
+    monkeypatch.setattr(choose, "WORTH", 0.02)
+    plain = Artifact.load(tiny)
+    imported = replace(plain, steps=(Step("import", {}, {"quantized_types": ["Q4_1"]}, 0.0, {}), *plain.steps))
+    limit = settled(max_growth=10.0).growth["4"] / 3
+    for source, method in ((plain, "gptq"), (imported, "rtn")):
+        chosen = choose.choose(source, QuantizeOptions(method="gptq", group_size=64, max_growth=limit)).options
+        assert chosen.bits_for and chosen.method == method
 
 
 def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., Chosen]) -> None:
