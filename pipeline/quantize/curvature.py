@@ -21,7 +21,7 @@ from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
 
 BATCH = 8  # windows, fewer where the vocabulary is large
-_LOGITS = 2**25  # of a batch: 128 MB, several copies of which are made
+_LOGITS = 2**24  # of a batch: 64 MB, three copies of which are made
 
 
 class Errors:
@@ -102,10 +102,13 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-                logits = model(input_ids=ids, use_cache=False).logits.float()
+                logits = model(input_ids=ids, use_cache=False).logits
             with torch.no_grad():
-                drawn = torch.multinomial(torch.softmax(logits, -1).flatten(0, 1), 1, generator=generator).view(ids.shape)
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+                chances = torch.softmax(logits.float(), -1)
+                drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
+                # what the negative log-likelihood of the drawn tokens has for a gradient, in place of three more arrays as large
+                chances.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=chances.dtype))
+            logits.backward(chances.to(logits.dtype))
         for name, factor in errors.factors.items():
             squares[name] += 0.0 if factor.grad is None else float(factor.grad.double().square().sum())
     return {name: square / (2 * sum(map(len, windows))) for name, square in squares.items()}

@@ -54,6 +54,18 @@ def test_matrices_that_read_one_input_are_together(estimated: tuple[Errors, dict
     assert len(estimated[0].together) == 16
 
 
+def test_a_model_that_nobody_needs_any_more_costs_the_same(
+    tiny: Path, windows: list[np.ndarray], estimated: tuple[Errors, dict[str, float]]
+) -> None:
+    """Its matrices are halved, its norms and tables of angles are not: the pass itself computes in bfloat16."""
+    model = Checkpoint(tiny).model()
+    spent = costs(model, Errors(model, *FORM, spent=True), windows)
+    assert sum(spent.values()) == pytest.approx(sum(estimated[1].values()), rel=0.05)
+    if torch.cpu._is_avx512_bf16_supported():
+        assert {p.ndim for p in model.parameters() if p.dtype == torch.bfloat16} == {2}
+        assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
 def test_the_model_is_left_as_it_was(tiny: Path, model: PreTrainedModel, estimated: tuple[Errors, dict[str, float]]) -> None:
     ids = torch.arange(1, 30)[None]
     with torch.inference_mode():
