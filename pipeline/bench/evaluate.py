@@ -5,19 +5,25 @@ from __future__ import annotations
 import base64
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityFigures, QualityJob, Scored, ScoringRow
+from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.machine import release_memory, rows_at_once
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import Decoder
 
+if TYPE_CHECKING:
+    import torch
+
 GREEDY_PROMPTS = 8
 GREEDY_PROMPT_TOKENS = 64
 GREEDY_TOKENS = 32
+STREAMED_TOKENS = 4096  # positions that a block is read for at a time: what goes on within one takes memory, too
 _Part = tuple[slice, np.ndarray]  # positions of a window, and their logits float32 (positions, vocabulary)
 
 
@@ -33,7 +39,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
     for row in job.rows:
         with tempfile.TemporaryDirectory(prefix="edgepress-level-0-") as scratch:
             same = row.kind == "torch" and job.reference is not None and Path(row.folder) == Path(job.reference)
-            model = None if same else models.open(row, Path(scratch))
+            model = None if same else models.open(row, Path(scratch), ids)
             scores = Quality()
             for number, window in enumerate(ids):
                 parts = model.parts(window) if model else original.parts(number) if original else iter(())
@@ -46,7 +52,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
                         scores.add_part(window[1:][rows], found, truth)
                 yield QualityEvent(window=number + 1)
             matches = None
-            if row.kind == "onnx" and original is not None and model is not None:
+            if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
@@ -61,11 +67,9 @@ def losses_of(scored: Scored) -> np.ndarray:
 
 
 class _Model(Protocol):
-    """parts: the logits of ids (tokens,), some positions after others. greedy: the ``count`` tokens that follow ids."""
+    """parts: the logits of ids (tokens,), some positions after others."""
 
     def parts(self, ids: np.ndarray) -> Iterator[_Part]: ...
-
-    def greedy(self, ids: np.ndarray, count: int) -> list[int]: ...
 
 
 class _Torch:
@@ -85,6 +89,32 @@ class _Torch:
         from edgepress.pipeline.metrics.torch_scores import greedy_tokens
 
         return greedy_tokens(self._model, ids, count)
+
+
+class _Streamed:
+    """A checkpoint whose blocks are in memory one after the other, once for some windows: the original's head is there as well.
+
+    Raises ModelError for one whose tensors are not named as its modules are, or whose blocks cannot be told.
+    """
+
+    def __init__(self, folder: str, trust_remote_code: bool, windows: list[np.ndarray]) -> None:
+        from edgepress.pipeline.checkpoint.blocks import Blocks
+        from edgepress.pipeline.checkpoint.folder import Checkpoint
+        from edgepress.pipeline.checkpoint.offloaded import settle
+        from edgepress.pipeline.metrics.torch_scores import batches
+
+        checkpoint = Checkpoint(Path(folder), trust_remote_code)
+        self._blocks = Blocks(checkpoint.offloaded_model())
+        model, last = self._blocks.model, len(self._blocks)
+        rows: list[torch.Tensor] = []
+        for ids, real in batches(model, windows, STREAMED_TOKENS):
+            rows += [states[keep] for states, keep in zip(self._blocks.states(ids, [last])[last], real, strict=True)]
+        settle(model, checkpoint.weights, without=self._blocks.name)
+        self._states = {window.tobytes(): states for window, states in zip(windows, rows, strict=True)}
+
+    def parts(self, ids: np.ndarray) -> Iterator[_Part]:
+        for positions, logits in self._blocks.heads(self._states[ids.tobytes()]):
+            yield positions, logits.numpy()
 
 
 class _Onnx:
@@ -112,8 +142,10 @@ class _Models:
     def torch(self, folder: str) -> _Torch:
         return _Torch(folder, self._trust)
 
-    def open(self, row: ScoringRow, scratch: Path) -> _Model:
+    def open(self, row: ScoringRow, scratch: Path, windows: list[np.ndarray]) -> _Model:
         if row.kind == "torch":
+            with suppress(ModelError, NotImplementedError):  # the latter: a module reads the weights of another
+                return _Streamed(row.folder, self._trust, windows)
             return self.torch(row.folder)
         if row.kind == "onnx":
             return _Onnx(Decoder(Path(row.folder), target=self._target))

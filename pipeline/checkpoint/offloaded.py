@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.hooks import attach_align_device_hook
+from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
 from edgepress.pipeline.checkpoint.load import quiet, read_folder
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line
@@ -66,6 +66,23 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
             raise ModelError(f"the weights in {folder} do not fit its config.json (a shape differs); replace either")
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=by_name)
     return model.eval()
+
+
+def settle(model: PreTrainedModel, weights: Weights, without: str) -> None:
+    """Read what of an offloaded model is not in its module ``without`` into memory, for good; that module works no more.
+
+    weights: those that ``build_offloaded_model`` had.
+    """
+    by_name, read = _WithTiedNames(weights, model.all_tied_weights_keys or {}), dict[str, torch.nn.Parameter]()
+    for prefix, module in model.named_modules():
+        if f"{prefix}.".startswith(f"{without}."):
+            continue
+        add_hook_to_module(module, ModelHook())  # in place of the one that reads; to remove that would read all
+        for leaf in [leaf for leaf, parameter in module.named_parameters(recurse=False)]:
+            stored = by_name.stored(f"{prefix}.{leaf}" if prefix else leaf)
+            if stored not in read:
+                read[stored] = torch.nn.Parameter(by_name[stored], requires_grad=False)
+            setattr(module, leaf, read[stored])
 
 
 def offloaded_model(folder: Path, trust_remote_code: bool = False, original: Path | None = None) -> PreTrainedModel:

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 _LOGITS = 2**26
 
 
-def batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    model: PreTrainedModel, windows: list[np.ndarray], tokens: int | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Windows in order as ids (batch, tokens), padded on the right, and which of them are real.
 
-    At most 8 windows at a time, fewer where the vocabulary is large.
+    At most 8 windows at a time, fewer where the vocabulary is large, or as many as have ``tokens`` positions.
     """
-    size = int(min(8, max(1, _LOGITS // (len(windows[0]) * model.config.vocab_size))))
+    size = int(min(8, max(1, (tokens or _LOGITS // model.config.vocab_size) // len(windows[0]))))
     changes = switches(model.config)  # a row beside a longer one would be read with that one's rotary frequencies
     alike = [list(rows) for _, rows in groupby(windows, key=lambda row: sum(len(row) > length for length in changes))]
     return [(torch.from_numpy(ids), torch.from_numpy(real)) for rows in alike for ids, real in padded(rows, size)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgepress.pipeline import machine
 from edgepress.pipeline.artifact import Artifact
@@ -14,6 +16,7 @@ from edgepress.pipeline.checkpoint import load
 from edgepress.pipeline.metrics import torch_scores
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.text.windows import text_windows
+from families import FAMILIES, family_config
 
 
 def figures(build: Path, tiny: Path, text: Path) -> dict[str, QualityFigures]:
@@ -42,12 +45,41 @@ def test_windows_by_parts(
     real = load.load_model
     monkeypatch.setattr(load, "load_model", lambda folder, *rest: loaded.append(folder) or real(folder, *rest))
     parts = figures(build, tiny, text)
-    assert loaded == [tiny, build / "03-quantize"]
+    assert loaded == [tiny]  # the others' blocks are in memory one after the other
     assert (parts["original"], parts["quantized"]) == (whole["original"], whole["quantized"])
     assert parts["onnx"].kl_mean == pytest.approx(whole["onnx"].kl_mean, rel=1e-3)
     assert parts["onnx"].tokens == whole["onnx"].tokens == parts["original"].tokens
     assert parts["original"].kl_mean == 0 and parts["original"].top1_agreement == 1
     assert len(parts["onnx"].greedy_match_tokens or ()) == 2
+
+
+def parts_of(model: evaluate._Model, windows: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.concatenate([logits for _, logits in model.parts(window)]) for window in windows]
+
+
+def check_streamed(folder: Path, streamed: bool | None) -> None:
+    """What is scored is what a model that is in memory whole says, whichever way a family takes; streamed None: either."""
+    windows = [np.arange(5, 5 + length) for length in (40, 40, 11)]
+    model = evaluate._Models(False, "cpu").open(ScoringRow("row", "torch", str(folder)), folder, windows)
+    assert streamed in (isinstance(model, evaluate._Streamed), None)
+    for found, expected in zip(parts_of(model, windows), parts_of(evaluate._Torch(str(folder), False), windows), strict=True):
+        assert np.abs(found - expected).max() <= 1e-5 * expected.std()
+
+
+def test_streamed_scores_of_packed_weights(build: Path) -> None:
+    check_streamed(build / "03-quantize", True)
+
+
+# A mixture of experts has its tensors merged when it is loaded: it is in memory whole.
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
+def test_streamed_scores_of_other_families(family: str, tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    check_streamed(random_model(family_config(family), tmp_path / family), family != "mixtral")
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_streamed_scores_of_every_family(family: str, tmp_path: Path, random_model: Callable[..., Path]) -> None:
+    check_streamed(random_model(family_config(family), tmp_path / family), None)
 
 
 def test_a_model_whose_blocks_cannot_be_told_is_read_whole(
