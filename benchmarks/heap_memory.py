@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 _TEXT = Path(__file__).parents[1] / "models" / "reference" / "evaluation.txt"
@@ -22,16 +23,14 @@ def main(folder: Path) -> None:
 
 def measure(folder: Path, word: str) -> None:
     from edgepress.pipeline import machine
-    from edgepress.pipeline.checkpoint import offloaded
     from edgepress.pipeline.checkpoint.blocks import Blocks
     from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.metrics.torch_scores import mean_loss
     from edgepress.pipeline.text.windows import text_windows
 
-    if word == "glibc":
-        offloaded.give_back_large_blocks = lambda: None
     begun = time.perf_counter()
-    mean_loss(Blocks(Checkpoint(folder).offloaded_model()), text_windows(_TEXT, folder, budget=2048))
+    with machine.large_blocks_given_back() if word == "edgepress" else nullcontext():
+        mean_loss(Blocks(Checkpoint(folder).offloaded_model()), text_windows(_TEXT, folder, budget=2048))
     print(f"{word}: {(machine.peak_memory() or 0) / 1e9:.2f} GB, {time.perf_counter() - begun:.1f} s", flush=True)
 
 

@@ -25,7 +25,8 @@ from edgepress.pipeline.options import (
 )
 
 _SIDE, _PRODUCTS = 1024, 8
-TRIAL_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 512, 2**25  # of quantize/choose.py and text/windows.py, which load numpy
+# Of quantize/choose.py and text/windows.py, which load numpy.
+TRIAL_TOKENS, OWN_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 4096, 512, 2**25
 SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 TUNE_TOKENS, MOST_PASSES = PRUNE_TOKENS, 10  # of own_text/kept.py and tune/train.py
@@ -133,8 +134,8 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
             gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
         if options.max_growth is None:
             return gptq, gptq, 0.0
-        # more bits may be taken everywhere, which need no calibration, or matrix by matrix
-        return 2 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + gptq, 0.0
+        # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by
+        return 3 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + SAMPLING * OWN_TOKENS + gptq, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or TUNE_TOKENS
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 22  # of mallopt(3); bytes of an array that is given back as soon as it is freed
+# Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
+_M_MMAP_THRESHOLD, _LARGE, _LARGEST = -3, 1 << 22, 1 << 25
 _FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in another order
 
 
@@ -30,15 +32,24 @@ def peak_memory() -> int | None:
     return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def give_back_large_blocks() -> None:
-    """From now on what is freed in blocks of 4 MB and more goes back to the system at once.
+@contextmanager
+def large_blocks_given_back() -> Iterator[None]:
+    """Within the context what is freed in blocks of 4 MB and more goes back to the system at once.
 
     glibc moves that bound to 32 MB as blocks are freed, and keeps what lies below it: matrices that are read and dropped one after
     the other, between what stays, take twice the memory then (benchmarks/heap_memory.py). New pages cost a sixth of the time.
     """
+    _set_threshold(_LARGE)
+    try:
+        yield
+    finally:
+        _set_threshold(_LARGEST)
+
+
+def _set_threshold(size: int) -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def release_memory() -> None:

@@ -91,6 +91,7 @@ def test_the_expectation_in_words() -> None:
 
 def test_its_figures_are_those_of_the_stages() -> None:
     """Written down a second time, because --help must not load numpy."""
-    expected = (choose.TRIAL_TOKENS, windows.PROOF_TOKENS, windows.PROOF_LOGITS)
-    assert expected == (expectation.TRIAL_TOKENS, expectation.PROOF_TOKENS, expectation.PROOF_LOGITS)
+    assert (expectation.TRIAL_TOKENS, expectation.OWN_TOKENS) == (choose.TRIAL_TOKENS, choose.OWN_TOKENS)
+    expected = (windows.PROOF_TOKENS, windows.PROOF_LOGITS)
+    assert expected == (expectation.PROOF_TOKENS, expectation.PROOF_LOGITS)
     assert (expectation.TUNE_TOKENS, expectation.MOST_PASSES) == (PRUNE_TOKENS, train.PASSES)

@@ -15,8 +15,9 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
+given_back = machine.large_blocks_given_back()  # until the end
 if sys.argv[1] == "yes":
-    machine.give_back_large_blocks()
+    given_back.__enter__()
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 free(malloc(30 << 20))  # from now on glibc takes what is smaller from its heap

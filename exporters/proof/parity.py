@@ -122,7 +122,7 @@ def _where(reference: ReferenceLogits, folder: Path, exact: Parity, limit: float
 
 
 def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], level: int) -> Parity:
-    """Compare both models' logits over the windows, and greedy tokens after the first half of the first window.
+    """Compare both models' logits over the windows, and greedy tokens after the first half of PROOF_TOKENS or fewer.
 
     The torch model runs only before the decoder is opened and after it is closed.
     """
@@ -151,7 +151,10 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
     for crossing in across:
         switch = max(switch, _difference(crossing.read_by(decoder), crossing.truth))
     decoder.reset()
-    prompt = first[: len(first) // 2]
+    # of windows in a row, which are short where the vocabulary is large
+    length = min(PROOF_TOKENS, decoder.context - GREEDY_TOKENS, *decoder.switches)
+    joined = np.concatenate(reference.windows)[:length]
+    prompt = joined[: len(joined) // 2]
     continued = list(decoder.greedy(prompt, GREEDY_TOKENS))
     del decoder
     figures = quality.figures()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import OutputError, ProofError
 from edgepress.pipeline.files import check_disk
+from edgepress.pipeline.machine import large_blocks_given_back
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from transformers import PreTrainedModel
 
@@ -53,7 +54,10 @@ class ReferenceLogits:
 def reference_logits(model: PreTrainedModel, windows: list[np.ndarray], folder: Path) -> Iterator[ReferenceLogits]:
     """Reference logits whose files are in ``folder`` and deleted afterwards. Raises OutputError when the disk is too full."""
     check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch:
+    with (
+        large_blocks_given_back(),
+        tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch,
+    ):
         reference = ReferenceLogits(model, windows, Path(scratch))
         del model  # so that a caller who needs it no more can delete reference.model
         yield reference

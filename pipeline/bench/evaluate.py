@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityFigures, QualityJob, Scored, ScoringRow
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.machine import release_memory, rows_at_once
+from edgepress.pipeline.machine import large_blocks_given_back, release_memory, rows_at_once
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import Decoder
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 GREEDY_PROMPTS = 8
 GREEDY_PROMPT_TOKENS = 64
 GREEDY_TOKENS = 32
-STREAMED_TOKENS = 4096  # positions that a block is read for at a time: what goes on within one takes memory, too
+# Positions that a block is read for at a time, for what goes on within one takes memory, too; and how often at most.
+STREAMED_TOKENS, PASSES = 4096, 8
 _Part = tuple[slice, np.ndarray]  # positions of a window, and their logits float32 (positions, vocabulary)
 
 
@@ -94,7 +95,7 @@ class _Torch:
 class _Streamed:
     """A checkpoint whose blocks are in memory one after the other, once for some windows: the original's head is there as well.
 
-    Raises ModelError for one whose tensors are not named as its modules are, or whose blocks cannot be told.
+    Raises ModelError for one whose tensors are not named as its modules are, or whose blocks cannot be told, and for a long text.
     """
 
     def __init__(self, folder: str, trust_remote_code: bool, windows: list[np.ndarray]) -> None:
@@ -107,8 +108,12 @@ class _Streamed:
         self._blocks = Blocks(checkpoint.offloaded_model())
         model, last = self._blocks.model, len(self._blocks)
         rows: list[torch.Tensor] = []
-        for ids, real in batches(model, windows, STREAMED_TOKENS):
-            rows += [states[keep] for states, keep in zip(self._blocks.states(ids, [last])[last], real, strict=True)]
+        passes = batches(model, windows, STREAMED_TOKENS)
+        if len(passes) > PASSES:
+            raise ModelError("too much text to read all blocks again and again")
+        with large_blocks_given_back():
+            for ids, real in passes:
+                rows += [states[keep] for states, keep in zip(self._blocks.states(ids, [last])[last], real, strict=True)]
         settle(model, checkpoint.weights, without=self._blocks.name)
         self._states = {window.tobytes(): states for window, states in zip(windows, rows, strict=True)}
 

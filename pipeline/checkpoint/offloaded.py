@@ -13,7 +13,6 @@ from edgepress.pipeline.checkpoint.load import quiet, read_folder
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.machine import give_back_large_blocks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
@@ -47,7 +46,6 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
     when weights are damaged, missing or of the wrong shape.
     """
     folder = weights.folder
-    give_back_large_blocks()
     for _ in weights.floats():  # raises for NaN and Inf
         pass
     try:

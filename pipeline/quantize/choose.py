@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears
+from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions
@@ -28,6 +30,7 @@ from edgepress.pipeline.quantize.mix import (
     Form,
     Item,
     by_matrix,
+    bytes_of,
     mean_bits,
     most_common,
     rules_of,
@@ -52,6 +55,8 @@ TRIALS = 4
 # A mix that saves less of the artifact's bytes than this is not worth what it costs: most of the loss that is allowed, where 8 bits
 # lose next to nothing. A tune stage wins some of it back, and who asked for one wants few bytes.
 WORTH, WORTH_TUNED = 0.2, 0.03
+# Of the limit, what a mix may use: it is chosen by the text that it is judged by, and loses more on others.
+AIM = 0.8
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class _Trial:
 
     def _free(self) -> None:
         del self.model, self.blocks, self.modules
+        release_memory()  # they refer to one another
 
     def _read(self, options: QuantizeOptions) -> None:
         """Judge by the calibration text of ``options`` as well."""
@@ -142,17 +148,20 @@ class _Trial:
         return dict.fromkeys(self.modules, form)
 
     def saved(self, forms: Mapping[str, Form]) -> float:
-        """The share of the artifact's bytes that these forms save against 8 bits everywhere; what is not in blocks has 8 bits."""
-        weights = {name: module.weight.numel() for name, module in self.modules.items()}
-        rest = self.model.num_parameters() - sum(weights.values())
-        bits = sum(count * _bits(forms[name]) for name, count in weights.items())
-        share: float = (bits + rest * _bits(EIGHT)) / (_bits(EIGHT) * self.model.num_parameters())
-        return 1 - share
+        """The share of the artifact's bytes that these forms save against 8 bits in all blocks."""
+        size, eight = self._bytes(forms), self._bytes(self.all(EIGHT))
+        chosen = {id(module.weight) for module in self.modules.values()}
+        rest = sum(self._bytes_outside(weight) for weight in self.model.parameters() if id(weight) not in chosen)
+        return (eight - size) / (eight + rest)
 
+    def _bytes(self, forms: Mapping[str, Form]) -> int:
+        shapes, _ = block_matrices(self.model)
+        return sum(bytes_of(*shapes[name], forms[name], self.options.symmetric) for name in self.modules)
 
-def _bits(form: Form) -> float:
-    """Of a weight: its code, and its share of a float32 scale and a zero point."""
-    return form.bits + (32 + form.bits) / form.group_size
+    def _bytes_outside(self, weight: torch.nn.Parameter) -> float:
+        """Of what is not chosen here: the head and the embedding at the bits of the head, all else in float32."""
+        bits = self.options.head_bits if weight.ndim == 2 else 16
+        return weight.numel() * (4 if bits == 16 else (bits + 32 / EIGHT.group_size) / 8)
 
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
@@ -174,21 +183,22 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
         )
         return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
+    if before:
+        settled = _by_rounding(settled)  # GPTQ loses no less there, and takes minutes
     limit = options.max_growth or 0.0
     uniform = Form(options.weight_bits, options.group)
     if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform, limit) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
-        return Chosen(chosen, _because(trial.growth, limit), trial.growth)
-    # calibration wins nothing there
-    rounding = replace(settled, method="rtn", act_order=False)
-    eight = replace(rounding, bits=EIGHT.bits, group_size=EIGHT.group_size)
+        return Chosen(chosen, _because(trial.growth, limit, str(uniform.bits)), trial.growth)
+    eight = replace(_by_rounding(settled), bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     worth = WORTH_TUNED if options.tuned else WORTH
     if trial.measure("8", trial.all(EIGHT), 1.0, own=False) > limit or trial.saved(trial.all(Form(4, 64))) < worth:
-        return Chosen(eight, _because(trial.growth, limit), trial.growth)
+        return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     items = trial.items()
-    mixed = _within(trial, items, limit, left, worth)
-    chosen = eight if mixed is None else _mixed(rounding if before else settled, items, mixed)
-    return Chosen(chosen, _because(trial.growth, limit), trial.growth)
+    mixed = _within(trial, items, limit if options.tuned else AIM * limit, left, worth)
+    chosen = eight if mixed is None else _mixed(settled, items, mixed)
+    taken = "8" if mixed is None else f"{mean_bits(items, mixed):.1f}"
+    return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
 
 
 def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: float) -> list[Form] | None:
@@ -208,6 +218,10 @@ def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: 
     return None
 
 
+def _by_rounding(options: QuantizeOptions) -> QuantizeOptions:
+    return replace(options, method="rtn", act_order=False)
+
+
 def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> QuantizeOptions:
     usual = most_common(forms, items)
     rules = rules_of(by_matrix(items, forms), usual)
@@ -215,11 +229,12 @@ def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> Qu
 
 
 def _quantized_before(source: Artifact) -> bool:
-    """Whether the checkpoint came from a GGUF file that holds its weights in few bits."""
-    return any(step.facts.get("quantized_types") for step in source.steps[:1])
+    """Whether the checkpoint came from a GGUF file that holds weights in fewer than 8 bits."""
+    types = {name for step in source.steps[:1] for name in step.facts.get("quantized_types") or ()}
+    return bool(types - {"Q8_0", "Q8_1", "Q8_K"})
 
 
-def _because(growth: dict[str, float], limit: float) -> str:
+def _because(growth: dict[str, float], limit: float, taken: str) -> str:
     figures = [f"{bits} bits {100 * share:+.1f} % of perplexity" for bits, share in growth.items()]
-    within = "" if np.isclose(limit, 0) or list(growth.values())[-1] <= limit else ", which nothing here keeps to"
-    return f"expected on the text that suffers most: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"
+    within = "" if growth[taken] <= limit else ", which nothing here keeps to"
+    return f"expected: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"

@@ -59,7 +59,7 @@ def items_of(errors: Errors, costs: Mapping[str, float], together: Iterable[Sequ
                 tuple(names),
                 sum(rows * columns for rows, columns in shapes),
                 {form: sum(costs[name] * ratios[name][form] for name in names) for form in FORMS},
-                {form: sum(_bytes(rows, columns, form, errors.symmetric) for rows, columns in shapes) for form in FORMS},
+                {form: sum(bytes_of(rows, columns, form, errors.symmetric) for rows, columns in shapes) for form in FORMS},
             )
         )
     return items
@@ -74,7 +74,7 @@ def _squared_errors(errors: Errors, name: str) -> dict[Form, float]:
     return {form: square / (squares[BASE] or 1.0) for form, square in squares.items()}
 
 
-def _bytes(rows: int, columns: int, form: Form, symmetric: bool) -> int:
+def bytes_of(rows: int, columns: int, form: Form, symmetric: bool) -> int:
     """Of codes, scales and zero points, which a symmetric matrix has none of, as ``PackedLinear.nbytes`` counts them."""
     groups = -(-columns // form.group_size)
     zeros = 0 if symmetric else -(-groups * form.bits // 8)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from edgepress.exporters.proof import parity
-from edgepress.pipeline import stages
+from edgepress.exporters.proof.reference import reference_logits
+from edgepress.pipeline import machine, stages
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.offloaded import offloaded_model
@@ -64,3 +65,12 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
     assert not list((tmp_path / "onnx").glob("proof*"))
     (check,) = [c for c in verify(exported.path, VerifyOptions(original=packed.path, text=text)) if c.name == "parity"]
     assert check.state == "ok" and len(models) == 2, check.detail
+
+
+def test_the_proof_gives_its_memory_back(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices are read and dropped one after the other; afterwards the allocator is left as it was."""
+    bounds: list[int] = []
+    monkeypatch.setattr(machine, "_set_threshold", bounds.append)
+    with reference_logits(load_model(tiny), [np.arange(8)], tmp_path):
+        assert bounds == [4 << 20]
+    assert bounds == [4 << 20, 32 << 20]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, FORMS, Form, Item, _bytes, by_matrix, mean_bits, rules_of, solve
+from edgepress.pipeline.quantize.mix import BASE, EIGHT, FORMS, Form, Item, by_matrix, bytes_of, mean_bits, rules_of, solve
 from edgepress.pipeline.quantize.plan import exceptions_of
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 
@@ -22,7 +22,9 @@ def items(count: int = 6, seed: int = 0) -> list[Item]:
         scale = float(generator.lognormal())
         cost = {form: scale * 4.0 ** (4 - form.bits) * form.group_size**0.3 for form in FORMS}
         made.append(
-            Item((f"m.{index}.a", f"m.{index}.b"), weights, cost, {form: _bytes(64, weights // 64, form, False) for form in FORMS})
+            Item(
+                (f"m.{index}.a", f"m.{index}.b"), weights, cost, {form: bytes_of(64, weights // 64, form, False) for form in FORMS}
+            )
         )
     return made
 
@@ -57,7 +59,7 @@ def test_a_bound_that_nothing_keeps_to_gets_what_comes_nearest() -> None:
 @pytest.mark.parametrize("columns", [64, 96, 160])
 def test_bytes_are_those_of_the_packed_matrix(form: Form, columns: int, symmetric: bool) -> None:
     weight = np.random.default_rng(0).normal(size=(8, columns)).astype(np.float32)
-    assert _bytes(8, columns, form, symmetric) == round_to_nearest("m", weight, *form, symmetric).nbytes
+    assert bytes_of(8, columns, form, symmetric) == round_to_nearest("m", weight, *form, symmetric).nbytes
 
 
 def test_rules_give_every_matrix_its_form() -> None:
