@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -86,7 +87,7 @@ def write_whole(path: Path, text: str) -> None:
 
     A link stays one. What is there and no file, as /dev/null or a pipe, is written to and never replaced.
     """
-    path = Path(os.path.realpath(path))
+    path = real(path)
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -106,6 +107,22 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # no such user: then a name that begins so
         return Path(path)
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, absolute, by whatever links. Raises InputError for links that lead in a circle.
+
+    What ``Path.resolve`` does with those differs between versions of Python.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        place.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"{path} is, or lies behind, a link that leads back to itself; delete the link, or give another path"
+            ) from error
+    return place
 
 
 def sha256(path: Path) -> str:

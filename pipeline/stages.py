@@ -15,7 +15,7 @@ from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, writ
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import hub_origin, resolve
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
+from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, real, sha256
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import release_memory
@@ -112,7 +112,7 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     check_outside(out, source.path, *_folders(options))
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
-    out = out.resolve()  # a link to a folder stays one
+    out = real(out)  # a link to a folder stays one
     with writing(out, wait=wait):
         return _run(name, source, out, options.resolved())
 
@@ -122,10 +122,10 @@ def check_outside(out: Path, *read: Path) -> None:
 
     However they are written: links count for what they lead to, and a model in the hub's cache with all that is kept of it.
     """
-    place = out.resolve()
+    place = real(out)
     above = [parent for parent in (place, *place.parents) if parent.is_dir()]
     for folder in read:
-        root = folder.resolve()
+        root = real(folder)
         if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
             root = root.parent.parent
         if root.is_dir() and any(parent.samefile(root) for parent in above):

@@ -11,7 +11,7 @@ from edgepress.pipeline.bench.jobs import TaskNames, TaskNamesJob
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import MANIFEST
+from edgepress.pipeline.files import MANIFEST, real
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
@@ -152,7 +152,7 @@ def report_steps(artifact: Artifact) -> tuple[Step, ...]:
 def stages_of(artifact: Artifact) -> tuple[Path, ...]:
     """The checkpoints behind an artifact in the folders next to it, first to last: their steps are the beginning of its steps."""
     stages = []
-    for folder in artifact.path.resolve().parent.iterdir():
+    for folder in real(artifact.path).parent.iterdir():
         try:
             other = Artifact.load(folder)
         except InputError:

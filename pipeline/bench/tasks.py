@@ -17,7 +17,7 @@ import numpy as np
 from edgepress.pipeline.bench.jobs import TaskFigure, TaskFigures, TasksJob
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject, read_json, real
 from edgepress.pipeline.metrics.scores import log_softmax
 from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.progress import progress
@@ -252,5 +252,5 @@ def local_task(name: str, file: Path) -> JsonObject:
     config = dict(load_yaml(_definition(name), resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(real(file))}}, "test_split": "test"}
     return {**config, **data}

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, real, write_json
 from edgepress.pipeline.model_files import check_files, read_tokenizer_config
 from tokenizers import Tokenizer
 
@@ -80,7 +80,7 @@ def resolved(folder: Path) -> Resolved | None:
     Raises ModelError where tokenizer.json is damaged, or missing and transformers cannot make one.
     """
     states = [(name, (folder / name).stat()) for name in _FILES if (folder / name).exists()]
-    return _resolve(folder.resolve(), tuple((name, state.st_mtime_ns, state.st_size) for name, state in states))
+    return _resolve(real(folder), tuple((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
 
 def write_tokenizer(source: Path, out: Path) -> None:

@@ -73,6 +73,15 @@ def test_a_finished_build_on_a_read_only_disk_is_shown(
     refused(*line, "--bits", 8, says=("no permission", "choose another output folder"))
 
 
+@pytest.mark.parametrize("verb", [*COMMANDS, "sensitivity"])
+@pytest.mark.parametrize("place", ["loop", "loop/out"])
+def test_output_is_a_link_to_itself(place: str, verb: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """What Python makes of one differs between its versions."""
+    (tmp_path / "loop").symlink_to("loop")
+    line = command(verb, tiny, tmp_path / place) if verb in COMMANDS else [verb, tiny, "--out", tmp_path / place]
+    refused(*line, says=("a link that leads back to itself", "give another path"))
+
+
 def test_output_name_too_long(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     """An error of the file system is a user's error too."""
     refused(*command("quantize", tiny, tmp_path / ("x" * 300)), says=("too long", "choose another output folder"))
