@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import begins_with, check_pointer, check_size, read_json
+from edgepress.pipeline.files import MANIFEST, begins_with, check_pointer, check_size, read_json
 
 # What transformers and tokenizers read whole, by themselves.
 _READ_WHOLE = {
@@ -44,6 +44,12 @@ _POSITIVE = {
 _NAMES = ("model_type", "dtype", "torch_dtype", "hidden_act", "hidden_activation", "activation_function", "_attn_implementation")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
+
+
+def belongs_to_a_model(name: str) -> bool:
+    """Whether a file of this name in a model's folder may be read as one of its own."""
+    kinds = (*_READ_WHOLE_KINDS, ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".py", ".txt")
+    return name in _READ_WHOLE or name == MANIFEST or name.endswith(("config.json", "index.json", *kinds))
 
 
 def check_files(folder: Path) -> None:

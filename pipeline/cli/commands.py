@@ -182,7 +182,7 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     values = make(SensitivityOptions, _resolved(flags))
     folder = stages.source_of(options.source).path
     check_checkpoint(folder, values.trust_remote_code)
-    stages.check_outside(options.out, folder)
+    stages.check_beside(options.out, folder)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
     from edgepress.pipeline.checkpoint.folder import Checkpoint

@@ -16,7 +16,7 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import MANIFEST, sha256
+from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
 from edgepress.pipeline.options import (
     PRUNE_TOKENS,
     SELF,
@@ -69,7 +69,7 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
     from edgepress.pipeline.own_text.sampler import dtype
 
     files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name not in _RECORDS}
-    content = {file.name: sha256(file) for file in sorted(files)}
+    content = {file.name: sha256(file) for file in sorted(files) if not is_sensitivity(file)}
     return hashlib.sha256(json.dumps([content, tokens, seed, sampler(), str(dtype())], sort_keys=True).encode()).hexdigest()[:32]
 
 
