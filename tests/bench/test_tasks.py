@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +148,47 @@ def test_a_group_of_tasks_takes_no_documents_of_ours(tmp_path: Path) -> None:
         check_names([str(group)], True)
 
 
-def test_names_of_tasks_are_split_at_commas() -> None:
-    """As they are given in the documentation; a flag given again adds to them."""
-    assert make(BenchOptions, {"tasks": ["arc_easy,piqa", "wikitext"]}).tasks == ("arc_easy", "piqa", "wikitext")
+def test_names_of_tasks_are_split_at_commas(tmp_path: Path) -> None:
+    """As they are given in the documentation; a flag given again adds to them. A file may have commas in its name."""
+    assert make(BenchOptions, {"tasks": ["arc_easy, piqa,", "wikitext"]}).tasks == ("arc_easy", "piqa", "wikitext")
+    file = tmp_path / "a, b.yaml"
+    file.write_text("task: mine")
+    assert make(BenchOptions, {"tasks": [str(file)], "task_files": str(file)}).tasks == (str(file),)
+    assert make(BenchOptions, {"tasks": ["x"], "task_files": str(file)}).task_files == (file,)
+    assert make(BenchOptions, {"prompt_lengths": "8, 16,"}).prompt_lengths == (8, 16)
+    with pytest.raises(OptionError, match="--prompt-lengths takes a whole number"):
+        make(BenchOptions, {"prompt_lengths": ","})
+
+
+def test_a_file_that_defines_another_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The harness knows a task by what its file says; nothing is trusted but that."""
+    from edgepress.pipeline.bench import tasks
+
+    (tmp_path / "tasks" / "other").mkdir(parents=True)
+    (tmp_path / "tasks" / "nurse.yaml").write_text("task: kormedmcqa_nurse")
+    (tmp_path / "tasks" / "piqa.yaml").write_text("dataset_path: template")
+    (tmp_path / "tasks" / "other" / "piqa.yaml").write_text("task: piqa")
+    (tmp_path / "tasks" / "many.yaml").write_text("group: many\ntask: [piqa]")
+    index = SimpleNamespace(all_tasks=["kormedmcqa_nurse"], task_index={})
+    monkeypatch.setattr(tasks, "_manager", lambda: index)
+    monkeypatch.setattr(tasks.lm_eval, "__file__", str(tmp_path / "__init__.py"))
+    tasks.check_names(["piqa", "many", "kormedmcqa_nurse"], False)
+    for with_files in (True, False):
+        with pytest.raises(OptionError, match="has no task 'nurse'"):
+            tasks.check_names(["nurse"], with_files)
+
+
+@pytest.mark.parametrize("with_files", [True, False])
+def test_a_task_file_that_is_not_there(with_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its whole path, too."""
+    from edgepress.pipeline.bench import tasks
+
+    monkeypatch.setattr(tasks, "_manager", lambda: SimpleNamespace(all_tasks=[], task_index={}))
+    for name in (str(tmp_path / "missing.yaml"), "../missing.yaml", "missing.yml"):
+        with pytest.raises(OptionError, match=f"no such file: {re.escape(name)}; --tasks takes"):
+            tasks.check_names([name], with_files)
+    with pytest.raises(OptionError, match="has no task '/missing'"):
+        tasks.check_names(["/missing"], with_files)
 
 
 def test_tasks_are_looked_up_before_anything_else(
