@@ -129,6 +129,8 @@ def _resolve(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Resolved 
         special = {str(key): str(token) for key, token in tokenizer.special_tokens_map.items()}
     except Exception as error:  # tokenizer classes raise what they like
         if whole:
+            if "auto_map" not in read_tokenizer_config(folder):  # else it is code of the folder's that is missing
+                check_files(folder, spare=True)
             return None
         reason, cure = (str(error).strip().splitlines() or [type(error).__name__])[0], "give the complete checkpoint"
         if find_spec("sentencepiece") is None and any(folder.glob("*.model")):  # transformers then blames tiktoken
