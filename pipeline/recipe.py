@@ -34,7 +34,6 @@ from edgepress.pipeline.options import (
     bits_rules,
 )
 from edgepress.pipeline.registry import load, look_up, suggestion
-from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text.reading import KEY, read_text
 
@@ -145,7 +144,6 @@ def _check_inputs(source: Path, steps: Plan) -> None:
         if isinstance(options, ExportOptions):
             text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
-            target(options.target)
             longest = max(options.lengths_within(context_length(source)))
             text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 

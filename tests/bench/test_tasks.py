@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.jobs import TaskNamesJob
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
@@ -191,10 +192,10 @@ def test_a_task_file_that_is_not_there(with_files: bool, tmp_path: Path, monkeyp
         tasks.check_names(["/missing"], with_files)
 
 
-def test_tasks_are_looked_up_before_anything_else(
+def test_tasks_are_looked_up_before_anything_is_measured(
     exported: Artifact, tiny: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a process of its own: by bench before it measures, by a build before its first stage, and once for both."""
+    """By a process of its own: by bench before it measures, by a build before its first stage."""
     from edgepress.pipeline.bench import subject
 
     looked_up = []
@@ -212,6 +213,31 @@ def test_tasks_are_looked_up_before_anything_else(
         assert result.code == 2 and result.err.splitlines()[-1].startswith("error: lm-evaluation-harness has no task"), result.err
     assert looked_up == [("task_names", TaskNamesJob(("arc_esy",), False))] * 2
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_are_looked_up_once_and_last(
+    exported: Artifact, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A build has looked before its first stage, and bench need not again; what can be told at once is told before."""
+    from edgepress.pipeline.bench import stage, subject
+
+    def measure(*_: object) -> None:
+        raise RuntimeError("measuring")
+
+    looked_up = []
+    monkeypatch.setattr(stage, "environment", measure)
+    monkeypatch.setattr(subject, "measured", lambda kind, job, answer: looked_up.append(job))
+    options = BenchOptions(text=text, text_tokens=64, prompt_lengths=(8,), tasks=("known here alone",))
+    for wrong in ({"compare_with": (tiny,)}, {"reference": tiny / "nothing"}, {"stages": (tiny,)}, {"text": tiny / "nothing.txt"}):
+        with pytest.raises((InputError, OptionError)):
+            stage.bench(exported, tmp_path, replace(options, **wrong))
+    assert not looked_up
+    with caplog.at_level("INFO", "edgepress"):
+        subject.foresee(tiny, options)
+        with pytest.raises(RuntimeError, match="measuring"):
+            stage.bench(exported, tmp_path, options)
+    assert looked_up == [TaskNamesJob(options.tasks, False)]
+    assert [record.message for record in caplog.records] == ["bench: looking up in lm-evaluation-harness: known here alone"]
 
 
 def test_more_threads_than_processors(exported: Artifact, call: Callable[..., Any], tmp_path: Path) -> None:
