@@ -16,7 +16,18 @@ from typing import Literal, TypedDict
 
 from edgepress.pipeline.documents import DocumentError, short_line, shown, typed
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import MANIFEST, JsonObject, files_below, leads_out, link_or_copy, read_json, sha256, write_json
+from edgepress.pipeline.files import (
+    MANIFEST,
+    JsonObject,
+    files_below,
+    is_sensitivity,
+    leads_out,
+    link_or_copy,
+    read_json,
+    real,
+    sha256,
+    write_json,
+)
 from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
@@ -163,7 +174,8 @@ class Artifact:
         elif self.path.is_file():
             content = {self.path.name: sha256(self.path)}
         else:
-            content = {p.name: sha256(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")}
+            files = (p for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith("."))
+            content = {p.name: sha256(p) for p in files if not is_sensitivity(p)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -187,7 +199,7 @@ def check_free(out: Path) -> None:
     """Raise OutputError when ``out`` holds something that edgepress did not write, for it is replaced as a whole."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; choose another output folder")
-    if out.is_dir() and out.resolve() == Path.cwd():
+    if out.is_dir() and real(out) == Path.cwd():
         raise OutputError(f"{out} is the current folder, which cannot be replaced; choose another output folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
@@ -224,4 +236,4 @@ def onnx_folder(folder: Path) -> Path:
 
 def bench_folder(folder: Path) -> Path:
     """Where the benchmark of an artifact goes where nothing else is said: next to it, ``NAME-bench``."""
-    return folder.parent / f"{folder.resolve().name}-bench"
+    return folder.parent / f"{real(folder).name}-bench"

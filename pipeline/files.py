@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -66,6 +67,13 @@ def begins_with(file: Path, mark: bytes) -> bool:
         return opened.read(len(mark)) == mark
 
 
+def is_sensitivity(file: Path) -> bool:
+    """Whether ``edgepress sensitivity`` wrote a file: then it is no part of the model beside which it lies."""
+    with suppress(InputError):
+        return begins_with(file, b'{\n  "model": "') and {"target_bits", "rows"} <= read_json(file).keys()
+    return False
+
+
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write JSON with two spaces of indent and a final newline, whole or not at all."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -86,7 +94,7 @@ def write_whole(path: Path, text: str) -> None:
 
     A link stays one. What is there and no file, as /dev/null or a pipe, is written to and never replaced.
     """
-    path = Path(os.path.realpath(path))
+    path = real(path)
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -108,6 +116,22 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def real(path: Path) -> Path:
+    """Where a path leads, absolute, by whatever links. Raises InputError for links that lead in a circle.
+
+    What ``Path.resolve`` does with those differs between versions of Python.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        place.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"{path} is, or lies behind, a link that leads back to itself; delete the link, or give another path"
+            ) from error
+    return place
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:
@@ -119,21 +143,27 @@ def files_below(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
 
 
+def hub_snapshot(folder: Path) -> Path | None:
+    """The snapshot of the hub's cache that a folder is or, as a model in a folder of its repository, lies in."""
+    root = Path(os.path.realpath(folder))
+    return next(
+        (p for p in (root, *root.parents) if p.parent.name == "snapshots" and p.parent.parent.name.startswith("models--")), None
+    )
+
+
 def leads_out(folder: Path, file: Path) -> bool:
     """Whether what ``file`` is a link to lies outside of ``folder``; the links of a hub cache to its own blobs do not count."""
-    root = Path(os.path.realpath(folder))
-    allowed = [root]
-    for snapshot in (root, *root.parents):  # a model may lie in a folder of its repository
-        if snapshot.parent.name == "snapshots":
-            allowed.append(Path(os.path.realpath(snapshot.parent.parent / "blobs")))
+    allowed = [Path(os.path.realpath(folder))]
+    if snapshot := hub_snapshot(folder):
+        allowed.append(Path(os.path.realpath(snapshot.parent.parent / "blobs")))
     return not any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, the manifest left out; of a file, its own."""
+    """Bytes of all files in a folder, the manifest left out; of a file, its own. What lies deeper is no part of a model."""
     if folder.is_file():
         return folder.stat().st_size
-    return sum(p.stat().st_size for p in files_below(folder))
+    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -168,10 +169,20 @@ def make(cls: type[Chosen], values: Mapping[str, object], where: str = "option")
 def _items(value: object, kind: _Kind, setting: Setting) -> Iterable[object]:
     """The values of an option that takes several: a list, as of a recipe, or a text in which commas separate them."""
     if not isinstance(value, list | tuple):
-        return [value] if setting.rules else str(value).split(",")
+        return [value] if setting.rules else parts(str(value))
     if kind.type is str and not setting.rules:  # a flag that was given again
-        return [part for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
+        return [part for item in value for part in (parts(item) if isinstance(item, str) else [item])]
     return value
+
+
+def parts(text: str) -> list[str]:
+    """What commas separate, without the spaces around it; a path that is there may have commas in its name.
+
+    A text without a part is one, for whoever reads it to refuse.
+    """
+    if os.path.lexists(expanded(text)):
+        return [text]
+    return [part for item in text.split(",") if (part := item.strip())] or [text]
 
 
 def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepress.pipeline.errors import InputError, OutputError
-from edgepress.pipeline.files import read_bytes
+from edgepress.pipeline.files import read_bytes, real
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
@@ -74,7 +74,7 @@ def writing(out: Path, *, build: bool = False, wait: bool = False) -> Iterator[N
     Two locks in one: the system's on an open file, which ends with the process however that ends, and a file that is renewed
     every few seconds, for file systems whose locks are unknown to other machines. Neither lies in a folder that is shipped.
     """
-    out = out.resolve()
+    out = real(out)
     file = lock_file(out, build)
     created = [parent for parent in file.parents if not parent.exists()]
     there = next(parent for parent in file.parents if parent.exists())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, shown, typed
 from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import begins_with, check_pointer, check_size, read_json
+from edgepress.pipeline.files import MANIFEST, begins_with, check_pointer, check_size, read_json
 
 # What transformers and tokenizers read whole, by themselves.
 _READ_WHOLE = {
@@ -17,6 +17,8 @@ _READ_WHOLE = {
     "model.safetensors.index.json",
 }  # fmt: skip
 _READ_WHOLE_KINDS = (".jinja", ".model", ".tiktoken")
+# Of these, what a tokenizer.json stands for.
+_SPARE, _SPARE_KINDS = {"vocab.json", "merges.txt", "tekken.json"}, (".model", ".tiktoken")
 _LARGEST = {"special_tokens_map.json": 4 << 20}  # bytes; transformers makes an object of every value of it
 _LARGEST_ID = (1 << 31) - 1
 # Whole numbers of a config.json -> the largest that is read; far above the models there are, far below what exhausts memory.
@@ -46,17 +48,26 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config", "auto_map")
 
 
-def check_files(folder: Path) -> None:
+def belongs_to_a_model(name: str) -> bool:
+    """Whether a file of this name in a model's folder may be read as one of its own."""
+    kinds = (*_READ_WHOLE_KINDS, ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".py", ".txt")
+    return name in _READ_WHOLE or name == MANIFEST or name.endswith(("config.json", "index.json", *kinds))
+
+
+def check_files(folder: Path, spare: bool = False) -> None:
     """Refuse files that a library would read whole, and that are not what it takes them for. Raises InputError.
 
-    Without end, or larger than any model's; a pipe; a pointer of git-LFS; JSON that begins with a byte-order mark.
+    Without end, or larger than any model's; a pipe; a pointer of git-LFS; JSON that begins with a byte-order mark. spare: the last
+    two also of what few tokenizers read beside a tokenizer.json.
     """
+    spared = not spare and (folder / "tokenizer.json").exists()
     for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
         if not file.exists() or not (file.name in _READ_WHOLE or file.suffix in _READ_WHOLE_KINDS):
             continue
         check_size(file, _LARGEST.get(file.name, MAX_BYTES))
-        if file.suffix != ".model" or not (folder / "tokenizer.json").exists():  # else nothing reads it
-            check_pointer(file)
+        if spared and (file.name in _SPARE or file.suffix in _SPARE_KINDS):
+            continue
+        check_pointer(file)
         if file.suffix == ".json" and not file.name.endswith(".index.json") and begins_with(file, codecs.BOM_UTF8):
             raise InputError(
                 f"{file} begins with a byte-order mark, and transformers reads no JSON that does; replace it by one saved without"

@@ -17,7 +17,7 @@ from edgepress.pipeline.documents import MAX_YAML, DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_part, expanded, folder_bytes, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_part, expanded, folder_bytes, real, write_json
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory
@@ -34,7 +34,6 @@ from edgepress.pipeline.options import (
     bits_rules,
 )
 from edgepress.pipeline.registry import load, look_up, suggestion
-from edgepress.pipeline.runtime.targets import target
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text.reading import KEY, read_text
 
@@ -145,7 +144,6 @@ def _check_inputs(source: Path, steps: Plan) -> None:
         if isinstance(options, ExportOptions):
             text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
-            target(options.target)
             longest = max(options.lengths_within(context_length(source)))
             text_windows(options.text, source, budget=max(options.text_tokens, longest), key=options.text_key)
 
@@ -190,7 +188,7 @@ def recipe_for(source: str, flags: Mapping[str, object]) -> str:
 def default_out(source: str) -> Path:
     """Where a build goes where nothing else is said: ``out/NAME``."""
     path = expanded(source)
-    return Path("out") / (path.resolve().name if path.name in ("", "..") else path.name)
+    return Path("out") / (real(path).name if path.name in ("", "..") else path.name)
 
 
 def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
@@ -231,8 +229,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         stages.check_outside(folder, source)
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
     _check_no_artifact(out)
-    own = {folder.resolve() for folder in (source, *folders)}
-    stale = [f for f in numbered if (f / MANIFEST).is_file() and f.resolve() not in own]
+    own = {real(folder) for folder in (source, *folders)}
+    stale = [f for f in numbered if (f / MANIFEST).is_file() and real(f) not in own]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     ahead = _ahead(original, steps, folders)

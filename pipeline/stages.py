@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,23 @@ from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, writ
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.source import hub_origin, resolve
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import JsonObject, atomic_folder, check_disk, folder_bytes, journal_of, sha256
+from edgepress.pipeline.files import (
+    MANIFEST,
+    JsonObject,
+    atomic_folder,
+    check_disk,
+    folder_bytes,
+    hub_snapshot,
+    is_sensitivity,
+    journal_of,
+    real,
+    sha256,
+)
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.model_files import belongs_to_a_model
 from edgepress.pipeline.options import (
     SELF,
     BenchOptions,
@@ -112,25 +125,48 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     check_outside(out, source.path, *_folders(options))
     if damaged := source.damaged():
         raise InputError(f"{source.path / damaged[0]} was changed since {source.path} was written; build that folder again")
-    out = out.resolve()  # a link to a folder stays one
+    out = real(out)  # a link to a folder stays one
     with writing(out, wait=wait):
         return _run(name, source, out, options.resolved())
 
 
 def check_outside(out: Path, *read: Path) -> None:
-    """Raise OptionError for an output folder that is, or lies in, one of the folders that are ``read`` for it.
+    """Raise OptionError for an output folder that is one of the folders that are ``read`` for it, the source first.
 
-    However they are written: links count for what they lead to, and a model in the hub's cache with all that is kept of it.
+    However they are written: links count for what they lead to. A folder in one of them may be a new one, or one that edgepress
+    wrote; but nothing goes into the hub's cache, whose folders are the hub's.
     """
-    place = out.resolve()
-    above = [parent for parent in (place, *place.parents) if parent.is_dir()]
-    for folder in read:
-        root = folder.resolve()
-        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-            root = root.parent.parent
-        if root.is_dir() and any(parent.samefile(root) for parent in above):
-            where = "is" if place.is_dir() and place.samefile(root) else "lies in"
-            raise OptionError(f"{out} {where} the source {folder}, which is only read; choose another output folder")
+    place = real(out)
+    for number, folder in enumerate(read):
+        name = folder if number else f"the source {folder}"
+        if _is_in(place, folder) and place.is_dir() and place.samefile(folder):
+            raise OptionError(f"{out} is {name}, which is only read; choose another output folder")
+        if _is_in(place, folder) and place.is_dir() and any(place.glob("[!.]*")) and not any(_manifests(place)):
+            raise OptionError(f"{out} lies in {name} and holds files that edgepress did not write; choose another output folder")
+        if (snapshot := hub_snapshot(folder)) and _is_in(place, snapshot.parent.parent):
+            raise OptionError(f"{out} lies in the hub's cache, as {name} does, which is only read; choose another output folder")
+
+
+def check_beside(out: Path, folder: Path) -> None:
+    """Raise OptionError for an output file that is, or would be taken for, one of the files of the model in ``folder``."""
+    place = real(out)
+    own = place.is_file() and not is_sensitivity(place)
+    new = place.parent.is_dir() and place.parent.samefile(folder) and belongs_to_a_model(place.name)
+    if new or (own and _is_in(place, folder)):
+        raise OptionError(f"{out} is, or would be taken for, a file of the model in {folder}; give --out another name or folder")
+    if (snapshot := hub_snapshot(folder)) and _is_in(place, snapshot.parent.parent):
+        raise OptionError(f"{out} lies in the hub's cache, as {folder} does, which is only read; give --out another folder")
+
+
+def _is_in(place: Path, folder: Path) -> bool:
+    """Whether a place that need not be there yet is a folder, or lies in it."""
+    root = real(folder)
+    return root.is_dir() and any(parent.is_dir() and parent.samefile(root) for parent in (real(place), *real(place).parents))
+
+
+def _manifests(folder: Path) -> Iterator[Path]:
+    """Those of a stage's folder, or of the stages in that of a build."""
+    return (file for pattern in ("", "*/") for file in folder.glob(pattern + MANIFEST))
 
 
 def _folders(options: Options) -> list[Path]:

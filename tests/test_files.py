@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from edgepress.pipeline.files import leads_out, link_or_copy, read_json, write_json, write_whole
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.files import leads_out, link_or_copy, read_json, real, write_json, write_whole
 
 
 def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
@@ -28,6 +29,18 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     write_json(tmp_path / "link.json", {"a": 1})
     assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "file.json") == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
+    """Also behind a folder that is not there; any other path is where it leads."""
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "out", tmp_path / "missing" / ".." / "loop"):
+        with pytest.raises(InputError, match="leads back to itself"):
+            real(path)
+    with pytest.raises(InputError, match="leads back to itself"):
+        write_whole(tmp_path / "loop", "text")
+    (tmp_path / "link").symlink_to("folder")
+    assert real(tmp_path / "link" / "new") == real(tmp_path) / "folder" / "new"
 
 
 @pytest.mark.parametrize("below", ["", "sub"])

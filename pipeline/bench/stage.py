@@ -13,7 +13,7 @@ from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.quality import quality, texts
 from edgepress.pipeline.bench.speed import speed, speed_jobs
-from edgepress.pipeline.bench.subject import Subject, subjects_of
+from edgepress.pipeline.bench.subject import Subject, look_up_tasks, subjects_of
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.files import JsonObject, files_below, folder_bytes, journal_of, sha256
 from edgepress.pipeline.options import BenchOptions
@@ -32,6 +32,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> JsonObject:
     """
     subjects = subjects_of(source, options)
     jobs, scored = speed_jobs(subjects, options), texts(subjects, options)
+    look_up_tasks(options)
     here = environment(options.target, options.threads)
     journal = Journal(journal_of(out), machine=machine(options.target))
     if journal.resumed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,13 +12,15 @@ from edgepress.pipeline.bench.jobs import TaskNames, TaskNamesJob
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import MANIFEST
+from edgepress.pipeline.files import MANIFEST, real
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
 from edgepress.pipeline.report.model import Environment, Figure, Report, StageRow
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.runtime import targets
+
+log = logging.getLogger("edgepress")
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Subject:
 
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     """Everything named is there, whole, and can be read: checked before anything is measured."""
-    foresee(source.path, options)
+    _check_machine(options)
     others = [Artifact.load(folder) for folder in options.compare_with]
     for other in others:
         if other.format != "onnx":
@@ -110,22 +113,33 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
 
 
 def foresee(source: Path, options: BenchOptions, removed: int = 0) -> None:
-    """Refuse what this machine or lm-evaluation-harness does not have; a process of its own looks tasks up.
+    """Refuse what this machine or lm-evaluation-harness does not have.
 
     Raises MissingPackageError, InputError, OptionError and WorkerError.
     """
+    _check_machine(options)
+    look_up_tasks(options)
+
+
+def _check_machine(options: BenchOptions) -> None:
+    """What can be told at once."""
     targets.target(options.target)
     targets.check_threads(options.threads)
-    if not options.tasks:
-        return
-    require("lm_eval")
-    if absent := [file for file in options.task_files if not file.is_file()]:
-        raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
-    _look_up(TaskNamesJob(options.tasks, bool(options.task_files)))
+    if options.tasks:
+        require("lm_eval")
+        if absent := [file for file in options.task_files if not file.is_file()]:
+            raise OptionError(f"no such file: {absent[0]}; --task-files takes .jsonl files, one for each of --tasks")
+
+
+def look_up_tasks(options: BenchOptions) -> None:
+    """By a process of its own: the harness takes seconds to import, and more to read its index."""
+    if options.tasks:
+        _look_up(TaskNamesJob(options.tasks, bool(options.task_files)))
 
 
 @cache  # a build has looked before its first stage
 def _look_up(job: TaskNamesJob) -> TaskNames:
+    log.info("bench: looking up in lm-evaluation-harness: %s", ", ".join(job.tasks))
     return measured("task_names", job, TaskNames)
 
 
@@ -152,7 +166,7 @@ def report_steps(artifact: Artifact) -> tuple[Step, ...]:
 def stages_of(artifact: Artifact) -> tuple[Path, ...]:
     """The checkpoints behind an artifact in the folders next to it, first to last: their steps are the beginning of its steps."""
     stages = []
-    for folder in artifact.path.resolve().parent.iterdir():
+    for folder in real(artifact.path).parent.iterdir():
         try:
             other = Artifact.load(folder)
         except InputError:

@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -17,7 +18,7 @@ import numpy as np
 from edgepress.pipeline.bench.jobs import TaskFigure, TaskFigures, TasksJob
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject, read_json, real
 from edgepress.pipeline.metrics.scores import log_softmax
 from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.progress import progress
@@ -220,14 +221,23 @@ def check_names(tasks: Sequence[str], with_files: bool) -> None:
 
 
 def _named_as_its_file(name: str) -> Path | None:
-    """The harness's file NAME.yaml that defines the task NAME; most are named so."""
-    return next((Path(lm_eval.__file__).parent / "tasks").rglob(f"{glob.escape(name)}.yaml"), None)
+    """The harness's file NAME.yaml that defines the task or group NAME; most are named so, and some that are define another."""
+    if Path(name).name != name:
+        return None
+    for file in (Path(lm_eval.__file__).parent / "tasks").rglob(f"{glob.escape(name)}.yaml"):
+        with suppress(OptionError):
+            content = _read(file)
+            if name in (content.get("task"), content.get("group")):
+                return file
+    return None
 
 
 def _definition(name: str) -> Path:
     """The file that defines a task. Raises OptionError for none."""
     if (file := Path(name) if Path(name).is_file() else _named_as_its_file(name)) is not None:
         return file
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise OptionError(f"no such file: {name}; --tasks takes names of lm-evaluation-harness, or .yaml files in its format")
     known = _manager().task_index.get(name)  # named otherwise than its file: the whole index is read
     if known is not None and known.yaml_path is None:
         raise OptionError(f"--task-files gives documents for single tasks, and '{name}' stands for several; name its tasks")
@@ -252,5 +262,5 @@ def local_task(name: str, file: Path) -> JsonObject:
     config = dict(load_yaml(_definition(name), resolve_func=True))
     for key in ("tag", "group", "dataset_name", "training_split", "validation_split", "fewshot_split"):
         config.pop(key, None)
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}, "test_split": "test"}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(real(file))}}, "test_split": "test"}
     return {**config, **data}

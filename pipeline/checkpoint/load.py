@@ -116,7 +116,9 @@ def _setting(config: PreTrainedConfig, error: Exception) -> str:
         if key := next((key for key, value in every if value == error.args[0]), None):
             return short_line(f"{key} is {shown(error.args[0])}, which it does not know")
     if "Padding_idx" in str(error):
-        return short_line(f"pad_token_id is {shown(config.pad_token_id)}, and vocab_size {shown(config.vocab_size)}")
+        # a config of several parts may have neither
+        token, size = (shown(getattr(config, key, None)) for key in ("pad_token_id", "vocab_size"))
+        return short_line(f"pad_token_id is {token}, and vocab_size {size}")
     return reason_of(error)
 
 

@@ -9,7 +9,7 @@ from edgepress.models import REFERENCE
 from edgepress.pipeline.artifact import folder_of
 from edgepress.pipeline.checkpoint.admission import check_not_adapter
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import check_file, check_pointer, expanded, read_bytes
+from edgepress.pipeline.files import check_file, check_pointer, expanded, hub_snapshot, read_bytes
 
 # Code (*.py) too: it is run only with --trust-remote-code (admission.py), and a model that brings code cannot load without it.
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -63,10 +63,9 @@ def _snapshot(folder: Path) -> Path:
 
 def hub_origin(folder: Path) -> dict[str, str]:
     """The model and the commit that a folder of the hub's cache holds; nothing for any other folder."""
-    snapshot = Path(os.path.realpath(folder))
-    model = snapshot.parent.parent.name
-    if snapshot.parent.name != "snapshots" or not model.startswith("models--"):
+    if (snapshot := hub_snapshot(folder)) is None:
         return {}
+    model = snapshot.parent.parent.name
     return {"model": model.removeprefix("models--").replace("--", "/", 1), "revision": snapshot.name}
 
 

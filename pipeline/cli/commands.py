@@ -30,7 +30,7 @@ from edgepress.pipeline.cli.terminal import (
 )
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
-from edgepress.pipeline.flags import make
+from edgepress.pipeline.flags import make, parts
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
@@ -102,7 +102,7 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
 def _stage(options: argparse.Namespace, flags: Flags) -> int:
     stage = STAGES[options.verb]
     if options.verb == "bench" and options.others:
-        named = filter(None, str(flags.get("compare_with") or "").split(","))
+        named = parts(str(flags["compare_with"])) if "compare_with" in flags else []
         flags = {**flags, "compare_with": [*(str(_onnx(other)) for other in options.others), *named]}
     values = make(stage.options, _resolved(flags))
     if options.verb == "bench":
@@ -182,7 +182,7 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     values = make(SensitivityOptions, _resolved(flags))
     folder = stages.source_of(options.source).path
     check_checkpoint(folder, values.trust_remote_code)
-    stages.check_outside(options.out, folder)
+    stages.check_beside(options.out, folder)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
     from edgepress.pipeline.checkpoint.folder import Checkpoint

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgepress.pipeline.files import real
 from edgepress.pipeline.report.model import Comparison, Report
 from edgepress.pipeline.report.stats import LEVEL, Ratio, ratio
 
@@ -25,7 +26,7 @@ EQUAL_SPEED = 1.05
 
 def labels(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder, all different: the folder's name, its build's for ``BUILD/04-export``, longer where needed."""
-    paths = [tuple(p for p in f.resolve().parts if not re.match(r"\d\d-", p)) for f in folders]
+    paths = [tuple(p for p in real(f).parts if not re.match(r"\d\d-", p)) for f in folders]
     names: list[str] = []
     for path in paths:
         others = {other for other in paths if other != path}

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import write_whole
+from edgepress.pipeline.files import real, write_whole
 from edgepress.pipeline.report import model
 from edgepress.pipeline.report.model import Comparison, Report, ReportFile
 from edgepress.pipeline.report.text import markdown
@@ -59,7 +59,7 @@ def gather(folders: list[Path]) -> ReportFile:
 def _report_file(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; give a folder that edgepress bench or build wrote")
-    path = folder.resolve()
+    path = real(folder)
     candidates = [
         path,
         *sorted(path.glob("[0-9][0-9]-bench")),

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, write_json
+from edgepress.pipeline.files import MANIFEST, JsonObject, check_size, read_json, real, write_json
 from edgepress.pipeline.model_files import check_files, read_tokenizer_config
 from tokenizers import Tokenizer
 
@@ -80,7 +80,7 @@ def resolved(folder: Path) -> Resolved | None:
     Raises ModelError where tokenizer.json is damaged, or missing and transformers cannot make one.
     """
     states = [(name, (folder / name).stat()) for name in _FILES if (folder / name).exists()]
-    return _resolve(folder.resolve(), tuple((name, state.st_mtime_ns, state.st_size) for name, state in states))
+    return _resolve(real(folder), tuple((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
@@ -129,6 +129,8 @@ def _resolve(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Resolved 
         special = {str(key): str(token) for key, token in tokenizer.special_tokens_map.items()}
     except Exception as error:  # tokenizer classes raise what they like
         if whole:
+            if "auto_map" not in read_tokenizer_config(folder):  # else it is code of the folder's that is missing
+                check_files(folder, spare=True)
             return None
         reason, cure = (str(error).strip().splitlines() or [type(error).__name__])[0], "give the complete checkpoint"
         if find_spec("sentencepiece") is None and any(folder.glob("*.model")):  # transformers then blames tiktoken

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.jobs import TaskNamesJob
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
@@ -146,15 +149,53 @@ def test_a_group_of_tasks_takes_no_documents_of_ours(tmp_path: Path) -> None:
         check_names([str(group)], True)
 
 
-def test_names_of_tasks_are_split_at_commas() -> None:
-    """As they are given in the documentation; a flag given again adds to them."""
-    assert make(BenchOptions, {"tasks": ["arc_easy,piqa", "wikitext"]}).tasks == ("arc_easy", "piqa", "wikitext")
+def test_names_of_tasks_are_split_at_commas(tmp_path: Path) -> None:
+    """As they are given in the documentation; a flag given again adds to them. A file may have commas in its name."""
+    assert make(BenchOptions, {"tasks": ["arc_easy, piqa,", "wikitext"]}).tasks == ("arc_easy", "piqa", "wikitext")
+    file = tmp_path / "a, b.yaml"
+    file.write_text("task: mine")
+    assert make(BenchOptions, {"tasks": [str(file)], "task_files": str(file)}).tasks == (str(file),)
+    assert make(BenchOptions, {"tasks": ["x"], "task_files": str(file)}).task_files == (file,)
+    assert make(BenchOptions, {"prompt_lengths": "8, 16,"}).prompt_lengths == (8, 16)
+    with pytest.raises(OptionError, match="--prompt-lengths takes a whole number"):
+        make(BenchOptions, {"prompt_lengths": ","})
 
 
-def test_tasks_are_looked_up_before_anything_else(
+def test_a_file_that_defines_another_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The harness knows a task by what its file says; nothing is trusted but that."""
+    from edgepress.pipeline.bench import tasks
+
+    (tmp_path / "tasks" / "other").mkdir(parents=True)
+    (tmp_path / "tasks" / "nurse.yaml").write_text("task: kormedmcqa_nurse")
+    (tmp_path / "tasks" / "piqa.yaml").write_text("dataset_path: template")
+    (tmp_path / "tasks" / "other" / "piqa.yaml").write_text("task: piqa")
+    (tmp_path / "tasks" / "many.yaml").write_text("group: many\ntask: [piqa]")
+    index = SimpleNamespace(all_tasks=["kormedmcqa_nurse"], task_index={})
+    monkeypatch.setattr(tasks, "_manager", lambda: index)
+    monkeypatch.setattr(tasks.lm_eval, "__file__", str(tmp_path / "__init__.py"))
+    tasks.check_names(["piqa", "many", "kormedmcqa_nurse"], False)
+    for with_files in (True, False):
+        with pytest.raises(OptionError, match="has no task 'nurse'"):
+            tasks.check_names(["nurse"], with_files)
+
+
+@pytest.mark.parametrize("with_files", [True, False])
+def test_a_task_file_that_is_not_there(with_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its whole path, too."""
+    from edgepress.pipeline.bench import tasks
+
+    monkeypatch.setattr(tasks, "_manager", lambda: SimpleNamespace(all_tasks=[], task_index={}))
+    for name in (str(tmp_path / "missing.yaml"), "../missing.yaml", "missing.yml"):
+        with pytest.raises(OptionError, match=f"no such file: {re.escape(name)}; --tasks takes"):
+            tasks.check_names([name], with_files)
+    with pytest.raises(OptionError, match="has no task '/missing'"):
+        tasks.check_names(["/missing"], with_files)
+
+
+def test_tasks_are_looked_up_before_anything_is_measured(
     exported: Artifact, tiny: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a process of its own: by bench before it measures, by a build before its first stage, and once for both."""
+    """By a process of its own: by bench before it measures, by a build before its first stage."""
     from edgepress.pipeline.bench import subject
 
     looked_up = []
@@ -172,6 +213,31 @@ def test_tasks_are_looked_up_before_anything_else(
         assert result.code == 2 and result.err.splitlines()[-1].startswith("error: lm-evaluation-harness has no task"), result.err
     assert looked_up == [("task_names", TaskNamesJob(("arc_esy",), False))] * 2
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_are_looked_up_once_and_last(
+    exported: Artifact, text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A build has looked before its first stage, and bench need not again; what can be told at once is told before."""
+    from edgepress.pipeline.bench import stage, subject
+
+    def measure(*_: object) -> None:
+        raise RuntimeError("measuring")
+
+    looked_up = []
+    monkeypatch.setattr(stage, "environment", measure)
+    monkeypatch.setattr(subject, "measured", lambda kind, job, answer: looked_up.append(job))
+    options = BenchOptions(text=text, text_tokens=64, prompt_lengths=(8,), tasks=("known here alone",))
+    for wrong in ({"compare_with": (tiny,)}, {"reference": tiny / "nothing"}, {"stages": (tiny,)}, {"text": tiny / "nothing.txt"}):
+        with pytest.raises((InputError, OptionError)):
+            stage.bench(exported, tmp_path, replace(options, **wrong))
+    assert not looked_up
+    with caplog.at_level("INFO", "edgepress"):
+        subject.foresee(tiny, options)
+        with pytest.raises(RuntimeError, match="measuring"):
+            stage.bench(exported, tmp_path, options)
+    assert looked_up == [TaskNamesJob(options.tasks, False)]
+    assert [record.message for record in caplog.records] == ["bench: looking up in lm-evaluation-harness: known here alone"]
 
 
 def test_more_threads_than_processors(exported: Artifact, call: Callable[..., Any], tmp_path: Path) -> None:

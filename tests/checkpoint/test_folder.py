@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint import load
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import ShardIndex
@@ -15,6 +16,7 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.stages import run
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 
 MATRIX, FLOAT = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 
@@ -65,3 +67,25 @@ def test_index_names_a_missing_tensor(tiny: Path) -> None:
     assert "nothing" not in index
     with pytest.raises(ModelError, match="lacks nothing"):
         index.tensor("nothing")
+
+
+def test_a_config_of_parts_without_a_padding_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reason is said, whatever attributes it lacks."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("Padding_idx must be within num_embeddings")
+
+    class Composite(PreTrainedConfig):  # type: ignore[misc]
+        model_type = "composite"
+
+        def to_dict(self) -> dict[str, object]:
+            return {}
+
+        def __getattribute__(self, name: str) -> object:
+            if name in ("pad_token_id", "vocab_size"):
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(ModelError, match=r"cannot make a model of .*config.json \(pad_token_id is None, and vocab_size None\)"):
+        load.build_meta_model(Composite(), tmp_path)

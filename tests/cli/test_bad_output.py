@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from edgepress.pipeline import files, stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.own_text import kept
 from refusal import COMMANDS, Copy, Refused, check_refusal, command
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -73,6 +75,15 @@ def test_a_finished_build_on_a_read_only_disk_is_shown(
     refused(*line, "--bits", 8, says=("no permission", "choose another output folder"))
 
 
+@pytest.mark.parametrize("verb", [*COMMANDS, "sensitivity"])
+@pytest.mark.parametrize("place", ["loop", "loop/out"])
+def test_output_is_a_link_to_itself(place: str, verb: str, refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """What Python makes of one differs between its versions."""
+    (tmp_path / "loop").symlink_to("loop")
+    line = command(verb, tiny, tmp_path / place) if verb in COMMANDS else [verb, tiny, "--out", tmp_path / place]
+    refused(*line, says=("a link that leads back to itself", "give another path"))
+
+
 def test_output_name_too_long(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     """An error of the file system is a user's error too."""
     refused(*command("quantize", tiny, tmp_path / ("x" * 300)), says=("too long", "choose another output folder"))
@@ -96,29 +107,77 @@ def test_output_is_the_source(refused: Refused, call: Callable[..., Any], tiny: 
     refused(*command("quantize", tmp_path / "pruned", tmp_path / "pruned"), says=says)
     (tmp_path / "again").symlink_to("pruned")
     refused(*command("quantize", tmp_path / "pruned", tmp_path / "again"), says=says)
-    refused("heal", tmp_path / "pruned", tiny, "--original", tiny, says=says)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-@pytest.mark.parametrize("place", ["model", "model/out", "model/new/out", "link/out", "out/../model/out"])
-def test_output_in_the_source(
+@pytest.mark.parametrize("place", ["model", "link", "out/../model", "link/onnx/.."])
+def test_output_is_the_source_by_another_name(
     place: str, verb: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model's folder is read, however it is called, and nothing is put into it."""
+    """A model's folder is read, however it is called, and nothing is put beside its files."""
     source = copy_of(tiny)
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "out").mkdir()
-    says = (f"{place} is the source" if place == "model" else f"{place} lies in the source", "choose another output folder")
-    refused(*command(verb, source, tmp_path / place), says=says)
-    refused(*command(verb, tmp_path / "link", tmp_path / place), says="the source")
+    (source / "onnx").mkdir()
+    for given in (source, tmp_path / "link"):
+        refused(*command(verb, given, tmp_path / place), says=(f"{place} is the source", "choose another output folder"))
     monkeypatch.chdir(source)
-    refused(*command(verb, ".", "out"), says=("out lies in the source .", "choose another output folder"))
+    refused(*command(verb, ".", "../model"), says=("model is the source .", "choose another output folder"))
 
 
-def test_a_file_in_the_source(refused: Refused, copy_of: Copy, tiny: Path) -> None:
-    """It would make another model of the folder, whose stages would all be run again."""
+def test_folders_in_the_source(
+    refused: Refused, call: Callable[..., Any], copy_of: Copy, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default OUT of ``build .``, and those of single stages; what is done there is kept the next time."""
     source = copy_of(tiny)
-    refused("sensitivity", source, "--out", source / "s.json", says=("lies in the source", "choose another output folder"))
+    size = files.folder_bytes(source)
+    (tmp_path / "recipe.yaml").write_text("quantize: {method: rtn}")
+    monkeypatch.chdir(source)
+    for state in ("done in", "already done, kept"):
+        result = call("build", ".", "--recipe", "../recipe.yaml")
+        assert result.code == 0 and state in result.err, result.err
+    assert (source / "out" / "model" / "01-quantize" / "manifest.json").is_file()
+    assert files.folder_bytes(source) == size
+    assert call("quantize", source, source / "packed", "--method", "rtn").code == 0
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_bytes(b"another's")
+    for verb in COMMANDS:
+        refused(*command(verb, source, source / "onnx"), says=("onnx lies in the source", "did not write", "choose another"))
+
+
+def test_another_folder_that_is_read(refused: Refused, call: Callable[..., Any], copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """It is named, and not called the source."""
+    teacher = copy_of(tiny, "teacher")
+    refused("heal", tiny, teacher, "--original", teacher, says=f"{teacher} is {teacher}, which is only read")
+
+
+def test_figures_beside_the_source(
+    refused: Refused, call: Callable[..., Any], copy_of: Copy, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default of ``sensitivity .``: no file of the model, so it makes no other one, and may be written again."""
+    source = copy_of(tiny)
+    before, text = Artifact.load(source).identity(), kept._key(source, 64, 0)
+    monkeypatch.chdir(source)
+    for _ in range(2):
+        result = call("sensitivity", ".", "--calibration-tokens", 256)
+        assert result.code == 0 and (source / "sensitivity.json").is_file(), result.err
+    assert Artifact.load(source).identity() == before and kept._key(source, 64, 0) == text
+    assert call(*command("quantize", source, tmp_path / "out")).code == 0
+    assert not (tmp_path / "out" / "sensitivity.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "README.md", "processor_config.json", "model.safetensors.index.json", "sub/a.json"]
+)
+def test_figures_in_place_of_a_file_of_the_source(name: str, refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
+    """Those that are there, whoever wrote them, and those that would be read as the model's."""
+    source = copy_of(tiny)
+    (source / "README.md").write_text("mine")
+    (source / "sub").mkdir()
+    (source / "sub" / "a.json").write_text("{}")
+    (tmp_path / "link").symlink_to(source / name)
+    for out in (source / name, tmp_path / "link"):
+        refused("sensitivity", source, "--out", out, says=("a file of the model in", "give --out another name"))
 
 
 def test_output_in_the_cache_of_the_hub(refused: Refused, copy_of: Copy, tiny: Path, tmp_path: Path) -> None:
@@ -126,7 +185,9 @@ def test_output_in_the_cache_of_the_hub(refused: Refused, copy_of: Copy, tiny: P
     root = tmp_path / "models--me--tiny"
     (root / "snapshots").mkdir(parents=True)
     copy_of(tiny).rename(root / "snapshots" / "abc")
-    refused(*command("build", root, root / "out"), says=("lies in the source", "choose another output folder"))
+    refused(*command("build", root, root / "out"), says=("out lies in the hub's cache", "choose another output folder"))
+    refused(*command("quantize", root, root / "snapshots" / "abc" / "out"), says="out lies in the hub's cache")
+    refused("sensitivity", root, "--out", root / "snapshots" / "abc" / "s.json", says=("lies in the hub's cache", "give --out"))
 
 
 def test_a_build_around_its_source(refused: Refused, call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_whole_or_not_at_all(tiny: Path, cache: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OutputError, match=r"No space left.*EDGEPRESS_CACHE"):
         own_text(Checkpoint(tiny), 64)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("cache", ["below a file", "nobody's home"])
+def test_a_text_that_cannot_be_kept_is_used(
+    cache: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A default build asks for none of it: it is written once for this process, and that is said in a line."""
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(kept, "_unkept", [])
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "file") if cache == "below a file" else "~no-such-user/cache")
+    with caplog.at_level("INFO", "edgepress"):
+        file = own_text(Checkpoint(tiny), 64)
+        assert own_text(Checkpoint(tiny), 64) == file and len(read_ids(file)) == 64
+    assert file.parent == kept._unkept[0] and (tmp_path / "file").read_text() == "kept"
+    assert [record.message for record in caplog.records if "is not kept in the cache folder" in record.message]
+    assert sum("writes 64 tokens" in record.message for record in caplog.records) == 1
+    shutil.rmtree(file.parent)
 
 
 @pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from chat_styles import ALPACA, CHATML, STYLES, tokenizer, write
+from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import write_json
 from edgepress.pipeline.runtime.chat import end_of_turn
 from edgepress.pipeline.runtime.chat_template import read_template
 from edgepress.pipeline.text.tokenizer import OWN_CLASS, resolved
@@ -127,3 +130,23 @@ def test_templates_without_a_default(tmp_path: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": [{"name": "rag", "template": ALPACA}]}
     write(tmp_path, tokenizer("bytes", ()), settings)
     assert read_template(tmp_path) is None and resolved(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("name", "read"), [("GPT2Tokenizer", False), ("Qwen2Tokenizer", False), ("CTRLTokenizer", True)])
+def test_files_that_git_lfs_has_not_fetched(name: str, read: bool, tiny: Path, copy_of: Callable[..., Path]) -> None:
+    """Beside a tokenizer.json they matter to the few classes alone that read them all the same."""
+    folder = copy_of(tiny)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": name})
+    before = None if read else resolved(folder)
+    (folder / "vocab.json").write_bytes(b"\xef\xbb\xbf{}")
+    for pointer in ("merges.txt", "tekken.json", "a.tiktoken", "tokenizer.model"):
+        (folder / pointer).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    check_checkpoint(folder, False)
+    if read:
+        with pytest.raises(ModelError, match="is a git-LFS pointer"):
+            resolved(folder)
+    else:
+        assert before is not None and resolved(folder) == before
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="is a git-LFS pointer"):
+        check_checkpoint(folder, False)
