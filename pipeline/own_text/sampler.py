@@ -13,6 +13,7 @@ import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.own_text.openings import Openings
+from edgepress.pipeline.machine import large_blocks_given_back
 from edgepress.pipeline.progress import bar
 from transformers import PreTrainedModel
 
@@ -28,7 +29,8 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
     begins, which sees nothing of it. Each row draws from a generator of its own. Raises ModelError for logits that are not finite.
     """
     openings = Openings.of(checkpoint)
-    model = checkpoint.model().to(dtype())
+    with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
+        model = checkpoint.model().to(dtype())
     length = min(LONGEST, checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)

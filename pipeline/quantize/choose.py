@@ -17,7 +17,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.machine import release_memory
+from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions
@@ -85,7 +85,8 @@ class _Trial:
         warn_unless_readable(float(self.texts[0].losses.mean()), self.model.config.vocab_size, self.options.calibration)
 
     def _load(self) -> None:
-        self.model = self.checkpoint.model()
+        with large_blocks_given_back():  # the weights themselves are such blocks: ``items`` halves them, ``_free`` drops them
+            self.model = self.checkpoint.model()
         self.blocks = Blocks(self.model)
         self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
 

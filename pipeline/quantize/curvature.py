@@ -21,7 +21,7 @@ from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
 
 BATCH = 8  # windows, fewer where the vocabulary is large
-_LOGITS = 2**24  # of a batch: 64 MB, three copies of which are made
+_LOGITS = 2**23  # of a batch: 32 MB; more windows at a time are hardly faster, and what goes on within them takes memory
 
 
 class Errors:
