@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--llama", default=sys.executable, help="python of an environment with llama-cpp-python and gguf")
     parser.add_argument("--work", type=Path, default=Path("out/real-models"), help="built files and samples (default: %(default)s)")
     options = parser.parse_args()
+    if len({artifact.name for artifact in options.artifact}) < len(options.artifact):
+        parser.error("two artifacts have one name, by which their rows are known; rename a folder")
     os.environ["GLIBC_TUNABLES"] = TUNABLES  # every process below inherits it
     busy = os.getloadavg()[0]
     source = stages.source_of(options.original)
