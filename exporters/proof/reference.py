@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from edgepress.pipeline.metrics.torch_scores import logits_of
 from transformers import PreTrainedModel
 
 ROWS = 64  # positions at a time: the logits of a window of a large vocabulary take a quarter of a gigabyte
+LARGE = 50_000_000  # parameters; of a smaller model the memory is not worth a tenth of the time of an export
 
 
 class ReferenceLogits:
@@ -55,7 +56,7 @@ def reference_logits(model: PreTrainedModel, windows: list[np.ndarray], folder: 
     """Reference logits whose files are in ``folder`` and deleted afterwards. Raises OutputError when the disk is too full."""
     check_disk(folder, 4 * sum(map(len, windows)) * model.config.get_text_config().vocab_size)
     with (
-        large_blocks_given_back(),
+        large_blocks_given_back() if model.num_parameters() >= LARGE else nullcontext(),
         tempfile.TemporaryDirectory(prefix="proof-", dir=folder, ignore_cleanup_errors=True) as scratch,
     ):
         reference = ReferenceLogits(model, windows, Path(scratch))

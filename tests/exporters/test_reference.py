@@ -10,7 +10,7 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 import torch
-from edgepress.exporters.proof import parity
+from edgepress.exporters.proof import parity, reference
 from edgepress.exporters.proof.reference import reference_logits
 from edgepress.pipeline import machine, stages
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -70,6 +70,7 @@ def test_torch_and_onnxruntime_take_turns(fused: Made, text: Path, tmp_path: Pat
 def test_the_proof_gives_its_memory_back(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices are read and dropped one after the other; afterwards the allocator is left as it was."""
     bounds: list[int] = []
+    monkeypatch.setattr(reference, "LARGE", 1000)
     monkeypatch.setattr(machine, "_set_threshold", bounds.append)
     with reference_logits(load_model(tiny), [np.arange(8)], tmp_path):
         assert bounds == [4 << 20]
