@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.own_text.openings import Openings
 from edgepress.pipeline.machine import large_blocks_given_back
+from edgepress.pipeline.own_text.openings import Openings
 from edgepress.pipeline.progress import bar
 from transformers import PreTrainedModel
 
