@@ -105,13 +105,14 @@ class _Streamed:
         from edgepress.pipeline.metrics.torch_scores import batches
 
         checkpoint = Checkpoint(Path(folder), trust_remote_code)
-        self._blocks = Blocks(checkpoint.offloaded_model())
-        model, last = self._blocks.model, len(self._blocks)
-        rows: list[torch.Tensor] = []
+        model = checkpoint.offloaded_model()
         passes = batches(model, windows, STREAMED_TOKENS)
         if len(passes) > PASSES:
             raise ModelError("too much text to read all blocks again and again")
+        rows: list[torch.Tensor] = []
         with large_blocks_given_back():
+            self._blocks = Blocks(model)  # reads them all, to see what they return
+            last = len(self._blocks)
             for ids, real in passes:
                 rows += [states[keep] for states, keep in zip(self._blocks.states(ids, [last])[last], real, strict=True)]
         settle(model, checkpoint.weights, without=self._blocks.name)
