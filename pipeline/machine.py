@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 _LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
 # Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
 _M_MMAP_THRESHOLD, _LARGE, _LARGEST = -3, 1 << 22, 1 << 25
+_threshold = _LARGEST
 _FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in another order
 
 
@@ -39,11 +40,14 @@ def large_blocks_given_back() -> Iterator[None]:
     glibc moves that bound to 32 MB as blocks are freed, and keeps what lies below it: matrices that are read and dropped one after
     the other, between what stays, take twice the memory then (benchmarks/heap_memory.py). New pages cost a sixth of the time.
     """
-    _set_threshold(_LARGE)
+    global _threshold
+    former, _threshold = _threshold, _LARGE
+    _set_threshold(_threshold)
     try:
         yield
     finally:
-        _set_threshold(_LARGEST)
+        _threshold = former
+        _set_threshold(former)
 
 
 def _set_threshold(size: int) -> None:

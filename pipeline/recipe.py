@@ -20,7 +20,7 @@ from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_part, expanded, folder_bytes, real, write_json
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
-from edgepress.pipeline.machine import peak_memory
+from edgepress.pipeline.machine import peak_memory, release_memory
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     SELF,
@@ -245,6 +245,7 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
+        release_memory()  # of the stage before
         if isinstance(options, BenchOptions):
             options = _with_comparisons(original, out, steps, done, options)
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
@@ -321,6 +322,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
+        release_memory()
         artifact = stages.run(name, artifact, out / "baseline" / f"{number:02}-{name}", _informed(given, original, steps))
     return dataclasses.replace(options, compare_with=(*options.compare_with, artifact.path))
 

@@ -30,7 +30,6 @@ from edgepress.pipeline.files import (
 )
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.lock import writing
-from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import belongs_to_a_model
 from edgepress.pipeline.options import (
@@ -197,7 +196,6 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
         step = Step(name, recorded, facts, seconds, versions(*packages(name, options)))
         write_manifest(folder, format_of(name, options), (*source.steps, step), inputs)
         check_free(out)  # once more: the work may have taken hours
-    release_memory()
     journal_of(out).unlink(missing_ok=True)
     log.info("%s: done in %.1f s", name, seconds)
     return Artifact.load(out)

@@ -40,6 +40,7 @@ from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
 from edgepress.pipeline.text.windows import IDS, text_windows
+from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
@@ -67,6 +68,14 @@ class _Text:
     losses: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The model's blocks, and the matrices whose bits are chosen, by name."""
+
+    blocks: Blocks
+    modules: dict[str, torch.nn.Linear | Conv1D]
+
+
 class _Trial:
     """The model, its texts, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
@@ -78,26 +87,34 @@ class _Trial:
         self.kept = self.checkpoint.weights.matrices  # codes of a GGUF file
         self.texts: list[_Text] = []
         self.growth: dict[str, float] = {}
-        self._load()
-        if not self.modules:
+        self._loaded: _Loaded | None = None
+        model = self._model()
+        if not model.modules:
             raise OptionError("there is nothing to choose: every matrix keeps the codes that it has; leave --target-bits out")
+        shapes, _ = block_matrices(model.blocks.model)
+        self.shapes = {name: shapes[name] for name in model.modules}
+        chosen = {id(module.weight) for module in model.modules.values()}
+        self.rest = sum(self._bytes_outside(weight) for weight in model.blocks.model.parameters() if id(weight) not in chosen)
         self._read(self.options)
-        warn_unless_readable(float(self.texts[0].losses.mean()), self.model.config.vocab_size, self.options.calibration)
+        vocabulary = model.blocks.model.config.vocab_size
+        warn_unless_readable(float(self.texts[0].losses.mean()), vocabulary, self.options.calibration)
 
-    def _load(self) -> None:
-        with large_blocks_given_back():  # the weights themselves are such blocks: ``items`` halves them, ``_free`` drops them
-            self.model = self.checkpoint.model()
-        self.blocks = Blocks(self.model)
-        self.modules = {name: module for name, module in block_linears(self.model).items() if name not in self.kept}
+    def _model(self) -> _Loaded:
+        """The model, loaded when it is first needed and again after ``_free``."""
+        if self._loaded is None:
+            model = self.checkpoint.model()
+            linears = {name: module for name, module in block_linears(model).items() if name not in self.kept}
+            self._loaded = _Loaded(Blocks(model), linears)
+        return self._loaded
 
     def _free(self) -> None:
-        del self.model, self.blocks, self.modules
-        release_memory()  # they refer to one another
+        self._loaded = None
+        release_memory()  # its parts refer to one another
 
     def _read(self, options: QuantizeOptions) -> None:
         """Judge by the calibration text of ``options`` as well."""
         windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, self.context), options)
-        self.texts.append(_Text(windows, exact_losses(self.blocks, progress(windows, "bits", "window"))))
+        self.texts.append(_Text(windows, exact_losses(self._model().blocks, progress(windows, "bits", "window"))))
 
     def _all_texts(self) -> Iterator[_Text]:
         """The calibration text, and what the model writes itself: bits that suit one may lose twice as much of another.
@@ -112,7 +129,7 @@ class _Trial:
             own = replace(self.options, calibration=SELF, calibration_tokens=tokens, calibration_skip=0)
             self._free()
             own = with_text(own, self.path)
-            self._load()
+            release_memory()  # of the model that wrote
             self._read(own)
         yield self.texts[1]
 
@@ -123,9 +140,8 @@ class _Trial:
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
         windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.options)
-        items = items_of_model(self.model, windows, self.kept, self.options.symmetric, spent=True)
+        items = items_of_model(self._model().blocks.model, windows, self.kept, self.options.symmetric, spent=True)
         self._free()
-        self._load()
         return items
 
     def measure(self, bits: str, forms: Mapping[str, Form], factor: float, limit: float = math.inf, own: bool = True) -> float:
@@ -136,8 +152,10 @@ class _Trial:
         """
         self.growth[bits] = -1.0
         for number, text in enumerate(self._all_texts() if own else self.texts[:1]):
-            with rounded(self.modules, forms, self.options.symmetric, self.weights):
-                losses = exact_losses(self.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
+            model = self._model()
+            with rounded(model.modules, forms, self.options.symmetric, self.weights):
+                losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
+            del model
             change = factor * float((losses - text.losses).mean())
             self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
             if self.growth[bits] > limit:
@@ -146,18 +164,15 @@ class _Trial:
 
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
-        return dict.fromkeys(self.modules, form)
+        return dict.fromkeys(self.shapes, form)
 
     def saved(self, forms: Mapping[str, Form]) -> float:
         """The share of the artifact's bytes that these forms save against 8 bits in all blocks."""
         size, eight = self._bytes(forms), self._bytes(self.all(EIGHT))
-        chosen = {id(module.weight) for module in self.modules.values()}
-        rest = sum(self._bytes_outside(weight) for weight in self.model.parameters() if id(weight) not in chosen)
-        return (eight - size) / (eight + rest)
+        return (eight - size) / (eight + self.rest)
 
     def _bytes(self, forms: Mapping[str, Form]) -> int:
-        shapes, _ = block_matrices(self.model)
-        return sum(bytes_of(*shapes[name], forms[name], self.options.symmetric) for name in self.modules)
+        return sum(bytes_of(*shape, forms[name], self.options.symmetric) for name, shape in self.shapes.items())
 
     def _bytes_outside(self, weight: torch.nn.Parameter) -> float:
         """Of what is not chosen here: the head and the embedding at the bits of the head, all else in float32."""
@@ -170,6 +185,11 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
     Measured on the calibration text, of which rounding learns nothing, and on what the model writes itself.
     """
+    with large_blocks_given_back():  # the weights themselves are such blocks: halved for ``items``, dropped by ``_free``
+        return _choose(source, options)
+
+
+def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     trial = _Trial(source, options)
     before = _quantized_before(source)
     left = CALIBRATED if options.method == "gptq" and not before else 1.0
