@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Numbers of the signals that arrived and were not dealt with.
 signals: list[int] = []
 _timer: threading.Timer | None = None
 _former = sys.__unraisablehook__  # of whoever called from Python
+_holding = False
 
 
 def install_handlers() -> None:
@@ -24,10 +26,27 @@ def install_handlers() -> None:
         _former, sys.unraisablehook = sys.unraisablehook, lost
 
 
-def stop(number: int, frame: object) -> NoReturn:
+def stop(number: int, frame: object) -> None:
     """Handle a signal: note it, and interrupt what runs."""
     signals.append(number)
-    raise KeyboardInterrupt
+    if not _holding:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """A signal that comes within the context interrupts at its end: what is begun there is also noted there."""
+    global _holding
+    if _holding:
+        yield
+        return
+    before, _holding = len(signals), True
+    try:
+        yield
+    finally:
+        _holding = False
+    if len(signals) > before:
+        raise KeyboardInterrupt
 
 
 def lost(what: sys.UnraisableHookArgs) -> None:

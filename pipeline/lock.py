@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepress.pipeline import interrupt
 from edgepress.pipeline.errors import InputError, OutputError
 from edgepress.pipeline.files import read_bytes, real
 
@@ -81,14 +82,15 @@ def writing(out: Path, *, build: bool = False, wait: bool = False) -> Iterator[N
     if any(held.out in (out, *out.parents) for held in _mine.held) or not os.access(there, os.W_OK):
         yield
         return
+    held: list[_Held] = []
     try:
-        held = _acquired(out, file, build, wait)
-        _mine.held.append(held)
         try:
+            _acquire(out, file, build, wait, held)
             yield
         finally:
-            _mine.held.remove(held)
-            held.release()
+            for one in held:
+                _mine.held.remove(one)
+                one.release()
     finally:
         for parent in created:
             with suppress(OSError):  # it holds what was written, or another's lock
@@ -108,9 +110,16 @@ def lock_file(out: Path, build: bool) -> Path:
     return out.parent / f".{name}.{LOCK}"
 
 
-def _acquired(out: Path, file: Path, build: bool, wait: bool) -> _Held:
+def _acquire(out: Path, file: Path, build: bool, wait: bool, into: list[_Held]) -> None:
+    """Get the lock into ``into``, and among those that are held. A signal in between would leave its files behind."""
     deadline, said = time.monotonic() + PATIENCE, ""
-    while isinstance(taken := _attempt(out, file, build), Path):
+    while not into:
+        with interrupt.held_back():
+            taken = _attempt(out, file, build)
+            if isinstance(taken, _Held):
+                _mine.held.append(taken)
+                into.append(taken)
+                return
         who = _holder(taken)
         if not wait and time.monotonic() > deadline:
             raise OutputError(f"{who}; wait until that has ended, or choose another output folder")
@@ -118,7 +127,6 @@ def _acquired(out: Path, file: Path, build: bool, wait: bool) -> _Held:
             log.info("waiting: %s", who)
             said = who
         time.sleep(0.1)
-    return taken
 
 
 def _attempt(out: Path, file: Path, build: bool) -> _Held | Path:
@@ -198,12 +206,18 @@ def _take(out: Path, file: Path, flags: int) -> _Held | None:
             lease_file = file.with_name(file.name.removesuffix(LOCK) + LEASE)
             _clear_unfinished(lease_file)
             lease = SoftFileLease(lease_file, lease_duration=LEASE_SECONDS)
-            try:
-                lease.acquire(timeout=0.2)
-            except Timeout:
-                log.info("waiting up to %.0f s for a sign of life: %s", 1.2 * LEASE_SECONDS, _holder(file))
-                lease.acquire(timeout=1.2 * LEASE_SECONDS)
-            held = _Held(out, file, descriptor, lease)
+            begun, said = time.monotonic(), False
+            while held is None:
+                try:
+                    lease.acquire(timeout=0.2)
+                    held = _Held(out, file, descriptor, lease)
+                except Timeout:
+                    if not said:
+                        log.info("waiting up to %.0f s for a sign of life: %s", 1.2 * LEASE_SECONDS, _holder(file))
+                    said = True
+                    interrupt.check()
+                    if time.monotonic() > begun + 1.2 * LEASE_SECONDS:
+                        raise
     except (Timeout, LeaseSettingsMismatch):
         pass
     except RuntimeError as error:  # no memory for the thread that renews the lease

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 import pytest
-from edgepress.pipeline import lock
+from edgepress.pipeline import interrupt, lock
 from edgepress.pipeline.errors import OutputError
 from edgepress.pipeline.lock import lock_file, writing
 from refusal import check_refusal, command
@@ -294,3 +294,22 @@ def test_interrupted_while_it_takes_the_lock(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", build=True):
         pass
     assert len(left(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("step", ["lock_descriptor", "SoftFileLease"])
+def test_signal_at_a_step_of_taking_the_lock(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It interrupts when the lock is noted: what a step has just made would be known to nobody yet, and be left behind."""
+    real = getattr(filelock, step)
+
+    def signalled(*arguments: object, **settings: object) -> object:
+        result = real(*arguments, **settings)
+        interrupt.stop(15, None)
+        return result
+
+    monkeypatch.setattr(filelock, step, signalled)
+    try:
+        with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", build=True):
+            raise AssertionError("it was interrupted before")
+        assert left(tmp_path) == []
+    finally:
+        interrupt.forget()

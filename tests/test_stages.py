@@ -348,6 +348,13 @@ def test_an_interrupt_in_a_finalizer_comes_again(waits: str) -> None:
     assert (done.stdout, done.stderr) == ("interrupted\ncleaned up\n", "")
 
 
+def test_interrupted_before_it_has_begun(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handlers are there, and nothing else is yet."""
+    monkeypatch.setattr(cli, "double_runtime", lambda: signal.raise_signal(signal.SIGTERM))
+    result = call("show", "nowhere")
+    assert (result.code, result.err.strip()) == (130, "interrupted")
+
+
 def test_the_callers_hook_is_back_after_a_command(call: Call) -> None:
     before = sys.unraisablehook
     assert call("show", "nowhere").code == 2 and sys.unraisablehook is before

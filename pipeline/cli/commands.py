@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with plain_output():
             return _main(arguments)
+    except KeyboardInterrupt:  # before there was a command to end
+        return 130
     finally:
         interrupt.finish()
 
@@ -54,19 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     log_to_terminal()
-    interrupt.install_handlers()
-    if warning := double_runtime():
-        say(f"warning: {warning}")
     own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
-    if options.debug:
-        return command(options, flags)
     try:
+        interrupt.install_handlers()
+        if warning := double_runtime():
+            say(f"warning: {warning}")
         check_current_folder()
         return command(options, flags)
     except BaseException as error:
         interrupt.settled()
+        if options.debug:
+            raise
         # Native code may swallow the KeyboardInterrupt and fail in its own way; the signal still asked to stop.
         if not interrupt.signals and not isinstance(error, KeyboardInterrupt):
             return exit_code(error)
