@@ -21,6 +21,7 @@ import edgepress.pipeline.bench
 import edgepress.pipeline.heal
 import edgepress.pipeline.prune
 import edgepress.pipeline.quantize
+import edgepress.pipeline.trim
 import edgepress.pipeline.tune
 import edgepress.pipeline.verify  # noqa: F401
 from edgepress.pipeline.artifact import Artifact
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
     from edgepress.pipeline.verify.checks import Check
 
-__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "tune", "verify"]
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "trim", "tune", "verify"]
 
 
 def build(
@@ -51,6 +52,11 @@ def build(
     steps = recipes.plan(recipes.read(name), options, effort)
     done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
     return recipes.shipped_artifact(done)
+
+
+def trim(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Keep some of the vocabulary (``keep_tokens``, ``keep_text``, ``languages``); returns the checkpoint with the others gone."""
+    return _run("trim", source, out, options)
 
 
 def prune(source: str | Path, out: str | Path, **options: object) -> Artifact:

@@ -177,6 +177,30 @@ class PruneOptions(Options):
 
 
 @dataclass(frozen=True)
+class TrimOptions(Options):
+    """Trim the vocabulary: rows of embedding and head, and pieces of the tokenizer, that a use never needs."""
+
+    keep_tokens: int | None = option(
+        None,
+        "tokens to keep: those that must stay, then those that the texts use most, then in the tokenizer's own order",
+        at_least=1,
+    )
+    keep_text: tuple[Path, ...] = option((), "texts whose tokens all stay: .txt, .jsonl, .json or .csv")
+    languages: tuple[str, ...] = option(
+        (), "languages by their codes, as en,de: tokens in other scripts go, unless --keep-text uses them"
+    )
+    text: Path = option(
+        EVALUATION_TEXT, "text on which bits a byte are measured before and after (default: the shipped evaluation.txt)"
+    )
+    text_key: str = _text_key()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        if self.keep_tokens is None and not self.keep_text and not self.languages:
+            raise OptionError("give what stays: --keep-tokens N, --keep-text FILE, or --languages en,de")
+
+
+@dataclass(frozen=True)
 class HealOptions(Options):
     """Recover what layer removal cost, with no new parameter; kept only if perplexity improves on two held-out texts."""
 

@@ -30,6 +30,7 @@ from edgepress.pipeline.options import (
     ImportOptions,
     PruneOptions,
     QuantizeOptions,
+    TrimOptions,
     TuneOptions,
     bits_rules,
 )
@@ -44,6 +45,7 @@ COST = "build.json"  # in OUT: what a build was expected to take, and what it to
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
+_TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
 METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits")
 
@@ -78,7 +80,10 @@ def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, objec
     """A recipe travels with its texts: their paths are relative to it."""
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
     texts = {key for key in _TEXTS if isinstance(named.get(key), str) and (key, named[key]) != ("calibration", str(SELF))}
-    return {key: str(file.parent / expanded(str(value))) if key in texts else value for key, value in named.items()}
+    beside = {key: str(file.parent / expanded(str(value))) if key in texts else value for key, value in named.items()}
+    if kept := beside.get("keep_text"):
+        beside["keep_text"] = [str(file.parent / expanded(str(text))) for text in (kept if isinstance(kept, list) else [kept])]
+    return beside
 
 
 def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object], effort: str = DEFAULT) -> Plan:
@@ -92,9 +97,14 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
     unused = set(flags)
     if "keep_codes" in flags and "import" not in recipe:
         recipe = {"import": {}, **recipe}
+    if not _TRIM.isdisjoint(flags) and "trim" not in recipe:
+        first = {name: recipe[name] for name in ("import",) if name in recipe}
+        recipe = {**first, "trim": {}, **{name: given for name, given in recipe.items() if name not in first}}
     format: str = "gguf" if next(iter(recipe)) == "import" else "hf"
     for name, given in recipe.items():
         stage = look_up(STAGES, name, "stage")
+        if name == "trim" and any(before != "import" for before, _ in planned):
+            raise OptionError("trim must come before all other stages, which are compared with the model that it leaves")
         if format not in stage.takes:
             raise OptionError(
                 f"{name} cannot come here: it takes {' or '.join(stage.takes)}, "
@@ -218,6 +228,10 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         source = original.path
     elif importing.keep_codes:
         raise OptionError(f"--keep-codes is for a GGUF file, and {source} is none; leave it out")
+    own = [original.path]
+    if steps and isinstance(trimming := steps[0][1], TrimOptions):
+        original, steps = stages.run("trim", original, out / "00-trim", trimming), steps[1:]
+        source = original.path
     if not steps:
         return [original]
     artifact = original
@@ -229,8 +243,8 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         stages.check_outside(folder, source)
     numbered = [f for name in STAGES for f in sorted(out.glob(f"[0-9][0-9]-{name}"))]
     _check_no_artifact(out)
-    own = {real(folder) for folder in (source, *folders)}
-    stale = [f for f in numbered if (f / MANIFEST).is_file() and real(f) not in own]
+    made = {real(folder) for folder in (*own, source, *folders)}
+    stale = [f for f in numbered if (f / MANIFEST).is_file() and real(f) not in made]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     ahead = _ahead(original, steps, folders)

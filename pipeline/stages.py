@@ -40,6 +40,7 @@ from edgepress.pipeline.options import (
     ImportOptions,
     PruneOptions,
     QuantizeOptions,
+    TrimOptions,
     TuneOptions,
     sampler,
 )
@@ -72,6 +73,7 @@ STAGES: dict[str, Stage] = {
     "import": Stage(
         ImportOptions, "edgepress.pipeline.checkpoint.importers.gguf:import_gguf", ("gguf",), "hf", (*_BUILD, "gguf"), 9.0
     ),
+    "trim": Stage(TrimOptions, "edgepress.pipeline.trim.stage:trim", ("hf",), "hf", _BUILD, 1.0),
     "prune": Stage(PruneOptions, "edgepress.pipeline.prune.stage:prune", ("hf",), "hf", _BUILD, 1.0),
     "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
     "quantize": Stage(

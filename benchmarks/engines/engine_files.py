@@ -93,7 +93,7 @@ def once(out: Path, make: Callable[[Path], Any]) -> Path:
 def checkpoint(shape: dict[str, Any], out: Path) -> None:
     """Random float16 weights; the embedded model's tokenizer, whose ids are the first of the vocabulary."""
     import torch
-    from edgepress.pipeline.checkpoint.load import meta_model
+    from edgepress.pipeline.checkpoint.load import build_meta_model, read_config
     from edgepress.pipeline.checkpoint.update import carry_files
     from edgepress.pipeline.files import write_json
     from safetensors.torch import save_file
@@ -108,7 +108,7 @@ def checkpoint(shape: dict[str, Any], out: Path) -> None:
         name: torch.ones(parameter.shape, dtype=torch.float16)
         if "norm" in name
         else torch.empty(parameter.shape, dtype=torch.float16).normal_(std=0.02)
-        for name, parameter in meta_model(out).named_parameters()
+        for name, parameter in build_meta_model(read_config(out), out).named_parameters()
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
@@ -147,10 +147,10 @@ def builder(source: Path, out: Path) -> None:
             sys.exit(f"the model builder failed on {source}")
 
 
-def convert(source: Path, out: Path, llama: str, types: Sequence[str]) -> None:
-    """TYPE.gguf of every type in ``out``, and files.json, which describes them."""
+def convert(source: Path, out: Path, llama: str, types: Sequence[str], imatrix: Path | None = None) -> None:
+    """TYPE.gguf of every type in ``out``, and files.json, which describes them. imatrix: see gguf_writer.py."""
     out.mkdir()
-    job = {"folder": str(source), "out": str(out), "types": list(types)}
+    job = {"folder": str(source), "out": str(out), "types": list(types), "imatrix": imatrix and str(imatrix)}
     (out / "files.json").write_text(json.dumps(process(llama, "convert", job)))
 
 

@@ -2,8 +2,8 @@
 
     PYTHON engine_process.py KIND JOB.json      (prints one JSON object)
 
-convert, requantize, llama_speed and llama_logits need llama-cpp-python and gguf, genai_speed onnxruntime-genai, torch_logits
-transformers.
+convert, requantize, llama_speed and llama_logits need llama-cpp-python and gguf, genai_speed onnxruntime-genai, torch_logits and
+importances transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print what they like
     kinds: dict[str, Callable[..., Any]] = {
         "convert": gguf_writer.convert, "describe": describe, "requantize": requantize, "llama_speed": llama_speed,
-        "llama_logits": llama_logits, "genai_speed": genai_speed, "torch_logits": torch_logits,
+        "llama_logits": llama_logits, "genai_speed": genai_speed, "torch_logits": torch_logits, "importances": importances,
     }  # fmt: skip
     print(json.dumps(kinds[kind](**job)), file=answer, flush=True)
 
@@ -180,6 +180,31 @@ def torch_logits(
 
     torch.manual_seed(0)
     return _save(out, windows, logits)
+
+
+def importances(folder: str, windows: list[list[int]], threads: int, out: str) -> dict[str, Any]:
+    """The mean square of each input of every matrix of the blocks, as llama.cpp's imatrix tool has it, saved as ``out`` (.npz)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, torch.Tensor] = {}
+
+    def adding(name: str) -> Callable[..., None]:
+        def add(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + args[0][0].square().sum(0)  # type: ignore[operator]
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            module.register_forward_pre_hook(adding(name))
+    with torch.inference_mode():
+        for ids in windows:
+            model(torch.tensor([ids]), use_cache=False)
+    np.savez(out, **{name: (total / sum(map(len, windows))).numpy() for name, total in sums.items()})
+    return {}
 
 
 def _save(out: str, windows: list[list[int]], logits: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:

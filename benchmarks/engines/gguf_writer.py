@@ -17,24 +17,34 @@ FILE_TYPES = {
 _SLIDING_PATTERN = 6  # llama.cpp takes every sixth layer of Gemma 3 for a global one
 
 
-def convert(folder: str, out: str, types: list[str]) -> dict[str, Any]:
-    """A checkpoint (llama, qwen2 or gemma3) as TYPE.gguf in ``out`` for every type; type -> what is known of the file."""
+def convert(folder: str, out: str, types: list[str], imatrix: str | None = None) -> dict[str, Any]:
+    """A checkpoint (llama, qwen2 or gemma3) as TYPE.gguf in ``out`` for every type; type -> what is known of the file.
+
+    imatrix: file of importances (.npz), the mean square of each input of a matrix by its module's name in the checkpoint.
+    """
     whole = Path(out) / "float.gguf"
     write(Path(folder), whole)
+    squares = None if imatrix is None else _by_tensor(Path(folder), np.load(imatrix))
     found = {}
     for name in types:
-        quantize(whole, Path(out) / f"{name}.gguf", name)
+        quantize(whole, Path(out) / f"{name}.gguf", name, squares)
         found[name] = described(Path(out) / f"{name}.gguf")
     whole.unlink()
     return found
 
 
-def quantize(source: Path, file: Path, kind: str) -> None:
-    """What llama.cpp's own tool makes of a GGUF, also of one that is quantized already."""
+def quantize(source: Path, file: Path, kind: str, imatrix: dict[str, np.ndarray] | None = None) -> None:
+    """What llama.cpp's own tool makes of a GGUF, also of one that is quantized already. imatrix: float32, by GGUF tensor."""
     import llama_cpp
 
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread, settings.allow_requantize = FILE_TYPES[kind], 2, True
+    if imatrix is not None:
+        rows = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()  # the last, of zeros, ends it
+        for row, (name, squares) in zip(rows, imatrix.items(), strict=False):
+            row.name, row.size = name.encode(), squares.size
+            row.data = squares.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        settings.imatrix = ctypes.cast(rows, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
         sys.exit(f"llama.cpp could not quantize {file}")
 
@@ -63,12 +73,9 @@ def write(folder: Path, file: Path) -> None:
     """The weights in their own types, norms in float32; the vocabulary is left out, for all that is fed are ids."""
     import gguf
 
-    config = json.loads((folder / "config.json").read_text())
-    kind = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "gemma3": gguf.MODEL_ARCH.GEMMA3}[kind]
+    config, kind, names = _names(folder)
     writer = gguf.GGUFWriter(file, kind)
     _describe(writer, config, kind)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tied = config.get("tie_word_embeddings")
     for shard in sorted(folder.glob("model*.safetensors")):
@@ -87,6 +94,21 @@ def write(folder: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _names(folder: Path) -> tuple[dict[str, Any], str, Any]:
+    """The config of a checkpoint, its architecture, and the map from its names to GGUF's."""
+    import gguf
+
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "gemma3": gguf.MODEL_ARCH.GEMMA3}[kind]
+    return config, kind, gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+
+
+def _by_tensor(folder: Path, squares: Any) -> dict[str, np.ndarray]:
+    names = _names(folder)[2]
+    return {f"{names.get_name(module)}.weight": np.ascontiguousarray(squares[module], np.float32) for module in squares.files}
 
 
 def _describe(writer: Any, config: dict[str, Any], kind: str) -> None:

@@ -38,6 +38,14 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Trimming:
+    """Tokens kept: ``vocabulary`` is their number before and after, ``bits_per_byte`` of a text that judged."""
+
+    vocabulary: tuple[int, int]
+    bits_per_byte: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
 
@@ -101,7 +109,12 @@ class Step:
     facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.removal, self.healing, self.quantization, self.head, self.tuning, self.export
+        _ = self.trimming, self.removal, self.healing, self.quantization, self.head, self.tuning, self.export
+
+    @cached_property
+    def trimming(self) -> Trimming | None:
+        """Of a trim step."""
+        return typed(Trimming, self.facts, "trim") if self.stage == "trim" else None
 
     @cached_property
     def removal(self) -> Removal | None:
@@ -147,6 +160,9 @@ CHOSEN = {
 
 def describe(step: Step) -> str:
     """What a stage did, in one line."""
+    if step.trimming:
+        (rows, kept), (before, after) = step.trimming.vocabulary, step.trimming.bits_per_byte
+        return f"trim: {kept:,} of {rows:,} tokens kept, bits a byte {before:.4f} -> {after:.4f} in float"
     if step.removal:
         removed = ", ".join(map(str, step.removal.removed_layers)) or "none"
         chosen = CHOSEN.get(step.removal.criterion, step.removal.criterion)

@@ -41,6 +41,7 @@ VERBS = [
     "run",
     "sensitivity",
     "show",
+    "trim",
     "tune",
     "verify",
 ]
