@@ -20,6 +20,8 @@ from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.options import ExportOptions
 from edgepress.pipeline.registry import require
+from edgepress.pipeline.text.reading import read_text
+from edgepress.pipeline.text.windows import same_tokens
 
 log = logging.getLogger("edgepress")
 
@@ -33,6 +35,10 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     require("onnxruntime")
     checkpoint = Checkpoint(source.path, options.trust_remote_code, options.original)
     read = checkpoint.remarks("export")
+    if options.reference and not same_tokens(options.reference, source.path, read_text(options.text, options.text_key)[:2000]):
+        raise OptionError(
+            f"{options.reference} has a different tokenizer from {source.path}; give the checkpoint that it was made from"
+        )
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
     # A trace needs all weights at once; a comparison reads one matrix at a time.

@@ -21,7 +21,7 @@ from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import bar
 from edgepress.pipeline.report.attribution import attribute
 from edgepress.pipeline.report.model import Figure, StageRow
-from edgepress.pipeline.text.windows import beginning, load_tokenizer, text_windows
+from edgepress.pipeline.text.windows import beginning, load_tokenizer, same_tokens, text_windows
 from edgepress.pipeline.vocabulary import PAST_TENSE
 
 log = logging.getLogger("edgepress")
@@ -218,5 +218,5 @@ def _bytes_of(text: Text, folder: Path) -> int:
 def _same_tokens(reference: Path, artifact: Path, window: tuple[int, ...]) -> None:
     """Raise OptionError when the two read text differently: their distributions cannot be compared then."""
     text = load_tokenizer(artifact).decode(list(window))[:2000]
-    if load_tokenizer(reference).encode(text).ids != load_tokenizer(artifact).encode(text).ids:
+    if not same_tokens(reference, artifact, text):
         raise OptionError(f"{reference} has a different tokenizer from {artifact}; give the checkpoint that it was made from")

@@ -58,7 +58,7 @@ class Pieces:
     def text(self, number: int) -> str | None:
         """What a piece stands for; None where its bytes are no whole characters."""
         piece = self.names[number]
-        if number in self.added.values():
+        if number in self._added_ids:
             return piece
         if not self.byte_level:
             return None if _BYTE.fullmatch(piece) else self._bare(piece).replace(_SPACE, " ")
@@ -97,7 +97,7 @@ class Pieces:
         The pieces of its model come first, each part in the order that it had.
         """
         of_model = sorted(number for number in self._of_model if number in kept)
-        former = of_model + sorted(number for number in set(self.added.values()) if number in kept and number not in self._of_model)
+        former = of_model + sorted(number for number in self._added_ids if number in kept and number not in self._of_model)
         new = {number: place for place, number in enumerate(former)}
         model = dict(self.model)
         if self.kind == "Unigram":
@@ -113,6 +113,10 @@ class Pieces:
         content = self.content | {"model": model, "added_tokens": added}
         content["post_processor"] = _renumbered(content.get("post_processor"), new)
         return content, former
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.added.values())
 
     @cached_property
     def _of_model(self) -> dict[int, str]:

@@ -64,6 +64,12 @@ def vocabulary(folder: Path) -> int | None:
     return size if type(size) is int else None
 
 
+def same_tokens(one: Path, other: Path, text: str) -> bool:
+    """Whether two models read a text alike and have as many tokens, so that what they predict can be compared."""
+    alike = load_tokenizer(one).encode(text).ids == load_tokenizer(other).encode(text).ids
+    return alike and vocabulary(one) == vocabulary(other)
+
+
 def check_ids(ids: Sequence[int], tokenizer: Tokenizer, size: int | None, where: str) -> None:
     """Raise TextError for ids beyond the embedding: a token that was added to the tokenizer and never to the model."""
     if size is not None and ids and (highest := max(ids)) >= size:

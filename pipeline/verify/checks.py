@@ -20,7 +20,7 @@ from edgepress.pipeline.model_files import end_tokens, read_config, read_genai_c
 from edgepress.pipeline.options import VerifyOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.runtime.decoder import LARGEST_GRAPH, MODEL, Decoder
-from edgepress.pipeline.text.windows import check_ids, load_tokenizer, vocabulary
+from edgepress.pipeline.text.windows import check_ids, load_tokenizer, same_tokens, vocabulary
 
 State = Literal["ok", "failed", "not checked"]
 PROMPT, NEW_TOKENS = "The old house stood", 8
@@ -193,7 +193,7 @@ def _parity(folder: Path, original: Artifact, options: VerifyOptions) -> str:
     artifact = Artifact.load(folder)
     if artifact.format != "onnx" or not artifact.steps:
         raise InputError(f"no {MANIFEST} records what {folder} was made from; copy the complete folder or export again")
-    if load_tokenizer(original.path).encode(PROMPT).ids != load_tokenizer(folder).encode(PROMPT).ids:
+    if not same_tokens(original.path, folder, PROMPT):
         raise ProofError(f"{original.path} has a different tokenizer; give the checkpoint that it was made from")
     switches = artifact.steps[-1].facts.get("rotary_switches", ())
     windows = proof_windows(options.text, folder, switches, options.text_key)

@@ -135,6 +135,19 @@ def test_build_from_a_trimmed_vocabulary(call: Callable[..., Any], tiny: Path, t
     assert again.code == 0 and again.err.count("already done") == 4
 
 
+def test_the_untrimmed_model_is_not_what_later_stages_compare_with(
+    call: Callable[..., Any], refused: Callable[..., None], tiny: Path, tmp_path: Path
+) -> None:
+    """Its predictions have as many more tokens, even where a text reads alike."""
+    trimmed(tiny, tmp_path / "trimmed", keep_tokens=5000)
+    assert call("export", tmp_path / "trimmed", tmp_path / "onnx").code == 0
+    says = ("has a different tokenizer", "give the checkpoint")
+    refused("export", tmp_path / "trimmed", tmp_path / "out", "--reference", tiny, says=says)
+    refused("bench", tmp_path / "onnx", "--out", tmp_path / "out", "--reference", tiny, "--text-tokens", 300, says=says)
+    checked = call("verify", tmp_path / "onnx", "--original", tiny)
+    assert checked.code == 2 and says[0] in checked.out + checked.err and "Traceback" not in checked.err
+
+
 @pytest.mark.parametrize(("flags", "says"), [
     ((), "give what stays"),
     (("--keep-tokens", 100), ("--keep-tokens 100 is not possible", "give a number from")),
