@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run verify show trim prune heal quantize tune export bench report sensitivity \
+.PHONY: help demo real artifact run verify show import trim prune heal quantize tune export bench report sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -67,6 +67,9 @@ verify: $(READY) ## check an artifact: [MODEL=artifact] [ARGS='--original SRC']
 
 show: $(READY) ## how an artifact came to be: [MODEL=artifact]
 	$(PRESS) show "$(ARTIFACT)"
+
+import: $(READY) ## a GGUF file to a checkpoint: MODEL=file.gguf [OUT=...]
+	$(PRESS) import "$(MODEL)" "$(FOLDER)" $(ARGS)
 
 trim: $(READY) ## a smaller vocabulary: MODEL=... [OUT=...] ARGS='--keep-tokens 97000' or ARGS='--languages en'
 	$(PRESS) trim "$(MODEL)" "$(FOLDER)" $(ARGS)

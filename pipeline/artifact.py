@@ -210,7 +210,7 @@ def check_free(out: Path) -> None:
     names = (str(p.relative_to(out)) for p in files_below(out) if not p.name.startswith("."))  # .DS_Store and its like
     foreign = next((name for name in names if name not in known), None)
     if not known or foreign:
-        raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write; choose another output folder")
+        raise OutputError(f"{out} holds {foreign or MANIFEST}, which edgepress did not write there; choose another output folder")
 
 
 def folder_of(path: Path) -> Path:

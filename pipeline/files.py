@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -183,6 +184,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot write to {out.parent}: {error.strerror}; choose another output folder") from error
         yield partial
+        _open_to_all(partial)
         former = out.parent / f".{out.name}.former"
         remove(former)
         if out.exists():
@@ -196,6 +198,16 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             with suppress(OSError):  # other stages may have written there
                 parent.rmdir()
         raise
+
+
+def _open_to_all(folder: Path) -> None:
+    """Files get the permissions that a new file has: safetensors gives its own to the owner alone."""
+    os.umask(mask := os.umask(0o22))
+    for file in folder.iterdir():
+        state = file.lstat()
+        if stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == 0o600 and state.st_nlink == 1:
+            with suppress(OSError):  # a disk without permissions
+                file.chmod(0o666 & ~mask)
 
 
 def journal_of(out: Path) -> Path:

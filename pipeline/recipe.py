@@ -309,7 +309,7 @@ def _record_cost(out: Path, expected: Expectation, seconds: float) -> None:
     taken = {"seconds": round(seconds), "memory_bytes": memory}
     write_json(out / COST, {"expected": expected.facts(), "taken": taken})
     used = "" if memory is None else f" and {memory / 1e9:.1f} GB in its largest process"
-    log.info("build: took %.0f min %02.0f s%s", seconds // 60, seconds % 60, used)
+    log.info("build: took %d min %02d s%s", *divmod(round(seconds), 60), used)
 
 
 def _check_no_artifact(out: Path) -> None:

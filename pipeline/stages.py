@@ -28,7 +28,7 @@ from edgepress.pipeline.files import (
     real,
     sha256,
 )
-from edgepress.pipeline.flags import Options
+from edgepress.pipeline.flags import Options, flag
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import belongs_to_a_model
@@ -234,6 +234,9 @@ def record(options: Options) -> JsonObject:
 
     A text that the model writes is known by how, before it is there.
     """
+    for name in ("calibration", "text", "other_text"):
+        if isinstance(text := getattr(options, name, None), Path) and text != SELF and text.is_dir():
+            raise OptionError(f"{flag(name)} {text} is a folder; give a .txt, .jsonl, .json or .csv file")
 
     def plain(value: object) -> object:
         if value == SELF:

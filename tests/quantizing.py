@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,5 +146,6 @@ def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(isolated, "remove", lambda _: None)
-        packed = run("quantize", Artifact.load(source), folder / "packed", settings)
+        here = Path(os.path.relpath(source, cwd))  # as people give it; gptqmodel works in another folder
+        packed = run("quantize", Artifact.load(here), folder / "packed", settings)
     return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))

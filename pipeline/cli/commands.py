@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import json
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from edgepress.pipeline.cli.terminal import (
     say,
     speak_utf8,
     whole_streams,
+    written,
 )
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
@@ -46,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speak_utf8()
     try:
         with plain_output():
-            return _main(arguments)
+            return written(_main(arguments))
     except KeyboardInterrupt:  # before there was a command to end
         return 130
+    except SystemExit as end:  # of --help and --version
+        raise SystemExit(written(int(end.code or 0))) from None
     finally:
         interrupt.finish()
 
@@ -97,7 +102,8 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     print(f"\nartifact: {artifact.path}")
     if artifact.format == "onnx":
         how = "--chat" if has_template(artifact.path) else '"Once upon a time"'
-        print(f"try:      edgepress run {shlex.quote(str(artifact.path))} {how}")
+        program = "edgepress" if shutil.which("edgepress") else shlex.quote(sys.argv[0])
+        print(f"try:      {program} run {shlex.quote(str(artifact.path))} {how}")
     return 0
 
 
@@ -148,6 +154,9 @@ def _run(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.runtime.generate import stream
 
     settings = make(RunOptions, flags)
+    if options.prompt in (None, "-") and not settings.chat and not sys.stdin.isatty():
+        with contextlib.suppress(OSError):  # nothing to read from
+            options.prompt = sys.stdin.read().removesuffix("\n") or None
     if options.prompt is None and not settings.chat:
         raise OptionError("give a text to continue, or --chat for a conversation; see edgepress run --help")
     folder = _onnx(options.source)

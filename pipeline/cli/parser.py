@@ -14,7 +14,7 @@ from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
 from edgepress.pipeline.recipe import given_by
-from edgepress.pipeline.registry import version
+from edgepress.pipeline.registry import suggestion, version
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.visible import one_line
 
@@ -55,6 +55,8 @@ class Parser(argparse.ArgumentParser):
             if flag(old) in given and old != "method":  # which is quantize's still
                 of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
                 message = f"{flag(old)} is now {flag(new)}{of}"
+        unknown = next((word for word in sorted(given) if word.startswith("--")), "")
+        message += suggestion(unknown, self._option_string_actions) if unknown and "is now" not in message else ""
         self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
 
 
@@ -98,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
             )
             verb.add_argument("--out", type=expanded, help="folder for the report (default: DIR-bench)")
         else:
-            verb.add_argument("source", metavar="SRC", help=SOURCE if "hf" in stage.takes else "artifact folder")
+            verb.add_argument("source", metavar="SRC", help=SOURCES.get(name, SOURCE))
             verb.add_argument("out", metavar="OUT", type=expanded, help="output folder")
         add_flags(verb, stage.options)
 
@@ -128,7 +130,12 @@ def parser() -> argparse.ArgumentParser:
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, or --chat; tokens are streamed."
     )
     run.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
-    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue; with --chat the first message, if given")
+    run.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="text to continue, '-' or none to read it from a pipe; with --chat the first message, if given",
+    )
     add_flags(run, RunOptions)
 
     verify = verbs.add_parser("verify", help="check an artifact", description=VerifyOptions.__doc__)
@@ -142,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+SOURCES = {
+    "import": "a .gguf file",
+    "tune": "folder that quantize wrote",
+    "export": "what quantize or another stage wrote, a GPTQ or bitsandbytes folder of another tool, or any model: a folder with "
+    "config.json and safetensors, a .gguf file, a hub id, or 'reference' (the embedded model)",
+}
 SOURCE = "folder with config.json and safetensors, a .gguf file, a hub id, or 'reference' (the embedded model)"
 
 

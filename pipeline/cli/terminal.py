@@ -87,6 +87,22 @@ def _disk_reason(error: OSError) -> str:
     return f"cannot use {name}: {reason}; check that it is there, that you may read and write it, and that the disk is sound"
 
 
+def written(code: int) -> int:
+    """The exit code, when all that was printed has arrived; 2 and a line where it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)  # Python would try once more
+            if isinstance(error, BrokenPipeError):
+                continue
+            with contextlib.suppress(OSError):
+                say(f"error: cannot write the output: {error.strerror}; free some disk space")
+                sys.stderr.flush()
+            code = 2
+    return code
+
+
 def whole_streams() -> None:
     """Streams that the caller has closed lead nowhere: a model's file must not get the number that native code prints to."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):

@@ -111,7 +111,7 @@ def _within(
         with blocks.without(layers):
             growth = mean_loss(blocks, held_out) - before
         path.append(PathStep(layers, growth))
-        log.info("without layers %s the held-out loss grows by %.4f nats", ", ".join(map(str, layers)), growth)
+        log.info("without %s the held-out loss grows by %.4f nats", listed(layers), growth)
         if growth > limit:
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break
@@ -120,8 +120,8 @@ def _within(
 
 
 def listed(layers: Sequence[int]) -> str:
-    """``layers 2, 10`` or ``no layer``."""
-    return f"layers {', '.join(map(str, layers))}" if layers else "no layer"
+    """``layers 2, 10``, ``layer 2`` or ``no layer``."""
+    return f"layer{'s'[: len(layers) != 1]} {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def bi(search: Search, amount: int) -> Iterator[list[int]]:
@@ -158,7 +158,7 @@ def greedy(search: Search, amount: int) -> Iterator[list[int]]:
         seconds = search.count(len(candidates), begun)
         search.rounds.append(Round(best, costs, seconds))
         log.info(
-            "greedy: removing layer %d (KL %.4f, the best of %d candidates, next %s; %.1f s)",
+            "greedy: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
             best, costs[best], len(candidates), _runner_up(costs, best), seconds,
         )  # fmt: skip
         yield removed

@@ -19,7 +19,7 @@ from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss, perplexity
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.own_text.kept import with_text
-from edgepress.pipeline.prune.criteria import Choice, choose, listed
+from edgepress.pipeline.prune.criteria import Choice, choose
 from edgepress.pipeline.prune.influence import Influence, measure_influence
 from edgepress.pipeline.prune.record import rounded, write_influence
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
@@ -157,8 +157,8 @@ def _others(layers: int, removed: Sequence[int]) -> list[int]:
 
 def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
     before, after = perplexities
-    summary = "prune: removed %s of %d; perplexity of held-out calibration text %.4g -> %.4g"
-    log.info(summary, listed(removed), layers, before, after)
+    summary = "prune: %d of %d layers removed (%s); perplexity of held-out calibration text %.4g -> %.4g"
+    log.info(summary, len(removed), layers, ", ".join(map(str, removed)) or "none", before, after)
     if after > WORRYING * before:
         log.warning(
             "warning: without these layers the model is badly degraded; remove fewer or none, or set a limit: --max-loss 0.1"

@@ -72,8 +72,9 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         log.info("quantize: GPTQ resumes after the last layer finished before the interruption")
     else:
         log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
+    model = str(_float_source(job, folder.resolve()))  # before the current folder is another, from which a path leads elsewhere
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
-        _run(replace(settings, model=str(_float_source(job))))
+        _run(replace(settings, model=model))
     release_memory()
     return read_checkpoint(folder / "model", job.linears)
 
@@ -123,12 +124,12 @@ def _show_progress(printed: str) -> None:
     report_progress(printed.count("'process': 'gptq'"), step)
 
 
-def _float_source(job: QuantizeJob) -> Path:
-    """The folder that gptqmodel reads: the job's, or a float copy in the working directory where some of its matrices are codes."""
+def _float_source(job: QuantizeJob, scratch: Path) -> Path:
+    """The folder that gptqmodel reads: the job's, or a float copy in ``scratch`` where some of its matrices are codes."""
     source = job.checkpoint
     if not source.weights.matrices:
         return source.path.resolve()
-    copy = Path.cwd() / "float"
+    copy = scratch / "float"
     source.model().save_pretrained(copy)
     carry_files(source.path, copy, source.trust_remote_code)
     return copy

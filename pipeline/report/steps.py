@@ -160,13 +160,17 @@ CHOSEN = {
 
 def describe(step: Step) -> str:
     """What a stage did, in one line."""
+    if step.stage == "import" and (size := step.facts.get("file_bytes")):
+        return f"import: a GGUF file of {size / 1e6:.1f} MB, dequantized"
     if step.trimming:
         (rows, kept), (before, after) = step.trimming.vocabulary, step.trimming.bits_per_byte
         return f"trim: {kept:,} of {rows:,} tokens kept, bits a byte {before:.4f} -> {after:.4f} in float"
     if step.removal:
-        removed = ", ".join(map(str, step.removal.removed_layers)) or "none"
-        chosen = CHOSEN.get(step.removal.criterion, step.removal.criterion)
-        return f"prune: layers {removed} of {step.removal.layers[0]} removed ({chosen})"
+        gone, chosen = step.removal.removed_layers, CHOSEN.get(step.removal.criterion, step.removal.criterion)
+        if not gone:
+            return f"prune: none of {step.removal.layers[0]} layers removed"
+        named = f"number{'s'[: len(gone) != 1]} {', '.join(map(str, gone))}"
+        return f"prune: {len(gone)} of {step.removal.layers[0]} layers removed, {named} ({chosen})"
     if step.healing:
         return _healed(step.healing)
     if step.quantization:

@@ -177,6 +177,8 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> Rows:
 def _interval(comparison: Comparison) -> str:
     if comparison.low is None or comparison.high is None:
         return "one round"
+    if comparison.high > 20 * comparison.low:
+        return "too few rounds"
     return f"{comparison.low:.4g} to {comparison.high:.4g}"
 
 

@@ -12,6 +12,7 @@ from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.vocabulary import PAST_TENSE
 
 FEW = 3
+MOST = 20.0  # an interval whose ends are further apart tells nothing
 HEAVY = 50e6  # bytes read a token
 SLOW, EXPECTED = 0.25, 0.6  # shares of the memory's bandwidth: called out below the first, most graphs reach the second
 HURT = {
@@ -154,6 +155,8 @@ def _times(report: Report, other: Report) -> str:
 
 def times(ratio: Ratio) -> str:
     """``1.12x, 1.05 to 1.20``."""
+    if ratio.rounds > 1 and ratio.high > MOST * ratio.low:
+        return f"{ratio.value:.4g}x, {ratio.rounds} rounds: too few for an interval"
     interval = f", {ratio.low:.4g} to {ratio.high:.4g}" if ratio.rounds > 1 else ", one round: no interval"
     return f"{ratio.value:.4g}x{interval}"
 
@@ -175,8 +178,10 @@ def _pressed(reports: Sequence[Report]) -> list[str]:
         if {"original", "onnx"} <= set(scored):
             before, after = scored["original"], scored["onnx"]
             sizes = {row.name: shown(row.bytes, "byte") for row in report.stages}
+            file = next((step.facts.get("file_bytes") for step in report.steps if step.stage == "import"), None)
+            given = f"{sizes['original']} in float" + (f" (a GGUF file of {shown(file, 'byte')})" if isinstance(file, int) else "")
             lines.append(
-                f"{report.artifact}: weights {sizes['original']} to {sizes['onnx']}, "
+                f"{report.artifact}: weights {given} to {sizes['onnx']}, "
                 f"perplexity {before:.4g} to {after:.4g} ({100 * (after / before - 1):+.1f} %)"
             )
     return lines

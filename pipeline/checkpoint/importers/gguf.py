@@ -79,6 +79,7 @@ def _import(file: Path, kinds: Counter[str], out: Path, options: ImportOptions) 
         )
     return {
         "architecture": model.config.model_type,
+        "file_bytes": file.stat().st_size,
         "types": dict(sorted(kinds.items())),
         "quantized_types": coarse,
         "parameters": model.num_parameters(),
