@@ -140,12 +140,11 @@ def hostile(source: Path, folder: Path) -> Path:
 
 def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     folder.mkdir(exist_ok=True)
-    cwd, scratch = folder / "cwd", folder / ".packed.gptq"
+    cwd, scratch = folder / "cwd", folder / "out" / ".packed.gptq"  # from which a relative path leads elsewhere
     cwd.mkdir(exist_ok=True)
     settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(isolated, "remove", lambda _: None)
-        here = Path(os.path.relpath(source, cwd))  # as people give it; gptqmodel works in another folder
-        packed = run("quantize", Artifact.load(here), folder / "packed", settings)
+        packed = run("quantize", Artifact.load(Path(os.path.relpath(source, cwd))), folder / "out" / "packed", settings)
     return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import leads_out, link_or_copy, read_json, real, write_json, write_whole
+from edgepress.pipeline.files import atomic_folder, leads_out, link_or_copy, read_json, real, write_json, write_whole
+from safetensors.numpy import save_file
 
 
 def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
@@ -65,3 +68,13 @@ def test_a_second_name_is_that_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "out" / "deep").mkdir(parents=True)
     link_or_copy(tmp_path / "cache" / "model.safetensors", target := tmp_path / "out" / "deep" / "model.safetensors")
     assert not target.is_symlink() and target.read_bytes() == b"weights"
+
+
+def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    """Safetensors makes its own for the owner alone, and a colleague could not read the folder."""
+    with atomic_folder(tmp_path / "out") as folder:
+        save_file({"a": np.zeros(3)}, folder / "a.safetensors")
+        (folder / "plain").touch()
+        (kept := folder / "own").touch(mode=0o400)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    assert modes["a.safetensors"] == modes["plain"] and modes[kept.name] == 0o400

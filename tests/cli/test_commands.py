@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -176,6 +177,32 @@ def test_run_prints_what_a_plain_loop_gives(prompt: str, count: int, call: Call,
     result = call("run", exported, prompt, "--max-new-tokens", count)
     assert result.code == 0 and result.out == text.rstrip("\ufffd") + "\n"
     assert call("run", exported.parent, prompt, "--max-new-tokens", count).out == result.out
+
+
+@pytest.mark.parametrize("prompt", [(), ("-",)])
+def test_run_reads_the_prompt_from_a_pipe(
+    prompt: tuple[str, ...], call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    piped = call("run", exported, *prompt, "--max-new-tokens", 5)
+    assert piped.out == call("run", exported, PROMPT, "--max-new-tokens", 5).out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "give a text to continue" in call("run", exported).err
+
+
+def test_a_flag_that_is_nearly_one(call: Call) -> None:
+    assert "did you mean '--remove-count'?" in call("prune", "a", "b", "--remove-cuont", 3).err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("arguments", [("show",), ("run", PROMPT)])
+def test_output_that_cannot_be_written(arguments: tuple[str, ...], exported: Path) -> None:
+    """One line, exit 2, and Python does not say it again as it ends."""
+    command = [sys.executable, "-m", "edgepress.pipeline.cli", arguments[0], str(exported), *arguments[1:]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last.startswith("error: cannot write") and "Exception ignored" not in done.stderr
 
 
 def test_run_streams(exported: Path) -> None:
