@@ -102,7 +102,8 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     print(f"\nartifact: {artifact.path}")
     if artifact.format == "onnx":
         how = "--chat" if has_template(artifact.path) else '"Once upon a time"'
-        program = "edgepress" if shutil.which("edgepress") else shlex.quote(sys.argv[0])
+        called = Path(sys.argv[0])  # as .venv/bin/edgepress, by make
+        program = shlex.quote(str(called)) if called.name == "edgepress" and not shutil.which("edgepress") else "edgepress"
         print(f"try:      {program} run {shlex.quote(str(artifact.path))} {how}")
     return 0
 
