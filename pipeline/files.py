@@ -201,9 +201,9 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def _open_to_all(folder: Path) -> None:
-    """Files get the permissions that a new file has: safetensors gives its own to the owner alone."""
+    """Weights get the permissions that a new file has: safetensors gives its files to the owner alone."""
     os.umask(mask := os.umask(0o22))
-    for file in folder.iterdir():
+    for file in folder.glob("*.safetensors"):
         state = file.lstat()
         if stat.S_ISREG(state.st_mode) and stat.S_IMODE(state.st_mode) == 0o600 and state.st_nlink == 1:
             with suppress(OSError):  # a disk without permissions

@@ -37,7 +37,7 @@ def stop(number: int, frame: object) -> None:
 def held_back() -> Iterator[None]:
     """A signal that comes within the context interrupts at its end: what is begun there is also noted there."""
     global _holding
-    if _holding:
+    if _holding or threading.current_thread() is not threading.main_thread():  # where signals interrupt
         yield
         return
     before, _holding = len(signals), True

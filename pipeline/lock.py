@@ -88,9 +88,10 @@ def writing(out: Path, *, build: bool = False, wait: bool = False) -> Iterator[N
             _acquire(out, file, build, wait, held)
             yield
         finally:
-            for one in held:
-                _mine.held.remove(one)
-                one.release()
+            with interrupt.held_back():
+                for one in held:
+                    _mine.held.remove(one)
+                    one.release()
     finally:
         for parent in created:
             with suppress(OSError):  # it holds what was written, or another's lock

@@ -230,6 +230,7 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         raise OptionError(f"--keep-codes is for a GGUF file, and {source} is none; leave it out")
     own = [original.path]
     if steps and isinstance(trimming := steps[0][1], TrimOptions):
+        _check_inputs(original.path, steps[1:])
         original, steps = stages.run("trim", original, out / "00-trim", trimming), steps[1:]
         source = original.path
     if not steps:

@@ -234,9 +234,11 @@ def record(options: Options) -> JsonObject:
 
     A text that the model writes is known by how, before it is there.
     """
-    for name in ("calibration", "text", "other_text"):
-        if isinstance(text := getattr(options, name, None), Path) and text != SELF and text.is_dir():
-            raise OptionError(f"{flag(name)} {text} is a folder; give a .txt, .jsonl, .json or .csv file")
+    for name in ("calibration", "text", "other_text", "keep_text"):
+        value = getattr(options, name, None)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, Path) and text != SELF and text.is_dir():
+                raise OptionError(f"{flag(name)} {text} is a folder; give a .txt, .jsonl, .json or .csv file")
 
     def plain(value: object) -> object:
         if value == SELF:

@@ -50,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with plain_output():
             return written(_main(arguments))
-    except KeyboardInterrupt:  # before there was a command to end
-        return 130
     except SystemExit as end:  # of --help and --version
         raise SystemExit(written(int(end.code or 0))) from None
     finally:
@@ -59,8 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
-    log_to_terminal()
+    try:
+        options = parser().parse_args(arguments)
+        log_to_terminal()
+    except KeyboardInterrupt:  # before there is a command to end
+        return 130
     own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)

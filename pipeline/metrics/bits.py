@@ -26,7 +26,7 @@ class BitsPerByte:
 def bits_per_byte(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> BitsPerByte:
     """Of a text in windows of 512 tokens; what a window begins with is not scored, unless BOS stands before it."""
     encoding, start = tokenizer.encode(text, add_special_tokens=False), beginning(tokenizer)
-    length = min(_WINDOW, int(getattr(model.config.get_text_config(), "max_position_embeddings", _WINDOW))) - len(start)
+    length = max(2, min(_WINDOW, int(getattr(model.config.get_text_config(), "max_position_embeddings", _WINDOW))) - len(start))
     nats, scored, skipped = 0.0, 0, 0 if start else 1
     blocks, offsets = Blocks(model), encoding.offsets
     for first in range(0, len(encoding.ids) - 1, length):

@@ -6,7 +6,7 @@ Byte-level BPE, BPE as sentencepiece has it, Unigram and WordPiece.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 
@@ -37,6 +37,12 @@ class Pieces:
         ids = {piece: number for number, (piece, _) in enumerate(vocab)} if self.kind == "Unigram" else dict(vocab)
         self.ids: dict[str, int] = {piece: number for piece, number in ids.items() if number < rows}
         self.added: dict[str, int] = {str(t["content"]): int(t["id"]) for t in content.get("added_tokens") or () if t["id"] < rows}
+        self.needed = frozenset(_ids_in(content.get("post_processor")))  # put around every text
+        if beyond := [number for number in self.needed if number >= rows]:
+            raise ModelError(
+                f"its tokenizer puts the token {max(beyond)} around a text, beyond the {rows} rows of the embedding; correct its "
+                "tokenizer.json"
+            )
         self.names = {number: piece for piece, number in {**self.ids, **self.added}.items()}
         self.byte_level = _mentions(content, "ByteLevel")
 
@@ -48,7 +54,7 @@ class Pieces:
         unknown = self.model.get("unk_token", self.model.get("unk_id"))
         if unknown is not None:
             always.add(unknown if isinstance(unknown, int) else self.ids.get(unknown, self.added.get(unknown, 0)))
-        return frozenset(always)
+        return frozenset(always | (self.needed & self.names.keys()))
 
     @property
     def loses_nothing(self) -> bool:
@@ -78,7 +84,7 @@ class Pieces:
         That is so in any text where the piece is found: no merge crossed its borders, or it would not be there. Empty for a piece
         that no text has: what fills an embedding up.
         """
-        if self.kind != "BPE" or number not in self._of_model:
+        if self.kind != "BPE" or number not in self._of_model or number in self._added_ids:
             return frozenset((number,))
         symbols, made = self._symbols(self.names[number]), {number}
         made.update(self.ids[symbol] for symbol in symbols if symbol in self.ids)
@@ -110,7 +116,8 @@ class Pieces:
             there = model["vocab"]
             model["merges"] = [m for m in self.model["merges"] if all(p in there for p in (*_pair(m), "".join(_pair(m))))]
         added = [token | {"id": new[token["id"]]} for token in self.content.get("added_tokens") or () if token["id"] in new]
-        content = self.content | {"model": model, "added_tokens": added}
+        # No text is padded or cut: what these name would be ids of the former vocabulary.
+        content = self.content | {"model": model, "added_tokens": added, "padding": None, "truncation": None}
         content["post_processor"] = _renumbered(content.get("post_processor"), new)
         return content, former
 
@@ -179,6 +186,19 @@ def _mentions(content: JsonObject, kind: str) -> bool:
                 yield from types(item)
 
     return kind in {*types(content.get("pre_tokenizer")), *types(content.get("decoder"))}
+
+
+def _ids_in(part: object) -> Iterator[int]:
+    """Ids that a post-processor names, as ``_renumbered`` finds them."""
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from value if key == "ids" else _ids_in(value)
+    elif isinstance(part, list):
+        if len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], int):
+            yield part[1]
+        else:
+            for item in part:
+                yield from _ids_in(item)
 
 
 def _renumbered(part: object, new: Mapping[int, int]) -> object:

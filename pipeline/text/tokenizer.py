@@ -66,6 +66,8 @@ def _usable(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
         # Fine-tuning leaves these on in the file: texts would be cut, and padding scored as text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None  # merges left out by chance, for training
         tokenizer.decode(tokenizer.encode(_PROBE).ids)  # some faults show only in use
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise

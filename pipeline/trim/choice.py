@@ -65,7 +65,10 @@ class Wish:
 
 def choose(pieces: Pieces, wish: Wish) -> frozenset[int]:
     """Ids of the pieces that stay. Raises OptionError where fewer are wanted than must stay, or as many as there are."""
-    kept = set(wish.must) | {number for number in pieces.base if not _foreign(pieces, number, wish)}
+    kept = set(wish.must)
+    for number in pieces.base:
+        if not _foreign(pieces, number, wish):
+            kept |= pieces.parts(number) | {number}  # a character of three bytes is merged of two first
     always = len(kept)
     used = np.flatnonzero(wish.counts)
     if wish.texts_stay:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,16 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files, replace_tensors
-from edgepress.pipeline.errors import ModelError, ProofError
+from edgepress.pipeline.errors import ModelError, ProofError, TextError
 from edgepress.pipeline.files import JsonObject, folder_bytes, read_json, sha256, write_json
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.metrics.bits import bits_per_byte
+from edgepress.pipeline.model_files import read_tokenizer_config
 from edgepress.pipeline.options import TrimOptions
 from edgepress.pipeline.text.pieces import Pieces
 from edgepress.pipeline.text.reading import read_text
 from edgepress.pipeline.text.tokenizer import resolved
-from edgepress.pipeline.text.windows import beginning, ids_of
+from edgepress.pipeline.text.windows import beginning, check_ids, ids_of
 from edgepress.pipeline.trim.choice import Wish, choose, scripts_of
 from edgepress.pipeline.trim.token_ids import named_ids, renumbered
 from tokenizers import Tokenizer
@@ -31,7 +31,10 @@ from transformers import PreTrainedModel
 log = logging.getLogger("edgepress")
 TABLE = "former_ids.json"
 # What knows a tokenizer otherwise than tokenizer.json: of the pieces that are gone, too.
-_OTHER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tekken.json")
+_OTHER_FILES = (
+    "genai_config.json", "vocabulary.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "tekken.json",
+)  # fmt: skip
 _JUDGED = 16_000  # characters of the text that judges
 
 
@@ -48,6 +51,10 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     rows = checkpoint.meta_model().get_input_embeddings().num_embeddings
     pieces = Pieces(content, rows)
     text = read_text(options.text, options.text_key)[:_JUDGED]
+    judged = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
+    check_ids([*beginning(checkpoint.tokenizer), *judged], checkpoint.tokenizer, rows, str(options.text))
+    if len(judged) < 2:
+        raise TextError(f"{options.text} is too short: {len(judged)} tokens; give a longer text")
     wish, scripts = _wish(checkpoint, pieces, options, rows), scripts_of(options.languages)
     kept = choose(pieces, wish)
     smaller, former = pieces.reduced(kept)
@@ -118,13 +125,13 @@ def _wish(checkpoint: Checkpoint, pieces: Pieces, options: TrimOptions, rows: in
     """What the options ask for, with the counts of the texts and the ids that the model's files name."""
     counts = np.zeros(rows, dtype=np.int64)
     for text in _texts(options):
-        for number, count in Counter(ids_of(text, checkpoint.tokenizer, None, options.text_key)).items():
-            if number < rows:
-                counts[number] += count
+        ids = ids_of(text, checkpoint.tokenizer, None, options.text_key)
+        check_ids(ids, checkpoint.tokenizer, rows, str(text))
+        counts += np.bincount(ids, minlength=rows)
     files = (checkpoint.path / name for name in ("generation_config.json", "tokenizer_config.json"))
     contents = [checkpoint.raw_config, *(read_json(file) for file in files if file.is_file())]
     must = {number for content in contents for number in named_ids(content) if number < rows}
-    must |= set(beginning(checkpoint.tokenizer))
+    must |= set(beginning(checkpoint.tokenizer)) | _named_by_text(checkpoint.path, pieces)
     return Wish(
         counts,
         frozenset(must & pieces.names.keys()),
@@ -132,6 +139,15 @@ def _wish(checkpoint: Checkpoint, pieces: Pieces, options: TrimOptions, rows: in
         texts_stay=bool(options.keep_text),
         scripts=scripts_of(options.languages),
     )
+
+
+def _named_by_text(folder: Path, pieces: Pieces) -> set[int]:
+    """Added tokens that the tokenizer's settings or a chat template name: a padding token may be called reserved."""
+    settings = read_tokenizer_config(folder)
+    texts = [json.dumps({k: v for k, v in settings.items() if k != "added_tokens_decoder"}, ensure_ascii=False)]
+    files = [folder / "special_tokens_map.json", *folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    texts += [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return {number for name, number in pieces.added.items() if any(name in text for text in texts)}
 
 
 def _write(checkpoint: Checkpoint, out: Path, tokenizer: JsonObject, former: list[int], names: list[str]) -> None:
@@ -142,9 +158,8 @@ def _write(checkpoint: Checkpoint, out: Path, tokenizer: JsonObject, former: lis
     for file in (*(out / name for name in _OTHER_FILES), *out.glob("*.model")):
         file.unlink(missing_ok=True)
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        if (out / name).is_file():
-            write_json(out / name, renumbered(read_json(out / name), new))
+    for file in out.glob("*_config.json"):
+        write_json(file, renumbered(read_json(file), new))
     write_json(out / "config.json", _resized(renumbered(checkpoint.raw_config, new), len(former)))
     write_json(out / TABLE, {"former_ids": former})
     kept = torch.tensor(former)
@@ -209,6 +224,8 @@ def _prove_tokenizer(before: Tokenizer, after: Tokenizer, former: list[int], tex
             raise ProofError(
                 f"{text} is no longer encoded as it was, though all its tokens stayed; its tokenizer cannot be trimmed"
             )
+    if max(after.get_vocab(with_added_tokens=True).values()) >= len(former):
+        raise ProofError("transformers adds a token that was trimmed; name it in --keep-text, so that it stays")
     wanted_text = before.decode(before.encode(other, add_special_tokens=False).ids)
     if after.decode(after.encode(other, add_special_tokens=False).ids) != wanted_text:
         raise ProofError("a text decodes to something else than before; the tokenizer cannot be trimmed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from edgepress.pipeline.files import JsonObject
 
@@ -17,7 +18,7 @@ def named_ids(content: JsonObject) -> Iterator[int]:
         if isinstance(value, dict) and key != "added_tokens_decoder":
             yield from named_ids(value)
         elif _names_tokens(key) or key == "forced_decoder_ids":
-            yield from _numbers([pair[1:] for pair in value or []] if key == "forced_decoder_ids" else value)
+            yield from _numbers([pair[1] for pair in _pairs(value)] if key == "forced_decoder_ids" else value)
 
 
 def renumbered(content: JsonObject, new: Mapping[int, int]) -> JsonObject:
@@ -25,14 +26,15 @@ def renumbered(content: JsonObject, new: Mapping[int, int]) -> JsonObject:
     result: JsonObject = {}
     for key, value in content.items():
         if key == "added_tokens_decoder" and isinstance(value, dict):
-            result[key] = {str(new[int(number)]): token for number, token in value.items() if int(number) in new}
+            known = {int(number): token for number, token in value.items() if str(number).isdecimal()}
+            result[key] = {str(new[number]): token for number, token in known.items() if number in new}
         elif isinstance(value, dict):
             result[key] = renumbered(value, new)
         elif key in _PAIRS and isinstance(value, list):
             ids_at = 1 if key == "forced_decoder_ids" else 0
             result[key] = [
                 [_mapped(part, new) if place == ids_at else part for place, part in enumerate(pair)]
-                for pair in value
+                for pair in _pairs(value)
                 if all(number in new for number in _numbers(pair[ids_at]))
             ]
         elif _names_tokens(key) or key in _LISTS:
@@ -40,6 +42,11 @@ def renumbered(content: JsonObject, new: Mapping[int, int]) -> JsonObject:
         else:
             result[key] = value
     return result
+
+
+def _pairs(value: object) -> list[list[Any]]:
+    """The entries of a list that are pairs; another one means nothing to transformers either."""
+    return [pair for pair in value if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
 
 
 def _names_tokens(key: str) -> bool:

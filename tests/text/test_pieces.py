@@ -101,6 +101,43 @@ def test_what_merging_goes_through_stays(kind: str) -> None:
     assert [without[number] for number in broken.encode(text).ids] != before.encode(text).ids
 
 
+def test_every_piece_that_stays_can_be_made() -> None:
+    """A character of three bytes is merged of two first: without what lies between it would be a dead row."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    made.train_from_iterator(["你好世界老人静街道歩く " * 50, PROSE[:3000]], trainer)
+    content, counts = json.loads(made.to_str()), np.zeros(420, dtype=np.int64)
+    for wish in (Wish(counts, frozenset(), 330, texts_stay=False), Wish(counts, frozenset(), None, scripts=frozenset(["LATIN"]))):
+        smaller, former = Pieces(content, 420).reduced(choose(Pieces(content, 420), wish))
+        after = Pieces(smaller, len(former))
+        assert all(after.parts(number) for number in after.names)
+    assert Tokenizer.from_str(json.dumps(smaller)).decode(Tokenizer.from_str(json.dumps(smaller)).encode("老人").ids) == "老人"
+
+
+def test_reserved_tokens_that_a_text_uses_stay() -> None:
+    """Gemma's are pieces of the model and added tokens both."""
+    content = json.loads(trained("byte-level BPE"))
+    size = len(content["model"]["vocab"]) + len(content["added_tokens"])
+    content["model"]["vocab"]["<unused7>"] = size
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": size, "content": "<unused7>"})
+    counts = np.zeros(size + 1, dtype=np.int64)
+    assert size not in choose(Pieces(content, size + 1), Wish(counts, frozenset()))
+    counts[size] = 1
+    assert size in choose(Pieces(content, size + 1), Wish(counts, frozenset()))
+
+
+def test_what_stands_around_a_text_stays_or_is_refused() -> None:
+    content = json.loads(trained("WordPiece"))
+    content["post_processor"]["sep"] = ["[X]", 500]
+    content["padding"] = {"strategy": "BatchLongest", "pad_id": 500}
+    pieces = Pieces(content, 600)
+    assert 500 in pieces.base and pieces.reduced(pieces.base)[0]["padding"] is None
+    content["post_processor"]["sep"] = ["[X]", 600]
+    with pytest.raises(ModelError, match="beyond the 600 rows"):
+        Pieces(content, 600)
+
+
 def test_special_tokens_keep_their_places() -> None:
     before, after, former = reduced("BPE with byte fallback", text="abc")
     assert after.encode("abc").tokens[0] == "<s>" and after.token_to_id("<s>") == former.index(before.token_to_id("<s>"))

@@ -21,6 +21,7 @@ from edgepress.pipeline.trim import stage
 from edgepress.pipeline.trim.choice import is_written_in, scripts_of
 from edgepress.pipeline.trim.token_ids import named_ids, renumbered
 from families import family_config
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Where the issue asks for it; all others are tried by the same code.
@@ -165,6 +166,62 @@ def test_refusals(
 def test_text_in_another_encoding(refused: Callable[..., None], tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Der Süden ist schön".encode("latin-1") * 50)
     refused("trim", tiny, tmp_path / "out", "--keep-text", tmp_path / "latin.txt", says="UTF-8")
+
+
+def with_tokens(folder: Path, *names: str) -> None:
+    """Tokens added to a model's tokenizer, with settings that name the first as padding."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(names))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = read_json(folder / "tokenizer_config.json") | {"pad_token": names[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_tokens_that_settings_name_stay(tiny: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Llama 3's fine-tunes pad with a reserved one; transformers would add it again, behind the embedding."""
+    source = copy_of(tiny, "source")
+    content = read_json(source / "tokenizer.json")
+    (name, number), *_ = sorted(content["model"]["vocab"].items(), key=lambda item: -item[1])
+    del content["model"]["vocab"][name]
+    content["model"]["merges"] = [
+        m for m in content["model"]["merges"] if "".join(m if isinstance(m, list) else m.split(" ")) != name
+    ]
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with_tokens(source, "<|reserved_special_token_0|>")
+    trimmed(source, tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert number == 5119 and len(after) == 3000 and after.pad_token_id < 3000
+
+
+def test_texts_with_tokens_that_have_no_row(
+    refused: Callable[..., None], tiny: Path, copy_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copy_of(tiny, "source")
+    with_tokens(source, "<|late|>")
+    (tmp_path / "t.txt").write_text("It was a cold morning. <|late|> The house stood silent. " * 20)
+    for flag in ("--text", "--keep-text"):
+        flags = ("--keep-tokens", 3000) if flag == "--text" else ()
+        refused("trim", source, tmp_path / "out", *flags, flag, tmp_path / "t.txt", says=("beyond the 5120 rows", "leave it out"))
+
+
+def test_what_later_stages_need_is_looked_at_first(refused: Callable[..., None], tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("trim: {keep_tokens: 3000}\nprune: {remove_count: 9}\n")
+    refused("build", tiny, tmp_path / "out", "--recipe", recipe, says="cannot remove 9 of 4 layers")
+
+
+def test_odd_settings(tiny: Path, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """What means nothing to transformers is no reason for a traceback."""
+    assert renumbered({"forced_decoder_ids": [5], "sequence_bias": "x", "added_tokens_decoder": {"a": 1}}, {}) == {
+        "forced_decoder_ids": [], "sequence_bias": "x", "added_tokens_decoder": {},
+    }  # fmt: skip
+    assert list(named_ids({"forced_decoder_ids": [5], "eos_token_id": None})) == []
+    source = copy_of(tiny, "source")
+    (source / "genai_config.json").write_text('{"model": {"vocab_size": 5120}}')
+    (source / "processor_config.json").write_text('{"image_token_id": 2}')
+    _, former = trimmed(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "genai_config.json").exists()
+    assert read_json(tmp_path / "out" / "processor_config.json") == {"image_token_id": former.index(2) if 2 in former else None}
 
 
 def test_trim_comes_first(refused: Callable[..., None], tiny: Path, tmp_path: Path) -> None:
