@@ -13,6 +13,7 @@ import numpy as np
 _T99 = (63.657, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169, 3.106, 3.055, 3.012, 2.977, 2.947, 2.921,
         2.898, 2.878, 2.861, 2.845)  # fmt: skip
 LEVEL = 0.99
+WIDEST = 20.0  # an interval whose ends are further apart, as of two samples, tells nothing
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from edgepress.pipeline.report.comparison import DECODE, SIZE
 from edgepress.pipeline.report.model import Comparison, Figure, Report, StageRow
-from edgepress.pipeline.report.stats import frontier
+from edgepress.pipeline.report.stats import WIDEST, frontier
 from edgepress.pipeline.report.steps import describe
 
 Rows = list[list[str]]
@@ -177,7 +177,7 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> Rows:
 def _interval(comparison: Comparison) -> str:
     if comparison.low is None or comparison.high is None:
         return "one round"
-    if comparison.high > 20 * comparison.low:
+    if comparison.high > WIDEST * comparison.low:
         return "too few rounds"
     return f"{comparison.low:.4g} to {comparison.high:.4g}"
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from edgepress.pipeline.report.attribution import WORRYING
 from edgepress.pipeline.report.comparison import DECODE, SIZE, compare, losing, loss
 from edgepress.pipeline.report.model import Report
-from edgepress.pipeline.report.stats import Ratio
+from edgepress.pipeline.report.stats import WIDEST, Ratio
 from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.vocabulary import PAST_TENSE
 
 FEW = 3
-MOST = 20.0  # an interval whose ends are further apart tells nothing
 HEAVY = 50e6  # bytes read a token
 SLOW, EXPECTED = 0.25, 0.6  # shares of the memory's bandwidth: called out below the first, most graphs reach the second
 HURT = {
@@ -155,7 +154,7 @@ def _times(report: Report, other: Report) -> str:
 
 def times(ratio: Ratio) -> str:
     """``1.12x, 1.05 to 1.20``."""
-    if ratio.rounds > 1 and ratio.high > MOST * ratio.low:
+    if ratio.rounds > 1 and ratio.high > WIDEST * ratio.low:
         return f"{ratio.value:.4g}x, {ratio.rounds} rounds: too few for an interval"
     interval = f", {ratio.low:.4g} to {ratio.high:.4g}" if ratio.rounds > 1 else ", one round: no interval"
     return f"{ratio.value:.4g}x{interval}"

@@ -55,7 +55,7 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     check_ids([*beginning(checkpoint.tokenizer), *judged], checkpoint.tokenizer, rows, str(options.text))
     if len(judged) < 2:
         raise TextError(f"{options.text} is too short: {len(judged)} tokens; give a longer text")
-    wish, scripts = _wish(checkpoint, pieces, options, rows), scripts_of(options.languages)
+    wish = _wish(checkpoint, pieces, options, rows)
     kept = choose(pieces, wish)
     smaller, former = pieces.reduced(kept)
     if len(former) == rows:
@@ -83,7 +83,7 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     )  # fmt: skip
     return read | {
         "vocabulary": [rows, len(former)],
-        "scripts": sorted(scripts),
+        "scripts": sorted(wish.scripts),
         "former_ids": {"file": TABLE, "sha256": sha256(out / TABLE)},
         "parameters": [parameters, model.num_parameters()],
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
@@ -163,18 +163,14 @@ def _write(checkpoint: Checkpoint, out: Path, tokenizer: JsonObject, former: lis
     write_json(out / "config.json", _resized(renumbered(checkpoint.raw_config, new), len(former)))
     write_json(out / TABLE, {"former_ids": former})
     kept = torch.tensor(former)
-    stored = (
-        name for name in names if checkpoint.tensor(name) is not None or checkpoint.tensor(name.split(".", 1)[-1]) is not None
-    )
-    replace_tensors(out, {name: _tensor(checkpoint, name)[kept] for name in stored})
+    stored = ((name, _tensor(checkpoint, name)) for name in names)
+    replace_tensors(out, {name: tensor[kept] for name, tensor in stored if tensor is not None})
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Some files omit the base model's prefix."""
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    """Some files omit the base model's prefix; a tied head is in none."""
     tensor = checkpoint.tensor(name)
-    tensor = checkpoint.tensor(name.split(".", 1)[-1]) if tensor is None else tensor
-    assert tensor is not None
-    return tensor
+    return checkpoint.tensor(name.split(".", 1)[-1]) if tensor is None else tensor
 
 
 def _resized(config: JsonObject, rows: int) -> JsonObject:
