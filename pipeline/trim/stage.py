@@ -47,9 +47,8 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     scripts_of(options.languages)  # what is not known is refused before anything is read
     checkpoint = Checkpoint(source.path, options.trust_remote_code)
     read = checkpoint.remarks("trim")
-    content, names = _tokenizer(checkpoint), _vocabulary_tensors(checkpoint)
-    rows = checkpoint.meta_model().get_input_embeddings().num_embeddings
-    pieces = Pieces(content, rows)
+    rows, names = _vocabulary_tensors(checkpoint)
+    pieces = Pieces(_tokenizer(checkpoint), rows)
     text = read_text(options.text, options.text_key)[:_JUDGED]
     judged = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
     check_ids([*beginning(checkpoint.tokenizer), *judged], checkpoint.tokenizer, rows, str(options.text))
@@ -100,8 +99,8 @@ def _tokenizer(checkpoint: Checkpoint) -> JsonObject:
     return content
 
 
-def _vocabulary_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Parameters with a row for each token. Raises ModelError for one that is neither embedding nor head."""
+def _vocabulary_tensors(checkpoint: Checkpoint) -> tuple[int, list[str]]:
+    """Rows of the embedding, and the parameters that have as many. Raises ModelError for one that is neither embedding nor head."""
     model = checkpoint.meta_model()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
@@ -113,7 +112,7 @@ def _vocabulary_tensors(checkpoint: Checkpoint) -> list[str]:
             names.append(name)
         elif parameter.shape and parameter.shape[0] == rows:
             raise ModelError(f"{name} has a row for each token, too, which trim does not know; keep the whole vocabulary")
-    return names
+    return rows, names
 
 
 def _texts(options: TrimOptions) -> tuple[Path, ...]:
