@@ -37,9 +37,11 @@ def batches(
 def logits_of(model: PreTrainedModel, ids: np.ndarray, keep: int = 0) -> np.ndarray:
     """Logits (kept, vocabulary) of the last ``keep`` positions of one window (tokens,), 0 for all, without a cache."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters  # saves the memory of the others
+    device = "cpu" if model.device.type == "meta" else model.device  # meta: its weights are read as they are needed
     with torch.inference_mode():
-        output = model(input_ids=torch.from_numpy(ids)[None], use_cache=False, **({"logits_to_keep": keep} if known else {}))
-    logits: np.ndarray = output.logits[0, -keep:].float().numpy()
+        row = torch.from_numpy(ids)[None].to(device)
+        output = model(input_ids=row, use_cache=False, **({"logits_to_keep": keep} if known else {}))
+    logits: np.ndarray = output.logits[0, -keep:].float().cpu().numpy()
     return logits
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.machine import large_blocks_given_back
+from edgepress.pipeline.machine import large_blocks_given_back, training_device
 from edgepress.pipeline.own_text.openings import Openings
 from edgepress.pipeline.progress import bar
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-# Tokens of a row: at its end all begin anew, for the cache grows with it. Rows at a time: more are hardly faster.
-LONGEST, ROWS = 512, 32
+# Tokens of a row: at its end all begin anew, for the cache grows with it. Rows at a time: more are hardly faster on a CPU.
+LONGEST, ROWS, ROWS_ON_A_GPU = 512, 32, 256
 
 
 def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
@@ -30,13 +30,14 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
     """
     openings = Openings.of(checkpoint)
     with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
-        model = checkpoint.model().to(dtype())
+        model = checkpoint.model().to(training_device(), dtype())
     length = min(LONGEST, checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
     parts, begun = [], time.monotonic()
     with bar("calibration text", length * len(rows), "token") as shown:
-        for batch in np.array_split(np.array(rows, dtype=object), math.ceil(len(rows) / ROWS)):
+        at_once = ROWS_ON_A_GPU if model.device.type == "cuda" else ROWS
+        for batch in np.array_split(np.array(rows, dtype=object), math.ceil(len(rows) / at_once)):
             parts += _written(model, list(batch), length, openings.known, shown.update)
             seconds, rest = time.monotonic() - begun, len(rows) / len(parts) - 1
             if shown.disable and seconds * rest > 10:  # the bar says it elsewhere
@@ -48,7 +49,10 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
 def dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it: twice as fast, and what is sampled differs by less than another seed's."""
     capable = torch.cpu.get_capabilities()
-    return torch.bfloat16 if capable.get("avx512_bf16") or capable.get("amx_bf16") else torch.float32
+    native = capable.get("avx512_bf16") or capable.get("amx_bf16")
+    if training_device().type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 class _Row:
@@ -59,14 +63,16 @@ class _Row:
         self.begin, self._ended = 0, False
         self._given = self._opening()
 
-    def next(self, position: int, chances: np.ndarray | None) -> int:
-        """The id at ``position``: the opening's next, or drawn by ``chances``, cumulative probabilities (known ids,)."""
+    def chance(self) -> float:
+        """What the next id is drawn by, from 0 to 1; unused where the opening gives it."""
+        return 0.0 if self._given else float(self._random.random())
+
+    def next(self, position: int, token: int) -> int:
+        """The id at ``position``: the opening's next, or ``token``, which was drawn."""
         if self._ended:
             self.begin, self._ended = position, False
         if self._given:
             return self._given.pop(0)
-        assert chances is not None
-        token = int(np.searchsorted(chances, self._random.random() * chances[-1], side="right"))
         if token in self._openings.ends:
             self._given, self._ended = self._opening(), True
             if self._given[0] == token:  # what ends a text begins the next
@@ -85,24 +91,23 @@ def _written(
     ids = torch.zeros((len(rows), length), dtype=torch.long)
     mask = torch.zeros_like(ids)
     numbered = "position_ids" in inspect.signature(model.forward).parameters
-    past, chances = None, list[np.ndarray | None]([None] * len(rows))
+    past, drawn = None, [0] * len(rows)
     for position in range(length):
         for number, row in enumerate(rows):
-            ids[number, position] = row.next(position, chances[number])
+            ids[number, position] = row.next(position, drawn[number])
             mask[number, : row.begin] = 0
         mask[:, position] = 1
         advance(len(rows))
         if position + 1 == length:
             break
-        places = {"position_ids": torch.tensor([[position - row.begin] for row in rows])} if numbered else {}
+        places = {"position_ids": torch.tensor([[position - row.begin] for row in rows]).to(model.device)} if numbered else {}
+        new, seen = ids[:, position : position + 1].to(model.device), mask[:, : position + 1].to(model.device)
         with torch.inference_mode():
-            output = model(
-                input_ids=ids[:, position : position + 1], attention_mask=mask[:, : position + 1], past_key_values=past,
-                use_cache=True, **places,
-            )  # fmt: skip
+            output = model(input_ids=new, attention_mask=seen, past_key_values=past, use_cache=True, **places)
             past = output.past_key_values
             sums = torch.softmax(output.logits[:, -1, :known].float(), -1).cumsum(-1)
         if not bool(torch.isfinite(sums[:, -1]).all()):
             raise ModelError("the model's logits are not finite (NaN or Inf), so it cannot write; the checkpoint is broken")
-        chances = list(sums.numpy())
+        chances = torch.tensor([[row.chance()] for row in rows]).to(model.device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, chances, right=True)[:, 0].tolist()
     return list(ids.numpy())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,9 @@ def session(model: str, options: onnxruntime.SessionOptions, name: str = "cpu") 
     import onnxruntime
 
     row = target(name)
+    if name == "cuda":
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find; the session below says what is missing
+            onnxruntime.preload_dlls()  # of the packages that onnxruntime-gpu[cuda,cudnn] brings
     # The CPU runs the operators that a GPU provider has no kernel for.
     providers = list(dict.fromkeys([row.provider, TARGETS["cpu"].provider]))
     session = onnxruntime.InferenceSession(model, options, providers=providers)

@@ -21,7 +21,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
-from edgepress.pipeline.machine import release_memory
+from edgepress.pipeline.machine import release_memory, training_device
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
@@ -29,6 +29,7 @@ from edgepress.pipeline.text.calibration import healing_sets
 from edgepress.pipeline.tune.student import ENOUGH_BITS, Student
 from edgepress.pipeline.tune.teacher import mean_divergence, record
 from edgepress.pipeline.tune.train import Lesson, Settings, train
+from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 WINDOW = 128  # tokens: a third cheaper a token than 512, and transfers no worse (docs/tuning.md)
@@ -102,10 +103,10 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
         "selection": _beginning(texts.selection), "other_selection": _beginning(texts.other_selection),
         "judging": texts.judging, "other": texts.other,
     }  # fmt: skip
-    teacher = original.model()
+    teacher = original.model().to(training_device())
     bfloat16 = _bfloat16_serves(teacher, texts.judging[0])
     lessons = {name: Lesson(windows, record(teacher, windows, scratch / name)) for name, windows in sets.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         fit = Lesson(texts.fit, record(teacher, texts.fit, scratch / "fit"))
     del teacher
     release_memory()
@@ -124,6 +125,7 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
     accepted = all(new < old for old, new in zip(before, after, strict=True))
     shown = f"held-out {before[0]:.3g} -> {after[0]:.3g} and other {before[1]:.3g} -> {after[1]:.3g}"
     if accepted:
+        student.model.to("cpu")  # the proof compares sums, and a GPU adds in another order
         _write(checkpoint, student, out, texts.judging[0])
         log.info("tune: accepted; KL divergence of %s text", shown)
     else:
@@ -147,12 +149,12 @@ def _beginning(windows: list[np.ndarray]) -> list[np.ndarray]:
     return windows[: max(1, SELECTION_TOKENS // len(windows[0]))]
 
 
-def _bfloat16_serves(teacher: torch.nn.Module, window: np.ndarray) -> bool:
-    """Whether this processor multiplies in bfloat16, and the original's predictions stay what they are."""
-    if not torch.cpu._is_avx512_bf16_supported():
+def _bfloat16_serves(teacher: PreTrainedModel, window: np.ndarray) -> bool:
+    """Whether the processor multiplies in bfloat16, and the original's predictions stay what they are."""
+    if not (torch.cuda.is_bf16_supported() if teacher.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()):
         return False
     exact = torch.from_numpy(logits_of(teacher, window))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
         rough = torch.from_numpy(logits_of(teacher, window))
     return float(divergences(exact, rough).mean()) <= NOISE
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, unpack_bits
+from edgepress.pipeline.machine import training_device
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -69,7 +70,7 @@ def _values(packed: PackedLinear) -> torch.Tensor:
 class Student:
     """A quantized checkpoint in memory with its scales, norms and biases to train; everything else is frozen.
 
-    model: float32 on the CPU, in evaluation mode. matrices: names of the packed modules whose scales are trained.
+    model: float32 on ``training_device``, in evaluation mode. matrices: names of the packed modules whose scales are trained.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -81,6 +82,7 @@ class Student:
             self._parametrize(name)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point()))
+        self.model.to(training_device())
 
     def _parametrize(self, name: str) -> None:
         module, packed = self.model.get_submodule(name), self._packed[name]
@@ -101,10 +103,10 @@ class Student:
         """All packed matrices with the present scales; codes and zero points are the very arrays that were read."""
         packed = {name: linear for name, linear in self._packed.items() if linear is not None}
         for name in self.matrices:
-            scales = self.model.get_submodule(name).parametrizations.weight.original.detach().numpy().copy()
+            scales = self.model.get_submodule(name).parametrizations.weight.original.detach().cpu().numpy().copy()
             packed[name] = replace(packed[name], scales=scales)
         return packed
 
     def floats(self) -> dict[str, torch.Tensor]:
         """The trained parameters that are no scales: norms and biases, by name."""
-        return {name: p.detach().clone() for name, p in self.trained() if ".parametrizations." not in name}
+        return {name: p.detach().cpu().clone() for name, p in self.trained() if ".parametrizations." not in name}

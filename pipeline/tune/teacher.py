@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 TOP = 128
 _ROWS = 256  # positions whose probabilities are in memory at once
 _LOGITS = 2**24  # of a batch: a large vocabulary is most of the memory that training takes
+_LOGITS_ON_A_GPU = 2**26
 _LEAST = 1e-6  # of the probability of all other tokens: float32 cannot tell less from nothing
 
 
@@ -31,15 +32,18 @@ class Predictions:
     tokens: np.ndarray
     logs: np.ndarray
 
-    def at(self, rows: slice | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, rows: slice | np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (int64) and logs of some positions."""
-        return torch.from_numpy(np.array(self.tokens[rows], dtype=np.int64)), torch.from_numpy(np.array(self.logs[rows]))
+        tokens, logs = np.array(self.tokens[rows], dtype=np.int64), np.array(self.logs[rows])
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(logs).to(device)
 
 
 def small_batches(model: PreTrainedModel, windows: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As ``batches``, ids (batch, tokens) and which are real, of at most ``_LOGITS`` logits, or of one window."""
-    size = max(1, _LOGITS // (len(windows[0]) * model.config.get_text_config().vocab_size))
-    return [batch for first in range(0, len(windows), size) for batch in batches(model, windows[first : first + size])]
+    """As ``batches``, ids (batch, tokens) and which are real, where the model is: at most ``_LOGITS`` logits, or one window."""
+    logits = _LOGITS_ON_A_GPU if model.device.type == "cuda" else _LOGITS
+    size = max(1, logits // (len(windows[0]) * model.config.get_text_config().vocab_size))
+    parts = (windows[first : first + size] for first in range(0, len(windows), size))
+    return [(ids.to(model.device), real.to(model.device)) for part in parts for ids, real in batches(model, part)]
 
 
 def record(teacher: PreTrainedModel, windows: list[np.ndarray], stem: Path) -> Predictions:
@@ -64,7 +68,7 @@ def _record(teacher: PreTrainedModel, windows: list[np.ndarray], tokens: np.ndar
             for first in range(0, len(logits), _ROWS):
                 part = torch.log_softmax(logits[first : first + _ROWS].float(), -1)
                 best, index = part.topk(top, sorted=False)
-                tokens[row : row + len(part)], logs[row : row + len(part)] = index.numpy(), best.numpy()
+                tokens[row : row + len(part)], logs[row : row + len(part)] = index.cpu().numpy(), best.cpu().numpy()
                 row += len(part)
 
 
@@ -89,7 +93,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         ctx.gradient = torch.empty_like(logits) if wanted else None
-        values = torch.empty(len(logits))
+        values = torch.empty(len(logits), device=logits.device)
         for first in range(0, len(logits), _ROWS):
             rows = slice(first, first + _ROWS)
             values[rows], gradient = _divergence(logits[rows].float(), tokens[rows], logs[rows], wanted)
@@ -129,7 +133,7 @@ def mean_divergence(student: PreTrainedModel, windows: list[np.ndarray], predict
             for first in range(0, len(logits), _ROWS):
                 part = logits[first : first + _ROWS]
                 rows = slice(row, row + len(part))
-                tokens, logs = predictions.at(rows)
+                tokens, logs = predictions.at(rows, part.device)
                 total += float(divergence(part, tokens, logs).double().sum())
                 row += len(part)
     return total / row

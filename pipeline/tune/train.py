@@ -40,6 +40,7 @@ class Settings:
     """learning_rate: of every parameter, as a share of its mean size. tokens: to train on, None for as many as ``minutes`` allow.
 
     batch_tokens: positions a step. betas: of AdamW. norms: factor on the learning rate of what is no scale.
+    codes: the same of integers that learn (benchmarks/tuning_sweep.py; a Student of this stage has none).
 
     bfloat16: whether matrices are multiplied in it; parameters and their changes are float32 in any case.
     """
@@ -52,6 +53,7 @@ class Settings:
     batch_tokens: int = BATCH_TOKENS
     betas: tuple[float, float] = BETAS
     norms: float = 1.0
+    codes: float = 0.0
 
 
 @dataclass
@@ -134,7 +136,8 @@ class _Run:
         self._model, self._lesson, self._held_out, self._settings = student.model, lesson, held_out, settings
         self.parameters = dict(student.trained())
         sizes = {name: float(p.detach().abs().mean()) or 1.0 for name, p in self.parameters.items()}
-        factors = {name: 1.0 if ".parametrizations." in name else settings.norms for name in self.parameters}
+        kinds = {".latent": settings.codes, ".original": 1.0}
+        factors = {name: kinds.get(name[name.rfind(".") :], settings.norms) for name in self.parameters}
         self._rates = [settings.learning_rate * factors[name] * sizes[name] for name in self.parameters]
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters.values(), self._rates, strict=True)]
         self._optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0.0)
@@ -190,7 +193,7 @@ class _Run:
     def resumed(self, file: Path) -> Training | None:
         """What ``save`` wrote, with parameters and optimizer as they were; None where there is nothing whole."""
         with suppress(OSError, RuntimeError, EOFError, KeyError, ValueError):
-            saved = torch.load(file, weights_only=True)
+            saved = torch.load(file, weights_only=True, map_location=self._model.device)
             training = Training(**saved["training"])
             self._optimizer.load_state_dict(saved["optimizer"])
             with torch.no_grad():
@@ -214,7 +217,7 @@ class _Run:
             row += len(rows)
             with self._precision():
                 logits = self._model(input_ids=ids, use_cache=False).logits[real]
-            loss = divergence(logits, *predictions.at(rows)).sum() / len(positions)
+            loss = divergence(logits, *predictions.at(rows, logits.device)).sum() / len(positions)
             loss.backward()
             total += float(loss.detach())
         return total
@@ -229,4 +232,4 @@ class _Run:
         return np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._lesson.windows))
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._settings.bfloat16)
+        return torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=self._settings.bfloat16)

@@ -66,7 +66,7 @@ def test_predictions_are_recorded_once(tiny: Path, tmp_path: Path) -> None:
     predictions = record(model, windows, tmp_path / "p")
     with torch.inference_mode():
         scores = torch.log_softmax(model(input_ids=torch.from_numpy(windows[1])[None]).logits[0], -1)
-    tokens, logs = predictions.at(slice(29, 41))
+    tokens, logs = predictions.at(slice(29, 41), torch.device("cpu"))
     assert torch.allclose(scores.gather(-1, tokens), logs, atol=1e-5)
     assert mean_divergence(model, windows, predictions) == pytest.approx(0, abs=1e-5)
     model.forward = None  # whoever asks it again fails
