@@ -61,7 +61,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
-        log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; it has not run on a GPU")
+        log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; bench --target cuda measures it on the GPU")
     facts: JsonObject = read | {
         "source": source.identity(),
         "exporter": exporter,

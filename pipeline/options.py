@@ -39,7 +39,7 @@ LEVELS = {
     "4": "int8: fast",
     "0": "float32: exact",
 }
-TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, untested so far"}
+TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16"}
 
 
 def _calibration() -> Path:

@@ -31,10 +31,13 @@ def test_cuda_names_the_missing_gpu_and_the_missing_libraries(monkeypatch: pytes
     with pytest.raises(InputError, match="no NVIDIA GPU is visible"):
         targets.target("cuda")
     monkeypatch.setattr(targets, "gpus", lambda: ["a GPU"])
+    loaded: list[str] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("CUDA"))
 
     class Session:
         def __init__(self, model: str, options: object, providers: list[str]) -> None:
             assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            assert loaded, "libraries that pip installed are not found by themselves"
 
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
