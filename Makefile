@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run verify show import trim prune heal quantize tune export bench report sensitivity \
+.PHONY: help demo real artifact run verify show import trim prune heal narrow quantize tune export bench report sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -79,6 +79,9 @@ prune: $(READY) ## remove layers: MODEL=... [OUT=...] ARGS='--remove-count 4' or
 
 heal: $(READY) ## recover what that cost: MODEL=pruned [OUT=...] ARGS='--original SRC --healer linear'
 	$(PRESS) heal "$(MODEL)" "$(FOLDER)" $(ARGS)
+
+narrow: $(READY) ## fewer feed-forward channels: MODEL=... [OUT=...] ARGS='--remove-channels 0.1'
+	$(PRESS) narrow "$(MODEL)" "$(FOLDER)" $(ARGS)
 
 quantize: $(READY) ## to integer weights: MODEL=... [OUT=...] ARGS='--method gptq --bits 4'
 	$(PRESS) quantize "$(MODEL)" "$(FOLDER)" $(ARGS)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 # A room is reached by its modules, as in ``from edgepress.pipeline.prune.stage import prune``.
 import edgepress.pipeline.bench
 import edgepress.pipeline.heal
+import edgepress.pipeline.narrow
 import edgepress.pipeline.prune
 import edgepress.pipeline.quantize
 import edgepress.pipeline.trim
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
     from edgepress.pipeline.verify.checks import Check
 
-__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "prune", "quantize", "trim", "tune", "verify"]
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "narrow", "prune", "quantize", "trim", "tune", "verify"]
 
 
 def build(
@@ -67,6 +68,11 @@ def prune(source: str | Path, out: str | Path, **options: object) -> Artifact:
 def heal(source: str | Path, out: str | Path, *, original: str | Path, **options: object) -> Artifact:
     """Recover what removal cost, by ``healer``, towards the ``original``; returns the checkpoint, unchanged if nothing helped."""
     return _run("heal", source, out, {**options, "original": original})
+
+
+def narrow(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Take a share of the feed-forward channels (``remove_channels``) out of every block; returns the checkpoint, refitted."""
+    return _run("narrow", source, out, options)
 
 
 def quantize(source: str | Path, out: str | Path, **options: object) -> Artifact:

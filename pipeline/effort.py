@@ -12,6 +12,7 @@ EFFORTS: dict[str, dict[str, dict[str, object]]] = {
     "quick": {
         "prune": {"shortlist": 1, "greedy_tokens": 512, "calibration_tokens": 4096},
         "heal": {"calibration_tokens": 4096},
+        "narrow": {"calibration_tokens": 8192},
         "quantize": {"calibration_tokens": 4096},
         "tune": {"minutes": 2.0},
         "bench": {"repeats": 2, "text_tokens": 4096},

@@ -19,6 +19,7 @@ from edgepress.pipeline.options import (
     BenchOptions,
     ExportOptions,
     HealOptions,
+    NarrowOptions,
     PruneOptions,
     QuantizeOptions,
     TuneOptions,
@@ -128,6 +129,9 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
         tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
         tokens += TUNE_PASSES * options.lora_tokens * ("lora" in options.healer)
         return tokens * removing, tokens * removing, 0.0
+    if isinstance(options, NarrowOptions):  # three passes over three quarters of the text, sums of squares, two of the rest
+        text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
+        return 4 * text, 6 * text, 0.0
     if isinstance(options, QuantizeOptions):
         gptq = 0.0
         if options.method == "gptq":

@@ -201,6 +201,27 @@ class TrimOptions(Options):
 
 
 @dataclass(frozen=True)
+class NarrowOptions(Options):
+    """Take feed-forward channels out of every block, and refit what reads the others, block by block."""
+
+    remove_channels: float | None = option(None, "share of the channels to remove, rounded so that kernels like what is left")
+    refit: bool = option(True, "let the channels that stay make up for those that go")
+    calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
+    calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
+    calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        _check_model(self.calibration, self.calibration_model)
+        if self.remove_channels is None:
+            raise OptionError("say how much to remove: --remove-channels 0.1")
+        if not 0 < self.remove_channels < 1:
+            raise OptionError(f"--remove-channels must lie between 0 and 1, not {self.remove_channels}")
+
+
+@dataclass(frozen=True)
 class HealOptions(Options):
     """Recover what layer removal cost, with no new parameter; kept only if perplexity improves on two held-out texts."""
 

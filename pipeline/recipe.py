@@ -45,6 +45,7 @@ COST = "build.json"  # in OUT: what a build was expected to take, and what it to
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
+_OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
 METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits")
@@ -100,6 +101,10 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
     if not _TRIM.isdisjoint(flags) and "trim" not in recipe:
         first = {name: recipe[name] for name in ("import",) if name in recipe}
         recipe = {**first, "trim": {}, **{name: given for name, given in recipe.items() if name not in first}}
+    if "remove_channels" in flags and "narrow" not in recipe:
+        late = [name for name in recipe if name in _OF_WEIGHTS]  # what changes weights alone comes before
+        rest = {name: recipe[name] for name in late}
+        recipe = {**{name: given for name, given in recipe.items() if name not in rest}, "narrow": {}, **rest}
     format: str = "gguf" if next(iter(recipe)) == "import" else "hf"
     for name, given in recipe.items():
         stage = look_up(STAGES, name, "stage")

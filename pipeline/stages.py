@@ -38,6 +38,7 @@ from edgepress.pipeline.options import (
     ExportOptions,
     HealOptions,
     ImportOptions,
+    NarrowOptions,
     PruneOptions,
     QuantizeOptions,
     TrimOptions,
@@ -76,6 +77,7 @@ STAGES: dict[str, Stage] = {
     "trim": Stage(TrimOptions, "edgepress.pipeline.trim.stage:trim", ("hf",), "hf", _BUILD, 1.0),
     "prune": Stage(PruneOptions, "edgepress.pipeline.prune.stage:prune", ("hf",), "hf", _BUILD, 1.0),
     "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
+    "narrow": Stage(NarrowOptions, "edgepress.pipeline.narrow.stage:narrow", ("hf",), "hf", _BUILD, 1.0),
     "quantize": Stage(
         QuantizeOptions,
         "edgepress.pipeline.quantize.stage:quantize",

@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.checkpoint",),
     ("pipeline.metrics", "pipeline.runtime", "pipeline.expectation"),
     ("pipeline.own_text",),
-    ("pipeline.trim", "pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "exporters"),
+    ("pipeline.trim", "pipeline.prune", "pipeline.heal", "pipeline.narrow", "pipeline.quantize", "pipeline.tune", "exporters"),
     ("pipeline.bench",),
     ("pipeline.verify",),
     ("pipeline.stages",),
@@ -41,7 +41,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # These reach a stage by its string in a table alone.
 BY_STRING = {"pipeline.stages", "pipeline.recipe"}
-STAGES = {"pipeline.trim", "pipeline.prune", "pipeline.heal", "pipeline.quantize", "pipeline.tune", "pipeline.bench", "exporters"}
+STAGES = {
+    "pipeline.trim",
+    "pipeline.prune",
+    "pipeline.heal",
+    "pipeline.narrow",
+    "pipeline.quantize",
+    "pipeline.tune",
+    "pipeline.bench",
+    "exporters",
+}
 # report knows its own values and the ground.
 _GROUND = ("errors", "documents", "files", "progress", "registry", "methods", "visible", "vocabulary")
 REPORT_KNOWS = {"models"} | {f"pipeline.{name}" for name in _GROUND}

@@ -1,7 +1,7 @@
 """Quality for bytes: one checkpoint under our quantizers and under llama.cpp's, with and without its importance matrix.
 
     python benchmarks/engines/quality_per_byte.py CHECKPOINT --llama LLAMA_PYTHON --text wiki.test.raw --text stories.txt
-        [--off-grid] [--calibration TEXT] [--minutes 10] [--only PART] [--plot FILE.svg]
+        [--off-grid] [--calibration TEXT] [--tune-tokens 65536] [--only PART] [--plot FILE.svg]
 
 CHECKPOINT: llama, qwen2 or gemma3 with float weights, a .gguf file or "reference". Both sides calibrate on the same tokens of
 --calibration (the importance matrix, GPTQ, the choice of bits); --text is what none of them has read. LLAMA_PYTHON: see compare.py.
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--text-tokens", type=int, default=8192)
     parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of a tune stage (default: %(default)s)")
+    parser.add_argument("--tune-tokens", type=int, default=65536, help="of a tune stage (default: %(default)s)")
     parser.add_argument("--only", action="append", help="our rows whose name contains this (default: all)")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp's (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
@@ -141,7 +141,7 @@ def ours(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Engines
         packed.parent.mkdir(exist_ok=True)
         if not flags:
             start = folder / "packed" / name.rpartition(",")[0].replace("/", "-")
-            more = ["--original", str(checkpoint), "--minutes", str(options.minutes)]
+            more = ["--original", str(checkpoint), "--tune-tokens", str(options.tune_tokens)]
             once(packed, lambda out, start=start, more=more: press("tune", str(start), str(out), *more))  # type: ignore[misc]
         else:
             calibrated = flags.split() + (text if "gptq" in flags or "target" in flags else [])

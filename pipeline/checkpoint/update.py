@@ -20,7 +20,15 @@ WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|onnx|data|gguf|h5|msgpack)$|.
 CARRIED_SUFFIXES = {".json", ".model", ".jinja"}
 CARRIED_NAMES = {"merges.txt", "vocab.txt", "LICENSE"}
 # Files that describe the former weights.
-NOT_CARRIED = {"manifest.json", "config.json", "quantize_config.json", "training.json", "influence.json", "former_ids.json"}
+NOT_CARRIED = {
+    "manifest.json",
+    "config.json",
+    "quantize_config.json",
+    "training.json",
+    "influence.json",
+    "former_ids.json",
+    "kept_channels.json",
+}
 
 
 def carry_files(source: Path, out: Path, trusted: bool) -> None:

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
+from edgepress.pipeline.checkpoint.residual import residual_factor
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.heal.job import Gap, HealJob
@@ -151,14 +152,7 @@ def _last_matrix(blocks: Blocks, index: int, window: np.ndarray) -> _Target:
     for name, matrix in block.named_modules():
         if not isinstance(matrix, torch.nn.Linear | Conv1D):
             continue
-        plain, output = _outputs(blocks, index, matrix, ids, 0.0)
-        changed, _ = _outputs(blocks, index, matrix, ids, 0.5)
-        difference = changed - plain
-        if output.shape != plain.shape:
-            continue
-        factor = float((difference * output).sum() / (output * output).sum() / 0.5)
-        error = (difference - 0.5 * factor * output).norm() / (0.5 * output).norm()
-        if abs(factor) > 1e-3 and float(error) < 1e-3 * abs(factor):
+        if (factor := residual_factor(blocks, index, matrix, ids)) is not None:
             inputs = matrix.in_features if isinstance(matrix, torch.nn.Linear) else matrix.nx
             candidates.append((inputs, _Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
     if not candidates:
@@ -167,27 +161,6 @@ def _last_matrix(blocks: Blocks, index: int, window: np.ndarray) -> _Target:
             f"no single matrix of {kind} is added to the residual stream (its output passes a norm, or experts are mixed)"
         )
     return max(candidates, key=lambda candidate: candidate[0])[1]
-
-
-def _outputs(
-    blocks: Blocks, index: int, matrix: torch.nn.Module, ids: torch.Tensor, more: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What leaves the block when the matrix's output is multiplied by 1 + more, and that output before."""
-    outputs: list[torch.Tensor] = []
-
-    def scale(module: torch.nn.Module, args: BlockArgs, output: object) -> object:
-        if not isinstance(output, torch.Tensor):  # a router returns more than its product
-            return output
-        outputs.append(output)
-        return output * (1 + more)
-
-    handle = matrix.register_forward_hook(scale)
-    try:
-        leaving = blocks.states(ids, [index + 1])[index + 1]
-    finally:
-        handle.remove()
-    same_size = bool(outputs) and outputs[0].numel() == leaving.numel()
-    return leaving, outputs[0].reshape(leaving.shape) if same_size else torch.zeros(())
 
 
 def _embedding(blocks: Blocks, window: np.ndarray) -> _Target:

@@ -24,6 +24,7 @@ from edgepress.pipeline.options import (
     PRUNE_TOKENS,
     SELF,
     HealOptions,
+    NarrowOptions,
     PruneOptions,
     QuantizeOptions,
     SensitivityOptions,
@@ -33,7 +34,7 @@ from edgepress.pipeline.options import (
 from edgepress.pipeline.text.windows import IDS, load_tokenizer, read_ids
 
 log = logging.getLogger("edgepress")
-Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
+Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.

@@ -46,6 +46,14 @@ class Trimming:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """Feed-forward channels of a block before and after; refit: whether the others made up for what went."""
+
+    width: tuple[int, int]
+    refit: bool = True
+
+
+@dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
 
@@ -109,7 +117,7 @@ class Step:
     facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.trimming, self.removal, self.healing, self.quantization, self.head, self.tuning, self.export
+        _ = self.trimming, self.removal, self.healing, self.quantization, self.head, self.tuning, self.export, self.narrowing
 
     @cached_property
     def trimming(self) -> Trimming | None:
@@ -125,6 +133,11 @@ class Step:
     def healing(self) -> Healing | None:
         """Of a heal step."""
         return typed(Healing, self.facts, "heal") if self.stage == "heal" else None
+
+    @cached_property
+    def narrowing(self) -> Narrowing | None:
+        """Of a narrow step."""
+        return typed(Narrowing, self.facts, "narrow") if self.stage == "narrow" else None
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -173,6 +186,10 @@ def describe(step: Step) -> str:
         return f"prune: {len(gone)} of {step.removal.layers[0]} layers removed, {named} ({chosen})"
     if step.healing:
         return _healed(step.healing)
+    if step.narrowing:
+        before, after = step.narrowing.width
+        plain = "" if step.narrowing.refit else ", not refitted"
+        return f"narrow: {after:,} of {before:,} feed-forward channels kept in every block{plain}"
     if step.quantization:
         return _quantized(step.quantization, step.head)
     if step.tuning:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.errors import OptionError, TextError
 from edgepress.pipeline.files import sha256
-from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, PruneOptions, TuneOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, HealOptions, NarrowOptions, PruneOptions, TuneOptions
 from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import context_length, text_windows
 
@@ -20,7 +20,7 @@ FEWEST = 32  # tokens in each set
 
 
 def calibration(
-    folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int | None = None
+    folder: Path, options: PruneOptions | HealOptions | NarrowOptions | TuneOptions, longest: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows that rank the blocks or teach a healer, and held-out windows that judge the result: the last quarter of the text.
 

@@ -35,6 +35,7 @@ VERBS = [
     "import",
     "prune",
     "heal",
+    "narrow",
     "quantize",
     "export",
     "bench",
