@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 def test_every_setting_is_an_option_of_its_stage(effort: str) -> None:
     assert effort in HELP
     for stage, options in EFFORTS[effort].items():
-        given = dict(options, **({"remove_count": 1} if stage == "prune" else {}))
+        amount = {"prune": {"remove_count": 1}, "narrow": {"remove_channels": 0.1}}
+        given = options | amount.get(stage, {})
         make(STAGES[stage].options, given)
 
 
