@@ -37,6 +37,7 @@ from edgepress.pipeline.options import (
 from edgepress.pipeline.registry import load, look_up, suggestion
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text.reading import KEY, read_text
+from edgepress.pipeline.vocabulary import FORMATS
 
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
@@ -112,8 +113,8 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
             raise OptionError("trim must come before all other stages, which are compared with the model that it leaves")
         if format not in stage.takes:
             raise OptionError(
-                f"{name} cannot come here: it takes {' or '.join(stage.takes)}, "
-                f"but {'the previous stage produces' if planned else 'the source is'} {format}"
+                f"{name} cannot come here: it takes {' or '.join(FORMATS[taken] for taken in stage.takes)}, "
+                f"but {'the previous stage leaves' if planned else 'the source is'} {FORMATS[format]}"
                 + ("; codes that are kept are for quantize and export, as in --recipe codes" if format == "codes" else "")
             )
         names = {item.name for item in dataclasses.fields(stage.options)}

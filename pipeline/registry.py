@@ -29,8 +29,14 @@ PACKAGES = {
 }
 
 
+# What is near in meaning, and not in letters.
+_MEANT = {"gpu": "cuda", "nvidia": "cuda"}
+
+
 def suggestion(name: str, names: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` or an empty string."""
+    if (meant := _MEANT.get(name.lower())) in (names := list(names)):
+        return f" (did you mean '{meant}'?)"
     import difflib
 
     close = difflib.get_close_matches(name, list(names), n=1)

@@ -46,6 +46,7 @@ from edgepress.pipeline.options import (
     sampler,
 )
 from edgepress.pipeline.registry import load, versions
+from edgepress.pipeline.vocabulary import FORMATS
 
 log = logging.getLogger("edgepress")
 
@@ -122,7 +123,8 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     """
     stage = STAGES[name]
     if source.format not in stage.takes:
-        raise InputError(f"{name} takes {' or '.join(stage.takes)}, and {source.path} is {source.format}; {_hint(source.format)}")
+        taken = " or ".join(FORMATS[format] for format in stage.takes)
+        raise InputError(f"{name} takes {taken}, and {source.path} is {FORMATS[source.format]}; {_hint(source.format)}")
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     check_outside(out, source.path, *_folders(options))

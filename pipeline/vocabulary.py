@@ -11,3 +11,8 @@ PAST_TENSE = {
     "quantize": "quantized",
     "tune": "tuned",
 }
+# What a stage takes and leaves, in words.
+FORMATS = {
+    "gguf": "a GGUF file", "hf": "a float checkpoint", "codes": "a checkpoint with the integers of its GGUF file",
+    "packed": "a quantized checkpoint", "onnx": "an ONNX artifact", "report": "a benchmark",
+}  # fmt: skip

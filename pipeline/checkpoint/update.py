@@ -96,3 +96,7 @@ def replace_tensors(folder: Path, changed: dict[str, torch.Tensor], dtype: torch
         for name in content.keys() & new.keys():
             content[name] = new[name].to(dtype or content[name].dtype).contiguous()
         save_file(content, shard, metadata={"format": "pt"})
+    if (index := folder / INDEX).is_file():  # tensors may have another size now
+        listed = read_json(index)
+        total = sum(entry.nbytes for entry in rows_of(folder).values())
+        write_json(index, listed | {"metadata": listed.get("metadata", {}) | {"total_size": total}})

@@ -101,7 +101,7 @@ def test_only_the_rest_is_quantized(tiny: Path, tmp_path: Path) -> None:
     rule = QuantizeOptions(method="rtn", bits_for=(".*q_proj=8",))
     with pytest.raises(OptionError, match="first match of no matrix"):
         stages.run("quantize", made, tmp_path / "other", rule)
-    with pytest.raises(InputError, match=r"prune takes hf.*without --keep-codes"):
+    with pytest.raises(InputError, match=r"prune takes a float checkpoint.*without --keep-codes"):
         stages.run("prune", made, tmp_path / "other", PruneOptions(remove_count=1))
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.checkpoint.load import load_model
-from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header, rewrite, shards
+from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header, rewrite, rows_of, shards
+from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.files import read_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -315,3 +317,13 @@ def test_a_shard_that_is_a_pipe(sharded: Path) -> None:
     os.mkfifo(shard)
     with pytest.raises(InputError, match=rf"{shard.name} is not a file"):
         shards(sharded)
+
+
+def test_the_index_tells_the_size_of_what_was_replaced(sharded: Path) -> None:
+    """Fewer channels or tokens than before: Hugging Face shows total_size, and tools reserve memory by it."""
+    name, entry = max(rows_of(sharded).items(), key=lambda item: item[1].nbytes)
+    before = read_json(sharded / INDEX)["metadata"]["total_size"]
+    half = torch.zeros(entry.shape[0] // 2, *entry.shape[1:])
+    replace_tensors(sharded, {name: half})
+    after = read_json(sharded / INDEX)["metadata"]["total_size"]
+    assert after == sum(one.nbytes for one in rows_of(sharded).values()) == before - entry.nbytes // 2
