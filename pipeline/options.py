@@ -503,7 +503,9 @@ class BenchOptions(Options):
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
     compare_with: tuple[Path, ...] = option((), "more artifact folders, measured in turn with the first and compared with it")
-    baseline: bool = option(True, "in a build that removes layers: build the same without removal too, and measure it beside")
+    baseline: bool = option(
+        True, "in a build that removes layers or channels: build the same without removal too, and measure it beside"
+    )
     tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, by its names (arc_easy,lambada_openai) or as .yaml files")
     task_files: tuple[Path, ...] = option(
         (), "their documents in local .jsonl files, in the same order (default: it downloads them)"

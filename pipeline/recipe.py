@@ -328,7 +328,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
     between = tuple(a.path for a in done if a.format in ("hf", "packed") and a.changed)
     options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
-    removed = any(step.facts.get("removed_layers") for step in done[-1].steps)
+    removed = any(step.facts.get("removed_layers") or step.stage == "narrow" for step in done[-1].steps)
     if not (options.baseline and removed):
         return options
     log.info("baseline: the same without removal, to compare with (--no-baseline leaves it out)")

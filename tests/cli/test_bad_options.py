@@ -98,7 +98,10 @@ RECIPES = [
     ("prune: {remove_count: 1, remove_fraction: 0.5}", ("not both",)),
     ("bench: {}", ("bench cannot come here", "an ONNX artifact")),
     ("export: {}\nquantize: {method: rtn}", ("quantize cannot come here", "a float checkpoint", "an ONNX artifact")),
-    ("quantize: {method: rtn}\nprune: {remove_count: 1}", ("prune cannot come here", "a float checkpoint", "a quantized checkpoint")),
+    (
+        "quantize: {method: rtn}\nprune: {remove_count: 1}",
+        ("prune cannot come here", "a float checkpoint", "a quantized checkpoint"),
+    ),
     ("quantize: {method: rtn", ("not valid YAML",)),
     ("quantize: &a [*b]", ("not valid YAML",)),
     ("\x00", ("not valid YAML",)),

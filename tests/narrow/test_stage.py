@@ -84,6 +84,30 @@ def test_a_build_narrows_before_it_quantizes() -> None:
     assert [name for name, _ in steps] == ["prune", "heal", "narrow", "quantize", "export", "bench"]
 
 
+def test_a_build_shows_what_narrowing_brought(tiny: Path, call: Callable[..., Any], tmp_path: Path) -> None:
+    flags = (
+        "--method",
+        "rtn",
+        "--group-size",
+        32,
+        "--remove-channels",
+        0.25,
+        "--remove-count",
+        0,
+        "--calibration",
+        CALIBRATION_TEXT,
+    )
+    short = ("--repeats", 1, "--prompt-lengths", 8, "--new-tokens", 4, "--text-tokens", 256)
+    result = call("build", tiny, tmp_path / "out", *flags, *short, "--calibration-tokens", 256)
+    assert result.code == 0, result.err
+    rows = [line.split()[0] for line in result.out.splitlines() if line and line[0].isalpha()]
+    assert "narrowed" in rows and "baseline" in result.out and "72 of 96 feed-forward channels" in result.out + result.err
+    small, whole = (
+        sum(f.stat().st_size for f in (tmp_path / "out" / name).glob("model.onnx*")) for name in ("05-export", "baseline/02-export")
+    )
+    assert small < whole
+
+
 def test_what_was_not_judged_is_not_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = stage._write
 
