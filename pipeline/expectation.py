@@ -89,9 +89,11 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
     parameters = sum(map(math.prod, shapes))
     vocabulary = max((shape[0] for shape in shapes if len(shape) == 2), default=0)  # the embedding has the most rows
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
+    narrowing = any(isinstance(o, NarrowOptions) for _, o in steps)
     low, high, memory = 0.0, 0.0, 4.0 * parameters
     for _, options in steps:
-        least, most, fixed = _work(options, removing)
+        compared = removing or (narrowing and isinstance(options, BenchOptions))  # with the same without removal
+        least, most, fixed = _work(options, compared)
         if isinstance(options, TuneOptions) and not options.tune_tokens:
             most = min(most, 60 * options.minutes * EFFICIENCY * rate / (2 * parameters) + SAMPLING * TUNE_TOKENS)
         fixed += START_S + parameters / PARAMETERS_PER_S
@@ -101,9 +103,9 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             high += parameters / SLOW_PARAMETERS_PER_S
             memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
         if isinstance(options, BenchOptions):
-            text, rows = _scored(options, removing)
-            compared = rows * text * vocabulary / LOGITS_PER_S
-            low, high = low + compared, high + 1.5 * compared
+            text, rows = _scored(options, compared)
+            seconds = rows * text * vocabulary / LOGITS_PER_S
+            low, high = low + seconds, high + 1.5 * seconds
     return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory)
 
 

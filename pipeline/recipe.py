@@ -11,7 +11,7 @@ from pathlib import Path
 from edgepress.models import RECIPES
 from edgepress.models.pruned_config import layer_count_key
 from edgepress.pipeline import stages
-from edgepress.pipeline.artifact import Artifact, check_free
+from edgepress.pipeline.artifact import Artifact, Step, check_free
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.documents import MAX_YAML, DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
@@ -28,6 +28,7 @@ from edgepress.pipeline.options import (
     ExportOptions,
     HealOptions,
     ImportOptions,
+    NarrowOptions,
     PruneOptions,
     QuantizeOptions,
     TrimOptions,
@@ -189,7 +190,10 @@ def _resolve_models(options: Options) -> Options:
 
 def _calibrated_by(model: Path, options: Options) -> Options:
     """Where the calibration text is the model's own, every stage reads that of the model that the build began with."""
-    if not isinstance(options, PruneOptions | HealOptions | QuantizeOptions | TuneOptions) or options.calibration != SELF:
+    if (
+        not isinstance(options, PruneOptions | HealOptions | NarrowOptions | QuantizeOptions | TuneOptions)
+        or options.calibration != SELF
+    ):
         return options
     return dataclasses.replace(options, calibration_model=options.calibration_model or model)
 
@@ -294,9 +298,14 @@ def _ahead(original: Artifact, steps: Plan, folders: Sequence[Path]) -> Plan:
 
 
 def _removed(folders: Sequence[Path]) -> bool:
-    """Whether one of the folders is of a prune stage that removed layers."""
-    pruned = [folder for folder in folders if folder.name.endswith("-prune") and (folder / MANIFEST).is_file()]
-    return any(Artifact.load(folder).steps[-1].facts.get("removed_layers") for folder in pruned)
+    """Whether one of the folders is of a prune stage that removed layers, or of a narrow stage."""
+    made = [folder for folder in folders if folder.name.endswith(("-prune", "-narrow")) and (folder / MANIFEST).is_file()]
+    return any(_removes(Artifact.load(folder).steps[-1]) for folder in made)
+
+
+def _removes(step: Step) -> bool:
+    """Whether a finished step took something out of the blocks."""
+    return step.stage == "narrow" or bool(step.facts.get("removed_layers"))
 
 
 def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
@@ -328,7 +337,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
     between = tuple(a.path for a in done if a.format in ("hf", "packed") and a.changed)
     options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
-    removed = any(step.facts.get("removed_layers") or step.stage == "narrow" for step in done[-1].steps)
+    removed = any(map(_removes, done[-1].steps))
     if not (options.baseline and removed):
         return options
     log.info("baseline: the same without removal, to compare with (--no-baseline leaves it out)")

@@ -78,7 +78,15 @@ STAGES: dict[str, Stage] = {
     "trim": Stage(TrimOptions, "edgepress.pipeline.trim.stage:trim", ("hf",), "hf", _BUILD, 1.0),
     "prune": Stage(PruneOptions, "edgepress.pipeline.prune.stage:prune", ("hf",), "hf", _BUILD, 1.0),
     "heal": Stage(HealOptions, "edgepress.pipeline.heal.stage:heal", ("hf",), "hf", (*_BUILD, "peft"), 1.0),
-    "narrow": Stage(NarrowOptions, "edgepress.pipeline.narrow.stage:narrow", ("hf",), "hf", _BUILD, 1.0),
+    "narrow": Stage(
+        NarrowOptions,
+        "edgepress.pipeline.narrow.stage:narrow",
+        ("hf",),
+        "hf",
+        _BUILD,
+        1.0,
+        "edgepress.pipeline.narrow.stage:foresee",
+    ),
     "quantize": Stage(
         QuantizeOptions,
         "edgepress.pipeline.quantize.stage:quantize",

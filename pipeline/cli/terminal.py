@@ -46,8 +46,9 @@ class _OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
+_GPU = "CUDA out of memory"
 # What torch and onnxruntime say where Python would raise a MemoryError.
-_ALLOCATORS = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc")
+_ALLOCATORS = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc", _GPU)
 
 
 def exit_code(error: BaseException) -> int:
@@ -60,6 +61,8 @@ def exit_code(error: BaseException) -> int:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _ALLOCATORS):
             raise
         reason = "out of memory; close other programs or press a smaller model"
+        if _GPU in str(error):
+            reason = "the GPU is out of memory; close other programs on it, or use the CPU: set CUDA_VISIBLE_DEVICES to nothing"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

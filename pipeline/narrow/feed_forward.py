@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 # What architectures call the width; absent or null in a config of GPT-2, which then takes four times the hidden size.
 _KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_hidden_dim", "inner_dim")
-_TRIED = 24  # a width that no model has
+_TRIED = (24, 40)  # widths; the second for a model that has the first
 
 
 @dataclass(frozen=True)
@@ -46,41 +46,46 @@ class FeedForward:
 
 
 def find(checkpoint: Checkpoint) -> FeedForward:
-    """Raises ModelError for an architecture whose config cannot name another width, or whose channels belong to experts."""
-    model, reason = checkpoint.meta_model(), "its config has no width of them"
-    for key in _KEYS:
+    """Raises ModelError for an architecture whose config cannot name another width, or whose channels are more than a width."""
+    model, config = checkpoint.meta_model(), checkpoint.config.get_text_config()
+    reasons = []
+    for key in (key for key in _KEYS if hasattr(config, key)):
         try:
-            return _found(checkpoint, model, key)
+            return _found(checkpoint, model, key, next(width for width in _TRIED if width != getattr(config, key)))
         except ModelError as error:
-            reason = str(error) if "expert" in str(error) else reason
-    raise ModelError(f"{checkpoint.config.model_type} has no feed-forward channels that narrow can take out: {reason}")
+            reasons.append(str(error))
+    reason = reasons[0] if reasons else "its config has no width of them"
+    raise ModelError(
+        f"{checkpoint.config.model_type} has no feed-forward channels that narrow can take out: {reason}; leave it out"
+    )
 
 
-def _found(checkpoint: Checkpoint, model: PreTrainedModel, key: str) -> FeedForward:
-    config = type(checkpoint.config)
+def _found(checkpoint: Checkpoint, model: PreTrainedModel, key: str, tried: int) -> FeedForward:
     try:
-        tried = config.from_dict(_with(copy.deepcopy(checkpoint.raw_config), key, _TRIED))
-        other = build_meta_model(tried, checkpoint.path, checkpoint.trust_remote_code)
+        config = type(checkpoint.config).from_dict(_with(copy.deepcopy(checkpoint.raw_config), key, tried))
+        other = build_meta_model(config, checkpoint.path, checkpoint.trust_remote_code)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise ModelError(f"{key} cannot be changed") from error
+        raise ModelError(f"{key} cannot be changed alone") from error
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     changed = {n: (shapes[n], tuple(t.shape)) for n, t in other.state_dict().items() if shapes.get(n) != tuple(t.shape)}
     prefix, blocks = decoder_blocks(model)
     axes: dict[str, Axis] = {}
     widths = set()
     for name, (before, after) in changed.items():
-        if len(before) > 2:
+        if "expert" in name:
             raise ModelError("they belong to experts")
         different = [axis for axis, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
-        if not name.startswith(f"{prefix}.") or len(different) != 1 or after[different[0]] % _TRIED:
-            raise ModelError(f"{key} is more than a width")
-        times = after[different[0]] // _TRIED
+        module = model.get_submodule(name.rpartition(".")[0])
+        if not name.startswith(f"{prefix}.") or len(different) != 1 or not isinstance(module, Linear | Conv1D):
+            raise ModelError(f"{key} also decides {name}, which depends on all of them")  # a norm over the channels, say
+        times = after[different[0]] // tried
         axes[name] = Axis(different[0], times)
         widths.add(before[different[0]] / times)
-    down = [name.removesuffix(".weight") for name in changed if _reads(model, name, axes[name].axis)]
-    if len(widths) != 1 or [name.split(".")[len(prefix.split("."))] for name in down] != [str(i) for i in range(len(blocks))]:
+    down = [name for name in changed if _reads(model, name, axes[name].axis)]
+    numbers = [name.split(".")[prefix.count(".") + 1] for name in down]
+    if len(widths) != 1 or numbers != [str(i) for i in range(len(blocks))] or any(axes[name].times != 1 for name in down):
         raise ModelError(f"{key} is not the width of one feed-forward layer in every block")
-    return FeedForward(key, int(widths.pop()), axes, down)
+    return FeedForward(key, int(widths.pop()), axes, [name.removesuffix(".weight") for name in down])
 
 
 def _reads(model: PreTrainedModel, name: str, axis: int) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-RIDGE = 0.01  # times the mean of the Gram matrix's diagonal
+RIDGE = 0.01  # times the Gram matrix's diagonal
 ROUNDS = 16  # in which the channels of a block go; prices are reckoned anew between them
 
 
@@ -68,5 +68,6 @@ def refit(statistics: Statistics, weight: torch.Tensor, kept: torch.Tensor) -> t
 
 
 def _ridged(gram: torch.Tensor) -> torch.Tensor:
-    strength = RIDGE * gram.diagonal().mean().clamp_min(1e-30)
-    return gram + strength * torch.eye(len(gram), dtype=gram.dtype)
+    """With a ridge in proportion to each channel's own size: one that is a thousand times as loud must not hold others still."""
+    diagonal = gram.diagonal()
+    return gram + torch.diag(RIDGE * diagonal + 1e-9 * diagonal.mean().clamp_min(1e-30))

@@ -13,8 +13,9 @@ from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.residual import residual_factor
 from edgepress.pipeline.checkpoint.update import carry_files, replace_tensors, stored_dtype, stored_dtypes
-from edgepress.pipeline.errors import OptionError, ProofError
+from edgepress.pipeline.errors import ModelError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, sha256, write_json
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import batches, mean_loss, perplexity
 from edgepress.pipeline.narrow.feed_forward import FeedForward, find
@@ -41,6 +42,11 @@ class _Batch:
     narrow: torch.Tensor
 
 
+def foresee(source: Path, options: NarrowOptions, removed: int) -> None:
+    """Raise what ``narrow`` would raise of the architecture and the share, whatever layers are ``removed`` before."""
+    kept_width(find(Checkpoint(source, options.trust_remote_code)).width, options.remove_channels or 0)
+
+
 def narrow(source: Artifact, out: Path, options: NarrowOptions) -> JsonObject:
     """Write the checkpoint with fewer feed-forward channels, the same number in every block, into ``out``; returns the facts.
 
@@ -52,21 +58,27 @@ def narrow(source: Artifact, out: Path, options: NarrowOptions) -> JsonObject:
     assert options.remove_channels is not None
     kept = kept_width(feed.width, options.remove_channels)
     read = checkpoint.remarks("narrow")
+    stored = stored_dtypes(source.path)
+    dtypes = {name: stored_dtype(stored, name, source.path) for name in feed.axes}
     options = with_text(options, source.path)
     fit, held_out = calibration(source.path, options)
     blocks = Blocks(checkpoint.model())
+    _check_blocks(blocks, fit[0][:32])
     before, parameters = mean_loss(blocks, held_out), blocks.model.num_parameters()
     warn_unless_readable(before, blocks.model.config.get_text_config().vocab_size, options.calibration)
     log.info("narrow: %s of %s channels stay in each of %d blocks", f"{kept:,}", f"{feed.width:,}", len(blocks))
-    chosen = _cut(blocks, feed, kept, fit, stored_dtypes(source.path), options)
+    chosen = _cut(blocks, feed, kept, fit, dtypes, options.refit)
     after = mean_loss(blocks, held_out)
     perplexities = [perplexity(before), perplexity(after)]
     log.info("narrow: perplexity of held-out calibration text %.4g -> %.4g", *perplexities)
     if perplexities[1] > WORRYING * perplexities[0]:
         log.warning("warning: with so few channels the model is badly degraded; give a smaller --remove-channels")
+    wanted = blocks.logits(torch.from_numpy(fit[0])[None])
     _write(checkpoint, out, feed, chosen, blocks)
+    del blocks
+    release_memory()
     written = Checkpoint(out, options.trust_remote_code)
-    difference = _prove(written, blocks, fit[0])
+    difference = _prove(written, wanted, fit[0])
     return read | {
         "width": [feed.width, kept],
         "refit": options.refit,
@@ -88,13 +100,26 @@ def kept_width(width: int, fraction: float) -> int:
     kept = min(round(width * (1 - fraction) / step) * step, (width - 1) // step * step)
     if kept < step:
         raise OptionError(
-            f"--remove-channels {fraction:g} of {width} channels leaves fewer than {step}, which are cut in multiples; give less"
+            f"--remove-channels {fraction:g} of {width} channels leaves fewer than {step}, of which they are cut in multiples; "
+            + ("give less" if width > step else "leave it out")
         )
     return kept
 
 
+def _check_blocks(blocks: Blocks, window: np.ndarray) -> None:
+    """Raise ModelError unless the last block computes alone what it computes after the others: some take more from them."""
+    ids, last = torch.from_numpy(window)[None], len(blocks) - 1
+    states = blocks.states(ids, [last, last + 1])
+    try:
+        alone = torch.equal(_through(blocks, last, ids, states[last]), states[last + 1])
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+        alone = False
+    if not alone:
+        raise ModelError("its blocks share more than the residual stream, so they cannot be narrowed one by one; leave narrow out")
+
+
 def _cut(
-    blocks: Blocks, feed: FeedForward, kept: int, windows: list[np.ndarray], dtypes: dict[str, torch.dtype], options: NarrowOptions
+    blocks: Blocks, feed: FeedForward, kept: int, windows: list[np.ndarray], dtypes: dict[str, torch.dtype], fitted: bool
 ) -> list[torch.Tensor]:
     """Choose and refit block by block, in place: a channel that goes has zeros in the matrix that reads it. Returns those kept.
 
@@ -112,9 +137,9 @@ def _cut(
         factor = residual_factor(blocks, index, module, stream[0].ids[:1, :32])
         statistics = _statistics(blocks, index, module, stream, weight, factor)
         left = least(statistics, weight, kept)
-        columns = refit(statistics, weight, left) if options.refit else weight[:, left]
+        columns = refit(statistics, weight, left) if fitted else weight[:, left]
         cut = torch.zeros_like(weight)
-        cut[:, left] = columns.to(stored_dtype(dtypes, f"{name}.weight", options.calibration)).to(weight)  # as it will be stored
+        cut[:, left] = columns.to(dtypes[f"{name}.weight"]).to(weight)  # as it will be stored
         with torch.no_grad():
             module.weight.copy_(cut.T if transposed else cut)
         for batch in stream:
@@ -174,11 +199,10 @@ def _write(checkpoint: Checkpoint, out: Path, feed: FeedForward, chosen: list[to
     replace_tensors(out, new)
 
 
-def _prove(written: Checkpoint, blocks: Blocks, window: np.ndarray) -> float:
+def _prove(written: Checkpoint, wanted: torch.Tensor, window: np.ndarray) -> float:
     """The largest difference of a logit. Raises ProofError unless the files compute what was judged, up to its order."""
-    ids = torch.from_numpy(window)[None]
-    wanted = blocks.logits(ids)
-    difference = float((Blocks(written.model()).logits(ids) - wanted).abs().max())
+    logits = Blocks(written.model()).logits(torch.from_numpy(window)[None])
+    difference = float((logits - wanted).abs().max())
     if not difference <= 1e-4 * float(wanted.std() + wanted.abs().max()):
         raise ProofError(
             f"the written checkpoint's logits differ by up to {difference:.3g} from those of the model without these channels, so "

@@ -20,6 +20,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
+from edgepress.pipeline.machine import training_device
 from edgepress.pipeline.options import (
     PRUNE_TOKENS,
     SELF,
@@ -110,7 +111,9 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
 
     files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name not in _RECORDS}
     content = {file.name: sha256(file) for file in sorted(files) if not is_sensitivity(file)}
-    return hashlib.sha256(json.dumps([content, tokens, seed, sampler(), str(dtype())], sort_keys=True).encode()).hexdigest()[:32]
+    device = training_device().type
+    decisive = [content, tokens, seed, sampler(), str(dtype()), *([device] if device != "cpu" else [])]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _holds(file: Path, tokens: int) -> bool:

@@ -51,7 +51,7 @@ def dtype() -> torch.dtype:
     capable = torch.cpu.get_capabilities()
     native = capable.get("avx512_bf16") or capable.get("amx_bf16")
     if training_device().type == "cuda":
-        native = torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -109,5 +109,6 @@ def _written(
         if not bool(torch.isfinite(sums[:, -1]).all()):
             raise ModelError("the model's logits are not finite (NaN or Inf), so it cannot write; the checkpoint is broken")
         chances = torch.tensor([[row.chance()] for row in rows]).to(model.device) * sums[:, -1:]
-        drawn = torch.searchsorted(sums, chances, right=True)[:, 0].tolist()
+        likely = torch.searchsorted(sums, sums[:, -1:])  # the last id of any probability: a chance may be rounded up to 1
+        drawn = torch.minimum(torch.searchsorted(sums, chances, right=True), likely)[:, 0].tolist()
     return list(ids.numpy())

@@ -74,7 +74,7 @@ def loss(report: Report) -> tuple[str, float] | None:
 def losing(report: Report, baseline: Report) -> list[str]:
     """At what ("size", "speed") an unpruned baseline is as good as a pruned artifact while it loses less."""
     ours, theirs = loss(report), loss(baseline)
-    if not report.removed_layers or baseline.removed_layers or ours is None or theirs is None or ours[0] != theirs[0]:
+    if not report.removed or baseline.removed or ours is None or theirs is None or ours[0] != theirs[0]:
         return []
     if theirs[1] >= ours[1]:
         return []

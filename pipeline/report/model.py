@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -155,6 +156,19 @@ class Report:
     def removed_layers(self) -> list[int]:
         """Layers that its prune steps removed."""
         return [layer for step in self.steps if step.removal for layer in step.removal.removed_layers]
+
+    @property
+    def channels_removed(self) -> float:
+        """Share of the feed-forward channels that its narrow steps removed."""
+        widths = [step.narrowing.width for step in self.steps if step.narrowing]
+        return 1 - math.prod(after / before for before, after in widths)
+
+    @property
+    def removed(self) -> str:
+        """What is gone, as ``1 layer and 25 % of the channels``; empty where nothing is."""
+        count, share = len(self.removed_layers), self.channels_removed
+        layers = f"{count} layer{'s'[: count != 1]}" if count else ""
+        return " and ".join(filter(None, (layers, f"{100 * share:.3g} % of the channels" if share else "")))
 
     @property
     def quantization(self) -> Quantization:

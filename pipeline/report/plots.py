@@ -33,11 +33,12 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
         return ""
     figure, axes = _figure(3.6)
     methods = list(dict.fromkeys(r.quantization.label for r in reports))
-    removals = sorted({len(r.removed_layers) for r in reports})
+    amounts = sorted({(len(r.removed_layers), r.channels_removed, r.removed) for r in reports})
+    removals = [removed for *_, removed in amounts]
     for number, (x, y) in known.items():
         report = reports[number]
         colour = _COLOURS[methods.index(report.quantization.label) % len(_COLOURS)]
-        marker = _MARKERS[removals.index(len(report.removed_layers)) % len(_MARKERS)]
+        marker = _MARKERS[removals.index(report.removed) % len(_MARKERS)]
         axes.plot(x, y, marker, color=colour, markersize=8)
         axes.annotate(str(number + 1), (x, y), xytext=(6, 5), textcoords="offset points")
     best = [known[number] for number in best_of(reports, kind)]
@@ -48,8 +49,8 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
     axes.margins(0.1)
     handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=_literal(m))[0] for i, m in enumerate(methods)]
     handles += [
-        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{n or 'no'} layer{'s' if n > 1 else ''} removed")[0]
-        for i, n in enumerate(removals)
+        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{removed or 'no layer'} removed")[0]
+        for i, removed in enumerate(removals)
     ]
     handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="Pareto frontier")[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -123,7 +123,8 @@ def artifact_rows(reports: Sequence[Report]) -> Rows:
         "peak RSS": "memory.peak_rss_bytes",
     }
     best = {kind: set(best_of(reports, kind)) for kind in ("size", "speed")}
-    rows = [["#", "artifact", "layers removed", "quantization", *columns, "Pareto-optimal in"]]
+    narrowed = any(report.channels_removed for report in reports)
+    rows = [["#", "artifact", "removed" if narrowed else "layers removed", "quantization", *columns, "Pareto-optimal in"]]
     original = next((r.stages[0] for r in reports if r.stages and r.stages[0].name == "original"), None)
     if original and original.failed is None:
         known = {SIZE: shown(original.bytes, "byte"), "quality.perplexity": f"{original.perplexity:.4g}"}
@@ -134,7 +135,7 @@ def artifact_rows(reports: Sequence[Report]) -> Rows:
             [
                 str(number + 1),
                 report.artifact + (" (failed)" if report.failed else ""),
-                str(len(report.removed_layers) or ""),
+                report.removed if narrowed else str(len(report.removed_layers) or ""),
                 report.quantization.label,
                 *("" if cell is None else _short(cell) for cell in cells),
                 ", ".join(kind for kind in best if number in best[kind]),

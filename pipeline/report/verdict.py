@@ -17,6 +17,7 @@ SLOW, EXPECTED = 0.25, 0.6  # shares of the memory's bandwidth: called out below
 HURT = {
     PAST_TENSE["prune"]: "where layers were removed: remove fewer or none, and heal with text of the same kind",
     PAST_TENSE["heal"]: "in healing: heal with text of the same kind",
+    PAST_TENSE["narrow"]: "where channels were removed: give a smaller --remove-channels",
     PAST_TENSE["quantize"]: "in quantization: give more bits, or calibrate with text of the same kind",
     PAST_TENSE["tune"]: "in tuning: leave it out, or tune with text of the same kind",
 }
@@ -95,8 +96,8 @@ def _hurt(reports: Sequence[Report]) -> list[str]:
 def _pruning(reports: Sequence[Report]) -> list[str]:
     """Losses first, then what removal gained, each against an artifact without removal."""
     lost, gained = [], []
-    whole = [r for r in reports if not r.removed_layers]
-    for report in (r for r in reports if r.removed_layers):
+    whole = [r for r in reports if not r.removed]
+    for report in (r for r in reports if r.removed):
         better = [(other, at) for other in whole if (at := losing(report, other))]
         if better:
             lost.append(_lost(report, *_clearest(report, better)))
@@ -125,18 +126,21 @@ def _lost(report: Report, other: Report, at: list[str]) -> str:
     if "speed" in at:
         reasons.append(f"is no slower ({report.artifact} against it: {_times(report, other)})")
     return (
-        f"Pruning does not pay off in {report.artifact}: {other.artifact} keeps all layers, {', '.join(reasons)} "
+        f"Pruning does not pay off in {report.artifact}: {other.artifact} keeps {_all(report)}, {', '.join(reasons)} "
         f"and has the better quality ({_losses(other, report)})"
     )
 
 
 def _gained(report: Report, same: Report) -> str:
     smaller = 100 * (1 - report.figures[SIZE].median / same.figures[SIZE].median)
-    count = len(report.removed_layers)
     return (
-        f"{report.artifact}: without {count} layer{'s'[: count != 1]} {smaller:.1f} % smaller and {_speed(report, same)} "
-        f"against {same.artifact}, the same with all layers, at {_losses(report, same)}"
+        f"{report.artifact}: without {report.removed} {smaller:.1f} % smaller and {_speed(report, same)} "
+        f"against {same.artifact}, the same with {_all(report)}, at {_losses(report, same)}"
     )
+
+
+def _all(report: Report) -> str:
+    return "all layers and channels" if report.channels_removed else "all layers"
 
 
 def _speed(report: Report, same: Report) -> str:

@@ -151,7 +151,11 @@ def _beginning(windows: list[np.ndarray]) -> list[np.ndarray]:
 
 def _bfloat16_serves(teacher: PreTrainedModel, window: np.ndarray) -> bool:
     """Whether the processor multiplies in bfloat16, and the original's predictions stay what they are."""
-    if not (torch.cuda.is_bf16_supported() if teacher.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()):
+    if not (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if teacher.device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    ):
         return False
     exact = torch.from_numpy(logits_of(teacher, window))
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16):

@@ -43,3 +43,17 @@ def test_a_channel_that_is_never_used() -> None:
     channels = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     channels[:, 2] = 0
     assert least(statistics(channels, torch.zeros(50, 3)), torch.ones(3, 8), 7).tolist() == [0, 1, 3, 4, 5, 6, 7]
+
+
+def test_a_loud_channel_does_not_hold_the_others_still() -> None:
+    """One of a thousand times the size, as trained models have them: fifteen doubles of others can still go for nothing."""
+    torch.manual_seed(0)
+    base = torch.randn(2000, 16)
+    doubles = base[:, :15] + 0.01 * torch.randn(2000, 15)
+    channels = torch.cat([base, doubles, 1000 * torch.randn(2000, 1)], dim=1)
+    weight = torch.randn(8, 32)
+    weight[:, 31] *= 1e-3
+    kept = torch.tensor([*range(16), 31])
+    found = refit(statistics(channels, torch.zeros(2000, 8)), weight, kept)
+    wanted = channels @ weight.T
+    assert float((channels[:, kept] @ found.T - wanted).norm() / wanted.norm()) < 0.05

@@ -19,11 +19,20 @@ from edgepress.pipeline.options import NarrowOptions
 from edgepress.pipeline.report.steps import Step, describe
 from edgepress.pipeline.stages import run
 from families import family_config
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-TRIED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "gpt2", "opt")
-DOWN = {"gpt2": "mlp.c_proj", "opt": "fc2"}
+TRIED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "gpt2", "opt", "phi", "gpt_neox")
+DOWN = {"gpt2": "mlp.c_proj", "opt": "fc2", "phi": "mlp.fc2", "gpt_neox": "dense_4h_to_h"}
+_SMALL = {"vocab_size": 5120, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "bitnet": _SMALL | {"num_hidden_layers": 2},
+    "gemma4_text": _SMALL | {
+        "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 5120, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8,
+    },
+}  # fmt: skip
 IDS = torch.tensor([[5, 17, 300, 4, 1999, 60, 61, 62, 2000, 7, 9, 11]])
 
 
@@ -112,10 +121,9 @@ def test_what_was_not_judged_is_not_written(tiny: Path, tmp_path: Path, monkeypa
     real = stage._write
 
     def other(checkpoint: Any, out: Path, feed: FeedForward, chosen: list[torch.Tensor], blocks: Any) -> None:
-        real(checkpoint, out, feed, [left.roll(1) for left in chosen], blocks)
-        torch.manual_seed(0)
-        name = f"{feed.down[0]}.weight"
-        stage.replace_tensors(out, {name: torch.randn(64, len(chosen[0]))})
+        real(checkpoint, out, feed, chosen, blocks)
+        gate = next(name for name in feed.axes if "gate" in name)
+        stage.replace_tensors(out, {gate: load_file(out / "model.safetensors")[gate].roll(1, 0)})
 
     monkeypatch.setattr(stage, "_write", other)
     with pytest.raises(ProofError, match="logits differ"):
@@ -139,10 +147,25 @@ def test_refusals(
     refused("narrow", tiny, tmp_path / "out", *flags, says=says)
 
 
-@pytest.mark.parametrize(("family", "says"), [("mixtral", "belong to experts"), ("bloom", "has no width")])
+@pytest.mark.parametrize(("family", "says"), [
+    ("mixtral", "belong to experts"), ("bloom", "has no width"), ("bitnet", "ffn_sub_norm.weight, which depends on all of them"),
+    ("gemma4_text", "share more than the residual stream"),
+])  # fmt: skip
 def test_models_without_such_channels(family: str, says: str, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[family](**OTHERS[family]) if family in OTHERS else family_config(family)
     with pytest.raises(ModelError, match=says):
-        narrowed(random_model(family_config(family), tmp_path / "source"), tmp_path / "out")
+        narrowed(random_model(config, tmp_path / "source"), tmp_path / "out")
+
+
+def test_a_build_refuses_before_anything_is_measured(
+    random_model: Callable[..., Path], refused: Callable[..., None], tiny: Path, tmp_path: Path
+) -> None:
+    """What config.json alone says is not learnt after layers were removed and healed."""
+    mixtral = random_model(family_config("mixtral"), tmp_path / "source")
+    flags = ("--method", "rtn", "--remove-count", 1, "--calibration-tokens", 64)
+    for source, share, says in ((mixtral, 0.1, "belong to experts"), (tiny, 0.99, "leaves fewer than 8")):
+        refused("build", source, tmp_path / "out", *flags, "--remove-channels", share, says=says)
+        assert not (tmp_path / "out" / "01-prune").exists()
 
 
 @pytest.mark.families
