@@ -22,7 +22,7 @@ EFFORTS: dict[str, dict[str, dict[str, object]]] = {
     },
     "best": {
         "prune": {"shortlist": 8, "greedy_tokens": 4096},
-        "tune": {"minutes": 30.0, "calibration_tokens": 65536},
+        "tune": {"minutes": 30.0},
         "bench": {"repeats": 10},
     },
 }

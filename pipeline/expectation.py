@@ -30,7 +30,7 @@ _SIDE, _PRODUCTS = 1024, 8
 TRIAL_TOKENS, OWN_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 4096, 512, 2**25
 SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
-TUNE_TOKENS, MOST_PASSES = PRUNE_TOKENS, 10  # of own_text/kept.py and tune/train.py
+MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
 MIX_PASSES = 40  # over the trial's text: what each matrix costs, and what a few mixes do
 SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
@@ -93,9 +93,11 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
     low, high, memory = 0.0, 0.0, 4.0 * parameters
     for _, options in steps:
         compared = removing or (narrowing and isinstance(options, BenchOptions))  # with the same without removal
-        least, most, fixed = _work(options, compared)
+        least, most, fixed = _work(options, compared, parameters)
         if isinstance(options, TuneOptions) and not options.tune_tokens:
-            most = min(most, 60 * options.minutes * EFFICIENCY * rate / (2 * parameters) + SAMPLING * TUNE_TOKENS)
+            most = min(
+                most, 60 * options.minutes * EFFICIENCY * rate / (2 * parameters) + SAMPLING * options.own_tokens(parameters)
+            )
         fixed += START_S + parameters / PARAMETERS_PER_S
         token = 2 * parameters / (EFFICIENCY * rate)
         low, high = low + least * token + fixed, high + most * token + fixed
@@ -119,7 +121,7 @@ def _scored(options: BenchOptions, removing: bool) -> tuple[float, float]:
     return _tokens(options.text_tokens, options.text), 2.0 + removing
 
 
-def _work(options: Options, removing: bool) -> tuple[float, float, float]:
+def _work(options: Options, removing: bool, parameters: int) -> tuple[float, float, float]:
     """Tokens that a stage takes forward through the whole model, all passes together, least and most, and seconds besides."""
     if isinstance(options, PruneOptions):
         text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
@@ -143,7 +145,7 @@ def _work(options: Options, removing: bool) -> tuple[float, float, float]:
         # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by
         return 3 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + SAMPLING * OWN_TOKENS + gptq, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
-        text = options.calibration_tokens or TUNE_TOKENS
+        text = options.calibration_tokens or options.own_tokens(parameters)
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0
     if isinstance(options, ExportOptions):
         return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0

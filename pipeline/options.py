@@ -14,6 +14,8 @@ from edgepress.pipeline.flags import Options, flag, option
 from edgepress.pipeline.methods import ACT_ORDER, ADJUSTABLE, BITS, GROUP_SIZES, METHODS, defaults_of_group_size, joined
 from edgepress.pipeline.registry import look_up
 
+# Of tune: parameters times tokens that two cores train on in a minute, and the longest text that is written for it.
+READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
 SELF = Path("self")  # as calibration text: what the model itself writes
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before
@@ -428,7 +430,10 @@ class TuneOptions(Options):
         "(default: self; the writing comes on top of --minutes)",
     )  # fmt: skip
     calibration_model: Path | None = _calibration_model()
-    calibration_tokens: int | None = _shared_tokens("judges and teaches nothing")
+    calibration_tokens: int | None = option(
+        None, "calibration tokens, of which some are held out (default: all there are up to 32768; of the original's own text what "
+        "--minutes or --tune-tokens read about once, 32768 to 131072)", at_least=64,
+    )  # fmt: skip
     calibration_skip: int = _calibration_skip()
     text_key: str = _text_key()
     other_text: Path = _other_text()
@@ -440,6 +445,14 @@ class TuneOptions(Options):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{flag(name)} must be greater than 0, not {value}")
+
+    def own_tokens(self, parameters: int) -> int:
+        """Tokens that a model of so many parameters writes for itself to learn from: a power of two from 32768 to 131072.
+
+        What is read again and again is learnt by heart (docs/tuning.md); what is never read to its end was written for nothing.
+        """
+        read = self.tune_tokens or self.minutes * READ_A_MINUTE / parameters
+        return min(MOST_OWN_TOKENS, max(PRUNE_TOKENS, 1 << int(read).bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     stage = STAGES[name]
     if source.format not in stage.takes:
         taken = " or ".join(FORMATS[format] for format in stage.takes)
-        raise InputError(f"{name} takes {taken}, and {source.path} is {FORMATS[source.format]}; {_hint(source.format)}")
+        raise InputError(f"{name} takes {taken}, and {source.path} is {FORMATS[source.format]}; {_hint(source.format, stage.takes)}")
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     check_outside(out, source.path, *_folders(options))
@@ -276,7 +276,9 @@ def fingerprint(name: str, options: Options, source: Artifact) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def _hint(format: Format) -> str:
+def _hint(format: Format, taken: tuple[Format, ...]) -> str:
+    if format == "hf" and "packed" in taken:
+        return "quantize it first"
     return {
         "gguf": "import it first: edgepress import",
         "hf": "export it first",

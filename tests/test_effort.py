@@ -14,7 +14,7 @@ from edgepress.pipeline.effort import EFFORTS, HELP, settings
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.flags import make
-from edgepress.pipeline.options import PRUNE_TOKENS, BenchOptions, ExportOptions, PruneOptions
+from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.stages import STAGES
@@ -95,4 +95,4 @@ def test_its_figures_are_those_of_the_stages() -> None:
     assert (expectation.TRIAL_TOKENS, expectation.OWN_TOKENS) == (choose.TRIAL_TOKENS, choose.OWN_TOKENS)
     expected = (windows.PROOF_TOKENS, windows.PROOF_LOGITS)
     assert expected == (expectation.PROOF_TOKENS, expectation.PROOF_LOGITS)
-    assert (expectation.TUNE_TOKENS, expectation.MOST_PASSES) == (PRUNE_TOKENS, train.PASSES)
+    assert expectation.MOST_PASSES == train.PASSES

@@ -32,6 +32,9 @@ TABLE = "kept_channels.json"
 _STEPS = ((1024, 64), (128, 32), (0, 8))  # from this width on, a multiple of that: what kernels and groups of weights like
 
 
+WINDOW, FIRST = 128, 4.0  # tokens; the first one's weight: short windows, so that many tokens have been the first
+
+
 @dataclass
 class _Batch:
     """ids, real (windows, tokens); whole, narrow: what enters the next block of either model, (windows, tokens, hidden)."""
@@ -61,7 +64,7 @@ def narrow(source: Artifact, out: Path, options: NarrowOptions) -> JsonObject:
     stored = stored_dtypes(source.path)
     dtypes = {name: stored_dtype(stored, name, source.path) for name in feed.axes}
     options = with_text(options, source.path)
-    fit, held_out = calibration(source.path, options)
+    fit, held_out = calibration(source.path, options, WINDOW)
     blocks = Blocks(checkpoint.model())
     _check_blocks(blocks, fit[0][:32])
     before, parameters = mean_loss(blocks, held_out), blocks.model.num_parameters()
@@ -153,7 +156,8 @@ def _statistics(
 ) -> Statistics:
     """What enters the matrix on the narrowed stream, and what that stream lacks; the whole stream moves on behind the block.
 
-    Tokens weigh 1 / length^2 of their state: a few have states a hundred times as long. Where the output passes a norm before it
+    Tokens weigh 1 / length^2 of their state: a few have states a hundred times as long. The first of a window counts for more: all
+    others attend to it (Xiao et al. 2023, attention sinks), and it is like no other. Where the output passes a norm before it
     is added, what the stream lacks is unknown to the matrix, and it is fitted to its own former output.
     """
     statistics, seen = Statistics.empty(weight.shape[1], weight.shape[0]), list[torch.Tensor]()
@@ -173,7 +177,10 @@ def _statistics(
         target = batch.whole[batch.real]
         missing = (target - leaving[batch.real]) / factor if factor else torch.zeros_like(target)
         lengths = target if factor else channels @ weight.T
-        statistics.add(channels, missing, 1 / lengths.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+        weights = torch.ones(batch.real.shape)
+        weights[:, 0] = FIRST
+        weights = weights[batch.real][:, None] / lengths.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        statistics.add(channels, missing, weights)
     return statistics
 
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
 from edgepress.pipeline.machine import release_memory, training_device
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
-from edgepress.pipeline.options import TuneOptions
+from edgepress.pipeline.options import SELF, TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.text.calibration import healing_sets
 from edgepress.pipeline.tune.student import ENOUGH_BITS, Student
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 WINDOW = 128  # tokens: a third cheaper a token than 512, and transfers no worse (docs/tuning.md)
+JUDGING_TOKENS = 4096
 SELECTION_TOKENS = 2048  # of each of two texts: the states of one training differ little from look to look
 # The noise that training adds grows with the rate: what has lost little is only made worse by a rate that suits what lost much.
 RATE, LOSS_OF_A_RATE = 3e-3, 75  # docs/tuning.md
@@ -58,7 +60,9 @@ def tune(source: Artifact, out: Path, options: TuneOptions) -> JsonObject:
         why = f"weights of {min(bits)} bits lose too little to win back" if bits else "nothing is quantized"
         log.info("tune: left as it is, %s", why)
         return {"accepted": False, "why": why}
-    options = with_text(options, options.original)
+    if options.calibration == SELF and options.calibration_tokens is None:
+        options = replace(options, calibration_tokens=options.own_tokens(original.meta_model().num_parameters()))
+    options = with_text(options, original.path)
     with _scratch(source, out, options) as scratch:
         return _tune(checkpoint, original, out, options, scratch)
 
@@ -100,14 +104,17 @@ _STATE = "training.pt"
 def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: TuneOptions, scratch: Path) -> JsonObject:
     texts = healing_sets(original.path, options, WINDOW)
     sets = {
-        "selection": _beginning(texts.selection), "other_selection": _beginning(texts.other_selection),
-        "judging": texts.judging, "other": texts.other,
+        "selection": _beginning(texts.selection, SELECTION_TOKENS),
+        "other_selection": _beginning(texts.other_selection, SELECTION_TOKENS),
+        "judging": _beginning(texts.judging, JUDGING_TOKENS), "other": texts.other,
     }  # fmt: skip
+    # What is more than enough to judge by teaches.
+    fitted = [*texts.fit, *texts.selection[len(sets["selection"]) :], *texts.judging[len(sets["judging"]) :]]
     teacher = original.model().to(training_device())
     bfloat16 = _bfloat16_serves(teacher, texts.judging[0])
     lessons = {name: Lesson(windows, record(teacher, windows, scratch / name)) for name, windows in sets.items()}
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-        fit = Lesson(texts.fit, record(teacher, texts.fit, scratch / "fit"))
+        fit = Lesson(fitted, record(teacher, fitted, scratch / "fit"))
     del teacher
     release_memory()
     student = Student(checkpoint)
@@ -140,13 +147,13 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
         "accepted": accepted, "numbers": numbers, "matrices": len(student.matrices), "steps": training.steps, "tokens": tokens,
         "bfloat16": bfloat16, "training_kl": training.first_and_last(), **figures,
         "calibration": {"sha256": sha256(options.calibration), "other_text_sha256": sha256(options.other_text)}
-        | {name: sum(map(len, windows)) for name, windows in {"fit": texts.fit, **sets}.items()},
+        | {name: sum(map(len, windows)) for name, windows in {"fit": fitted, **sets}.items()},
     }  # fmt: skip
 
 
-def _beginning(windows: list[np.ndarray]) -> list[np.ndarray]:
-    """As many windows as ``SELECTION_TOKENS`` hold, at least one."""
-    return windows[: max(1, SELECTION_TOKENS // len(windows[0]))]
+def _beginning(windows: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """As many windows as ``tokens`` hold, at least one."""
+    return windows[: max(1, tokens // len(windows[0]))]
 
 
 def _bfloat16_serves(teacher: PreTrainedModel, window: np.ndarray) -> bool:

@@ -184,7 +184,7 @@ def test_refused_before_the_work(
         result = call("tune", quantized.path, tmp_path / "out", "--original", tiny, *flags)
         assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
     result = call("tune", tiny, tmp_path / "out", "--original", tiny)
-    assert result.code == 2 and "tune takes packed" in result.err
+    assert result.code == 2 and "tune takes a quantized checkpoint" in result.err
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
 
 
@@ -229,3 +229,12 @@ def test_attention_is_that_of_before_when_training_ends(quantized: Artifact) -> 
             assert model.config._attn_implementation == within
             raise KeyboardInterrupt
         assert model.config._attn_implementation == former
+
+
+@pytest.mark.parametrize(("minutes", "tokens", "parameters", "written"), [
+    (10, None, 134_515_008, 131072), (2, None, 134_515_008, 32768), (10, None, 494_000_000, 32768), (10, None, 268_000_000, 65536),
+    (10, 70_000, 134_515_008, 65536), (10, 256, 14_000_000, 32768), (30, None, 14_000_000, 131072),
+])  # fmt: skip
+def test_a_longer_training_has_more_text(minutes: float, tokens: int | None, parameters: int, written: int) -> None:
+    """Read about once: what is read again and again is learnt by heart, and writing what is not read takes as long."""
+    assert TuneOptions(minutes=minutes, tune_tokens=tokens).own_tokens(parameters) == written
