@@ -131,8 +131,8 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     """
     stage = STAGES[name]
     if source.format not in stage.takes:
-        taken = " or ".join(FORMATS[format] for format in stage.takes)
-        raise InputError(f"{name} takes {taken}, and {source.path} is {FORMATS[source.format]}; {_hint(source.format, stage.takes)}")
+        taken, given = " or ".join(FORMATS[format] for format in stage.takes), FORMATS[source.format]
+        raise InputError(f"{name} takes {taken}, and {source.path} is {given}; {_hint(source.format, stage.takes)}")
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     check_outside(out, source.path, *_folders(options))
