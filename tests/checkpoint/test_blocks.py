@@ -31,7 +31,10 @@ def test_skipped_blocks_cost_nothing_and_come_back(reference: Path) -> None:
 
 @pytest.mark.parametrize("removed", [[], [3, 15]])
 def test_the_head_by_rows_gives_the_logits(reference: Path, removed: list[int]) -> None:
-    """Bit for bit those of the whole window, also where the last block is skipped, and never more of them than asked for."""
+    """Those of the whole window, also where the last block is skipped, and never more of them than asked for.
+
+    Bit for bit on some processors only: a matrix product of another height may add in another order.
+    """
     blocks = Blocks(load_model(reference))
     ids = torch.from_numpy(text_windows(CALIBRATION_TEXT, reference, budget=100, length=100)[0])[None]
     sizes: list[int] = []
@@ -43,4 +46,5 @@ def test_the_head_by_rows_gives_the_logits(reference: Path, removed: list[int]) 
         handle.remove()
         assert torch.equal(blocks.logits(ids)[0], whole)
     assert [(part.start, part.stop) for part, _ in parts] == [(0, 32), (32, 64), (64, 96), (96, 100)]
-    assert torch.equal(torch.cat([logits for _, logits in parts]), whole) and sizes == [32, 32, 32, 4]
+    torch.testing.assert_close(torch.cat([logits for _, logits in parts]), whole, rtol=1e-5, atol=2e-5)
+    assert sizes == [32, 32, 32, 4]

@@ -48,7 +48,11 @@ def test_every_id_is_drawn_by_the_model_from_its_own_document_alone(
                 with torch.inference_mode():
                     sums = torch.softmax(model(torch.tensor([row[begin:place]])).logits[0, -1], -1).cumsum(-1).numpy()
                 place += 1
-                assert row[place - 1] == np.searchsorted(sums, random.random() * sums[-1], side="right")
+                chance = random.random() * sums[-1]
+                expected = int(np.searchsorted(sums, chance, side="right"))
+                # A batch adds in another order on some processors: only a chance at the very border may fall on its other side.
+                border = sums[min(expected, row[place - 1])]
+                assert row[place - 1] == expected or (abs(row[place - 1] - expected) == 1 and abs(border - chance) < 1e-6)
                 if row[place - 1] in ENDS:
                     break
     assert documents > 8
@@ -56,12 +60,11 @@ def test_every_id_is_drawn_by_the_model_from_its_own_document_alone(
 
 def test_a_text_ends_and_the_next_begins() -> None:
     """The end stays in the text; where it is also what begins one, it stands there once."""
-    seven, eight = (np.cumsum(np.eye(10)[id]) for id in (7, 8))
     row = _Row(Openings([1], [], frozenset({8}), 10), np.random.default_rng(0), 0)
-    assert [row.next(0, None), row.next(1, eight), row.begin] == [1, 8, 0]
-    assert [row.next(2, seven), row.begin, row.next(3, seven), row.begin] == [1, 2, 7, 2]
+    assert [row.next(0, 0), row.next(1, 8), row.begin] == [1, 8, 0]
+    assert [row.next(2, 7), row.begin, row.next(3, 7), row.begin] == [1, 2, 7, 2]
     row = _Row(Openings([8], [], frozenset({8}), 10), np.random.default_rng(0), 0)
-    assert [row.next(0, None), row.next(1, eight), row.begin, row.next(2, seven), row.begin] == [8, 8, 1, 7, 1]
+    assert [row.next(0, 0), row.next(1, 8), row.begin, row.next(2, 7), row.begin] == [8, 8, 1, 7, 1]
 
 
 def test_same_seed_same_ids(tiny: Path) -> None:
