@@ -82,7 +82,7 @@ def test_the_refit_wins_back_most(reference: Path, tmp_path: Path) -> None:
     """Of what 40 % of the embedded model's channels cost, on text that it did not learn from."""
     losses = []
     for refit in (True, False):
-        artifact = narrowed(reference, tmp_path / str(refit), remove_channels=0.4, refit=refit, calibration_tokens=8192)
+        artifact = narrowed(reference, tmp_path / str(refit), remove_channels=0.4, refit=refit, calibration_tokens=3072)
         before, after = artifact.steps[-1].facts["held_out_perplexity"]
         losses.append(after / before - 1)
     assert 0 < losses[0] < 0.5 * losses[1], losses
@@ -93,6 +93,7 @@ def test_a_build_narrows_before_it_quantizes() -> None:
     assert [name for name, _ in steps] == ["prune", "heal", "narrow", "quantize", "export", "bench"]
 
 
+@pytest.mark.families
 def test_a_build_shows_what_narrowing_brought(tiny: Path, call: Callable[..., Any], tmp_path: Path) -> None:
     flags = (
         "--method",
