@@ -90,3 +90,9 @@ def arithmetic_fields(resolved: Config) -> list[str]:
     return [
         key for key, value in resolved.items() if _ARITHMETIC.search(key) and (value is True or (type(value) is int and value > 1))
     ]
+
+
+def with_size(config: dict[str, Any], key: str, size: int) -> dict[str, Any]:
+    """The config with another size, of the vocabulary or the feed-forward layers, wherever it stands; at the top where nowhere."""
+    parts = {name: with_size(part, key, size) for name, part in config.items() if isinstance(part, dict) and key in part}
+    return config | parts | ({key: size} if key in config or not parts else {})

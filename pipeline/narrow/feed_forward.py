@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from edgepress.models.pruned_config import with_size
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import build_meta_model
@@ -42,7 +43,7 @@ class FeedForward:
 
     def config(self, raw: JsonObject, width: int) -> JsonObject:
         """config.json with another width."""
-        return _with(raw, self.key, width)
+        return with_size(raw, self.key, width)
 
 
 def find(checkpoint: Checkpoint) -> FeedForward:
@@ -62,7 +63,7 @@ def find(checkpoint: Checkpoint) -> FeedForward:
 
 def _found(checkpoint: Checkpoint, model: PreTrainedModel, key: str, tried: int) -> FeedForward:
     try:
-        config = type(checkpoint.config).from_dict(_with(copy.deepcopy(checkpoint.raw_config), key, tried))
+        config = type(checkpoint.config).from_dict(with_size(copy.deepcopy(checkpoint.raw_config), key, tried))
         other = build_meta_model(config, checkpoint.path, checkpoint.trust_remote_code)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{key} cannot be changed alone") from error
@@ -93,9 +94,3 @@ def _reads(model: PreTrainedModel, name: str, axis: int) -> bool:
     module = model.get_submodule(name.rpartition(".")[0])
     inputs = 0 if isinstance(module, Conv1D) else 1
     return name.endswith(".weight") and isinstance(module, Linear | Conv1D) and axis == inputs
-
-
-def _with(raw: JsonObject, key: str, width: int) -> JsonObject:
-    """The config with the width where it stands, in a part of it or at the top."""
-    parts = {name: _with(part, key, width) for name, part in raw.items() if isinstance(part, dict) and key in part}
-    return {**raw, **parts} if parts and key not in raw else {**raw, key: width}

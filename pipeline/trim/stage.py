@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
+from edgepress.models.pruned_config import with_size
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -159,7 +160,7 @@ def _write(checkpoint: Checkpoint, out: Path, tokenizer: JsonObject, former: lis
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     for file in out.glob("*_config.json"):
         write_json(file, renumbered(read_json(file), new))
-    write_json(out / "config.json", _resized(renumbered(checkpoint.raw_config, new), len(former)))
+    write_json(out / "config.json", with_size(renumbered(checkpoint.raw_config, new), "vocab_size", len(former)))
     write_json(out / TABLE, {"former_ids": former})
     kept = torch.tensor(former)
     stored = ((name, _tensor(checkpoint, name)) for name in names)
@@ -170,12 +171,6 @@ def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
     """Some files omit the base model's prefix; a tied head is in none."""
     tensor = checkpoint.tensor(name)
     return checkpoint.tensor(name.split(".", 1)[-1]) if tensor is None else tensor
-
-
-def _resized(config: JsonObject, rows: int) -> JsonObject:
-    """The config with another size of the vocabulary, wherever it stands."""
-    parts = {key: _resized(value, rows) for key, value in config.items() if isinstance(value, dict) and "vocab_size" in value}
-    return config | parts | ({"vocab_size": rows} if "vocab_size" in config or not parts else {})
 
 
 def _computed(model: PreTrainedModel, window: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
