@@ -553,13 +553,32 @@ class RunOptions(Options):
     chat: bool = option(False, "keep a conversation: Ctrl-C ends an answer, /new starts over, Ctrl-D or /bye quits")
     system: str | None = option(None, "with --chat: what the model is told before the first message")
     max_new_tokens: int | None = option(None, "tokens to generate at most (default: 64, and 1024 an answer in --chat)", at_least=1)
-    temperature: float = option(0.0, "0 takes the most likely token; about 0.8 varies", at_least=0)
+    temperature: float | None = option(
+        None,
+        "0 takes the most likely token, about 0.8 varies (default of this and the next four: as the model's own "
+        "generation_config.json says, else the most likely token)",
+        at_least=0,
+    )
+    top_k: int | None = option(None, "draw from so many of the likeliest tokens alone, 0 for all", at_least=0)
+    top_p: float | None = option(None, "draw from the likeliest tokens that together have this probability", at_least=0)
+    min_p: float | None = option(None, "draw from tokens with this share of the likeliest one's probability", at_least=0)
+    repetition_penalty: float | None = option(None, "above 1, tokens that stand in the text already become less likely", at_least=0)
     seed: int = option(0, "random seed for sampling", at_least=0)
+    lookup: str = option(
+        "auto",
+        "read several tokens in one pass where the text repeats what stood in it before",
+        choices={"auto": "as many as pay by the guesses that came true so far", "off": "one after the other"},
+    )
     threads: int = _threads()
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
             raise OptionError("--system is for a conversation; give --chat too, or leave it out")
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) is not None and value > 1:
+                raise OptionError(f"{flag(name)} is {value:g}, it must be from 0 to 1")
+        if self.repetition_penalty == 0:
+            raise OptionError("--repetition-penalty is 0, it must be greater; 1 changes nothing")
 
     @property
     def limit(self) -> int:

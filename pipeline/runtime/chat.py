@@ -33,7 +33,7 @@ class Conversation:
         model = generate.TextModel(folder, options.threads)
         self._template, self._tokenizer, self._options = template, model.tokenizer, options
         self._stop = model.stop | end_of_turn(folder, model.tokenizer)
-        self.decoder = model.decoder
+        self._model, self.decoder = model, model.decoder
         self._random = np.random.default_rng(options.seed)
         self.forget()
 
@@ -80,7 +80,8 @@ class Conversation:
         self.decoder.rewind(common)
         self._fed, self.read = list(ids), len(ids) - common
         new = np.array(ids[common:], dtype=np.int64)
-        for token in generate.tokens(self.decoder, new, self._stop, limit, self._options.temperature, self._random):
+        choose, guesses = self._model.sampler(self._options, self._random, ids), self._model.lookup(self._options.lookup, ids)
+        for token in generate.tokens(self.decoder, new, self._stop, limit, choose, guesses):
             self._fed.append(token)
             yield token
 

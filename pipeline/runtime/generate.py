@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,14 @@ from edgepress.pipeline.flags import make
 from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.runtime.lookup import Lookup
+from edgepress.pipeline.runtime.sampler import Sampler, own_sampling, with_wishes
 from edgepress.pipeline.runtime.whole import check_whole
 from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
 
 log = logging.getLogger("edgepress")
+_OF_THE_COMMAND = {"chat", "system", "threads"}  # of RunOptions, and nothing to a stream
 
 
 class TextModel:
@@ -36,30 +39,43 @@ class TextModel:
         for warning in warnings:
             log.warning("warning: %s", warning)
 
-    def stream(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+    def stream(self, prompt: str, max_new_tokens: int = 64, **options: object) -> Iterator[str]:
         """Pieces of the prompt's continuation, each as soon as its characters are whole.
 
-        temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature), seeded.
-        A model keeps one sequence: to advance a stream after a later one has begun raises OptionError, as do options out of range
-        and a prompt whose tokens and new ones exceed the context. Raises TextError for a prompt without text.
+        options: further ones of RunOptions by name, as temperature=0.8, seed=1. A model keeps one sequence: to advance
+        a stream after a later one has begun raises OptionError, as do options out of range and a prompt whose tokens and new
+        ones exceed the context. Raises TextError for a prompt without text.
         """
-        make(RunOptions, {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed})  # the command line's checks
+        for name in _OF_THE_COMMAND.intersection(options):
+            raise OptionError(f"unknown option '{name}': a stream continues one text; edgepress run has it")
+        return self.continued(prompt, make(RunOptions, {"max_new_tokens": max_new_tokens} | options))  # the command line's checks
+
+    def continued(self, prompt: str, settings: RunOptions) -> Iterator[str]:
+        """As ``stream``, by options that are checked."""
         check_text(prompt)
-        ids = np.array(self.tokenizer.encode(prompt).ids, dtype=np.int64)
-        if not prompt or not len(ids):
+        ids: list[int] = self.tokenizer.encode(prompt).ids
+        if not prompt or not ids:
             raise TextError("the prompt is empty; give some text to continue")
-        check_ids(ids.tolist(), self.tokenizer, self.decoder.vocabulary, "the prompt")
-        needed = len(ids) + max_new_tokens
+        check_ids(ids, self.tokenizer, self.decoder.vocabulary, "the prompt")
+        needed = len(ids) + settings.limit
         if needed > self.decoder.context:
             raise OptionError(
-                f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {self.decoder.context}; "
+                f"{len(ids)} prompt and {settings.limit} new tokens exceed the context of {self.decoder.context}; "
                 "shorten the prompt or give fewer --max-new-tokens"
             )
         self.decoder.reset(needed)
-        random = np.random.default_rng(seed)
-        new = tokens(self.decoder, ids, self.stop, max_new_tokens, temperature, random)
+        choose = self.sampler(settings, np.random.default_rng(settings.seed), ids)
+        new = tokens(self.decoder, np.array(ids), self.stop, settings.limit, choose, self.lookup(settings.lookup, ids))
         self._streams += 1
-        return self._own(pieces(self.tokenizer, int(ids[-1]), new), self._streams)
+        return self._own(pieces(self.tokenizer, ids[-1], new), self._streams)
+
+    def sampler(self, settings: RunOptions, random: np.random.Generator, ids: list[int]) -> Sampler:
+        """Draws as the options say, and where they do not, as the model's generation_config.json does."""
+        return Sampler(with_wishes(own_sampling(self.folder), settings), random, ids)
+
+    def lookup(self, wish: str, ids: list[int]) -> Lookup | None:
+        """Guesses from the text of these ids; None where none are made, as a cache that is not shared is copied to forget one."""
+        return Lookup(ids) if wish == "auto" and self.decoder.shared else None
 
     def _own(self, new: Iterator[str], number: int) -> Iterator[str]:
         """The pieces, as long as no later stream has taken the decoder."""
@@ -73,7 +89,7 @@ class TextModel:
 def stream(folder: Path, prompt: str, options: RunOptions) -> Iterator[str]:
     """The prompt, then what ``TextModel.stream`` yields."""
     check_text(prompt)
-    new = TextModel(folder, options.threads).stream(prompt, options.limit, options.temperature, options.seed)
+    new = TextModel(folder, options.threads).continued(prompt, options)
     yield prompt
     yield from new
 
@@ -87,17 +103,39 @@ def check_text(text: str) -> None:
 
 
 def tokens(
-    decoder: Decoder, ids: np.ndarray, stop: frozenset[int], limit: int, temperature: float, random: np.random.Generator
+    decoder: Decoder,
+    ids: np.ndarray,
+    stop: frozenset[int],
+    limit: int,
+    choose: Callable[[np.ndarray], int],
+    lookup: Lookup | None = None,
 ) -> Iterator[int]:
-    """Feed ids int64 (tokens,) and yield up to ``limit`` new ones, each before it is fed; ends before an id in ``stop``."""
-    logits = decoder.feed(ids)[-1]
-    for count in range(limit):
-        token = _choose(logits, temperature, random)
-        if token in stop:
+    """Feed ids int64 (tokens,) and yield up to ``limit`` new ones; ends before an id in ``stop``.
+
+    choose: the next token by logits (vocabulary,), called once a token. lookup: of the whole text, which ``ids`` end. The tokens
+    are those without it, as each is chosen by its own logits: a right guess saves a pass, a wrong one is forgotten before a
+    token is yielded.
+    """
+    rows, guessed, left = decoder.feed(ids), list[int](), limit
+    while True:
+        new = list[int]()
+        for row, guess in zip(rows, [*guessed, None], strict=True):
+            new.append(choose(row))
+            if new[-1] != guess or guess in stop:
+                break
+        if wrong := len(guessed) + 1 - len(new):
+            decoder.rewind(decoder.length - wrong)
+        for token in new:
+            if token in stop:
+                return
+            if lookup:
+                lookup.append(token)
+            yield token
+        left -= len(new)
+        if not left:
             return
-        yield token
-        if count + 1 < limit:
-            logits = decoder.feed(np.array([token]))[-1]
+        guessed = lookup.guess(left - 1) if lookup else []
+        rows = decoder.feed(np.array([new[-1], *guessed]), keep=0)
 
 
 def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[str]:
@@ -110,10 +148,3 @@ def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[st
         if not text.endswith("\ufffd"):  # a character may take several tokens
             yield text[len(yielded) :]
             yielded = text
-
-
-def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
-    if not temperature:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
-    return int(random.choice(len(weights), p=weights / weights.sum()))

@@ -220,14 +220,14 @@ def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pyte
     assert len(dragon) > 1
     forced = [*tokenizer.encode(" dog", add_special_tokens=False).ids, dragon[0]]
     tokens = iter(forced)
-    monkeypatch.setattr("edgepress.pipeline.runtime.generate._choose", lambda *_: next(tokens))
+    monkeypatch.setattr("edgepress.pipeline.runtime.sampler.Sampler.__call__", lambda *_: next(tokens))
     told = stream(exported, PROMPT, options.RunOptions(max_new_tokens=len(forced)))
     assert "".join(told) == PROMPT + " dog"
 
 
 def test_run_shows_the_prompt_when_the_model_ends_at_once(call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An end token first is an answer too: an empty line would look like a failure."""
-    monkeypatch.setattr("edgepress.pipeline.runtime.generate._choose", lambda *_: 0)
+    monkeypatch.setattr("edgepress.pipeline.runtime.sampler.Sampler.__call__", lambda *_: 0)
     assert 0 in end_tokens(exported)
     result = call("run", exported, PROMPT)
     assert result.code == 0 and result.out == PROMPT + "\n"
