@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run verify show import trim prune heal narrow quantize tune export bench report sensitivity \
+.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not there or older than 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,gguf,report,tasks,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,gguf,report,tasks,serve,dev]'
 	@touch $@
 
 ##@ Use
@@ -61,6 +61,9 @@ artifact: $(READY) ## all stages: MODEL=... [OUT=...] [RECIPE=...] [TARGET=cpu] 
 
 run: $(READY) ## generate text: [MODEL=artifact] PROMPT='...' or ARGS=--chat
 	$(PRESS) run "$(ARTIFACT)" $(if $(PROMPT),"$(PROMPT)") $(ARGS)
+
+serve: $(READY) ## OpenAI's interface and a page to chat: [MODEL=artifact] [ARGS='--port 8080']
+	$(PRESS) serve "$(ARTIFACT)" $(ARGS)
 
 verify: $(READY) ## check an artifact: [MODEL=artifact] [ARGS='--original SRC']
 	$(PRESS) verify "$(ARTIFACT)" $(ARGS)

@@ -98,6 +98,14 @@ def _threads() -> int:
     return option(0, "threads; 0 leaves the choice to onnxruntime", at_least=0)
 
 
+def _lookup() -> str:
+    return option(
+        "auto",
+        "read several tokens in one pass where the text repeats what stood in it before",
+        choices={"auto": "as many as pay by the guesses that came true so far", "off": "one after the other"},
+    )
+
+
 def _trust() -> bool:
     return option(False, "run the Python code that the checkpoint brings; read it first")
 
@@ -564,11 +572,7 @@ class RunOptions(Options):
     min_p: float | None = option(None, "draw from tokens with this share of the likeliest one's probability", at_least=0)
     repetition_penalty: float | None = option(None, "above 1, tokens that stand in the text already become less likely", at_least=0)
     seed: int = option(0, "random seed for sampling", at_least=0)
-    lookup: str = option(
-        "auto",
-        "read several tokens in one pass where the text repeats what stood in it before",
-        choices={"auto": "as many as pay by the guesses that came true so far", "off": "one after the other"},
-    )
+    lookup: str = _lookup()
     threads: int = _threads()
 
     def __post_init__(self) -> None:
@@ -584,6 +588,28 @@ class RunOptions(Options):
     def limit(self) -> int:
         """``max_new_tokens``, known."""
         return self.max_new_tokens or (1024 if self.chat else 64)
+
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Answer OpenAI's HTTP interface from an artifact, on the CPU, with a page to chat."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network, where --api-key is wise")
+    port: int = option(8080, "port to listen on, 0 for any that is free", at_least=0)
+    api_key: str | None = option(None, "what clients must send as their key (default: $EDGEPRESS_API_KEY, else none is asked)")
+    memory: float = option(1.0, "GB for the caches of conversations, those that run and those that may go on", at_least=0)
+    parallel: int = option(2, "requests that take turns, token by token; others wait in line", at_least=1)
+    queue: int = option(32, "requests that may wait; more are refused with status 429", at_least=1)
+    max_tokens: int = option(1024, "new tokens for a request that does not say how many", at_least=1)
+    time_limit: float = option(600.0, "seconds after which an answer is cut", at_least=1)
+    lookup: str = _lookup()
+    threads: int = _threads()
+
+    def __post_init__(self) -> None:
+        if self.port > 65535:
+            raise OptionError(f"--port is {self.port}, it must be at most 65535")
+        if not self.memory:
+            raise OptionError("--memory is 0, and a conversation needs some; give 0.5 or more")
 
 
 @dataclass(frozen=True)

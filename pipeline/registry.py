@@ -26,6 +26,9 @@ PACKAGES = {
     "jinja2": ("jinja2", "cpu"),
     "matplotlib": ("matplotlib", "report"),
     "lm_eval": ("lm-eval", "tasks"),
+    "starlette": ("starlette", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
 }
 
 

@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.text",),
     ("pipeline.checkpoint",),
     ("pipeline.metrics", "pipeline.runtime", "pipeline.expectation"),
-    ("pipeline.own_text",),
+    ("pipeline.own_text", "pipeline.serve"),
     ("pipeline.trim", "pipeline.prune", "pipeline.heal", "pipeline.narrow", "pipeline.quantize", "pipeline.tune", "exporters"),
     ("pipeline.bench",),
     ("pipeline.verify",),

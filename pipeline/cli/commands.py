@@ -34,7 +34,7 @@ from edgepress.pipeline.cli.terminal import (
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make, parts
-from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
 from edgepress.pipeline.stages import STAGES
@@ -178,6 +178,16 @@ def _run(options: argparse.Namespace, flags: Flags) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace, flags: Flags) -> int:
+    from edgepress.pipeline.serve.server import serve
+
+    try:
+        serve(_onnx(options.source), make(ServeOptions, flags))
+    except KeyboardInterrupt:  # as the line said that Ctrl-C would
+        interrupt.forget()
+    return 0
+
+
 def _verify(options: argparse.Namespace, flags: Flags) -> int:
     from edgepress.pipeline.verify.checks import verify
 
@@ -241,6 +251,7 @@ COMMANDS = {
     "report": _report,
     "run": _run,
     "sensitivity": _sensitivity,
+    "serve": _serve,
     "show": _show,
     "verify": _verify,
 }

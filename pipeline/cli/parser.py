@@ -12,7 +12,7 @@ from edgepress.pipeline.effort import DEFAULT
 from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
-from edgepress.pipeline.options import RunOptions, SensitivityOptions, VerifyOptions
+from edgepress.pipeline.options import RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
 from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import suggestion, version
 from edgepress.pipeline.stages import STAGES
@@ -137,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
         help="text to continue, '-' or none to read it from a pipe; with --chat the first message, if given",
     )
     add_flags(run, RunOptions)
+
+    serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI does, with a page to chat", description=ServeOptions.__doc__)
+    serve.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    add_flags(serve, ServeOptions)
 
     verify = verbs.add_parser("verify", help="check an artifact", description=VerifyOptions.__doc__)
     verify.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")

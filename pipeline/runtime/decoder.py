@@ -6,6 +6,7 @@ present are one buffer, so that a step writes one position instead of copying th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,28 @@ class Decoder:
         self._frequencies = 0  # that the keys in the cache were rotated with: how many switches lay behind
         self.reset()
 
+    def twin(self, capacity: int) -> Decoder:
+        """A decoder of another sequence, of so many tokens, on the same session: weights are in memory once."""
+        other = copy.copy(self)
+        other._binding, other._cache, other._capacity, other._ids = None, {}, 0, []
+        other.reset(capacity)
+        return other
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Memory of the cache of so many tokens."""
+        return sum(heads * size for _, heads, _, size in self._shapes.values()) * tokens * np.dtype(self.dtype).itemsize
+
+    @property
+    def held(self) -> int:
+        """Tokens that the cache has memory for."""
+        return self._capacity if self.shared else self.length
+
+    def reserve(self, capacity: int) -> None:
+        """Keep the sequence, and let it become ``capacity`` tokens long."""
+        self._limit = capacity
+        if self.shared and capacity > self._capacity:
+            self._resize(capacity)
+
     def reset(self, capacity: int | None = None) -> None:
         """Forget the sequence. capacity: tokens that a shared cache holds (default: it grows up to the context)."""
         self.length = 0
@@ -100,9 +123,12 @@ class Decoder:
         self.length = length
 
     def _grow(self, total: int) -> None:
-        """Make room for ``total`` tokens in a shared cache; what is in it stays."""
+        """Make room for ``total`` tokens in a shared cache, and for more to come."""
+        self._resize(min(self.context, max(total, 2 * self._capacity, FIRST_CAPACITY)))
+
+    def _resize(self, capacity: int) -> None:
+        """A shared cache of another size; what is in it stays."""
         self._binding = None
-        capacity = min(self.context, max(total, 2 * self._capacity, FIRST_CAPACITY))
         self._capacity = 0  # if interrupted, the next call starts over: caches of both sizes hold what was read
         for name, value in self._cache.items():  # one after the other: never the whole cache twice
             array = value.numpy()

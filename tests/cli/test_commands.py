@@ -42,6 +42,7 @@ VERBS = [
     "report",
     "run",
     "sensitivity",
+    "serve",
     "show",
     "trim",
     "tune",
@@ -119,6 +120,7 @@ def test_table_of_verbs_is_whole() -> None:
     assert {stage.options for stage in cli.STAGES.values()} | {
         options.RunOptions,
         options.SensitivityOptions,
+        options.ServeOptions,
         options.VerifyOptions,
     } == set(CLASSES)
 
@@ -127,7 +129,12 @@ def test_table_of_verbs_is_whole() -> None:
 def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
     """Of build and of the verb of its own, with what it means and which values there are."""
     verbs = [name for name, stage in cli.STAGES.items() if stage.options is cls]
-    alone = {options.RunOptions: "run", options.SensitivityOptions: "sensitivity", options.VerifyOptions: "verify"}
+    alone = {
+        options.RunOptions: "run",
+        options.SensitivityOptions: "sensitivity",
+        options.ServeOptions: "serve",
+        options.VerifyOptions: "verify",
+    }
     for shown in [call(verb, "--help") for verb in (["build", *verbs] if verbs else [alone[cls]])]:
         assert shown.code == 0
         text = " ".join(shown.out.split())

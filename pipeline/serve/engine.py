@@ -1,0 +1,298 @@
+"""The one thread that runs the model: requests wait in line, those that run take turns, and caches of finished ones are kept.
+
+A request that begins like an earlier one (the next turn of a conversation) takes over its cache and reads only what is new.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from edgepress.pipeline.errors import EdgepressError, InputError
+from edgepress.pipeline.options import ServeOptions
+from edgepress.pipeline.runtime.chat import end_of_turn
+from edgepress.pipeline.runtime.chat_template import Message, read_template
+from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.runtime.generate import TextModel, pieces, tokens
+from edgepress.pipeline.runtime.lookup import Lookup
+from edgepress.pipeline.runtime.sampler import Sampler, Sampling, own_sampling
+from edgepress.pipeline.runtime.stop_words import StopWords
+from edgepress.pipeline.text.windows import check_ids
+
+log = logging.getLogger("edgepress")
+CHUNK = 512  # tokens of a prompt that are read before others have their turn
+WORTH = 16  # tokens in common for which a cache is taken over
+
+
+class Busy(EdgepressError):
+    """As many requests wait as may wait."""
+
+
+class Closed(EdgepressError):
+    """The engine has ended."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is ending")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text. tokens: its ids; noted: as Sampler.noted, of each of them, where the request asked."""
+
+    text: str
+    tokens: list[int]
+    noted: list[tuple[float, dict[int, float]]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end: "stop" or "length", tokens of the prompt, those of them that were in a cache, and new ones."""
+
+    reason: str
+    prompt: int
+    cached: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end, by an error."""
+
+    error: Exception
+
+
+Event = Piece | Done | Failed
+Steps = Generator[Event | None]
+
+
+@dataclass
+class Job:
+    """What a request wants, and where its text goes.
+
+    ids: of the prompt. likeliest: as Sampler's. deliver: called from the engine's thread with one Piece after another, and a Done
+    or Failed at the end, unless ``cancelled`` was set before. deadline: on the monotonic clock.
+    """
+
+    ids: list[int]
+    limit: int
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    likeliest: int | None
+    deliver: Callable[[Event], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    deadline: float = float("inf")
+
+
+@dataclass
+class _Seat:
+    """A cache, the ids whose keys and values it holds, and when it was last used."""
+
+    decoder: Decoder
+    ids: list[int]
+    used: float
+
+
+class Engine:
+    """A loaded artifact and its thread.
+
+    waiting, running: requests in line, and those that take turns.
+    """
+
+    def __init__(self, folder: Path, options: ServeOptions) -> None:
+        """Raises InputError when the folder is not an artifact, or not whole."""
+        self.options, self.name = options, _name(folder.resolve())
+        self.model = TextModel(folder, options.threads)
+        self.template = read_template(folder)
+        self.sampling = own_sampling(folder)
+        self.stop = self.model.stop | end_of_turn(folder, self.model.tokenizer)
+        self.waiting: deque[Job] = deque()
+        self.running = 0
+        self._budget = int(options.memory * 1e9)
+        self._seats: list[_Seat] = []
+        self._taken: list[_Seat] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._rendering = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all caches."""
+        return sum(map(self._bytes, [*self._seats, *self._taken]))
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together: the model's, or what fits into the memory for caches."""
+        return min(self.model.decoder.context, self._budget // self.model.decoder.cache_bytes(1))
+
+    def conversation_ids(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation, which the model's answer is to follow. Raises InputError."""
+        if self.template is None:
+            raise InputError("this model has no chat template: it continues text, at /v1/completions")
+        with self._rendering:  # one process answers one question after the other
+            text = self.template.render(messages)
+        return self.checked(self.model.tokenizer.encode(text, add_special_tokens=False).ids, "the conversation")
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text to continue. Raises InputError."""
+        return self.checked(self.model.tokenizer.encode(text).ids, "the prompt")
+
+    def checked(self, ids: list[int], what: str) -> list[int]:
+        """``ids``, if they can be read and leave room for an answer. Raises InputError."""
+        if not ids:
+            raise InputError(f"{what} has no tokens")
+        check_ids(ids, self.model.tokenizer, self.model.decoder.vocabulary, what)
+        if len(ids) >= self.context:
+            raise InputError(f"{what} has {len(ids)} tokens, and the context is {self.context} with the answer; shorten it")
+        return ids
+
+    def submit(self, job: Job) -> None:
+        """Put a request into the line. Raises Busy or Closed."""
+        with self._changed:
+            if self._closed:
+                raise Closed
+            if len(self.waiting) >= self.options.queue:
+                raise Busy(f"{len(self.waiting)} requests wait already; try again in a moment")
+            self.waiting.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; what runs ends with it, and is told so."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        """One step of each running request in turn."""
+        active: list[tuple[Job, Steps]] = []
+        while True:
+            with self._changed:
+                while not self._closed and not active and not self.waiting:
+                    self._changed.wait()
+                if self._closed:
+                    break
+                fitting = self._admitted(len(active))
+            active += [(job, self._steps(job)) for job in fitting]
+            active = [(job, steps) for job, steps in active if self._step(job, steps)]
+            self.running = len(active)
+        for job in [*(job for job, _ in active), *self.waiting]:
+            job.deliver(Failed(Closed()))
+
+    def _admitted(self, running: int) -> list[Job]:
+        """The first in line that may run beside ``running`` others: by their number, and by the memory of the caches."""
+        fitting, reserved = list[Job](), sum(self._bytes(seat) for seat in self._taken)
+        while self.waiting and running + len(fitting) < self.options.parallel:
+            needed = self.model.decoder.cache_bytes(len(self.waiting[0].ids) + self.waiting[0].limit)
+            if (running or fitting) and reserved + needed > self._budget:
+                break
+            reserved += needed
+            fitting.append(self.waiting.popleft())
+        return fitting
+
+    @staticmethod
+    def _bytes(seat: _Seat) -> int:
+        return seat.decoder.cache_bytes(seat.decoder.held)
+
+    def _step(self, job: Job, steps: Steps) -> bool:
+        """One step of a request; whether there are more."""
+        try:
+            if job.cancelled.is_set():
+                steps.close()
+                return False
+            event = next(steps)
+        except Exception as error:
+            event = Failed(error)
+        if over := isinstance(event, Done | Failed):
+            steps.close()  # whoever hears of the end finds the cache where it belongs
+        if event is not None:
+            job.deliver(event)
+        return not over
+
+    def _steps(self, job: Job) -> Steps:
+        """The events of a request, with None where it only lets others have their turn."""
+        seat, cached = self._seat(job)
+        self._taken.append(seat)
+        try:
+            yield from self._generated(job, seat, cached)
+        finally:
+            self._taken.remove(seat)
+            seat.ids = seat.ids[: seat.decoder.length]
+            seat.used = time.monotonic()
+            self._seats.append(seat)
+            self._give_back()
+
+    def _seat(self, job: Job) -> tuple[_Seat, int]:
+        """A cache for a request, out of those kept or a new one, and how much of the prompt it holds."""
+        common, seat = max(((_common(seat.ids, job.ids), seat) for seat in self._seats), key=lambda row: row[0], default=(0, None))
+        needed, decoder = len(job.ids) + job.limit, self.model.decoder
+        if seat is not None and common >= min(WORTH, len(job.ids) - 1):
+            self._seats.remove(seat)
+            self._give_back(decoder.cache_bytes(max(needed, seat.decoder.held)))
+            seat.decoder.rewind(common)
+            seat.decoder.reserve(needed)
+            seat.ids = list(job.ids)
+            return seat, common
+        self._give_back(decoder.cache_bytes(needed))
+        return _Seat(decoder.twin(needed), list(job.ids), 0.0), 0
+
+    def _give_back(self, needed: int = 0) -> None:
+        """Forget caches, the longest unused first, until ``needed`` bytes more are free."""
+        self._seats.sort(key=lambda seat: seat.used)
+        while self._seats and needed + sum(self._bytes(seat) for seat in self._seats + self._taken) > self._budget:
+            del self._seats[0]
+
+    def _generated(self, job: Job, seat: _Seat, cached: int) -> Iterator[Event | None]:
+        unread = job.ids[cached:]
+        while len(unread) > CHUNK:
+            seat.decoder.feed(np.array(unread[:CHUNK]))
+            unread = unread[CHUNK:]
+            yield None
+        choose = Sampler(job.sampling, np.random.default_rng(job.seed), job.ids, job.likeliest)
+        lookup = Lookup(job.ids) if self.options.lookup == "auto" and seat.decoder.shared else None
+        count = 0
+
+        def new() -> Iterator[int]:
+            nonlocal count
+            for token in tokens(seat.decoder, np.array(unread), self.stop, job.limit, choose, lookup):
+                count += 1
+                seat.ids.append(token)
+                yield token
+
+        words, told = StopWords(job.stop), 0
+
+        def piece(text: str) -> Piece:
+            nonlocal told
+            begun, told = told, count
+            return Piece(text, seat.ids[len(job.ids) + begun : len(job.ids) + count], choose.noted[begun:count])
+
+        for text in pieces(self.model.tokenizer, job.ids[-1], new()):
+            if shown := words.add(text):
+                yield piece(shown)
+            if words.found or time.monotonic() > job.deadline:
+                break
+            if not shown:
+                yield None
+        if shown := words.rest():
+            yield piece(shown)
+        ended = words.found or (count < job.limit and time.monotonic() <= job.deadline)
+        yield Done("stop" if ended else "length", len(job.ids), cached, count)
+
+
+def _name(folder: Path) -> str:
+    """What clients call the model: the folder of a build for the export in it."""
+    return folder.parent.name if folder.name.endswith("-export") and folder.parent.name else folder.name
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Ids that both begin with, but for the last of ``b``, which has to be read to know what follows."""
+    most = min(len(a), len(b) - 1)
+    return next((place for place in range(most) if a[place] != b[place]), most)
