@@ -13,7 +13,7 @@ from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import RunOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.lookup import Lookup
-from edgepress.pipeline.runtime.sampler import Sampler, own_sampling, with_wishes
+from edgepress.pipeline.runtime.sampler import Sampler, Sampling, own_sampling, with_wishes
 from edgepress.pipeline.runtime.whole import check_whole
 from edgepress.pipeline.text.windows import check_ids, load_tokenizer
 from tokenizers import Tokenizer
@@ -71,7 +71,11 @@ class TextModel:
 
     def sampler(self, settings: RunOptions, random: np.random.Generator, ids: list[int]) -> Sampler:
         """Draws as the options say, and where they do not, as the model's generation_config.json does."""
-        return Sampler(with_wishes(own_sampling(self.folder), settings), random, ids)
+        return Sampler(self.sampling(settings), random, ids)
+
+    def sampling(self, settings: RunOptions) -> Sampling:
+        """How tokens are drawn by these options."""
+        return with_wishes(own_sampling(self.folder), settings)
 
     def lookup(self, wish: str, ids: list[int]) -> Lookup | None:
         """Guesses from the text of these ids; None where none are made, as a cache that is not shared is copied to forget one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -13,15 +14,17 @@ import onnx_ir as ir
 import pytest
 from edgepress.pipeline import interrupt, stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.cli.conversation import COMMANDS
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions
 from edgepress.pipeline.runtime import decoder as runtime
 from edgepress.pipeline.runtime import generate
-from edgepress.pipeline.runtime.chat import Conversation
+from edgepress.pipeline.runtime.chat import Conversation, loops
 from edgepress.pipeline.runtime.chat_template import ChatTemplate, read_template, special_tokens
 from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.runtime.sampler import Sampler
 from edgepress.pipeline.text.windows import load_tokenizer
 from families import TINY
 from manifests import recorded
@@ -265,3 +268,63 @@ def test_chat_in_the_light_base(artifact: Path) -> None:
         [sys.executable, "-c", code, *arguments], input="Good day\n\nAnd now?\n", capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stderr.count("tokens/s") == 2 and len(done.stdout) > 10, done.stderr
+
+
+def turns(
+    call: Callable, folder: Path, *lines: str, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...] = ()
+) -> tuple[str, str]:
+    """What a piped conversation prints, and says beside."""
+    given = iter([*lines, "/bye"])
+    monkeypatch.setattr("builtins.input", lambda _: next(given))
+    result = call("run", folder, "--chat", "--max-new-tokens", 5)
+    assert result.code == 0, result.err
+    return result.out, result.err
+
+
+def test_commands_of_a_conversation(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What begins with a slash is for edgepress: settings, another beginning, files; what is unknown is not sent to the model."""
+    plain, said = turns(call, artifact, "Good day", "Go on", monkeypatch=monkeypatch)
+    assert "a context of 256 tokens, the most likely tokens" in said and said.count("cut at 5 tokens") == 2
+    out, said = turns(call, artifact, "/hlep", "/nothing at all", "/help", monkeypatch=monkeypatch)
+    assert not out and "did you mean '/help'" in said and "there is no /nothing" in said and all(name in said for name in COMMANDS)
+    file = tmp_path / "talk.json"
+    out, said = turns(call, artifact, "Good day", f"/save {file}", monkeypatch=monkeypatch)
+    assert [m["role"] for m in read_json(file)["messages"]] == ["user", "assistant"] and "2 messages saved" in said
+    rest, _ = turns(call, artifact, f"/load {file}", "Go on", monkeypatch=monkeypatch)
+    assert out + rest == plain
+    turns(call, artifact, "Good day", "/system Be brief.", "Good day", f"/save {file}", monkeypatch=monkeypatch)
+    assert [m["content"] for m in read_json(file)["messages"]][:2] == ["Be brief.", "Good day"]
+    write_json(file, {"messages": [{"role": "wizard", "content": "x"}]})
+    for line in (f"/load {file}", "/load /nowhere/at/all", "/save /nowhere/at/all", "/set heat 3", "/set top_p 5", "/set seed x"):
+        out, said = turns(call, artifact, line, monkeypatch=monkeypatch)
+        assert not out and said.count("error: ") == 1, said
+
+
+def test_settings_of_a_conversation(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold from the next answer on."""
+    lines = ("/set temperature 0.9", "/set --top-k=40", "/set max_new_tokens 7", "/set", "Good day", "/set temperature", "Good day")
+    _, said = turns(call, artifact, *lines, monkeypatch=monkeypatch)
+    assert "temperature 0.9, top-k 40" in said and said.count("cut at 7 tokens") == 2
+    assert said.rindex("the most likely tokens") > said.rindex("top-k 40")
+
+
+def test_a_message_of_several_lines(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between quotes, a slash at its beginning included; one that the input's end cuts is sent as it is."""
+    seen: list[str] = []
+    real = Conversation.answer
+    monkeypatch.setattr(Conversation, "answer", lambda self, text: seen.append(text) or real(self, text))
+    turns(call, artifact, '"""/one', "", 'two"""', '"""alone"""', '  """', monkeypatch=monkeypatch)
+    assert seen == ["/one\n\ntwo", "alone", '"""']
+
+
+def test_text_that_loops_ends(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy text that repeats itself would go on up to its limit; text that varies is left alone."""
+    run = list(range(30))
+    assert loops([7] * 128) and loops((run * 5)[-128:]) and not loops([*run * 4, *range(100, 108)]) and not loops([7] * 100)
+    assert not loops(list(range(64)) * 2)  # twice is no loop
+    for period, ends in ((9, True), (100, False)):
+        talk = Conversation(artifact, RunOptions(chat=True, max_new_tokens=180))
+        cycle = itertools.cycle(range(300, 300 + period))
+        monkeypatch.setattr(Sampler, "__call__", lambda *_, cycle=cycle: next(cycle))
+        assert "".join(talk.answer("Good day"))
+        assert talk.ended.startswith("the text repeats itself" if ends else "cut at 180 tokens; /set max_new_tokens")
