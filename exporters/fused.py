@@ -19,6 +19,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 
 INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
+PADDED_ON_THE_LEFT = "pad_on_the_right__this_graph_cannot_be_padded_on_the_left"  # onnxruntime names it in its error
 
 
 def build(checkpoint: Checkpoint, accuracy_level: int, half: bool = False) -> ir.Model:
@@ -75,10 +76,16 @@ class _Graph:
     # ------------------------------------------------------------------------------------------------ what layers share
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Inputs of GroupQueryAttention: int32 lengths (batch,) minus one, and the longest length."""
+        """Inputs of GroupQueryAttention: int32 lengths (batch,) minus one, and the longest length.
+
+        The operator counts a row's tokens and takes them for its first ones. A row that begins with padding would get wrong text
+        without a word, so the one that is subtracted is looked up in a table that has none for it.
+        """
         b = self.b
         lengths = b.op("ReduceSum", [mask, b.integers(1)], "mask.length", keepdims=0)
-        last = b.op("Cast", [b.op("Sub", [lengths, b.integers(1)], "mask.last")], "mask.seqlens_k", to=INT32)
+        first = b.op("Gather", [mask, b.constant("int64_0", np.array(0))], "mask.first", axis=1)
+        one = b.op("Gather", [b.integers(1), b.op("Sub", [b.integers(1), first], "mask.padded")], PADDED_ON_THE_LEFT)
+        last = b.op("Cast", [b.op("Sub", [lengths, one], "mask.last")], "mask.seqlens_k", to=INT32)
         total = b.op("Gather", [b.op("Shape", [mask], "mask.shape"), b.constant("int64_1", np.array(1))], "mask.total")
         return last, b.op("Cast", [total], "mask.total_sequence_length", to=INT32)
 

@@ -47,7 +47,7 @@ class Builder:
             if array.dtype == np.float32:
                 with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and fails the proof
                     array = array.astype(self.float.numpy(), copy=False)
-            tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+            tensor = ir.Tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray makes a list of a scalar
             self.initializers[name] = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         return self.initializers[name]
 

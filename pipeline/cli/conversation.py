@@ -137,7 +137,7 @@ def _set(talk: Conversation, text: str) -> None:
     name, _, value = text.replace("=", " ").partition(" ")
     if not name:
         for item in SETTINGS:
-            chosen = getattr(talk.options, item)
+            chosen = talk.options.limit if item == "max_new_tokens" else getattr(talk.options, item)
             say(f"{item:<20} {'as the model has it' if chosen is None else chosen}")
         say(talk.drawing)
         return
