@@ -295,6 +295,10 @@ class QuantizeOptions(Options):
         None, "mean bits of a block weight, scales and zero points counted (between 2.6 and 8.7): every matrix gets 2, 4 or 8 bits "
         "in groups of 32 to 128, so that the measured loss is least",
     )  # fmt: skip
+    max_size: str | None = option(
+        None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2, 4 or 8 bits, and the head 4 or "
+        "8, so that the measured loss is least",
+    )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
@@ -341,11 +345,11 @@ class QuantizeOptions(Options):
 
     def _check_choice(self) -> None:
         """What chooses the bits itself leaves nothing else to say of them."""
-        choosing = [flag(name) for name in ("max_growth", "target_bits") if getattr(self, name) is not None]
+        choosing = [flag(name) for name in ("max_growth", "target_bits", "max_size") if getattr(self, name) is not None]
         if not choosing:
             return
-        if len(choosing) == 2:
-            raise OptionError("--max-growth and --target-bits both choose the bits; leave one out")
+        if len(choosing) > 1:
+            raise OptionError(f"{' and '.join(choosing)} both choose the bits; leave one out")
         if self.bits is not None or self.bits_for:
             raise OptionError(f"{choosing[0]} chooses the bits; leave it or --bits and --bits-for out")
         if not METHODS[self.method].adjustable:
@@ -354,11 +358,13 @@ class QuantizeOptions(Options):
             raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
         if self.target_bits is not None:
             _check_target_bits(self.target_bits)
+        if self.max_size is not None:
+            size_in_bytes(self.max_size, "--max-size")
 
     @property
     def chooses(self) -> bool:
         """Whether the stage settles the bits itself."""
-        return self.max_growth is not None or self.target_bits is not None
+        return any(given is not None for given in (self.max_growth, self.target_bits, self.max_size))
 
     def resolved(self) -> QuantizeOptions:
         """The same with the method's defaults where nothing was said, as they are recorded."""
@@ -374,6 +380,17 @@ class QuantizeOptions(Options):
     def group(self) -> int:
         """``group_size``, or the method's default; -1 for a whole row."""
         return METHODS[self.method].groups[0] if self.group_size is None else self.group_size
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_in_bytes(text: str, name: str) -> int:
+    """Bytes of a size, as ``90MB`` or ``1.2 GB``. Raises OptionError that names the flag."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or (unit := found[2].upper()) not in _UNITS or not (size := int(float(found[1]) * _UNITS[unit])):
+        raise OptionError(f"{name} takes a size, as 90MB or 1.2GB, not '{text}'")
+    return size
 
 
 def _check_target_bits(bits: float) -> None:

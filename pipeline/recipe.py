@@ -44,13 +44,13 @@ log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
-_BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"})
+_BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
-METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits")
+METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits", "max_size")
 
 
 def read(name: str) -> Recipe:
@@ -314,7 +314,7 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
         return dataclasses.replace(options, reference=options.reference or original.path)
     if isinstance(options, HealOptions | TuneOptions):
         return dataclasses.replace(options, original=options.original or original.path)
-    if isinstance(options, QuantizeOptions) and options.max_growth is not None:
+    if isinstance(options, QuantizeOptions) and (options.max_growth is not None or options.max_size is not None):
         return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
     return options
 
@@ -348,7 +348,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
         # Rules of a mix name layers of the pruned model: without removal the stage chooses again, by the same wish.
         if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)) and not chosen.get("bits_for"):
             order = given.act_order and chosen["method"] == given.method
-            given = dataclasses.replace(given, max_growth=None, target_bits=None, act_order=order, **chosen)
+            given = dataclasses.replace(given, max_growth=None, target_bits=None, max_size=None, act_order=order, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)

@@ -20,9 +20,10 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
-from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions
+from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
+from edgepress.pipeline.quantize.budget import HEADS, Ends, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -162,6 +163,18 @@ class _Trial:
                 break
         return self.growth[bits]
 
+    def ends(self) -> Ends:
+        """What the artifact weighs besides its block matrices."""
+        return ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
+
+    def head_cost(self, bits: int) -> float:
+        """How the loss on the calibration text grows with a head of so many bits, nats a token; a tied embedding has them too."""
+        model, text = self._model(), self.texts[0]
+        head = model.blocks.model.get_output_embeddings()
+        with rounded({"head": head}, {"head": Form(bits, 64)}, symmetric=bits == 8):
+            losses = exact_losses(model.blocks, progress(text.windows, f"head of {bits} bits", "window"))
+        return max(0.0, float((losses - text.losses).mean()))
+
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
         return dict.fromkeys(self.shapes, form)
@@ -181,7 +194,7 @@ class _Trial:
 
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
-    """Options that settle the bits of every matrix: by ``max_growth`` or ``target_bits``.
+    """Options that settle the bits of every matrix: by ``max_growth``, ``target_bits`` or ``max_size``.
 
     Measured on the calibration text, of which rounding learns nothing, and on what the model writes itself.
     """
@@ -194,7 +207,9 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     before = _quantized_before(source)
     left = CALIBRATED if options.method == "gptq" and not before else 1.0
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
-    settled = replace(options, max_growth=None, target_bits=None)
+    settled = replace(options, max_growth=None, target_bits=None, max_size=None)
+    if options.max_size is not None:
+        return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left, before)
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
@@ -220,6 +235,24 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     chosen = eight if mixed is None else _mixed(settled, items, mixed)
     taken = "8" if mixed is None else f"{mean_bits(items, mixed):.1f}"
     return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
+
+
+def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float, before: bool) -> Chosen:
+    """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
+    ends = trial.ends()
+    head_costs = {bits: trial.head_cost(bits) for bits in HEADS}
+    items = trial.items()
+    found = fit(items, ends, head_costs, size)
+    mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
+    growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)
+    growth = round(math.expm1(math.log1p(growth) + head_costs[found.head_bits]), 5)
+    eight = set(mixed.values()) == {EIGHT}
+    chosen = _mixed(_by_rounding(settled) if eight or before else settled, items, found.forms)
+    because = (
+        f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "
+        f"{100 * growth:+.1f} % of perplexity"
+    )
+    return Chosen(replace(chosen, head_bits=found.head_bits), because, trial.growth)
 
 
 def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: float) -> list[Form] | None:

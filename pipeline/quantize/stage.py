@@ -61,7 +61,14 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
     log.info(
         "quantize: %s, %d bits, groups of %d%s; %s", settled.method, settled.weight_bits, settled.group, others, chosen.because
     )
-    taken = {"method": settled.method, "bits": settled.weight_bits, "group_size": settled.group, "bits_for": settled.bits_for}
+    taken: JsonObject = {
+        "method": settled.method,
+        "bits": settled.weight_bits,
+        "group_size": settled.group,
+        "bits_for": settled.bits_for,
+    }
+    if options.max_size is not None:
+        taken["head_bits"] = settled.head_bits
     return quantize(source, out, settled) | {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
 
 

@@ -1,0 +1,117 @@
+"""What an artifact will weigh, and the mix of bits that fits: ``--max-size``.
+
+The bytes of the exported folder are those of the packed matrices, of what stays float, of the tables of positions, of the graph and
+of the tokenizer's files; all but the graph, which is small, are known before anything is quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of, most_common, solve
+from transformers import PreTrainedModel
+
+# A table of positions from this size on is made of two small ones (exporters/graph/rotary.py).
+_LONG_TABLE, _STEP = 2**22, 256
+# Of model.onnx, whose nodes grow with the layers, and of the configs that export writes: what four models have, rounded up.
+_GRAPH, _GRAPH_LAYER, _CONFIGS = 16_000, 5_000, 4_000
+_TRIES = 4
+HEADS = (8, 4)  # bits of the head that are tried
+_TOKENIZER = {".json", ".jinja", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Embedding and output head: shapes of what is stored, one matrix where they are tied, and what else a model weighs.
+
+    rest: bytes of the artifact besides all matrices that get a form.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    rest: int
+
+    def bytes(self, bits: int, group_size: int) -> int:
+        """As ``pack.quantize_ends`` stores them: no zero points at 8 bits, blocks that divide the width."""
+        total = 0
+        for rows, columns in self.shapes:
+            group = next((g for g in (128, 64, 32, 16) if g <= group_size and columns % g == 0), None)
+            total += rows * columns * 4 if group is None else bytes_of(rows, columns, Form(bits, group), symmetric=bits == 8)
+        return total
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The bits of the head and a form for each item; cost: KL expected, nats a token. size: of the artifact, bytes."""
+
+    head_bits: int
+    forms: list[Form]
+    cost: float
+    size: int
+
+
+def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str]) -> Ends:
+    """chosen: names of the block matrices that get a form."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.tie_word_embeddings:
+        modules.pop()
+    ends = {id(module.weight): tuple(module.weight.shape) for module in modules if module is not None}
+    taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys()
+    floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
+    files = sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.suffix in _TOKENIZER and _is_carried(file.name))
+    graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers
+    return Ends(tuple(ends.values()), floats + _tables(model) + files + graph + _CONFIGS)
+
+
+def _is_carried(name: str) -> bool:
+    return "tokenizer" in name or name in ("chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json")
+
+
+def _tables(model: PreTrainedModel) -> int:
+    """Bytes of the cosines and sines of all positions, for each kind of rotary embedding."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", 0)
+    kinds: set[tuple[int, float]] = set()
+    for name, module in model.named_modules():
+        if "rotary" in name:
+            kinds |= {(buffer.numel(), float(buffer.double().sum())) for _, buffer in module.named_buffers() if buffer.ndim == 1}
+    total = 0
+    for size, _ in kinds:
+        table = 4 * positions * size
+        total += 2 * (table if table < _LONG_TABLE or positions % _STEP else 4 * size * (_STEP + positions // _STEP))
+    return total
+
+
+def fit(items: Sequence[Item], ends: Ends, head_costs: Mapping[int, float], size: int) -> Fit:
+    """The forms and the head of least cost whose artifact has at most ``size`` bytes.
+
+    head_costs: KL of a head of so many bits. Raises OptionError that names the least size where nothing fits.
+    """
+    fits = [found for bits in head_costs if (found := _with_head(items, ends, bits, head_costs[bits], size)) is not None]
+    if not fits:
+        least = sum(min(item.bytes.values()) for item in items) + ends.bytes(min(head_costs), 128) + ends.rest
+        raise OptionError(
+            f"the smallest artifact of this model has {least / 1e6:.1f} MB, at 2 bits; give --max-size {math.ceil(least / 1e6)}MB "
+            "or more, remove layers (--remove-count) or channels (--remove-channels), or trim its vocabulary (edgepress trim)"
+        )
+    return min(fits, key=lambda found: (found.cost, found.size))
+
+
+def _with_head(items: Sequence[Item], ends: Ends, bits: int, head_cost: float, size: int) -> Fit | None:
+    """The best with a head of so many bits, None where none fits: the head's blocks are as long as those of most matrices."""
+    group = 64
+    for _ in range(_TRIES):
+        left = size - ends.rest - ends.bytes(bits, group)
+        if left < sum(min(item.bytes.values()) for item in items):
+            return None
+        forms = solve(items, FORMS, size=left)
+        usual, taken = most_common(forms, items).group_size, sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
+        total = taken + ends.bytes(bits, usual) + ends.rest
+        if total <= size:
+            cost = head_cost + sum(item.costs[form] for item, form in zip(items, forms, strict=True))
+            return Fit(bits, forms, cost, total)
+        group = usual
+    return None

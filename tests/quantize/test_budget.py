@@ -1,0 +1,100 @@
+"""`--max-size`: the exported folder keeps to it, as nearly as the forms allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.files import folder_bytes
+from edgepress.pipeline.options import ExportOptions, QuantizeOptions, size_in_bytes
+from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize.budget import ends_of, fit
+from edgepress.pipeline.quantize.mix import FORMS, Form, Item
+from families import TINY
+from transformers import Gemma3TextConfig, LlamaConfig
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little text."""
+    monkeypatch.setattr(choose, "TRIAL_TOKENS", 256)
+    monkeypatch.setattr(choose, "COST_TOKENS", 512)
+    monkeypatch.setattr(choose, "WINDOW", 32)
+
+
+SHAPE = {**TINY, "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 320}
+MODELS = {
+    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "two ends": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "a long context": LlamaConfig(**SHAPE | {"max_position_embeddings": 131072}, tie_word_embeddings=True),
+    "two kinds of positions": Gemma3TextConfig(**SHAPE | {"head_dim": 32, "max_position_embeddings": 8192}, sliding_window=64),
+}
+
+
+SLACK = 30_000  # bytes of graph and configs, which are estimated
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "tied" else pytest.mark.families) for name in MODELS])
+def test_the_artifact_keeps_to_its_size(
+    name: str, quick: None, random_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """And weighs what was said; beyond what 8 bits take it has no use for more."""
+    source = Artifact.load(random_model(MODELS[name], tmp_path / "model"))
+
+    def made(size: int) -> int:
+        chosen = choose.choose(source, QuantizeOptions(method="rtn", max_size=f"{size}B"))
+        packed = stages.run("quantize", source, tmp_path / f"packed-{size}", chosen.options)
+        weighs = folder_bytes(stages.run("export", packed, tmp_path / f"onnx-{size}", ExportOptions(text=text)).path)
+        assert 0 <= 1e6 * float(chosen.because.partition(" MB")[0]) - weighs + 50_000 <= SLACK + 100_000
+        return weighs
+
+    largest = made(10**9)
+    size = int(0.93 * largest)
+    assert made(size) <= size < largest
+    with pytest.raises(OptionError, match="the smallest artifact of this model has"):
+        made(100_000)
+
+
+def test_what_stays_is_counted_as_it_ships(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """All but the graph to the byte."""
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="rtn", group_size=32))
+    made = stages.run("export", packed, tmp_path / "onnx", ExportOptions(text=text)).path
+    checkpoint = Checkpoint(packed.path)
+    names = [name for name in checkpoint.weights.matrices if ".layers." in name]
+    ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), names)
+    blocks = sum(linear.nbytes for name in names if (linear := checkpoint.weights.packed(name)))
+    assert 0 <= blocks + ends.bytes(8, 32) + ends.rest - folder_bytes(made) <= SLACK
+
+
+def item(cost: float) -> Item:
+    costs = {form: cost * 4.0**-form.bits for form in FORMS}
+    return Item(("a",), 64 * 64, costs, {form: 64 * (64 * form.bits // 8 + 4 * (64 // min(form.group_size, 64))) for form in FORMS})
+
+
+def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:
+    """Bits go where they win most: to the head, or to the blocks."""
+    names = [name for name in Checkpoint(tiny).weights.names if "proj" in name]
+    ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), [name.removesuffix(".weight") for name in names])
+    items = [item(1.0) for _ in range(40)]
+    four = ends.bytes(4, 64) + ends.rest + sum(row.bytes[Form(8, 64)] for row in items)
+    assert fit(items, ends, {8: 0.0, 4: 1e-9}, four).head_bits == 4
+    eight = ends.bytes(8, 64) + ends.rest + sum(row.bytes[Form(4, 64)] for row in items)
+    assert fit(items, ends, {8: 0.0, 4: 9.0}, eight).head_bits == 8
+
+
+@pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000", 5000)])
+def test_sizes(given: str, size: int) -> None:
+    assert size_in_bytes(given, "--max-size") == size
+
+
+@pytest.mark.parametrize("given", ["", "MB", "-5MB", "90 furlongs", "1e3MB", "0MB", "nan"])
+def test_what_is_no_size_is_refused(given: str) -> None:
+    with pytest.raises(OptionError, match="--max-size takes a size"):
+        QuantizeOptions(max_size=given)
+    with pytest.raises(OptionError, match="leave one out"):
+        QuantizeOptions(max_size="5MB", target_bits=4.5)
