@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report sensitivity \
+.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report plan sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -100,6 +100,9 @@ bench: $(READY) ## measure an artifact: [MODEL=artifact] [OUT=...] [ARGS='--refe
 
 report: $(READY) ## finished benchmarks on one page: [MODEL='DIR DIR ...' or OUT=build] [ARGS='--out report.html']
 	$(PRESS) report $(if $(OUT),"$(OUT)",$(ARTIFACT)) $(ARGS)
+
+plan: $(READY) ## sizes that an artifact could have, and what each loses: MODEL=... [ARGS='--max-size 90MB']
+	$(PRESS) plan "$(MODEL)" $(ARGS)
 
 sensitivity: $(READY) ## which matrices need more bits: MODEL=... [OUT=file.json]
 	$(PRESS) sensitivity "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(ARGS)

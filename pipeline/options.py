@@ -498,6 +498,27 @@ class SensitivityOptions(Options):
 
 
 @dataclass(frozen=True)
+class PlanOptions(Options):
+    """Show what could be made of a model: sizes, and what each is expected to lose. What is measured is kept for the next time."""
+
+    max_size: str | None = option(None, "a size to show as well, as 90MB; refused where the model has no artifact so small")
+    method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
+    tuned: bool = option(False, "reckon with a tune stage afterwards")
+    calibration: Path = _calibration()
+    calibration_model: Path | None = _calibration_model()
+    calibration_skip: int = _calibration_skip()
+    text_key: str = _text_key()
+    trust_remote_code: bool = _trust()
+
+    def __post_init__(self) -> None:
+        self.quantize()
+
+    def quantize(self) -> QuantizeOptions:
+        """The options of the quantize stage that is planned. Raises OptionError."""
+        return QuantizeOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True)
 class ExportOptions(Options):
     """Write the ONNX artifact and prove that it computes what the checkpoint computes."""
 

@@ -34,7 +34,7 @@ from edgepress.pipeline.cli.terminal import (
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make, parts
-from edgepress.pipeline.options import RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
+from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
 from edgepress.pipeline.stages import STAGES
@@ -217,6 +217,16 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace, flags: Flags) -> int:
+    values = make(PlanOptions, _resolved(flags))
+    source = stages.source_of(options.source)
+    check_checkpoint(source.path, values.trust_remote_code)
+    from edgepress.pipeline.quantize.frontier import frontier, table
+
+    print(table(frontier(source, values.quantize())))
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: Flags) -> int:
     folder = folder_of(expanded(options.source))
     if not folder.is_dir():
@@ -248,6 +258,7 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
 COMMANDS = {
     "build": _build,
     "fetch": _fetch,
+    "plan": _plan,
     "report": _report,
     "run": _run,
     "sensitivity": _sensitivity,

@@ -12,7 +12,7 @@ from edgepress.pipeline.effort import DEFAULT
 from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
-from edgepress.pipeline.options import RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
+from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
 from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import suggestion, version
 from edgepress.pipeline.stages import STAGES
@@ -125,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=expanded, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
     )
     add_flags(sensitivity, SensitivityOptions)
+
+    plan = verbs.add_parser("plan", help="sizes that an artifact could have", description=PlanOptions.__doc__)
+    plan.add_argument("source", metavar="SRC", help=SOURCE)
+    add_flags(plan, PlanOptions)
 
     run = verbs.add_parser(
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, or --chat; tokens are streamed."

@@ -7,12 +7,14 @@ of the tokenizer's files; all but the graph, which is small, are known before an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of, most_common, solve
+from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 
 # A table of positions from this size on is made of two small ones (exporters/graph/rotary.py).
@@ -20,6 +22,7 @@ _LONG_TABLE, _STEP = 2**22, 256
 # Of model.onnx, whose nodes grow with the layers, and of the configs that export writes: what four models have, rounded up.
 _GRAPH, _GRAPH_LAYER, _CONFIGS = 16_000, 5_000, 4_000
 _TRIES = 4
+Number = TypeVar("Number", int, float)
 HEADS = (8, 4)  # bits of the head that are tried
 _TOKENIZER = {".json", ".jinja", ".model", ".txt"}
 
@@ -41,6 +44,46 @@ class Ends:
             group = next((g for g in (128, 64, 32, 16) if g <= group_size and columns % g == 0), None)
             total += rows * columns * 4 if group is None else bytes_of(rows, columns, Form(bits, group), symmetric=bits == 8)
         return total
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What there is to choose from: the block matrices, the two ends, and the KL of a head by its bits, nats a token."""
+
+    items: tuple[Item, ...]
+    ends: Ends
+    head: dict[int, float]
+
+    def to_json(self) -> JsonObject:
+        """For the cache folder."""
+        rows = [
+            {
+                "names": item.names, "weights": item.weights, "costs": {str(form): cost for form, cost in item.costs.items()},
+                "bytes": {str(form): size for form, size in item.bytes.items()},
+            }
+            for item in self.items
+        ]  # fmt: skip
+        return {
+            "items": rows,
+            "shapes": self.ends.shapes,
+            "rest": self.ends.rest,
+            "head": {str(n): x for n, x in self.head.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: JsonObject) -> Costs:
+        """Raises KeyError, TypeError or ValueError for what ``to_json`` did not write."""
+        items = tuple(
+            Item(tuple(row["names"]), int(row["weights"]), _by_form(row["costs"], float), _by_form(row["bytes"], int))
+            for row in content["items"]
+        )
+        ends = Ends(tuple((int(rows), int(columns)) for rows, columns in content["shapes"]), int(content["rest"]))
+        return cls(items, ends, {int(bits): float(cost) for bits, cost in content["head"].items()})
+
+
+def _by_form(values: JsonObject, kind: type[Number]) -> dict[Form, Number]:
+    known = {str(form): form for form in FORMS}
+    return {known[name]: kind(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -85,14 +128,24 @@ def _tables(model: PreTrainedModel) -> int:
     return total
 
 
-def fit(items: Sequence[Item], ends: Ends, head_costs: Mapping[int, float], size: int) -> Fit:
+def least_size(costs: Costs) -> int:
+    """Bytes of the smallest artifact."""
+    return sum(min(item.bytes.values()) for item in costs.items) + costs.ends.bytes(min(costs.head), 64) + costs.ends.rest
+
+
+def largest_size(costs: Costs) -> int:
+    """Bytes of the artifact with 8 bits everywhere."""
+    return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(8, EIGHT.group_size) + costs.ends.rest
+
+
+def fit(costs: Costs, size: int) -> Fit:
     """The forms and the head of least cost whose artifact has at most ``size`` bytes.
 
-    head_costs: KL of a head of so many bits. Raises OptionError that names the least size where nothing fits.
+    Raises OptionError that names the least size where nothing fits.
     """
-    fits = [found for bits in head_costs if (found := _with_head(items, ends, bits, head_costs[bits], size)) is not None]
+    fits = [found for bits, cost in costs.head.items() if (found := _with_head(costs, bits, cost, size)) is not None]
     if not fits:
-        least = sum(min(item.bytes.values()) for item in items) + ends.bytes(min(head_costs), 128) + ends.rest
+        least = least_size(costs)
         raise OptionError(
             f"the smallest artifact of this model has {least / 1e6:.1f} MB, at 2 bits; give --max-size {math.ceil(least / 1e6)}MB "
             "or more, remove layers (--remove-count) or channels (--remove-channels), or trim its vocabulary (edgepress trim)"
@@ -100,9 +153,9 @@ def fit(items: Sequence[Item], ends: Ends, head_costs: Mapping[int, float], size
     return min(fits, key=lambda found: (found.cost, found.size))
 
 
-def _with_head(items: Sequence[Item], ends: Ends, bits: int, head_cost: float, size: int) -> Fit | None:
+def _with_head(costs: Costs, bits: int, head_cost: float, size: int) -> Fit | None:
     """The best with a head of so many bits, None where none fits: the head's blocks are as long as those of most matrices."""
-    group = 64
+    items, ends, group = costs.items, costs.ends, 64
     for _ in range(_TRIES):
         left = size - ends.rest - ends.bytes(bits, group)
         if left < sum(min(item.bytes.values()) for item in items):

@@ -6,24 +6,29 @@ per cent. Rounding to nearest stands in for every method in a trial: it needs no
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.errors import InputError, OptionError, OutputError
+from edgepress.pipeline.fetch import cache_folder
+from edgepress.pipeline.files import read_json, sha256, write_json
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.budget import HEADS, Ends, ends_of, fit
+from edgepress.pipeline.quantize.budget import HEADS, Costs, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -40,6 +45,7 @@ from edgepress.pipeline.quantize.mix import (
 from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
+from edgepress.pipeline.registry import version
 from edgepress.pipeline.text.windows import IDS, text_windows
 from transformers.pytorch_utils import Conv1D
 
@@ -81,8 +87,7 @@ class _Trial:
     """The model, its texts, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
     def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
-        enough = replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS))  # a model may write it
-        self.options, self.path = with_text(enough, source.path), source.path
+        self.options, self.path, self.source = _with_text(source, options), source.path, source
         self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.context, self.weights = self.checkpoint.context, self.checkpoint.index
         self.kept = self.checkpoint.weights.matrices  # codes of a GGUF file
@@ -163,11 +168,20 @@ class _Trial:
                 break
         return self.growth[bits]
 
-    def ends(self) -> Ends:
-        """What the artifact weighs besides its block matrices."""
-        return ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
+    def costs(self) -> Costs:
+        """What there is to choose from, measured now or as it was measured before."""
+        kept = _kept(self.source, self.options)
+        with suppress(InputError, KeyError, TypeError, ValueError):
+            return Costs.from_json(read_json(kept))
+        ends = ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
+        head = {bits: self._head_cost(bits) for bits in HEADS}
+        costs = Costs(tuple(self.items()), ends, head)
+        with suppress(OSError, OutputError):  # measured again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, costs.to_json())
+        return costs
 
-    def head_cost(self, bits: int) -> float:
+    def _head_cost(self, bits: int) -> float:
         """How the loss on the calibration text grows with a head of so many bits, nats a token; a tied embedding has them too."""
         model, text = self._model(), self.texts[0]
         head = model.blocks.model.get_output_embeddings()
@@ -193,6 +207,27 @@ class _Trial:
         return weight.numel() * (4 if bits == 16 else (bits + 32 / EIGHT.group_size) / 8)
 
 
+def _with_text(source: Artifact, options: QuantizeOptions) -> QuantizeOptions:
+    """The options with a file for the text, long enough for all that is measured, which a model may write."""
+    return with_text(replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS)), source.path)
+
+
+def _kept(source: Artifact, options: QuantizeOptions) -> Path:
+    """The file that keeps the costs, by what decides them: the weights, and the text."""
+    parts = [source.identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
+    name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
+    return cache_folder() / "costs" / f"{name[:32]}.json"
+
+
+def costs_of(source: Artifact, options: QuantizeOptions) -> Costs:
+    """What there is to choose from, measured now or as it was measured before."""
+    kept = _kept(source, _with_text(source, options))
+    with suppress(InputError, KeyError, TypeError, ValueError):
+        return Costs.from_json(read_json(kept))
+    with large_blocks_given_back():
+        return _Trial(source, options).costs()
+
+
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     """Options that settle the bits of every matrix: by ``max_growth``, ``target_bits`` or ``max_size``.
 
@@ -204,7 +239,7 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
 def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     trial = _Trial(source, options)
-    before = _quantized_before(source)
+    before = quantized_before(source)
     left = CALIBRATED if options.method == "gptq" and not before else 1.0
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
@@ -239,13 +274,11 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
 def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float, before: bool) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
-    ends = trial.ends()
-    head_costs = {bits: trial.head_cost(bits) for bits in HEADS}
-    items = trial.items()
-    found = fit(items, ends, head_costs, size)
+    costs = trial.costs()
+    items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)
-    growth = round(math.expm1(math.log1p(growth) + head_costs[found.head_bits]), 5)
+    growth = round(math.expm1(math.log1p(growth) + costs.head[found.head_bits]), 5)
     eight = set(mixed.values()) == {EIGHT}
     chosen = _mixed(_by_rounding(settled) if eight or before else settled, items, found.forms)
     because = (
@@ -276,13 +309,13 @@ def _by_rounding(options: QuantizeOptions) -> QuantizeOptions:
     return replace(options, method="rtn", act_order=False)
 
 
-def _mixed(settled: QuantizeOptions, items: list[Item], forms: list[Form]) -> QuantizeOptions:
+def _mixed(settled: QuantizeOptions, items: Sequence[Item], forms: list[Form]) -> QuantizeOptions:
     usual = most_common(forms, items)
     rules = rules_of(by_matrix(items, forms), usual)
     return replace(settled, bits=usual.bits, group_size=usual.group_size, bits_for=rules)
 
 
-def _quantized_before(source: Artifact) -> bool:
+def quantized_before(source: Artifact) -> bool:
     """Whether the checkpoint came from a GGUF file that holds weights in fewer than 8 bits."""
     types = {name for step in source.steps[:1] for name in step.facts.get("quantized_types") or ()}
     return bool(types - {"Q8_0", "Q8_1", "Q8_K"})

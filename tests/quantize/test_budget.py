@@ -13,7 +13,8 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import folder_bytes
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize.budget import ends_of, fit
+from edgepress.pipeline.quantize import frontier as frontier_module
+from edgepress.pipeline.quantize.budget import Costs, ends_of, fit
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item
 from families import TINY
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -80,11 +81,11 @@ def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:
     """Bits go where they win most: to the head, or to the blocks."""
     names = [name for name in Checkpoint(tiny).weights.names if "proj" in name]
     ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), [name.removesuffix(".weight") for name in names])
-    items = [item(1.0) for _ in range(40)]
+    items = (item(1.0),) * 40
     four = ends.bytes(4, 64) + ends.rest + sum(row.bytes[Form(8, 64)] for row in items)
-    assert fit(items, ends, {8: 0.0, 4: 1e-9}, four).head_bits == 4
+    assert fit(Costs(items, ends, {8: 0.0, 4: 1e-9}), four).head_bits == 4
     eight = ends.bytes(8, 64) + ends.rest + sum(row.bytes[Form(4, 64)] for row in items)
-    assert fit(items, ends, {8: 0.0, 4: 9.0}, eight).head_bits == 8
+    assert fit(Costs(items, ends, {8: 0.0, 4: 9.0}), eight).head_bits == 8
 
 
 @pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000", 5000)])
@@ -98,3 +99,24 @@ def test_what_is_no_size_is_refused(given: str) -> None:
         QuantizeOptions(max_size=given)
     with pytest.raises(OptionError, match="leave one out"):
         QuantizeOptions(max_size="5MB", target_bits=4.5)
+
+
+def test_a_plan_shows_what_could_be_made(
+    tiny: Path, quick: None, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From small to large, losses falling; a size that is proposed can be made; costs are measured once."""
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(frontier_module, "USELESS", 1e9)
+    points = frontier_module.frontier(Artifact.load(tiny), QuantizeOptions(method="rtn", max_size="1.1MB"))
+    sizes, growths = [point.size for point in points], [point.growth for point in points]
+    assert len(points) > 6 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
+    assert [point.size <= 1.1e6 for point in points if point.asked] == [True]
+    assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
+    monkeypatch.setattr(choose, "_Trial", None)  # what is kept needs no model
+    result = call("plan", tiny, "--method", "rtn", "--max-size", "1.1MB")
+    assert result.code == 0 and result.out.count("--max-size") == len(points) and result.out.count("asked for") == 1
+    refusal = call("plan", tiny, "--method", "rtn", "--max-size", "10KB")
+    assert refusal.code == 2 and "the smallest artifact of this model" in refusal.err
+    next((tmp_path / "cache" / "costs").iterdir()).write_text("{}")
+    with pytest.raises(TypeError):  # damaged: measured anew
+        frontier_module.frontier(Artifact.load(tiny), QuantizeOptions(method="rtn"))
