@@ -1,4 +1,4 @@
-"""`edgepress serve` beside `run`, in turn: the wait for the first text, and tokens/s after it. Or clients for minutes, some leaving.
+"""`edgepress serve` beside `run`, in turn: wait for the first text, and tokens/s after it. Or clients for minutes, some leaving.
 
     python benchmarks/serving.py ARTIFACT [--rounds 12 --new-tokens 96 --threads 2]
     python benchmarks/serving.py ARTIFACT --soak 10 [--clients 8]
