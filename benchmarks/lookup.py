@@ -46,6 +46,7 @@ def main() -> None:
         rows, counts, equal, passes = list[tuple[float, float]](), 0, 0, 0
         for number, prompt in enumerate(islice(KINDS[kind](), options.prompts)):
             ids = encoded(model, template if kind != "complete" else None, prompt)
+            ids = ids[-(model.decoder.context - options.new_tokens) :]
             found = {}
             for wish in ("off", "auto") if number % 2 else ("auto", "off"):
                 found[wish] = timed(model, ids, stop, options.new_tokens, wish)
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def encoded(model: TextModel, template: ChatTemplate | None, prompt: str) -> np.ndarray:
-    if template is None:
+    if template is None:  # of a model that continues text
         return np.array(model.tokenizer.encode(prompt).ids)
     text = template.render([{"role": "user", "content": prompt}])
     return np.array(model.tokenizer.encode(text, add_special_tokens=False).ids)

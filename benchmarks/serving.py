@@ -1,4 +1,4 @@
-"""`edgepress serve` beside `run`, in turn: wait for the first text, and tokens/s after it. Or clients for minutes, some leaving.
+"""`edgepress serve` beside `run`, in turn: wait for the first text, and characters/s after it. Or clients for minutes.
 
     python benchmarks/serving.py ARTIFACT [--rounds 12 --new-tokens 96 --threads 2]
     python benchmarks/serving.py ARTIFACT --soak 10 [--clients 8]
@@ -58,12 +58,13 @@ def compare(options: argparse.Namespace, port: int) -> None:
     rate: dict[str, list[float]] = {"run": [], "serve": []}
     for number, prompt in enumerate(PROMPTS[: options.rounds]):
         for side in ("run", "serve") if number % 2 else ("serve", "run"):
-            begun, times = time.perf_counter(), []
-            for _ in run(talk, prompt) if side == "run" else served(port, prompt, options.new_tokens):
+            begun, times, sizes = time.perf_counter(), [], []
+            for piece in run(talk, prompt) if side == "run" else served(port, prompt, options.new_tokens):
                 times.append(time.perf_counter())
+                sizes.append(len(piece))
             first[side].append(times[0] - begun)
-            rate[side].append((len(times) - 1) / max(times[-1] - times[0], 1e-9))
-    for name, samples in (("first text, seconds", first), ("pieces/s", rate)):
+            rate[side].append(sum(sizes[1:]) / max(times[-1] - times[0], 1e-9))
+    for name, samples in (("first text, seconds", first), ("characters/s", rate)):
         found = ratio(samples["serve"], samples["run"])
         means = ", ".join(f"{side} {sum(values) / len(values):.4g}" for side, values in samples.items())
         print(f"{name}: {means}; serve / run {found.value:.3f} ({found.low:.3f} to {found.high:.3f})")

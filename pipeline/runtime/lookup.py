@@ -15,7 +15,7 @@ from collections.abc import Iterable
 MATCHES = (8, 4, 3, 2)  # last tokens that must have stood in the text before
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # tokens guessed at once
 # A pass over n tokens takes as long as 1 + TOKEN (n - 1) passes over one, measured by benchmarks/lookup.py (docs/speed.md).
-TOKEN = 0.2
+TOKEN = 0.15
 MEMORY = 0.9  # of the score: half of it is of the last seven guesses
 FIRST_SCORE = 0.5
 MARGIN = 1.02  # that guessing must promise over not guessing

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
 
+import msgspec
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.serve.engine import Done, Engine, Piece
 
@@ -31,10 +31,11 @@ class Answer:
         """The first object of a stream, which says who speaks."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}}) if self._chat else None
 
-    def piece(self, piece: Piece) -> JsonObject:
-        """The object of a piece of a stream."""
-        content: JsonObject = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-        return self._chunk(content, logprobs=self._logprobs([piece]))
+    def pieces(self, pieces: Sequence[Piece]) -> JsonObject:
+        """The object of pieces of a stream."""
+        text = "".join(piece.text for piece in pieces)
+        content: JsonObject = {"delta": {"content": text}} if self._chat else {"text": text}
+        return self._chunk(content, logprobs=self._logprobs(pieces))
 
     def closing(self, done: Done) -> JsonObject:
         """The object that says why a stream ends."""
@@ -83,9 +84,9 @@ def usage(done: Done) -> JsonObject:
     }
 
 
-def event(content: JsonObject) -> str:
+def event(content: JsonObject) -> bytes:
     """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> JsonObject:

@@ -15,7 +15,7 @@ from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.serve import answers
 from edgepress.pipeline.serve.answers import Answer
 from edgepress.pipeline.serve.bodies import BadRequest, ChatBody, TextBody, chat_messages, job, parsed, prompt_ids
-from edgepress.pipeline.serve.engine import Busy, Closed, Done, Engine, Event, Job, Piece
+from edgepress.pipeline.serve.engine import Busy, Closed, Done, Engine, Event, Failed, Job, Piece
 from edgepress.pipeline.serve.metrics import Metrics
 from edgepress.pipeline.visible import one_line
 from starlette.applications import Starlette
@@ -139,26 +139,26 @@ def _told(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: 
         log.debug("nobody waits for %s", event)
 
 
-async def _stream(answer: Answer, made: Job, events: AsyncIterator[Event], usage: bool) -> AsyncIterator[str]:
+async def _stream(answer: Answer, made: Job, events: AsyncIterator[list[Event]], usage: bool) -> AsyncIterator[bytes]:
     """Server-sent events; a client that goes away ends this, and with it the job."""
     try:
         if (opening := answer.opening()) is not None:
             yield answers.event(opening)
-        async for event in events:
-            if isinstance(event, Piece):
-                yield answers.event(answer.piece(event))
-            elif isinstance(event, Done):
-                yield answers.event(answer.closing(event))
+        async for several in events:
+            if pieces := [event for event in several if isinstance(event, Piece)]:
+                yield answers.event(answer.pieces(pieces))
+            if isinstance(end := several[-1], Done):
+                yield answers.event(answer.closing(end))
                 if usage:
-                    yield answers.event(answer.accounts(event))
-            else:
-                yield answers.event(_content_of(event.error)[1])
-        yield "data: [DONE]\n\n"
+                    yield answers.event(answer.accounts(end))
+            elif isinstance(end, Failed):
+                yield answers.event(_content_of(end.error)[1])
+        yield b"data: [DONE]\n\n"
     finally:
         made.cancelled.set()
 
 
-async def _whole(request: Request, answer: Answer, made: Job, events: AsyncIterator[Event]) -> Response:
+async def _whole(request: Request, answer: Answer, made: Job, events: AsyncIterator[list[Event]]) -> Response:
     gone = asyncio.ensure_future(_disconnected(request))
     pieces = list[Piece]()
     try:
@@ -168,13 +168,12 @@ async def _whole(request: Request, answer: Answer, made: Job, events: AsyncItera
             if not following.done():
                 following.cancel()
                 raise ClientDisconnect
-            event = following.result()
-            if isinstance(event, Piece):
-                pieces.append(event)
-            elif isinstance(event, Done):
-                return JSONResponse(answer.whole(pieces, event))
-            else:
-                return _error(event.error)
+            several = following.result()
+            pieces += [event for event in several if isinstance(event, Piece)]
+            if isinstance(end := several[-1], Done):
+                return JSONResponse(answer.whole(pieces, end))
+            if isinstance(end, Failed):
+                return _error(end.error)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
     finally:

@@ -29,13 +29,16 @@ class Metrics:
         """All of it, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    async def followed(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-        """The events of a job, counted as they pass."""
+    async def followed(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[list[Event]]:
+        """The events of a job, as many as are there at a time, counted as they pass."""
         begun, first, end = time.monotonic(), True, "cancelled"
         try:
             while True:
-                event = await events.get()
-                if first and isinstance(event, Piece):
+                several = [await events.get()]
+                while not events.empty():
+                    several.append(events.get_nowait())
+                event = several[-1]
+                if first and isinstance(several[0], Piece):
                     self._first.observe(time.monotonic() - begun)
                     first = False
                 if isinstance(event, Failed):
@@ -47,7 +50,7 @@ class Metrics:
                         ("read", event.prompt - event.cached), ("cached", event.cached), ("new", event.new),
                     ):  # fmt: skip
                         self._tokens.labels(kind).inc(count)
-                yield event
+                yield several
                 if end != "cancelled":
                     return
         finally:
