@@ -360,6 +360,8 @@ class QuantizeOptions(Options):
             _check_target_bits(self.target_bits)
         if self.max_size is not None:
             size_in_bytes(self.max_size, "--max-size")
+            if self.head_bits != 8 or self.embedding_bits is not None:
+                raise OptionError("--max-size chooses the bits of head and embedding; leave --head-bits and --embedding-bits out")
 
     @property
     def chooses(self) -> bool:

@@ -97,16 +97,18 @@ class Fit:
 
 
 def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str]) -> Ends:
-    """chosen: names of the block matrices that get a form."""
+    """chosen: names of the block matrices that get a form; those of a GGUF file that keep their codes weigh what they do."""
+    kept = {id(model.get_submodule(name).weight): name for name in checkpoint.weights.matrices}
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     if model.config.tie_word_embeddings:
         modules.pop()
-    ends = {id(module.weight): tuple(module.weight.shape) for module in modules if module is not None}
-    taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys()
+    ends = {id(module.weight): tuple(module.weight.shape) for module in modules if id(module.weight) not in kept}
+    taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys() | kept.keys()
+    codes = sum(linear.nbytes for name in kept.values() if (linear := checkpoint.weights.packed(name)) is not None)
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
     files = sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.suffix in _TOKENIZER and _is_carried(file.name))
     graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers
-    return Ends(tuple(ends.values()), floats + _tables(model) + files + graph + _CONFIGS)
+    return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph + _CONFIGS)
 
 
 def _is_carried(name: str) -> bool:

@@ -41,7 +41,7 @@ class ChatMessage(Struct):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
 
 
 class StreamOptions(Struct):
@@ -131,8 +131,8 @@ def chat_messages(body: ChatBody) -> list[Message]:
     """The conversation as a template takes it."""
     messages: list[Message] = []
     for number, message in enumerate(body.messages):
-        if isinstance(message.content, str):
-            text = message.content
+        if message.content is None or isinstance(message.content, str):
+            text = message.content or ""
         elif any(part.type != "text" for part in message.content):
             raise BadRequest("only text can be read", f"messages[{number}].content")
         else:

@@ -159,6 +159,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Closed
+            self.waiting = deque(other for other in self.waiting if not other.cancelled.is_set())
             if len(self.waiting) >= self.options.queue:
                 raise Busy(f"{len(self.waiting)} requests wait already; try again in a moment")
             self.waiting.append(job)
@@ -204,15 +205,14 @@ class Engine:
 
     def _step(self, job: Job, steps: Steps) -> bool:
         """One step of a request; whether there are more."""
+        event: Event | None = None
+        over = job.cancelled.is_set()
         try:
-            if job.cancelled.is_set():
-                steps.close()
-                return False
-            event = next(steps)
+            event = None if over else next(steps)
+            if over := over or isinstance(event, Done | Failed):
+                steps.close()  # whoever hears of the end finds the cache where it belongs
         except Exception as error:
-            event = Failed(error)
-        if over := isinstance(event, Done | Failed):
-            steps.close()  # whoever hears of the end finds the cache where it belongs
+            event, over = Failed(error), True
         if event is not None:
             job.deliver(event)
         return not over
@@ -234,7 +234,7 @@ class Engine:
         """A cache for a request, out of those kept or a new one, and how much of the prompt it holds."""
         common, seat = max(((_common(seat.ids, job.ids), seat) for seat in self._seats), key=lambda row: row[0], default=(0, None))
         needed, decoder = len(job.ids) + job.limit, self.model.decoder
-        if seat is not None and common >= min(WORTH, len(job.ids) - 1):
+        if seat is not None and common >= min(WORTH, max(1, len(job.ids) - 2)):
             self._seats.remove(seat)
             self._give_back(decoder.cache_bytes(max(needed, seat.decoder.held)))
             seat.decoder.rewind(common)
@@ -293,6 +293,9 @@ def _name(folder: Path) -> str:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Ids that both begin with, but for the last of ``b``, which has to be read to know what follows."""
-    most = min(len(a), len(b) - 1)
+    """Ids that both begin with, but for the last two of ``b``, which are read to know what follows.
+
+    One would do, but int8 activations round a token that is read alone otherwise: the same request would get another answer.
+    """
+    most = max(0, min(len(a), len(b) - 2))
     return next((place for place in range(most) if a[place] != b[place]), most)

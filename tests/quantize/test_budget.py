@@ -97,6 +97,9 @@ def test_sizes(given: str, size: int) -> None:
 def test_what_is_no_size_is_refused(given: str) -> None:
     with pytest.raises(OptionError, match="--max-size takes a size"):
         QuantizeOptions(max_size=given)
+    for ends in ({"head_bits": 16}, {"embedding_bits": 8}):
+        with pytest.raises(OptionError, match="--max-size chooses the bits of head and embedding"):
+            QuantizeOptions(max_size="5MB", **ends)
     with pytest.raises(OptionError, match="leave one out"):
         QuantizeOptions(max_size="5MB", target_bits=4.5)
 

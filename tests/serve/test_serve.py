@@ -176,6 +176,17 @@ def test_a_conversation_goes_on_in_its_cache(server: Server, artifact: Path) -> 
     assert common >= WORTH
 
 
+def test_a_request_again_reads_two_tokens(server: Server) -> None:
+    """Not one, which int8 activations round otherwise when it is read alone: the same request has the same answer."""
+    ids = server.engine.text_ids("It was a cold morning in the town where your brother and his wife live, and it was raining there")
+    counts, answers = [], set()
+    for _ in range(3):
+        made = server.client.completions.create(model="", prompt=ids, max_tokens=6)
+        counts.append(made.usage.prompt_tokens_details.cached_tokens)
+        answers.add(made.choices[0].text)
+    assert counts[1:] == [len(ids) - 2] * 2 and len(answers) == 1
+
+
 def test_stop_words_and_logarithms(server: Server) -> None:
     """A stop word is not shown, whatever tokens it lies across."""
     talk = server.client.chat.completions
@@ -214,6 +225,7 @@ WRONG: dict[str, tuple[object, str | None]] = {
     "no JSON": (b"{", None),
     "a list": ([], None),
     "no messages": ({}, None),
+    "a call without text": ({"messages": [{"role": "tool", "content": None}]}, "messages[0].role"),
     "none of them": ({"messages": []}, "messages"),
     "a role": ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
