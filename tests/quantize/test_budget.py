@@ -11,12 +11,14 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import folder_bytes
-from edgepress.pipeline.options import ExportOptions, QuantizeOptions, size_in_bytes
+from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize import frontier as frontier_module
 from edgepress.pipeline.quantize.budget import Costs, ends_of, fit
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item
 from families import TINY
+from gguf import GGMLQuantizationType
+from gguf_files import write_gguf
 from transformers import Gemma3TextConfig, LlamaConfig
 
 
@@ -123,3 +125,13 @@ def test_a_plan_shows_what_could_be_made(
     next((tmp_path / "cache" / "costs").iterdir()).write_text("{}")
     with pytest.raises(TypeError):  # damaged: measured anew
         frontier_module.frontier(Artifact.load(tiny), QuantizeOptions(method="rtn"))
+
+
+def test_codes_that_are_kept_weigh_what_they_do(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Blocks and ends of a GGUF file: nothing is left to choose, and the artifact is known but for its graph."""
+    write_gguf(tiny, tmp_path / "model.gguf", GGMLQuantizationType.Q4_0)
+    made = stages.run("import", Artifact.load(tmp_path / "model.gguf"), tmp_path / "codes", ImportOptions(keep_codes=True))
+    exported = stages.run("export", made, tmp_path / "onnx", ExportOptions(accuracy_level="0", text=text)).path
+    checkpoint = Checkpoint(made.path)
+    ends = ends_of(checkpoint, checkpoint.model(), [])
+    assert not ends.shapes and 0 <= ends.rest - folder_bytes(exported) <= SLACK
