@@ -23,6 +23,7 @@ from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import isolated
 from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.quantize.plan import WINDOW
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
@@ -147,4 +148,6 @@ def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
         patch.chdir(cwd)
         patch.setattr(isolated, "remove", lambda _: None)
         packed = run("quantize", Artifact.load(Path(os.path.relpath(source, cwd))), folder / "out" / "packed", settings)
-    return GptqRun(source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, shortest=16))
+    return GptqRun(
+        source, scratch, cwd, packed, text_windows(text, source, budget=settings.calibration_tokens, length=WINDOW, shortest=16)
+    )

@@ -20,6 +20,9 @@ from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
+# Tokens of a calibration window. A text begins with a token that all later ones attend to (an attention sink, Xiao et al. 2023,
+# section 3.1); one among thousands hardly counts in GPTQ's Hessians, suffers most, and spoils all others (docs/quantization.md).
+WINDOW = 64
 READ_TOKENS = 256  # of the calibration text, which show whether the model reads it
 
 
@@ -46,10 +49,10 @@ def plan(
         given = with_text(options, checkpoint.path)
         used[:] = text_windows(
             given.calibration, checkpoint.path, budget=given.calibration_tokens, skip=given.calibration_skip, shortest=16,
-            seed=given.calibration_seed, key=given.text_key,
+            length=min(WINDOW, checkpoint.context), seed=given.calibration_seed, key=given.text_key,
         )  # fmt: skip
         with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
-            loss = mean_loss(checkpoint.offloaded_model(), [used[0][:READ_TOKENS]])
+            loss = mean_loss(checkpoint.offloaded_model(), used[: READ_TOKENS // WINDOW])
             warn_unless_readable(loss, model.config.vocab_size, options.calibration)
         return used
 

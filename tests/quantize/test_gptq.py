@@ -81,6 +81,7 @@ def test_gptq_records_what_it_used(quantized: GptqRun) -> None:
     assert step.facts["calibration_positions"] == sum(map(len, quantized.windows)) <= 2048 + len(quantized.windows)
     given = json.loads((quantized.scratch / "job.json").read_text())["windows"]
     assert given == [row.tolist() for row in quantized.windows]
+    assert {len(row) for row in quantized.windows[:-1]} == {64}  # the first token of a text must count: see plan.WINDOW
     ids = np.concatenate(quantized.windows)
     assert step.facts["calibration"]["sha256_of_ids"] == hashlib.sha256(ids.tobytes()).hexdigest()
     assert step.facts["calibration"]["token_budget"] == 2048
