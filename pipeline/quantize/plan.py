@@ -52,7 +52,7 @@ def plan(
             length=min(WINDOW, checkpoint.context), seed=given.calibration_seed, key=given.text_key,
         )  # fmt: skip
         with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
-            loss = mean_loss(checkpoint.offloaded_model(), used[: READ_TOKENS // WINDOW])
+            loss = mean_loss(checkpoint.offloaded_model(), used[: max(1, READ_TOKENS // WINDOW)])
             warn_unless_readable(loss, model.config.vocab_size, options.calibration)
         return used
 
