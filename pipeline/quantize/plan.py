@@ -21,7 +21,7 @@ from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
 # Tokens of a calibration window. A text begins with a token that all later ones attend to (an attention sink, Xiao et al. 2023,
-# section 3.1); one among thousands hardly counts in GPTQ's Hessians, suffers most, and spoils all others (docs/quantization.md).
+# section 3.1); one of two thousand hardly counts in GPTQ's Hessians, suffers most, and spoils all others (docs/quantization.md).
 WINDOW = 64
 READ_TOKENS = 256  # of the calibration text, which show whether the model reads it
 
