@@ -21,7 +21,7 @@ from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, Quantize
 from edgepress.pipeline.own_text import kept, sampler
 from edgepress.pipeline.own_text.kept import own_text, with_text
 from edgepress.pipeline.quantize import choose, sensitivity
-from edgepress.pipeline.quantize.plan import plan
+from edgepress.pipeline.quantize.plan import WINDOW, plan
 from edgepress.pipeline.text.windows import read_ids, text_windows
 from edgepress.pipeline.tune import stage as tune
 
@@ -120,7 +120,7 @@ def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path
     assert {artifact.steps[-1].facts["calibration"]["sha256"] for artifact in (pruned, healed)} == {sha256(file)}
     given, checkpoint = QuantizeOptions(calibration_model=tiny, **options), Checkpoint(pruned.path)
     job, used = plan(checkpoint, checkpoint.meta_model(), given, tmp_path / "scratch")
-    assert not used and np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512)[1])
+    assert not used and np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512, length=WINDOW)[1])
     assert {*cache.iterdir()} == {file} and with_text(replace(given, calibration_model=None), pruned.path).calibration != file
 
 
