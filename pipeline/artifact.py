@@ -234,6 +234,12 @@ def onnx_folder(folder: Path) -> Path:
     return exported[-1].parent
 
 
+def called(folder: Path) -> str:
+    """What people call an artifact: by the OUT of a build where it is the export in it, else by its folder."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name.endswith("-export") and folder.parent.name else folder.name
+
+
 def bench_folder(folder: Path) -> Path:
     """Where the benchmark of an artifact goes where nothing else is said: next to it, ``NAME-bench``."""
     return folder.parent / f"{real(folder).name}-bench"

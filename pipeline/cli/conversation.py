@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepress.pipeline import interrupt
-from edgepress.pipeline.artifact import bench_folder
+from edgepress.pipeline.artifact import bench_folder, called
 from edgepress.pipeline.cli.terminal import say
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError, OutputError
 from edgepress.pipeline.files import expanded
@@ -67,9 +67,8 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
 
 def banner(folder: Path, talk: Conversation) -> Iterator[str]:
     """The model, its context and what it lost, where that was measured; then what can be typed."""
-    name = folder.resolve().parent.name if folder.resolve().name.endswith("-export") else folder.resolve().name
     lost = next(filter(None, map(_lost, (bench_folder(folder), *sorted(folder.resolve().parent.glob("*-bench"))))), "")
-    yield f"{name}: a context of {talk.decoder.context:,} tokens, {talk.drawing}{lost}"
+    yield f"{called(folder)}: a context of {talk.decoder.context:,} tokens, {talk.drawing}{lost}"
     yield HINT
 
 

@@ -169,17 +169,10 @@ class _Trial:
         return self.growth[bits]
 
     def costs(self) -> Costs:
-        """What there is to choose from, measured now or as it was measured before."""
-        kept = _kept(self.source, self.options)
-        with suppress(InputError, KeyError, TypeError, ValueError):
-            return Costs.from_json(read_json(kept))
+        """What there is to choose from, measured now."""
         ends = ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
         head = {bits: self._head_cost(bits) for bits in HEADS}
-        costs = Costs(tuple(self.items()), ends, head)
-        with suppress(OSError, OutputError):  # measured again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, costs.to_json())
-        return costs
+        return Costs(tuple(self.items()), ends, head)
 
     def _head_cost(self, bits: int) -> float:
         """How the loss on the calibration text grows with a head of so many bits, nats a token; a tied embedding has them too."""
@@ -219,13 +212,17 @@ def _kept(source: Artifact, options: QuantizeOptions) -> Path:
     return cache_folder() / "costs" / f"{name[:32]}.json"
 
 
-def costs_of(source: Artifact, options: QuantizeOptions) -> Costs:
-    """What there is to choose from, measured now or as it was measured before."""
+def costs_of(source: Artifact, options: QuantizeOptions, trial: _Trial | None = None) -> Costs:
+    """What there is to choose from, as it was measured before, or now, by ``trial`` where there is one already."""
     kept = _kept(source, _with_text(source, options))
     with suppress(InputError, KeyError, TypeError, ValueError):
         return Costs.from_json(read_json(kept))
     with large_blocks_given_back():
-        return _Trial(source, options).costs()
+        costs = (trial or _Trial(source, options)).costs()
+    with suppress(OSError, OutputError):  # measured again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, costs.to_json())
+    return costs
 
 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
@@ -274,7 +271,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
 def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float, before: bool) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
-    costs = trial.costs()
+    costs = costs_of(trial.source, trial.options, trial)
     items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)

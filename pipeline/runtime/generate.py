@@ -23,7 +23,7 @@ _OF_THE_COMMAND = {"chat", "system", "threads"}  # of RunOptions, and nothing to
 
 
 class TextModel:
-    """An artifact folder ready to generate text: its tokenizer, its end tokens and one onnxruntime session.
+    """An artifact folder ready to generate text: its tokenizer, end tokens, way of drawing and one onnxruntime session.
 
     decoder: of one sequence at a time; the next ``stream`` starts it afresh.
     """
@@ -34,6 +34,7 @@ class TextModel:
         warnings = check_whole(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = end_tokens(self.folder)
+        self.own_sampling = own_sampling(self.folder)
         self.decoder = Decoder(self.folder, threads=threads)
         self._streams = 0
         for warning in warnings:
@@ -75,7 +76,7 @@ class TextModel:
 
     def sampling(self, settings: RunOptions) -> Sampling:
         """How tokens are drawn by these options."""
-        return with_wishes(own_sampling(self.folder), settings)
+        return with_wishes(self.own_sampling, settings)
 
     def lookup(self, wish: str, ids: list[int]) -> Lookup | None:
         """Guesses from the text of these ids; None where none are made, as a cache that is not shared is copied to forget one."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 MATCHES = (8, 4, 3, 2)  # last tokens that must have stood in the text before
-COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # tokens guessed at once
-# A pass over n tokens takes as long as 1 + TOKEN (n - 1) passes over one, measured by benchmarks/lookup.py (docs/speed.md).
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens guessed at once
+# A pass over n tokens takes as long as 1 + TOKEN (n - 1) passes over one, measured by benchmarks/lookup.py (docs/generating.md).
 TOKEN = 0.15
 MEMORY = 0.9  # of the score: half of it is of the last seven guesses
 FIRST_SCORE = 0.5
@@ -27,9 +27,8 @@ class Lookup:
     def __init__(self, ids: Iterable[int]) -> None:
         """ids: of the text so far, which tells how much of it was foreseeable."""
         self._ids: list[int] = []
-        self._ends: dict[
-            tuple[int, ...], int
-        ] = {}  # a run of tokens -> position behind its last occurrence but the end of the text
+        # A run of tokens -> position behind its last occurrence, that at the end of the text left out.
+        self._ends: dict[tuple[int, ...], int] = {}
         self._scores = dict.fromkeys(MATCHES, FIRST_SCORE)  # length of the match -> share of guesses that came true
         for id in ids:
             self.append(id)
@@ -49,10 +48,10 @@ class Lookup:
     def guess(self, limit: int) -> list[int]:
         """What may come next, as many tokens as pay, up to ``limit``: often none."""
         match, position = self._match()
-        if not match or limit < 1:
+        if not match:
             return []
         share, best, gain = self._scores[match], 0, MARGIN
-        for count in COUNTS[1:]:
+        for count in COUNTS:
             if count > limit:
                 break
             expected = sum(share**n for n in range(count + 1))  # tokens that the pass yields

@@ -111,20 +111,21 @@ def parsed(content: bytes, kind: type[Body]) -> Body:
 
 
 def _refuse_what_is_not_done(body: Common) -> None:
-    for name in ("tools", "functions"):
-        if getattr(body, name):
+    for name in ("tools", "functions", "echo", "suffix"):
+        if getattr(body, name, None):
             raise BadRequest(f"{name}: not supported", name)
     if body.response_format and body.response_format.get("type", b"") != msgspec.Raw(b'"text"'):
         raise BadRequest("response_format: only text is supported", "response_format")
     for name in ("n", "best_of"):
         if getattr(body, name, None) not in (None, 1):
             raise BadRequest(f"{name}: only one answer is made", name)
-    if getattr(body, "echo", False) or getattr(body, "suffix", None):
-        name = "echo" if getattr(body, "echo", False) else "suffix"
-        raise BadRequest(f"{name}: not supported", name)
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = _stops(body)
     if len(stops) > MOST_STOPS or any(len(word) > LONGEST_STOP for word in stops):
         raise BadRequest(f"stop: at most {MOST_STOPS} words of {LONGEST_STOP} characters", "stop")
+
+
+def _stops(body: Common) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def chat_messages(body: ChatBody) -> list[Message]:
@@ -165,9 +166,11 @@ def job(body: ChatBody | TextBody, ids: list[int], engine: Engine, deliver: Call
     return Job(
         ids=ids,
         limit=min(wanted or engine.options.max_tokens, engine.context - len(ids)),
-        sampling=replace(with_wishes(engine.sampling, body), bias=_bias(body.logit_bias or {}, engine.model.decoder.vocabulary)),
+        sampling=replace(
+            with_wishes(engine.model.own_sampling, body), bias=_bias(body.logit_bias or {}, engine.model.decoder.vocabulary)
+        ),
         seed=secrets.randbits(32) if body.seed is None else body.seed % (1 << 64),
-        stop=tuple([body.stop] if isinstance(body.stop, str) else body.stop or []),
+        stop=_stops(body),
         likeliest=likeliest,
         deliver=deliver,
         deadline=time.monotonic() + engine.options.time_limit,

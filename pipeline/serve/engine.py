@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from edgepress.pipeline.artifact import called
 from edgepress.pipeline.errors import EdgepressError, InputError
 from edgepress.pipeline.options import ServeOptions
 from edgepress.pipeline.runtime.chat import end_of_turn
 from edgepress.pipeline.runtime.chat_template import Message, read_template
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import TextModel, pieces, tokens
-from edgepress.pipeline.runtime.lookup import Lookup
-from edgepress.pipeline.runtime.sampler import Sampler, Sampling, own_sampling
+from edgepress.pipeline.runtime.sampler import Sampler, Sampling
 from edgepress.pipeline.runtime.stop_words import StopWords
 from edgepress.pipeline.text.windows import check_ids
 
@@ -107,10 +107,9 @@ class Engine:
 
     def __init__(self, folder: Path, options: ServeOptions) -> None:
         """Raises InputError when the folder is not an artifact, or not whole."""
-        self.options, self.name = options, _name(folder.resolve())
+        self.options, self.name = options, called(folder)
         self.model = TextModel(folder, options.threads)
         self.template = read_template(folder)
-        self.sampling = own_sampling(folder)
         self.stop = self.model.stop | end_of_turn(folder, self.model.tokenizer)
         self.waiting: deque[Job] = deque()
         self.running = 0
@@ -257,7 +256,7 @@ class Engine:
             unread = unread[CHUNK:]
             yield None
         choose = Sampler(job.sampling, np.random.default_rng(job.seed), job.ids, job.likeliest)
-        lookup = Lookup(job.ids) if self.options.lookup == "auto" and seat.decoder.shared else None
+        lookup = self.model.lookup(self.options.lookup, job.ids)
         count = 0
 
         def new() -> Iterator[int]:
@@ -285,11 +284,6 @@ class Engine:
             yield piece(shown)
         ended = words.found or (count < job.limit and time.monotonic() <= job.deadline)
         yield Done("stop" if ended else "length", len(job.ids), cached, count)
-
-
-def _name(folder: Path) -> str:
-    """What clients call the model: the folder of a build for the export in it."""
-    return folder.parent.name if folder.name.endswith("-export") and folder.parent.name else folder.name
 
 
 def _common(a: list[int], b: list[int]) -> int:
