@@ -143,13 +143,24 @@ def tokens(
         rows = decoder.feed(np.array([new[-1], *guessed]), keep=0)
 
 
-def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[str]:
+class Detokenizer:
     """The text of new tokens after the token ``before`` (which keeps a leading space), as soon as its characters are whole."""
-    ids: list[int] = []
-    yielded, start = "", len(tokenizer.decode([before]))
-    for token in new:
-        ids.append(token)
-        text = tokenizer.decode([before, *ids])[start:]
-        if not text.endswith("\ufffd"):  # a character may take several tokens
-            yield text[len(yielded) :]
-            yielded = text
+
+    def __init__(self, tokenizer: Tokenizer, before: int) -> None:
+        self._tokenizer, self._ids = tokenizer, [before]
+        self._told = len(tokenizer.decode([before]))
+
+    def add(self, token: int) -> str | None:
+        """What the next token adds to the text; None where it ends within a character, which may take several tokens."""
+        self._ids.append(token)
+        text: str = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return None
+        new, self._told = text[self._told :], len(text)
+        return new
+
+
+def pieces(tokenizer: Tokenizer, before: int, new: Iterable[int]) -> Iterator[str]:
+    """What a Detokenizer makes of new tokens."""
+    text = Detokenizer(tokenizer, before)
+    yield from (piece for token in new if (piece := text.add(token)) is not None)

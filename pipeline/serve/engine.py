@@ -20,7 +20,7 @@ from edgepress.pipeline.options import ServeOptions
 from edgepress.pipeline.runtime.chat import end_of_turn
 from edgepress.pipeline.runtime.chat_template import Message, read_template
 from edgepress.pipeline.runtime.decoder import Decoder
-from edgepress.pipeline.runtime.generate import TextModel, pieces, tokens
+from edgepress.pipeline.runtime.generate import Detokenizer, TextModel, tokens
 from edgepress.pipeline.runtime.sampler import Sampler, Sampling
 from edgepress.pipeline.runtime.stop_words import StopWords
 from edgepress.pipeline.text.windows import check_ids
@@ -92,11 +92,12 @@ class Job:
 
 @dataclass
 class _Seat:
-    """A cache, the ids whose keys and values it holds, and when it was last used."""
+    """A cache, the ids whose keys and values it holds, the tokens that a running request may need, and when it was last used."""
 
     decoder: Decoder
     ids: list[int]
-    used: float
+    needed: int
+    used: float = 0.0
 
 
 class Engine:
@@ -118,7 +119,8 @@ class Engine:
         self._taken: list[_Seat] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._rendering = threading.Lock()
+        self._rendering, self._encoding = threading.Lock(), threading.Lock()
+        self._longest = max(len(token.encode()) for token in self.model.tokenizer.get_vocab())  # bytes that a token can stand for
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -138,11 +140,21 @@ class Engine:
             raise InputError("this model has no chat template: it continues text, at /v1/completions")
         with self._rendering:  # one process answers one question after the other
             text = self.template.render(messages)
-        return self.checked(self.model.tokenizer.encode(text, add_special_tokens=False).ids, "the conversation")
+        return self.checked(self._encoded(text, "the conversation", special=False), "the conversation")
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text to continue. Raises InputError."""
-        return self.checked(self.model.tokenizer.encode(text).ids, "the prompt")
+        return self.checked(self._encoded(text, "the prompt", special=True), "the prompt")
+
+    def _encoded(self, text: str, what: str, special: bool) -> list[int]:
+        """Ids of a text. Raises InputError for one that cannot fit, which is not read, and Busy where nothing more is taken in."""
+        most = self._longest * self.context
+        if len(text.encode()) > most:
+            raise InputError(f"{what} is longer than the context of {self.context} tokens can be; shorten it")
+        self._check_line()
+        with self._encoding:  # a batch, even of one, is encoded while other threads run
+            ids: list[int] = self.model.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+        return ids
 
     def checked(self, ids: list[int], what: str) -> list[int]:
         """``ids``, if they can be read and leave room for an answer. Raises InputError."""
@@ -156,13 +168,18 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Put a request into the line. Raises Busy or Closed."""
         with self._changed:
+            self._check_line()
+            self.waiting.append(job)
+            self._changed.notify()
+
+    def _check_line(self) -> None:
+        """Raises Closed, and Busy where as many wait as may."""
+        with self._changed:
             if self._closed:
                 raise Closed
             self.waiting = deque(other for other in self.waiting if not other.cancelled.is_set())
             if len(self.waiting) >= self.options.queue:
                 raise Busy(f"{len(self.waiting)} requests wait already; try again in a moment")
-            self.waiting.append(job)
-            self._changed.notify()
 
     def close(self) -> None:
         """End the thread; what runs ends with it, and is told so."""
@@ -189,18 +206,22 @@ class Engine:
 
     def _admitted(self, running: int) -> list[Job]:
         """The first in line that may run beside ``running`` others: by their number, and by the memory of the caches."""
-        fitting, reserved = list[Job](), sum(self._bytes(seat) for seat in self._taken)
+        fitting, reserved = list[Job](), sum(map(self._bytes, self._taken))
         while self.waiting and running + len(fitting) < self.options.parallel:
-            needed = self.model.decoder.cache_bytes(len(self.waiting[0].ids) + self.waiting[0].limit)
-            if (running or fitting) and reserved + needed > self._budget:
+            first = self.waiting[0]
+            needed = self.model.decoder.cache_bytes(len(first.ids) + first.limit)
+            if not first.cancelled.is_set() and (running or fitting) and reserved + needed > self._budget:
                 break
-            reserved += needed
-            fitting.append(self.waiting.popleft())
+            self.waiting.popleft()
+            if not first.cancelled.is_set():
+                reserved += needed
+                fitting.append(first)
         return fitting
 
     @staticmethod
     def _bytes(seat: _Seat) -> int:
-        return seat.decoder.cache_bytes(seat.decoder.held)
+        """What a cache takes, and while a request runs what it may yet take."""
+        return seat.decoder.cache_bytes(max(seat.decoder.held, seat.needed))
 
     def _step(self, job: Job, steps: Steps) -> bool:
         """One step of a request; whether there are more."""
@@ -225,7 +246,7 @@ class Engine:
         finally:
             self._taken.remove(seat)
             seat.ids = seat.ids[: seat.decoder.length]
-            seat.used = time.monotonic()
+            seat.needed, seat.used = 0, time.monotonic()
             self._seats.append(seat)
             self._give_back()
 
@@ -238,10 +259,10 @@ class Engine:
             self._give_back(decoder.cache_bytes(max(needed, seat.decoder.held)))
             seat.decoder.rewind(common)
             seat.decoder.reserve(needed)
-            seat.ids = list(job.ids)
+            seat.ids, seat.needed = list(job.ids), needed
             return seat, common
         self._give_back(decoder.cache_bytes(needed))
-        return _Seat(decoder.twin(needed), list(job.ids), 0.0), 0
+        return _Seat(decoder.twin(needed), list(job.ids), needed), 0
 
     def _give_back(self, needed: int = 0) -> None:
         """Forget caches, the longest unused first, until ``needed`` bytes more are free."""
@@ -252,38 +273,30 @@ class Engine:
     def _generated(self, job: Job, seat: _Seat, cached: int) -> Iterator[Event | None]:
         unread = job.ids[cached:]
         while len(unread) > CHUNK:
-            seat.decoder.feed(np.array(unread[:CHUNK]))
-            unread = unread[CHUNK:]
+            size = CHUNK if len(unread) > CHUNK + 1 else CHUNK - 1  # see _common: no token is read alone
+            seat.decoder.feed(np.array(unread[:size]))
+            unread = unread[size:]
             yield None
         choose = Sampler(job.sampling, np.random.default_rng(job.seed), job.ids, job.likeliest)
         lookup = self.model.lookup(self.options.lookup, job.ids)
-        count = 0
-
-        def new() -> Iterator[int]:
-            nonlocal count
-            for token in tokens(seat.decoder, np.array(unread), self.stop, job.limit, choose, lookup):
-                count += 1
-                seat.ids.append(token)
-                yield token
-
-        words, told = StopWords(job.stop), 0
-
-        def piece(text: str) -> Piece:
-            nonlocal told
-            begun, told = told, count
-            return Piece(text, seat.ids[len(job.ids) + begun : len(job.ids) + count], choose.noted[begun:count])
-
-        for text in pieces(self.model.tokenizer, job.ids[-1], new()):
-            if shown := words.add(text):
-                yield piece(shown)
-            if words.found or time.monotonic() > job.deadline:
+        text, words = Detokenizer(self.model.tokenizer, job.ids[-1]), StopWords(job.stop)
+        new, told = list[int](), 0
+        late = False
+        for token in tokens(seat.decoder, np.array(unread), self.stop, job.limit, choose, lookup):
+            new.append(token)
+            seat.ids.append(token)
+            shown = words.add(text.add(token) or "")
+            if shown:
+                yield Piece(shown, new[told:], choose.noted[told : len(new)])
+                told = len(new)
+            if words.found or (late := time.monotonic() > job.deadline):
                 break
             if not shown:
-                yield None
-        if shown := words.rest():
-            yield piece(shown)
-        ended = words.found or (count < job.limit and time.monotonic() <= job.deadline)
-        yield Done("stop" if ended else "length", len(job.ids), cached, count)
+                yield None  # a token without a text is a turn, too
+        if rest := words.rest():
+            yield Piece(rest, new[told:], choose.noted[told : len(new)])
+        ended = words.found or not (late or len(new) == job.limit)
+        yield Done("stop" if ended else "length", len(job.ids), cached, len(new))
 
 
 def _common(a: list[int], b: list[int]) -> int:

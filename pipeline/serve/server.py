@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -57,7 +58,8 @@ def _ending_first(server: uvicorn.Server, engine: Engine) -> uvicorn.Server:
     shutdown = server.shutdown
 
     async def ended(sockets: list[socket.socket] | None = None) -> None:
-        engine.close()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what a second Ctrl-C cancels is meant to be cancelled
+        await asyncio.to_thread(engine.close)
         await shutdown(sockets)
 
     server.shutdown = ended  # type: ignore[method-assign]

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 import uvicorn
@@ -23,10 +24,13 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions, RunOptions, ServeOptions
 from edgepress.pipeline.runtime.chat import Conversation
+from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import TextModel
+from edgepress.pipeline.runtime.sampler import Sampling
 from edgepress.pipeline.runtime.stop_words import StopWords
+from edgepress.pipeline.serve import engine as engine_module
 from edgepress.pipeline.serve.app import LARGEST_BODY, application
-from edgepress.pipeline.serve.engine import WORTH, Engine
+from edgepress.pipeline.serve.engine import WORTH, Done, Engine, Event, Job
 from families import TINY
 from transformers import LlamaConfig
 
@@ -240,6 +244,7 @@ WRONG: dict[str, tuple[object, str | None]] = {
     "a token beyond": ({"messages": asked("x"), "logit_bias": {"99999999": 3}}, "logit_bias"),
     "stop": ({"messages": asked("x"), "stop": ["a"] * 99}, "stop"),
     "too long": ({"messages": asked("word " * 3000)}, None),
+    "longer than can be": ({"messages": asked("1" * 2_000_000)}, None),
     "half a character": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
 }
 
@@ -316,6 +321,61 @@ def test_a_client_that_goes_away_ends_its_answer(server: Server) -> None:
         assert server.idle()
         told = server.ask("GET", "/metrics")[1]["text"]
         assert 'edgepress_requests_total{end="cancelled"}' in told
+
+
+def job_of(engine: Engine, ids: list[int], limit: int, events: list[Event], **sampling: object) -> Job:
+    return Job(ids, limit, Sampling(**sampling), 0, (), None, events.append)  # type: ignore[arg-type]
+
+
+def test_tokens_without_text_are_turns_too(server: Server) -> None:
+    """Halves of characters: others have their turn in between, and whoever leaves ends them."""
+    engine, events, others = server.engine, list[Event](), list[Event]()
+    half = engine.model.tokenizer.encode("\U0001f409", add_special_tokens=False).ids[0]
+    assert engine.model.tokenizer.decode([half]) == "\ufffd"
+    ids = engine.text_ids("One day")
+    first = job_of(engine, ids, 1900, events, bias={half: 1000.0})
+    engine.submit(first)
+    assert until(lambda: engine.running == 1)
+    engine.submit(job_of(engine, ids, 5, others))
+    assert until(lambda: bool(others) and isinstance(others[-1], Done))
+    assert not events
+    first.cancelled.set()
+    assert server.idle() and not events
+
+
+def test_whoever_left_the_line_holds_nobody_up(another: Callable[..., Server], artifact: Path) -> None:
+    """A request that does not fit yet, and whose client went away, must not wait for its turn before others."""
+    server = another(memory=3000 * TextModel(artifact).decoder.cache_bytes(1) / 1e9)
+    engine, ids, ends = server.engine, server.engine.text_ids("One day"), [list[Event]() for _ in range(3)]
+    long, gone = job_of(engine, ids, 1900, ends[0]), job_of(engine, ids, 1900, ends[1])
+    engine.submit(long)
+    assert until(lambda: engine.running == 1)
+    with engine._changed:
+        engine.submit(gone)
+        engine.submit(job_of(engine, ids, 3, ends[2]))
+        gone.cancelled.set()
+    assert until(lambda: bool(ends[2]) and isinstance(ends[2][-1], Done))
+    assert not any(isinstance(event, Done) for event in ends[0])
+    long.cancelled.set()
+    assert server.idle()
+
+
+@pytest.mark.parametrize("count", [17, 18, 24, 25])
+def test_a_long_prompt_is_read_in_pieces_of_two_tokens_at_least(
+    server: Server, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone is rounded otherwise: see _common."""
+    monkeypatch.setattr(engine_module, "CHUNK", 8)
+    read, real, events = list[int](), Decoder.feed, list[Event]()
+
+    def feed(self: Decoder, ids: np.ndarray, keep: int = 1) -> np.ndarray:
+        read.append(len(ids))
+        return real(self, ids, keep)
+
+    monkeypatch.setattr(Decoder, "feed", feed)
+    server.engine.submit(job_of(server.engine, list(range(100 + count, 100 + 2 * count)), 1, events))
+    assert until(lambda: bool(events) and isinstance(events[-1], Done))
+    assert sum(read) == count and min(read) > 1 and max(read) <= 8
 
 
 def test_more_than_may_wait_are_told_so(another: Callable[..., Server]) -> None:
@@ -401,6 +461,8 @@ def test_the_command(artifact: Path, tmp_path: Path) -> None:
         stream = client.chat.completions.create(model="", messages=asked("Good day"), max_tokens=1900, stream=True)
         next(iter(stream))
         process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # whoever presses it twice is no worse off
         assert process.wait(20) == 0 and process.stderr.read() == ""
     finally:
         process.kill()
