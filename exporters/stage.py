@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_pe
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
 from edgepress.models.rotary import grows, switches
-from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.artifact import MANIFEST, Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject, folder_bytes
@@ -62,6 +63,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; bench --target cuda measures it on the GPU")
+    _check_size(source, out)
     facts: JsonObject = read | {
         "source": source.identity(),
         "exporter": exporter,
@@ -81,6 +83,17 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if changes:
         facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
+
+
+def _check_size(source: Artifact, out: Path) -> None:
+    """Warn where the artifact is larger than ``--max-size`` said; its manifest, still to be written, is the source's and more."""
+    most = next((step.facts["max_bytes"] for step in reversed(source.steps) if "max_bytes" in step.facts), None)
+    weighs = folder_bytes(out) + (source.path / MANIFEST).stat().st_size if most is not None else 0
+    if most is not None and weighs > most:
+        log.warning(
+            "warning: the artifact has %.2f MB, more than the %.2f MB of --max-size; give quantize a --max-size %.1fMB lower",
+            weighs / 1e6, most / 1e6, math.ceil((weighs - most) / 1e5) / 10,
+        )  # fmt: skip
 
 
 def _lost(reference: ReferenceLogits, out: Path, options: ExportOptions, is_fused: bool) -> accuracy_level.Lost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -44,14 +45,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of an option beside its type and default: help, allowed values (with their help), least value.
+    """What is known of an option beside its type and default: help, allowed values (with their help), least and greatest value.
 
     rules: of an option that takes several texts, whether a comma may be part of one, as in a regular expression.
     """
 
     help: str
     choices: Mapping[str, str] | tuple[int, ...] = ()
-    at_least: int | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     rules: bool = False
     optional: bool = False
 
@@ -60,11 +62,12 @@ def option(
     default: Value,
     help: str,
     choices: Mapping[str, str] | tuple[int, ...] = (),
-    at_least: int | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
     rules: bool = False,
 ) -> Value:
     """A dataclass field that is also a flag and a recipe key; typed as its default, as dataclasses.field is."""
-    setting = Setting(help, choices, at_least, rules, optional=default is None)
+    setting = Setting(help, choices, at_least, at_most, rules, optional=default is None)
     return field(default=default, metadata={"setting": setting})
 
 
@@ -201,8 +204,11 @@ def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:
         look_up(choices, str(converted), name.replace("_", " "))
     elif choices and converted not in choices:
         raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {shown(value)}")
-    if setting.at_least is not None and isinstance(converted, int | float) and converted < setting.at_least:
-        raise OptionError(f"{flag(name)} must be at least {setting.at_least}, not {shown(value)}")
+    if isinstance(converted, int | float):
+        if setting.at_least is not None and converted < setting.at_least:
+            raise OptionError(f"{flag(name)} must be at least {setting.at_least:g}, not {shown(value)}")
+        if setting.at_most is not None and converted > setting.at_most:
+            raise OptionError(f"{flag(name)} must be at most {setting.at_most:,g}, not {shown(value)}")
     return converted
 
 
@@ -213,7 +219,7 @@ def _converted(name: str, kind: _Kind, value: object) -> object:
         if isinstance(value, str) and "\0" in value:  # the system's calls would stop there
             raise ValueError
         converted: object = kind.type(value)
-        if converted != converted:  # NaN
+        if isinstance(converted, float) and not math.isfinite(converted):
             raise ValueError
         if isinstance(converted, int) and abs(converted) > _LARGEST:
             raise OptionError(f"{flag(name)} must be at most {_LARGEST:,}, not {shown(value)}")

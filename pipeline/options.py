@@ -389,7 +389,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def size_in_bytes(text: str, name: str) -> int:
     """Bytes of a size, as ``90MB`` or ``1.2 GB``. Raises OptionError that names the flag."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
     if found is None or (unit := found[2].upper()) not in _UNITS or not (size := int(float(found[1]) * _UNITS[unit])):
         raise OptionError(f"{name} takes a size, as 90MB or 1.2GB, not '{text}'")
     return size
@@ -606,11 +606,14 @@ class RunOptions(Options):
         "0 takes the most likely token, about 0.8 varies (default of this and the next four: as the model's own "
         "generation_config.json says, else the most likely token)",
         at_least=0,
+        at_most=100,
     )
     top_k: int | None = option(None, "draw from so many of the likeliest tokens alone, 0 for all", at_least=0)
-    top_p: float | None = option(None, "draw from the likeliest tokens that together have this probability", at_least=0)
-    min_p: float | None = option(None, "draw from tokens with this share of the likeliest one's probability", at_least=0)
-    repetition_penalty: float | None = option(None, "above 1, tokens that stand in the text already become less likely", at_least=0)
+    top_p: float | None = option(None, "draw from the likeliest tokens that together have this probability", at_least=0, at_most=1)
+    min_p: float | None = option(None, "draw from tokens with this share of the likeliest one's probability", at_least=0, at_most=1)
+    repetition_penalty: float | None = option(
+        None, "above 1, tokens that stand in the text already become less likely", at_least=0.01, at_most=100
+    )
     seed: int = option(0, "random seed for sampling", at_least=0)
     lookup: str = _lookup()
     threads: int = _threads()
@@ -618,11 +621,6 @@ class RunOptions(Options):
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
             raise OptionError("--system is for a conversation; give --chat too, or leave it out")
-        for name in ("top_p", "min_p"):
-            if (value := getattr(self, name)) is not None and value > 1:
-                raise OptionError(f"{flag(name)} is {value:g}, it must be from 0 to 1")
-        if self.repetition_penalty == 0:
-            raise OptionError("--repetition-penalty is 0, it must be greater; 1 changes nothing")
 
     @property
     def limit(self) -> int:
@@ -635,21 +633,21 @@ class ServeOptions(Options):
     """Answer OpenAI's HTTP interface from an artifact, on the CPU, with a page to chat."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network, where --api-key is wise")
-    port: int = option(8080, "port to listen on, 0 for any that is free", at_least=0)
+    port: int = option(8080, "port to listen on, 0 for any that is free", at_least=0, at_most=65535)
     api_key: str | None = option(None, "what clients must send as their key (default: $EDGEPRESS_API_KEY, else none is asked)")
-    memory: float = option(1.0, "GB for the caches of conversations, those that run and those that may go on", at_least=0)
+    memory: float = option(
+        1.0, "GB for the caches of conversations, those that run and those that may go on", at_least=0.01, at_most=1e6
+    )
     parallel: int = option(2, "requests that take turns, token by token; others wait in line", at_least=1)
     queue: int = option(32, "requests that may wait; more are refused with status 429", at_least=1)
     max_tokens: int = option(1024, "new tokens for a request that does not say how many", at_least=1)
-    time_limit: float = option(600.0, "seconds after which an answer is cut", at_least=1)
+    time_limit: float = option(600.0, "seconds after which an answer is cut", at_least=1, at_most=1e9)
     lookup: str = _lookup()
     threads: int = _threads()
 
     def __post_init__(self) -> None:
-        if self.port > 65535:
-            raise OptionError(f"--port is {self.port}, it must be at most 65535")
-        if not self.memory:
-            raise OptionError("--memory is 0, and a conversation needs some; give 0.5 or more")
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):  # what an HTTP header carries as it is
+            raise OptionError("--api-key must be letters, digits and signs of ASCII, one at least, without spaces")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
     while True:
         try:
             line = _message() if given is None else given
-            if line.strip() == "/bye":
+            if line.rstrip() == "/bye":
                 return 0
             if line.startswith("/"):
                 command(talk, line)
@@ -53,7 +53,9 @@ def chat(folder: Path, first: str | None, settings: RunOptions) -> int:
                     print()  # one answer ends, and the next will begin
         except EOFError:
             return 0
-        except OptionError as error:
+        except (OptionError, InputError) as error:  # as of a template that refuses a message; the conversation is as it was
+            if given is not None and isinstance(error, InputError):
+                raise
             say(f"error: {error}")
         except BaseException:  # native code may swallow the KeyboardInterrupt and fail in its own way
             if signal.SIGINT not in interrupt.signals or len(set(interrupt.signals)) > 1:
@@ -143,7 +145,8 @@ def _set(talk: Conversation, text: str) -> None:
     name = name.removeprefix("--").replace("-", "_")
     if name not in SETTINGS:
         raise OptionError(f"there is no setting '{name}'{suggestion(name, SETTINGS)}; there are: {', '.join(SETTINGS)}")
-    given = dataclasses.asdict(talk.options) | {name: value.strip() or None}
+    default = next(item.default for item in dataclasses.fields(RunOptions) if item.name == name)
+    given = dataclasses.asdict(talk.options) | {name: value.strip() or default}
     talk.set(**{name: getattr(make(RunOptions, given), name)})
     say(talk.drawing)
 

@@ -1,30 +1,36 @@
 """What an artifact will weigh, and the mix of bits that fits: ``--max-size``.
 
-The bytes of the exported folder are those of the packed matrices, of what stays float, of the tables of positions, of the graph and
-of the tokenizer's files; all but the graph, which is small, are known before anything is quantized.
+The bytes of the exported folder are those of the packed matrices, of what stays float, of the tables of positions, of the graph, of
+the files that go with a model, and of the manifest; all but graph and manifest, which are small, are known before anything is
+quantized.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+from edgepress.pipeline.artifact import MANIFEST
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.files import JsonObject, folder_bytes
 from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 
 # A table of positions from this size on is made of two small ones (exporters/graph/rotary.py).
 _LONG_TABLE, _STEP = 2**22, 256
-# Of model.onnx, whose nodes grow with the layers, and of the configs that export writes: what four models have, rounded up.
-_GRAPH, _GRAPH_LAYER, _CONFIGS = 16_000, 5_000, 4_000
+# Of model.onnx, whose nodes grow with the layers: what four models have, rounded up.
+_GRAPH, _GRAPH_LAYER = 16_000, 5_000
+# What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
+_FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 _TRIES = 4
 Number = TypeVar("Number", int, float)
 HEADS = (8, 4)  # bits of the head that are tried
-_TOKENIZER = {".json", ".jinja", ".model", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,18 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys() | kept.keys()
     codes = sum(linear.nbytes for name in kept.values() if (linear := checkpoint.weights.packed(name)) is not None)
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
-    files = sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.suffix in _TOKENIZER and _is_carried(file.name))
+    files = _carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
     graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers
-    return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph + _CONFIGS)
+    return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph)
 
 
-def _is_carried(name: str) -> bool:
-    return "tokenizer" in name or name in ("chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json")
+def _carried(checkpoint: Checkpoint) -> int:
+    """Bytes of the files that go with the model: tokenizer, template, licence and the like, its config and its manifest so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        carry_files(checkpoint.path, Path(folder), checkpoint.trust_remote_code)
+        copied = folder_bytes(Path(folder))
+    own = (checkpoint.path / name for name in ("config.json", MANIFEST))
+    return copied + sum(file.stat().st_size for file in own if file.is_file())
 
 
 def _tables(model: PreTrainedModel) -> int:

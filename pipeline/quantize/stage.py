@@ -12,7 +12,7 @@ from pathlib import Path
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize.isolated import run_isolated
 from edgepress.pipeline.registry import require
 
@@ -67,9 +67,11 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
         "group_size": settled.group,
         "bits_for": settled.bits_for,
     }
+    facts: JsonObject = {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
     if options.max_size is not None:
         taken["head_bits"] = settled.head_bits
-    return quantize(source, out, settled) | {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
+        facts["max_bytes"] = size_in_bytes(options.max_size, "--max-size")  # export looks whether it was kept to
+    return quantize(source, out, settled) | facts
 
 
 def scratch_of(out: Path, method: str) -> Path:

@@ -66,8 +66,10 @@ class Conversation:
         self.read, self.ended = 0, ""
 
     def set(self, **options: object) -> None:
-        """Change options, which are checked already, for the answers to come."""
+        """Change options, which are checked already, for the answers to come; a seed, though the same, begins its numbers again."""
         self.options = dataclasses.replace(self.options, **options)  # type: ignore[arg-type]
+        if "seed" in options:
+            self._random = np.random.default_rng(self.options.seed)
 
     @property
     def drawing(self) -> str:

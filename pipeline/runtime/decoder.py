@@ -181,6 +181,11 @@ class Decoder:
         self.length = total
         return result.astype(np.float32, copy=False)
 
+    @property
+    def unswitched(self) -> int:
+        """Tokens that may follow at once and be rotated as each would be alone: up to the next switch of frequencies."""
+        return next((switch for switch in self.switches if switch > self.length), self.context) - self.length
+
     def _side(self, length: int) -> int:
         """How many switches of rotary frequencies a sequence of this length is beyond."""
         return sum(length > switch for switch in self.switches)

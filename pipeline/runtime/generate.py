@@ -139,7 +139,7 @@ def tokens(
         left -= len(new)
         if not left:
             return
-        guessed = lookup.guess(left - 1) if lookup else []
+        guessed = lookup.guess(min(left, decoder.unswitched) - 1) if lookup else []
         rows = decoder.feed(np.array([new[-1], *guessed]), keep=0)
 
 

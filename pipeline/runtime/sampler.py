@@ -100,7 +100,8 @@ class Sampler:
     def weights(self, logits: np.ndarray) -> np.ndarray:
         """What is proportional to the chance of each token, float64 (vocabulary,): 0 for those that are cut."""
         sampling = self.sampling
-        weights: np.ndarray = np.exp((logits - logits.max()).astype(np.float64) / sampling.temperature)
+        with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest alone
+            weights: np.ndarray = np.exp((logits - logits.max()).astype(np.float64) / sampling.temperature)
         if 0 < sampling.top_k < len(weights):
             weights[weights < np.partition(weights, -sampling.top_k)[-sampling.top_k]] = 0
         if sampling.top_p < 1:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import msgspec
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.serve.engine import Done, Engine, Piece
+from edgepress.pipeline.text.pieces import piece_bytes
 
 
 class Answer:
@@ -68,7 +69,12 @@ class Answer:
 
     def _token(self, token: int, value: float) -> JsonObject:
         text = self._text(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        return {"token": text, "logprob": value, "bytes": list(self._bytes(token, text))}
+
+    def _bytes(self, token: int, text: str) -> bytes:
+        """Those that the token stands for, which may be no whole character."""
+        known = piece_bytes(self._tokenizer.id_to_token(token) or "") if "\ufffd" in text else None
+        return text.encode() if known is None else known
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))

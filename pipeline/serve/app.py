@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
 from pathlib import Path
 
 from edgepress.pipeline.errors import EdgepressError
@@ -30,7 +31,7 @@ from starlette.routing import Route
 log = logging.getLogger("edgepress")
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_BODY = 4 << 20  # bytes
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOCAL = ("127.0.0.1", "[::1]", "localhost")  # names that a browser on this machine may call the server by
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -50,9 +51,19 @@ def application(engine: Engine) -> Starlette:
 
     handlers = {HTTPException: _http_error, EdgepressError: _any_error, Exception: _any_error}
     middleware = []
-    if engine.options.host in LOOPBACK:  # a page of another site must not reach it by a name that leads here
-        middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)]
+    host = engine.options.host
+    if is_local(host):  # a page of another site must not reach it by a name that leads here
+        allowed = [*LOCAL, f"[{host}]" if ":" in host else host]
+        middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
+
+
+def is_local(host: str) -> bool:
+    """Whether an address, or ``localhost``, is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Service:
@@ -102,8 +113,8 @@ class _Service:
 
     def _check_key(self, request: Request) -> None:
         key = self.engine.options.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())):
             raise HTTPException(401, "the key is missing or wrong; send it as 'Authorization: Bearer KEY'")
 
     async def _content(self, request: Request) -> bytes:
@@ -125,7 +136,7 @@ class _Service:
         self.engine.submit(made)
         followed = self.metrics.followed(made, events)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             stream = _stream(answer, made, followed, usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await _whole(request, answer, made, followed)

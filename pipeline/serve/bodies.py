@@ -47,13 +47,13 @@ class ChatMessage(Struct):
 class StreamOptions(Struct):
     """What a stream ends with."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class Common(Struct, kw_only=True):
     """What both kinds of request share. Fields that are absent here are ignored, but for those of ``refused``."""
 
-    model: str = ""
+    model: str | None = ""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
@@ -61,7 +61,7 @@ class Common(Struct, kw_only=True):
     top_p: Share | None = None
     top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     min_p: Share | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
@@ -86,7 +86,7 @@ class ChatBody(Common, kw_only=True):
 class TextBody(Common, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: str | list[str | int]
+    prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = False
     suffix: str | None = None
@@ -145,10 +145,10 @@ def chat_messages(body: ChatBody) -> list[Message]:
 def prompt_ids(body: TextBody, engine: Engine) -> list[int]:
     """Ids of the one prompt of a request."""
     prompt = body.prompt
+    if not isinstance(prompt, str) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]  # a batch of one
     if isinstance(prompt, str):
         return engine.text_ids(prompt)
-    if len(prompt) == 1 and isinstance(prompt[0], str):
-        return engine.text_ids(prompt[0])
     ids = [item for item in prompt if isinstance(item, int)]
     if not ids or len(ids) < len(prompt):
         raise BadRequest("prompt: one a request, as a text or a list of token ids", "prompt")

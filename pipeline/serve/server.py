@@ -32,19 +32,19 @@ def serve(folder: Path, options: ServeOptions) -> None:
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package)
     import uvicorn
-    from edgepress.pipeline.serve.app import application
+    from edgepress.pipeline.serve.app import application, is_local
     from edgepress.pipeline.serve.engine import Engine
 
     options = replace(options, api_key=options.api_key or os.environ.get(KEY) or None)
     listening = _bound(options)
     try:
-        engine = Engine(folder, options)
+        host, port = listening.getsockname()[:2]
+        engine = Engine(folder, replace(options, host=host))
         config = uvicorn.Config(
             application(engine), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
         )
-        host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        if host not in ("127.0.0.1", "::1") and not options.api_key:
+        if not is_local(host) and not options.api_key:
             log.warning("warning: whoever reaches %s can use this server; --api-key asks for a key", shown)
         where = f"http://{shown}:{port}"
         log.info("serving %s at %s (a page to chat; OpenAI's interface at %s/v1); Ctrl-C ends it", engine.name, where, where)
@@ -73,8 +73,8 @@ def _bound(options: ServeOptions) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((options.host, options.port))
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
+        reason = getattr(error, "strerror", None) or str(error)
         raise OptionError(
             f"cannot listen on {options.host}, port {options.port}: {reason.lower()}; give another --port (0 takes a free one)"
         ) from error

@@ -168,6 +168,13 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
+def piece_bytes(piece: str) -> bytes | None:
+    """The bytes that a piece of a byte-level or byte-fallback vocabulary stands for, None for another."""
+    if _BYTE.fullmatch(piece):
+        return bytes.fromhex(piece[3:5])
+    return bytes(_BYTES[c] for c in piece) if piece and all(c in _BYTES for c in piece) else None
+
+
 def _pair(merge: str | list[str]) -> tuple[str, str]:
     """A merge as older and as newer files have it."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge

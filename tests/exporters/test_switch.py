@@ -19,6 +19,8 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.metrics.torch_scores import batches, greedy_tokens
 from edgepress.pipeline.options import ExportOptions, VerifyOptions
 from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.runtime.generate import tokens
+from edgepress.pipeline.runtime.lookup import Lookup
 from edgepress.pipeline.verify.checks import verify
 from families import TINY
 from transformers import LlamaConfig, Phi3Config, PreTrainedModel
@@ -54,6 +56,25 @@ def last(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     return logits
 
 
+class Foretold(Lookup):
+    """Guesses as many of the next tokens as it may, and all of them are right."""
+
+    guessed = 0
+
+    def __init__(self, text: list[int], read: int) -> None:
+        self.text, self.read = text, read
+
+    def append(self, id: int) -> None:
+        """As Lookup's."""
+        self.read += 1
+
+    def guess(self, limit: int) -> list[int]:
+        """As Lookup's."""
+        guess = self.text[self.read :][:limit]
+        self.guessed += len(guess)
+        return guess
+
+
 def test_token_by_token_across_the_switch(exported: Artifact, model: PreTrainedModel) -> None:
     """As whole prompts on either side of it: also after a step back, and in one piece that leads across."""
     decoder = Decoder(exported.path)
@@ -76,6 +97,9 @@ def test_greedy_tokens_are_those_of_transformers(exported: Artifact, model: PreT
     theirs = model.generate(torch.from_numpy(prompt)[None], **settings)[0, len(prompt) :].tolist()
     assert list(Decoder(exported.path).greedy(prompt, count)) == theirs
     assert greedy_tokens(model, prompt, count) == theirs
+    lookup = Foretold([*prompt.tolist(), *theirs], len(prompt))
+    assert list(tokens(Decoder(exported.path), prompt, frozenset(), count, lambda row: int(row.argmax()), lookup)) == theirs
+    assert lookup.guessed > count / 2
     steps = Decoder(exported.path).greedy_batch(np.stack([prompt, prompt]))
     assert [next(steps).tolist() for _ in range(count)] == [[token, token] for token in theirs]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,13 +309,34 @@ def test_settings_of_a_conversation(artifact: Path, call: Callable, monkeypatch:
     assert said.rindex("the most likely tokens") > said.rindex("top-k 40")
 
 
+def test_a_setting_without_a_value_is_as_before(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a model does not have, too; and a seed begins its numbers again."""
+    _, said = turns(call, artifact, "/set lookup off", "/set seed 7", "/set lookup", "/set seed", "/set", monkeypatch=monkeypatch)
+    assert "error" not in said and "lookup               auto" in said and "seed                 0" in said
+    draws = ("/set temperature 3", "/set seed 7", "Good day", "/new", "Good day", "/new", "/set seed 7", "Good day")
+    out, _ = turns(call, artifact, *draws, monkeypatch=monkeypatch)
+    first, second, third = [answer for answer in out.split("\n") if answer]
+    assert first == third != second
+
+
+def test_a_refused_message_ends_nothing(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A template may refuse what is asked; the conversation goes on as it was."""
+    plain, _ = turns(call, artifact, "Good day", "Go on", monkeypatch=monkeypatch)
+    copy = shutil.copytree(artifact, tmp_path / "strict")
+    template = copy / "chat_template.jinja"
+    strict = "{%- if messages[-1]['content'] == 'No' %}{{ raise_exception('never') }}{% endif %}"
+    template.write_text(strict + template.read_text())
+    out, said = turns(call, copy, "Good day", "No", "Go on", monkeypatch=monkeypatch)
+    assert out == plain and said.count("error: ") == 1 and "never" in said
+
+
 def test_a_message_of_several_lines(artifact: Path, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between quotes, a slash at its beginning included; one that the input's end cuts is sent as it is."""
     seen: list[str] = []
     real = Conversation.answer
     monkeypatch.setattr(Conversation, "answer", lambda self, text: seen.append(text) or real(self, text))
-    turns(call, artifact, '"""/one', "", 'two"""', '"""alone"""', '  """', monkeypatch=monkeypatch)
-    assert seen == ["/one\n\ntwo", "alone", '"""']
+    turns(call, artifact, '"""/one', "", 'two"""', '"""alone"""', '  """', '"""/bye"""', " /bye", monkeypatch=monkeypatch)
+    assert seen == ["/one\n\ntwo", "alone", '"""', "/bye", "/bye"]
 
 
 def test_text_that_loops_ends(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,8 @@ def test_the_tokens_are_those_without_it(decoder: Decoder, passes: list[int], fr
 class Recited:
     """A decoder of a model that knows one text by heart, and what its cache holds."""
 
+    unswitched = 1000
+
     def __init__(self, text: list[int]) -> None:
         self.text, self.cache = text, list[int]()
 
