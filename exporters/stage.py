@@ -13,10 +13,10 @@ from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_pe
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
 from edgepress.models.rotary import grows, switches
-from edgepress.pipeline.artifact import MANIFEST, Artifact
+from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import JsonObject, folder_bytes
+from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.options import ExportOptions

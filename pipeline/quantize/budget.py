@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from edgepress.pipeline.artifact import MANIFEST
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.files import JsonObject, folder_bytes
+from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 

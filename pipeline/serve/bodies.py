@@ -144,13 +144,13 @@ def chat_messages(body: ChatBody) -> list[Message]:
 
 def prompt_ids(body: TextBody, engine: Engine) -> list[int]:
     """Ids of the one prompt of a request."""
-    prompt = body.prompt
-    if not isinstance(prompt, str) and len(prompt) == 1 and not isinstance(prompt[0], int):
+    prompt: object = body.prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]  # a batch of one
     if isinstance(prompt, str):
         return engine.text_ids(prompt)
-    ids = [item for item in prompt if isinstance(item, int)]
-    if not ids or len(ids) < len(prompt):
+    ids = [item for item in prompt if isinstance(item, int)] if isinstance(prompt, list) else []
+    if not ids or ids != prompt:
         raise BadRequest("prompt: one a request, as a text or a list of token ids", "prompt")
     if wrong := [id for id in ids if not 0 <= id < engine.model.decoder.vocabulary]:
         raise BadRequest(f"prompt: {wrong[0]} is no token id", "prompt")
