@@ -20,7 +20,8 @@ PRUNE_TOKENS = 32768
 SELF = Path("self")  # as calibration text: what the model itself writes
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
-    "greedy": "one after another, of those of lowest Block Influence the one whose removal costs the least KL divergence",
+    "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",
+    "greedy": "the same, but as the model is without healing",
     "bi": "the lowest Block Influence, as in ShortGPT",
     "angular": "the contiguous run of least angular distance",
     "list": "those named by --remove-layers",
@@ -83,7 +84,7 @@ def _calibration_skip() -> int:
 
 
 def _other_text() -> Path:
-    return option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+    return option(OTHER_TEXT, "text of another kind, which healing must help too (default: the shipped technical prose)")
 
 
 def _text() -> Path:
@@ -128,7 +129,11 @@ class ImportOptions(Options):
 class PruneOptions(Options):
     """Remove decoder blocks: those of least Block Influence, or of least measured cost."""
 
-    criterion: str | None = option(None, "how layers are chosen (default: greedy, or list with --remove-layers)", CRITERIA)
+    criterion: str | None = option(
+        None,
+        "how layers are chosen (default: healed, or greedy in a build that does not heal; list with --remove-layers)",
+        CRITERIA,
+    )
     remove_count: int | None = option(None, "how many decoder blocks to remove", at_least=0)
     remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
     max_loss: float | None = option(
@@ -136,16 +141,17 @@ class PruneOptions(Options):
     )
     remove_layers: tuple[int, ...] = option((), "which blocks to remove: indices from 0, separated by commas", at_least=0)
     shortlist: int = option(
-        8, "blocks of lowest Block Influence that greedy tries in each round (a build: as --effort says)", at_least=1
+        8, "blocks of lowest Block Influence that healed and greedy try in each round (a build: as --effort says)", at_least=1
     )
     greedy_tokens: int = option(
-        4096, "calibration tokens that greedy measures each trial on (a build: as --effort says)", at_least=16
+        4096, "calibration tokens that healed and greedy measure each trial on (a build: as --effort says)", at_least=16
     )
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
     text_key: str = _text_key()
+    other_text: Path = _other_text()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -171,7 +177,7 @@ class PruneOptions(Options):
 
     def resolved(self) -> PruneOptions:
         """The same with the criterion in force, as it is recorded."""
-        return dataclasses.replace(self, criterion=self.criterion or ("list" if self.remove_layers else "greedy"))
+        return dataclasses.replace(self, criterion=self.criterion or ("list" if self.remove_layers else "healed"))
 
     def amount(self, layers: int) -> int:
         """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""

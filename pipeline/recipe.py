@@ -309,7 +309,10 @@ def _removes(step: Step) -> bool:
 
 
 def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
-    """The options of a stage with what a build knows: the original, and whether a tune stage follows."""
+    """The options of a stage with what a build knows: the original, and whether a stage that heals or tunes follows."""
+    if isinstance(options, PruneOptions) and options.criterion is None and not options.remove_layers:
+        heals = next((given.healer != "none" for _, given in steps if isinstance(given, HealOptions)), False)
+        return dataclasses.replace(options, criterion="healed" if heals else "greedy")
     if isinstance(options, ExportOptions):
         return dataclasses.replace(options, reference=options.reference or original.path)
     if isinstance(options, HealOptions | TuneOptions):

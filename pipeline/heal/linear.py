@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
-from edgepress.pipeline.checkpoint.residual import residual_factor
+from edgepress.pipeline.checkpoint.least_squares import Matrix, Sums, Target, last_matrix
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.heal.job import Gap, HealJob
@@ -29,16 +28,6 @@ from transformers.pytorch_utils import Conv1D
 log = logging.getLogger("edgepress")
 # Times the mean of the Gram matrix's diagonal.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-Matrix: TypeAlias = torch.nn.Linear | Conv1D | torch.nn.Embedding
-
-
-@dataclass(frozen=True)
-class _Target:
-    """The matrix to change, and by what its output is multiplied before it is added to the residual stream."""
-
-    name: str
-    matrix: Matrix
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -67,15 +56,15 @@ def heal(job: HealJob) -> JsonObject:
 def _close(job: HealJob, gap: Gap) -> _Closed:
     """Solve for each ridge, and leave the matrix with the solution of least loss. Raises ModelError without such a matrix."""
     blocks, window = job.student, job.windows[0]
-    target = _embedding(blocks, window) if gap.before < 0 else _last_matrix(blocks, gap.before, window)
+    target = _embedding(blocks, window) if gap.before < 0 else last_matrix(blocks, gap.before, torch.from_numpy(window[:32])[None])
     matrix = target.matrix
-    gram, cross = _statistics(job, gap, matrix)
+    sums = _statistics(job, gap, matrix)
     weight: torch.Tensor = matrix.weight.detach().clone()
     bias = _bias(matrix)
     losses = {0.0: job.loss()}
-    solutions = {0.0: torch.zeros_like(cross)}
+    solutions = {0.0: torch.zeros_like(sums.missing)}
     for ridge in RIDGES:
-        solutions[ridge] = _solve(gram, cross, ridge) / target.factor
+        solutions[ridge] = sums.solved(ridge) / target.factor
         _set(matrix, weight, bias, solutions[ridge])
         losses[ridge] = job.loss()
     best = min(losses, key=lambda ridge: losses[ridge])
@@ -103,22 +92,16 @@ def _set(matrix: Matrix, weight: torch.Tensor, bias: torch.Tensor | None, change
             matrix.bias.copy_(bias + change[-1].float())
 
 
-def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """(G + ridge * mean diagonal) X = C, float64."""
-    strength = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solution: torch.Tensor = torch.linalg.solve(gram + strength, cross)
-    return solution
+def _statistics(job: HealJob, gap: Gap, matrix: Matrix) -> Sums:
+    """Sums over all tokens, batch by batch: memory does not grow with the text.
 
-
-def _statistics(job: HealJob, gap: Gap, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sums X^T X (in, in) and X^T (L - out) (in, hidden) in float64, batch by batch: memory does not grow with the text.
-
-    X: what enters the matrix, with a column of ones where it has a bias. out: what leaves the block now.
+    What enters the matrix has a column of ones where that has a bias; the stream lacks what left the removed run, less what leaves
+    the block now.
     """
     blocks, index = job.student, gap.before + 1
     teacher, starts = job.teacher[gap.target], job.starts()
     constant = getattr(matrix, "bias", None) is not None
-    gram, cross, seen, row = torch.zeros(()), torch.zeros(()), list[torch.Tensor](), 0
+    sums, seen, row = None, list[torch.Tensor](), 0
 
     def see(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> None:
         seen.append(output if isinstance(matrix, torch.nn.Embedding) else args[0])
@@ -133,37 +116,16 @@ def _statistics(job: HealJob, gap: Gap, matrix: Matrix) -> tuple[torch.Tensor, t
             if constant:
                 entering = torch.cat([entering, torch.ones(len(entering), 1)], dim=1)
             weights = 1 / target.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            entering, missing = entering * weights, (target - leaving) * weights
-            gram, cross = gram + (entering.T @ entering).double(), cross + (entering.T @ missing).double()
+            sums = sums or Sums.empty(entering.shape[1], target.shape[1])
+            sums.add(entering, target - leaving, weights)
             row += len(ids)
     finally:
         handle.remove()
-    return gram, cross
+    assert sums is not None
+    return sums
 
 
-def _last_matrix(blocks: Blocks, index: int, window: np.ndarray) -> _Target:
-    """The matrix in block ``index`` whose output is added to the residual stream, times a factor.
-
-    Found by trial, not by name: of the matrices to whose output the block's output responds linearly, the one of most inputs (in
-    parallel attention there are two). Raises ModelError when there is none.
-    """
-    block, ids = blocks.modules[index], torch.from_numpy(window[:32])[None]
-    candidates: list[tuple[int, _Target]] = []
-    for name, matrix in block.named_modules():
-        if not isinstance(matrix, torch.nn.Linear | Conv1D):
-            continue
-        if (factor := residual_factor(blocks, index, matrix, ids)) is not None:
-            inputs = matrix.in_features if isinstance(matrix, torch.nn.Linear) else matrix.nx
-            candidates.append((inputs, _Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
-    if not candidates:
-        kind = type(block).__name__
-        raise ModelError(
-            f"no single matrix of {kind} is added to the residual stream (its output passes a norm, or experts are mixed)"
-        )
-    return max(candidates, key=lambda candidate: candidate[0])[1]
-
-
-def _embedding(blocks: Blocks, window: np.ndarray) -> _Target:
+def _embedding(blocks: Blocks, window: np.ndarray) -> Target:
     """The embedding, for a gap at the very beginning. Raises ModelError where it is tied or not all that enters the blocks."""
     model, ids = blocks.model, torch.from_numpy(window[:32])[None]
     table = model.get_input_embeddings()
@@ -182,4 +144,4 @@ def _embedding(blocks: Blocks, window: np.ndarray) -> _Target:
     if float((entering - factor * rows).norm()) > 1e-3 * float(entering.norm()):
         raise ModelError("the removed run begins at layer 0 and more than the embedding enters it (positions)")
     name = next(name for name, module in model.named_modules() if module is table)
-    return _Target(name, table, factor)
+    return Target(name, table, factor)

@@ -9,34 +9,15 @@ whole model: a later block corrects what earlier ones left.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
+from edgepress.pipeline.checkpoint.least_squares import Sums
 
 RIDGE = 0.1  # times the Gram matrix's diagonal
 ROUNDS = 16  # in which the channels of a block go; prices are reckoned anew between them
 
 
-@dataclass
-class Statistics:
-    """Sums over tokens, float64. gram: channels (width, width). missing: channels times what the stream lacks, (width, hidden)."""
-
-    gram: torch.Tensor
-    missing: torch.Tensor
-
-    @classmethod
-    def empty(cls, width: int, hidden: int) -> Statistics:
-        """Of no token yet."""
-        return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, hidden, dtype=torch.float64))
-
-    def add(self, channels: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add channels (tokens, width), missing (tokens, hidden), weights (tokens, 1) of the tokens."""
-        channels = channels * weights
-        self.gram += (channels.T @ channels).double()
-        self.missing += (channels.T @ (missing * weights)).double()
-
-
-def least(statistics: Statistics, weight: torch.Tensor, kept: int) -> torch.Tensor:
+def least(statistics: Sums, weight: torch.Tensor, kept: int) -> torch.Tensor:
     """Indices in order of the ``kept`` channels to keep. weight: (hidden, width) of the matrix that reads them."""
     width = weight.shape[1]
     inverse = torch.linalg.inv(_ridged(statistics.gram))
@@ -54,7 +35,7 @@ def least(statistics: Statistics, weight: torch.Tensor, kept: int) -> torch.Tens
     return left
 
 
-def refit(statistics: Statistics, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def refit(statistics: Sums, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The matrix (hidden, kept) that makes up for the channels that go and for what the stream lacks, by ridge regression.
 
     weight: (hidden, width) before.

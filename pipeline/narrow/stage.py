@@ -11,6 +11,7 @@ import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.least_squares import Sums
 from edgepress.pipeline.checkpoint.residual import residual_factor
 from edgepress.pipeline.checkpoint.update import carry_files, replace_tensors, stored_dtype, stored_dtypes
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
@@ -19,7 +20,7 @@ from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import batches, mean_loss, perplexity
 from edgepress.pipeline.narrow.feed_forward import FeedForward, find
-from edgepress.pipeline.narrow.fit import Statistics, least, refit
+from edgepress.pipeline.narrow.fit import least, refit
 from edgepress.pipeline.options import NarrowOptions
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
@@ -153,14 +154,14 @@ def _cut(
 
 def _statistics(
     blocks: Blocks, index: int, module: torch.nn.Module, stream: list[_Batch], weight: torch.Tensor, factor: float | None
-) -> Statistics:
+) -> Sums:
     """What enters the matrix on the narrowed stream, and what that stream lacks; the whole stream moves on behind the block.
 
     Tokens weigh 1 / length^2 of their state: a few have states a hundred times as long. The first of a window counts for more: all
     others attend to it (Xiao et al. 2023, attention sinks), and it is like no other. Where the output passes a norm before it
     is added, what the stream lacks is unknown to the matrix, and it is fitted to its own former output.
     """
-    statistics, seen = Statistics.empty(weight.shape[1], weight.shape[0]), list[torch.Tensor]()
+    statistics, seen = Sums.empty(weight.shape[1], weight.shape[0]), list[torch.Tensor]()
 
     def see(module: torch.nn.Module, args: BlockArgs) -> None:
         seen.append(args[0])

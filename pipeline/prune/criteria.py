@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.metrics.torch_scores import batches, divergences_of, mean_loss
 from edgepress.pipeline.options import PruneOptions
 from edgepress.pipeline.progress import bar
+from edgepress.pipeline.prune.healed import FIT, removals
 from edgepress.pipeline.prune.influence import Influence, measure_influence
 
 log = logging.getLogger("edgepress")
@@ -28,7 +30,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Round:
-    """One removal by ``greedy``: the block removed, the KL of each candidate in nats a token, and the seconds it took."""
+    """One removal by ``greedy`` or ``healed``: the block removed, the KL of each candidate in nats a token, and the seconds."""
 
     removed: int
     kl: dict[int, float]
@@ -37,7 +39,10 @@ class Round:
 
 @dataclass(frozen=True)
 class PathStep:
-    """A set of blocks tried against a limit, and by how many nats a token the held-out loss grows without them."""
+    """A set of blocks tried against a limit, and by how many nats a token the held-out loss grows without them.
+
+    Of two kinds of text the greater growth; by ``healed`` that of the healed model.
+    """
 
     layers: list[int]
     loss_growth: float
@@ -64,12 +69,13 @@ class Choice:
 class Search:
     """What a criterion chooses by, and the record of what it measured.
 
-    windows: the ranking text that trials are measured on, never the held-out one.
+    windows: the ranking text that trials are measured on, never the held-out one. fitting: what a healing is solved on.
     """
 
     blocks: Blocks
     influence: Influence
     windows: list[np.ndarray]
+    fitting: list[np.ndarray]
     shortlist: int
     rounds: list[Round] = field(default_factory=list)
     sets: list[Trial] = field(default_factory=list)
@@ -85,31 +91,48 @@ class Search:
 
 
 def choose(
-    options: PruneOptions, amount: int, blocks: Blocks, influence: Influence, ranking: list[np.ndarray], held_out: list[np.ndarray]
+    options: PruneOptions,
+    amount: int,
+    blocks: Blocks,
+    influence: Influence,
+    ranking: list[np.ndarray],
+    held_out: list[np.ndarray],
+    other: tuple[list[np.ndarray], list[np.ndarray]] | None = None,
 ) -> Choice:
-    """The blocks to remove: ``amount`` of them, or as many as keep the loss on ``held_out`` within options.max_loss."""
+    """The blocks to remove: ``amount`` of them, or as many as keep the loss on ``held_out`` within options.max_loss.
+
+    other: windows of another kind, which chooses, too, and which a limit holds for, too: what heals could learn one kind of text.
+    """
     if options.remove_layers:
         return Choice(sorted(options.remove_layers))
-    search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), options.shortlist)
-    sets, removed, path = CRITERIA[str(options.criterion)](search, amount), list[int](), list[PathStep]()
-    if options.max_loss is not None:
-        removed, path = _within(options.max_loss, sets, blocks, held_out)
+    budget = options.greedy_tokens
+    judging = _first_tokens(ranking, budget // 2 if other else budget)
+    fitting = _first_tokens(ranking[len(judging) :] or judging, FIT * budget)
+    if other:
+        judging, judged = judging + _first_tokens(other[0], budget // 2), [held_out, other[1]]
     else:
-        *_, removed = [], *sets  # the last is the set of ``amount`` blocks
-        if options.criterion == "greedy" and amount > 1:
-            removed = _best_of(search, removed)
+        judged = [held_out]
+    search = Search(blocks, influence, judging, fitting, options.shortlist)
+    removed, path = list[int](), list[PathStep]()
+    with closing(CRITERIA[str(options.criterion)](search, amount)) as sets:
+        if options.max_loss is not None:
+            removed, path = _within(options.max_loss, sets, blocks, judged)
+        else:
+            *_, removed = [], *sets  # the last is the set of ``amount`` blocks
+    if options.max_loss is None and options.criterion == "greedy" and amount > 1:
+        removed = _best_of(search, removed)
     return Choice(removed, path, search.rounds, search.sets, search.evaluations, search.seconds)
 
 
 def _within(
-    limit: float, sets: Iterator[list[int]], blocks: Blocks, held_out: list[np.ndarray]
+    limit: float, sets: Iterable[list[int]], blocks: Blocks, texts: list[list[np.ndarray]]
 ) -> tuple[list[int], list[PathStep]]:
-    """The last of the growing ``sets`` that keeps the held-out loss within ``limit`` nats a token, and the sets tried."""
+    """The last of the growing ``sets`` that keeps the loss on each text within ``limit`` nats a token, and the sets tried."""
     removed, path = list[int](), list[PathStep]()
-    before = mean_loss(blocks, held_out)
+    before = [mean_loss(blocks, windows) for windows in texts]
     for layers in sets:
         with blocks.without(layers):
-            growth = mean_loss(blocks, held_out) - before
+            growth = max(mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True))
         path.append(PathStep(layers, growth))
         log.info("without %s the held-out loss grows by %.4f nats", listed(layers), growth)
         if growth > limit:
@@ -124,13 +147,13 @@ def listed(layers: Sequence[int]) -> str:
     return f"layer{'s'[: len(layers) != 1]} {', '.join(map(str, layers))}" if layers else "no layer"
 
 
-def bi(search: Search, amount: int) -> Iterator[list[int]]:
+def bi(search: Search, amount: int) -> Generator[list[int]]:
     """The blocks of lowest Block Influence (ShortGPT, section 3)."""
     order = np.argsort(search.influence.block_influence, kind="stable").tolist()
     yield from (sorted(order[: count + 1]) for count in range(amount))
 
 
-def angular(search: Search, amount: int) -> Iterator[list[int]]:
+def angular(search: Search, amount: int) -> Generator[list[int]]:
     """The contiguous run across which the residual stream turns least (Gromov et al. 2024, section 3.2)."""
     for length in sorted(search.influence.angles):
         if length <= amount:
@@ -138,7 +161,7 @@ def angular(search: Search, amount: int) -> Iterator[list[int]]:
             yield list(range(first, first + length))
 
 
-def greedy(search: Search, amount: int) -> Iterator[list[int]]:
+def greedy(search: Search, amount: int) -> Generator[list[int]]:
     """One block after another: of those of lowest Block Influence among the rest, the one whose removal costs least.
 
     The cost is the mean KL divergence from the whole model on the ranking text.
@@ -164,7 +187,26 @@ def greedy(search: Search, amount: int) -> Iterator[list[int]]:
         yield removed
 
 
-CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy}
+def healed(search: Search, amount: int) -> Generator[list[int]]:
+    """As ``greedy``, by what a removal costs once the matrix before the gap makes up for it: see healed.py.
+
+    While the caller looks at a set, the model is healed for it.
+    """
+    first = search.influence.block_influence
+    found = removals(search.blocks, amount, first, search.windows, search.fitting, search.shortlist)
+    with closing(found):
+        for removed, best, costs, seconds in found:
+            search.evaluations += len(costs)
+            search.seconds += seconds
+            search.rounds.append(Round(best, costs, seconds))
+            log.info(
+                "healed: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
+                best, costs[best], len(costs), _runner_up(costs, best), seconds,
+            )  # fmt: skip
+            yield removed
+
+
+CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy, "healed": healed}
 
 
 def _costs(search: Search, removed: list[int], candidates: list[int], label: str) -> dict[int, float]:

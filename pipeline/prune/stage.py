@@ -24,7 +24,7 @@ from edgepress.pipeline.prune.influence import Influence, measure_influence
 from edgepress.pipeline.prune.record import rounded, write_influence
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 from edgepress.pipeline.report.attribution import WORRYING
-from edgepress.pipeline.text.calibration import calibration
+from edgepress.pipeline.text.calibration import calibration, other_halves
 
 log = logging.getLogger("edgepress")
 
@@ -65,7 +65,8 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
         pruned_config(checkpoint, _others(layers, options.remove_layers))
     options = with_text(options, source.path)
     ranking, held_out = calibration(source.path, options)
-    plan = _plan(checkpoint, options, ranking, held_out)
+    other = other_halves(source.path, options) if options.criterion == "healed" else None
+    plan = _plan(checkpoint, options, ranking, held_out, other)
     if plan.choice.removed:
         parameters, loss = _written(checkpoint, source.family, out, plan, held_out)
     else:
@@ -83,6 +84,7 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
             "evaluation_seconds": round(plan.choice.seconds, 2),
             "calibration": {
                 "sha256": sha256(options.calibration),
+                **({"other_text_sha256": sha256(options.other_text)} if other else {}),
                 "ranking_positions": sum(map(len, ranking)),
                 "held_out_positions": sum(map(len, held_out)),
             },
@@ -95,12 +97,18 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     return facts
 
 
-def _plan(checkpoint: Checkpoint, options: PruneOptions, ranking: list[np.ndarray], held_out: list[np.ndarray]) -> _Plan:
+def _plan(
+    checkpoint: Checkpoint,
+    options: PruneOptions,
+    ranking: list[np.ndarray],
+    held_out: list[np.ndarray],
+    other: tuple[list[np.ndarray], list[np.ndarray]] | None,
+) -> _Plan:
     """Measure and choose on the original, which is out of memory when this returns: the pruned model is loaded next."""
     model = checkpoint.model()
     blocks, amount = Blocks(model), options.amount(checkpoint.layers)
     influence = measure_influence(blocks, ranking, _run_lengths(options, amount))
-    choice = choose(options, amount, blocks, influence, ranking, held_out)
+    choice = choose(options, amount, blocks, influence, ranking, held_out, other)
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed))
     loss = mean_loss(blocks, held_out)
     warn_unless_readable(loss, model.config.vocab_size, options.calibration)

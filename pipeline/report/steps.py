@@ -164,6 +164,7 @@ class Step:
 
 
 CHOSEN = {
+    "healed": "chosen greedily by KL divergence after healing, among those of low Block Influence",
     "greedy": "chosen greedily by KL divergence among those of low Block Influence",
     "bi": "lowest Block Influence",
     "angular": "lowest angular distance",

@@ -14,6 +14,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_output
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.least_squares import last_matrix
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import read_json, sha256
@@ -71,11 +72,11 @@ def test_statistics_are_those_of_least_squares(
     teacher = record(Checkpoint(reference), windows, [6, 16], tmp_path)
     blocks = Blocks(load_model(pruned.path))
     job = HealJob(blocks, [Gap(3, 6)], windows, teacher, [windows], options(reference), tmp_path)
-    target = linear._last_matrix(blocks, 3, windows[0])
+    target = last_matrix(blocks, 3, torch.from_numpy(windows[0])[None, :32])
     matrix = target.matrix
     assert (target.name, target.factor) == ("model.layers.3.mlp.down_proj", pytest.approx(1, abs=1e-4))
-    gram, cross = linear._statistics(job, Gap(3, 6), matrix)
-    solution = linear._solve(gram, cross, 0.1).numpy()
+    sums = linear._statistics(job, Gap(3, 6), matrix)
+    solution = sums.solved(0.1).numpy()
 
     entering, leaving = [], []
     handle = matrix.register_forward_hook(lambda _, args, output: entering.append(args[0][0].double().numpy()))
@@ -123,12 +124,12 @@ def test_the_matrix_is_found_by_what_it_does(
     with blocks.without([3]):
         if name not in HEALS:
             with pytest.raises(ModelError, match="no single matrix"):
-                linear._last_matrix(blocks, 2, windows[0])
+                last_matrix(blocks, 2, torch.from_numpy(windows[0])[None, :32])
             return
         job = HealJob(blocks, [Gap(2, 4)], windows, teacher, [windows[:2]], options(folder), tmp_path)
-        target = linear._last_matrix(blocks, 2, windows[0])
+        target = last_matrix(blocks, 2, torch.from_numpy(windows[0])[None, :32])
         matrix = target.matrix
-        gram, cross = linear._statistics(job, Gap(2, 4), matrix)
+        sums = linear._statistics(job, Gap(2, 4), matrix)
 
         def distance() -> float:
             states = [blocks.states(torch.from_numpy(row)[None], [3])[3][0] for row in windows]
@@ -136,7 +137,7 @@ def test_the_matrix_is_found_by_what_it_does(
             return float(((torch.cat(states) - original).norm(dim=-1) / original.norm(dim=-1)).square().mean())
 
         before = distance()
-        linear._set(matrix, matrix.weight.detach().clone(), linear._bias(matrix), linear._solve(gram, cross, 1e-3) / target.factor)
+        linear._set(matrix, matrix.weight.detach().clone(), linear._bias(matrix), sums.solved(1e-3) / target.factor)
         assert distance() < 0.97 * before, target.name
 
 
@@ -156,7 +157,7 @@ def test_a_gap_at_the_beginning_goes_into_an_untied_embedding(
     teacher = record(Checkpoint(folder), windows, [1, 7], tmp_path)
     with blocks.without([0]):
         job = HealJob(blocks, [Gap(-1, 1)], windows, teacher, [windows[:2]], options(folder), tmp_path)
-        gram, cross = linear._statistics(job, Gap(-1, 1), table)
+        sums = linear._statistics(job, Gap(-1, 1), table)
         original = torch.from_numpy(np.array(teacher[1]))
 
         def distance() -> float:
@@ -164,7 +165,7 @@ def test_a_gap_at_the_beginning_goes_into_an_untied_embedding(
             return float(((states - original).norm(dim=-1) / original.norm(dim=-1)).square().mean())
 
         distances = [distance()]
-        weight, change = table.weight.detach().clone(), linear._solve(gram, cross, 1e-3)
+        weight, change = table.weight.detach().clone(), sums.solved(1e-3)
         for divisor in (factor, 1.2 * factor, factor / 1.2):
             linear._set(table, weight, None, change / divisor)
             distances.append(distance())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from edgepress.pipeline.narrow.fit import Statistics, least, refit
+from edgepress.pipeline.checkpoint.least_squares import Sums
+from edgepress.pipeline.narrow.fit import least, refit
 
 
-def statistics(channels: torch.Tensor, missing: torch.Tensor) -> Statistics:
-    found = Statistics.empty(channels.shape[1], missing.shape[1])
+def statistics(channels: torch.Tensor, missing: torch.Tensor) -> Sums:
+    found = Sums.empty(channels.shape[1], missing.shape[1])
     found.add(channels, missing, torch.ones(len(channels), 1))
     return found
 

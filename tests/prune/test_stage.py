@@ -78,7 +78,7 @@ def test_the_manifest_says_how_layers_were_chosen(tiny: Path, text: Path, tmp_pa
     out = tmp_path / "out"
     out.mkdir()
     facts = prune(Artifact.load(tiny), out, PruneOptions(remove_count=2, calibration=text, calibration_tokens=1000))
-    assert facts["criterion"] == "greedy" and facts["layers"] == [4, 2] and len(facts["removed_layers"]) == 2
+    assert facts["criterion"] == "healed" and facts["layers"] == [4, 2] and len(facts["removed_layers"]) == 2
     assert facts["evaluations"] >= 4 + 3
     positions = facts["calibration"]
     ranking, held_out = calibration(tiny, PruneOptions(remove_count=2, calibration=text, calibration_tokens=1000))
