@@ -118,7 +118,7 @@ def test_a_limit_speaks_of_the_healed_model(setting: Setting) -> None:
     texts = setting.held_out, setting.other[8:]
     before = [mean_loss(setting.blocks, windows) for windows in texts]
     judging = [*setting.judging[:2], *setting.other[:2]]
-    student = removals(setting.blocks, 1, setting.influence.block_influence, judging, setting.windows[2:50], 3)
+    student = removals(setting.blocks, 1, setting.influence.block_influence, judging, setting.windows[2:18], 3)
     with closing(student):
         last, *_ = next(student)
         with setting.blocks.without(last):
