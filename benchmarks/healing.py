@@ -1,12 +1,13 @@
 """What healing wins back: perplexity, KL and top-1 of a model without layers, plain, and healed in each way.
 
     python benchmarks/healing.py models/reference SCRATCH_FOLDER --calibration NOVEL.txt --text BOOK.txt --other wiki.test.raw
-        [--calibration-tokens 262144] [--lora-tokens 262144] [--amounts 1,4] [--criteria bi,greedy]
+        [--calibration-tokens 262144] [--lora-tokens 262144] [--amounts 1,4] [--criteria bi,greedy,healed] [--no-gptq]
 
 Prints Markdown. "won" is the share of the log-perplexity lost by removal that came back; the last two columns judge the same
-checkpoint after GPTQ at its defaults. Layers are chosen and GPTQ is calibrated on the shipped calibration text; healing learns from
-``--calibration``, and nothing sees ``--text`` or ``--other``. Each row is a checkpoint that the command line's own stages wrote;
-finished folders are kept, so an interrupted run resumes (their CPU time is then unknown).
+checkpoint after GPTQ at its defaults. Layers are chosen and GPTQ is calibrated on the shipped calibration text (layers on what the
+model writes where that is ``--calibration self``); healing learns from ``--calibration``, and nothing sees ``--text`` or
+``--other``. Each row is a checkpoint that the command line's own stages wrote; finished folders are kept, so an interrupted run
+resumes (their CPU time is then unknown).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import logits_of
-from edgepress.pipeline.options import HealOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.text.windows import text_windows
 
 
@@ -32,13 +33,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--calibration", type=Path, required=True, help="text that healing learns from")
-    parser.add_argument("--calibration-tokens", type=int, default=262144)
+    parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--lora-tokens", type=int, default=262144)
     parser.add_argument("--text", type=Path, required=True, action="append", help="held-out text of the same kind")
     parser.add_argument("--other", type=Path, required=True, help="held-out text of another kind")
     parser.add_argument("--text-tokens", type=int, default=8192)
     parser.add_argument("--amounts", default="1,4")
-    parser.add_argument("--criteria", default="bi,greedy")
+    parser.add_argument("--criteria", default="bi,greedy,healed")
+    parser.add_argument("--no-gptq", dest="gptq", action="store_false", help="leave out the last two columns")
     parser.add_argument("--methods", default="linear,lora,linear+lora")
     options = parser.parse_args()
     budget = options.text_tokens
@@ -46,11 +48,11 @@ def main() -> None:
     other = text_windows(options.other, options.model, budget=budget)
     whole = Blocks(load_model(options.model))
     base = judged(whole, whole, same_kind), judged(whole, whole, other)
-    print("| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | CPU seconds | GPTQ | its KL |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    packed = judged(whole, quantized(Artifact.load(options.model), options.scratch / "whole-gptq"), same_kind)
-    cells = ["none", "", "", f"{np.exp(base[0][0]):.2f}", "", "0", "100 %", f"{np.exp(base[1][0]):.1f}", "", ""]
-    print("| " + " | ".join([*cells, f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]) + " |", flush=True)
+    gptq = " GPTQ | its KL |" if options.gptq else ""
+    print(f"| layers removed | by | healed | perplexity | won | KL | top-1 | other text | won | its KL | CPU seconds |{gptq}")
+    print("| --- | --- | --- |" + " ---: |" * (8 + 2 * options.gptq))
+    cells = ["none", "", "", f"{np.exp(base[0][0]):.2f}", "", "0", "100 %", f"{np.exp(base[1][0]):.1f}", "", "0", ""]
+    row(cells, whole, Artifact.load(options.model), options.scratch / "whole-gptq", same_kind, options.gptq)
     for amount in map(int, options.amounts.split(",")):
         for criterion in options.criteria.split(","):
             rows(whole, options, amount, criterion, same_kind, other, (base[0][0], base[1][0]))
@@ -66,7 +68,8 @@ def rows(
     base: tuple[float, float],
 ) -> None:
     folder = options.scratch / f"{criterion}-{amount}"
-    choice = PruneOptions(criterion=criterion, remove_count=amount, calibration=CALIBRATION_TEXT)
+    text = SELF if options.calibration == SELF else CALIBRATION_TEXT
+    choice = PruneOptions(criterion=criterion, remove_count=amount, calibration=text)
     pruned = stages.run("prune", Artifact.load(options.model), folder / "pruned", choice)
     lost: tuple[float, float] | None = None
     for method in ("", *options.methods.split(",")):
@@ -90,16 +93,18 @@ def rows(
             f"{100 * scores[2]:.1f} %",
             f"{np.exp(other_scores[0]):.1f}",
             won[1] if method else "",
+            f"{other_scores[1]:.4f}",
             seconds,
         ]
-        packed = judged(whole, quantized(artifact, folder / f"{method or 'pruned'}-gptq"), same_kind)
-        cells += [f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        row(cells, whole, artifact, folder / f"{method or 'pruned'}-gptq", same_kind, options.gptq)
 
 
-def quantized(source: Artifact, folder: Path) -> Blocks:
-    """The checkpoint after GPTQ at its defaults, its codes seen as floats."""
-    return Blocks(load_model(stages.run("quantize", source, folder, QuantizeOptions()).path))
+def row(cells: list[str], whole: Blocks, source: Artifact, folder: Path, windows: list[np.ndarray], gptq: bool) -> None:
+    """Print a row, with what is left after GPTQ at its defaults, its codes seen as floats."""
+    if gptq:
+        packed = judged(whole, Blocks(load_model(stages.run("quantize", source, folder, QuantizeOptions()).path)), windows)
+        cells = [*cells, f"{np.exp(packed[0]):.2f}", f"{packed[1]:.4f}"]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def judged(whole: Blocks, blocks: Blocks, windows: list[np.ndarray]) -> tuple[float, float, float]:

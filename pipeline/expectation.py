@@ -15,6 +15,7 @@ from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.options import (
+    HEALED_TOKENS,
     PRUNE_TOKENS,
     BenchOptions,
     ExportOptions,
@@ -128,6 +129,8 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         rounds = 0 if options.remove_layers else options.remove_count or 2
         # three quarters of the text rank, a quarter is held out and read twice
         tokens = 1.25 * text + rounds * (1 + options.shortlist / 2) * options.greedy_tokens
+        if options.criterion in (None, "healed"):  # both models read what the healing of a trial is solved on
+            tokens += rounds * 2 * min(HEALED_TOKENS * options.greedy_tokens, text)
         return tokens, tokens, 0.0
     if isinstance(options, HealOptions):
         tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)

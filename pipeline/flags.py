@@ -206,9 +206,9 @@ def _checked(name: str, kind: _Kind, value: object, setting: Setting) -> object:
         raise OptionError(f"{flag(name)} is one of {', '.join(map(str, choices))}, not {shown(value)}")
     if isinstance(converted, int | float):
         if setting.at_least is not None and converted < setting.at_least:
-            raise OptionError(f"{flag(name)} must be at least {setting.at_least:g}, not {shown(value)}")
+            raise OptionError(f"{flag(name)} must be at least {setting.at_least:,.15g}, not {shown(value)}")
         if setting.at_most is not None and converted > setting.at_most:
-            raise OptionError(f"{flag(name)} must be at most {setting.at_most:,g}, not {shown(value)}")
+            raise OptionError(f"{flag(name)} must be at most {setting.at_most:,.15g}, not {shown(value)}")
     return converted
 
 

@@ -17,6 +17,7 @@ from edgepress.pipeline.registry import look_up
 # Of tune: parameters times tokens that two cores train on in a minute, and the longest text that is written for it.
 READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
+HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is measured on
 SELF = Path("self")  # as calibration text: what the model itself writes
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
@@ -84,7 +85,7 @@ def _calibration_skip() -> int:
 
 
 def _other_text() -> Path:
-    return option(OTHER_TEXT, "text of another kind, which healing must help too (default: the shipped technical prose)")
+    return option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
 
 
 def _text() -> Path:
@@ -131,13 +132,16 @@ class PruneOptions(Options):
 
     criterion: str | None = option(
         None,
-        "how layers are chosen (default: healed, or greedy in a build that does not heal; list with --remove-layers)",
+        "how layers are chosen (default: healed; greedy in a build that does not heal, and with --max-loss outside a build; "
+        "list with --remove-layers)",
         CRITERIA,
     )
     remove_count: int | None = option(None, "how many decoder blocks to remove", at_least=0)
     remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
     max_loss: float | None = option(
-        None, "remove only as long as the loss on held-out calibration text grows by at most so many nats a token", at_least=0
+        None,
+        "remove only as long as the loss on held-out text, healed where that chooses, grows by at most so many nats a token",
+        at_least=0,
     )
     remove_layers: tuple[int, ...] = option((), "which blocks to remove: indices from 0, separated by commas", at_least=0)
     shortlist: int = option(
@@ -151,7 +155,9 @@ class PruneOptions(Options):
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
     text_key: str = _text_key()
-    other_text: Path = _other_text()
+    other_text: Path = option(
+        OTHER_TEXT, "of healed: text of another kind, which chooses and limits, too (default: the shipped technical prose)"
+    )
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
@@ -177,7 +183,9 @@ class PruneOptions(Options):
 
     def resolved(self) -> PruneOptions:
         """The same with the criterion in force, as it is recorded."""
-        return dataclasses.replace(self, criterion=self.criterion or ("list" if self.remove_layers else "healed"))
+        # A limit holds for what is written, where nothing is known of a heal stage.
+        chosen = "list" if self.remove_layers else "healed" if self.max_loss is None else "greedy"
+        return dataclasses.replace(self, criterion=self.criterion or chosen)
 
     def amount(self, layers: int) -> int:
         """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""

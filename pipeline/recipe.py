@@ -127,7 +127,15 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         format = stages.format_of(*planned[-1])
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
-    return planned
+    heals = any(isinstance(options, HealOptions) and options.healer != "none" for _, options in planned)
+    return [(name, _with_criterion(options, heals)) for name, options in planned]
+
+
+def _with_criterion(options: Options, heals: bool) -> Options:
+    """Layers are chosen by what they cost after healing where a stage heals, else by what they cost as they go."""
+    if not isinstance(options, PruneOptions) or options.criterion or options.remove_layers:
+        return options
+    return dataclasses.replace(options, criterion="healed" if heals else "greedy")
 
 
 def _not_replaced(given: Mapping[str, object], flags: Mapping[str, object]) -> dict[str, object]:
@@ -309,10 +317,7 @@ def _removes(step: Step) -> bool:
 
 
 def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
-    """The options of a stage with what a build knows: the original, and whether a stage that heals or tunes follows."""
-    if isinstance(options, PruneOptions) and options.criterion is None and not options.remove_layers:
-        heals = next((given.healer != "none" for _, given in steps if isinstance(given, HealOptions)), False)
-        return dataclasses.replace(options, criterion="healed" if heals else "greedy")
+    """The options of a stage with what a build knows: the original, and whether a tune stage follows."""
     if isinstance(options, ExportOptions):
         return dataclasses.replace(options, reference=options.reference or original.path)
     if isinstance(options, HealOptions | TuneOptions):

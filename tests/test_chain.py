@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from edgepress.models import OTHER_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.load import load_model
@@ -34,9 +33,7 @@ SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
 def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model through all stages, round to nearest for speed."""
     out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
-    other = tmp_path_factory.mktemp("texts") / "technical.txt"
-    other.write_text(OTHER_TEXT.read_text()[:6000])
-    few = ["--text-tokens", 800, "--calibration-tokens", 2400, "--shortlist", 3, "--greedy-tokens", 256, "--other-text", other]
+    few = ["--text-tokens", 800, "--calibration-tokens", 6000, "--shortlist", 3, "--greedy-tokens", 256]
     result = edgepress("build", "reference", out, "--method", "rtn", *few, *SHORT)
     assert result.code == 0, result.err
     assert "ONNX as shipped" in result.out and shlex.join(["edgepress", "run", str(out / "04-export")]) in result.out

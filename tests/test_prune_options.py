@@ -40,6 +40,24 @@ def test_a_flag_replaces_the_recipes_amount() -> None:
     assert (options.resolved().criterion, options.remove_layers) == ("list", (3, 4))
 
 
+def test_what_chooses_follows_from_what_comes_after() -> None:
+    """Healed where the build heals; alone a limit holds for what is written; what is said is kept."""
+
+    def criterion(recipe: dict[str, Any], **flags: object) -> str:
+        return str(dict(plan(recipe, flags))["prune"].resolved().criterion)
+
+    default = read("default")
+    assert criterion(default) == criterion({"prune": {"remove_count": 1}, "heal": {}}) == "healed"
+    assert criterion(default, healer="none") == criterion({"prune": {"max_loss": 0.1}}) == "greedy"
+    assert criterion(default, criterion="bi") == "bi" and criterion(default, remove_layers="1,2") == "list"
+    assert PruneOptions(remove_count=1).resolved().criterion == "healed"
+    assert (
+        PruneOptions(max_loss=0.1).resolved().criterion
+        == PruneOptions(max_loss=0.1, remove_count=3).resolved().criterion
+        == "greedy"
+    )
+
+
 def test_each_flag_reaches_its_stage() -> None:
     """--method is quantize's, --healer is heal's."""
     steps = dict(plan(read("default"), {"method": "rtn", "healer": "lora"}))

@@ -86,7 +86,9 @@ class Blocks:
         But for the rounding of matrix products of another height they are those of ``logits``. rows: positions at a time, few
         enough for a small memory where not given: the logits of a whole window of a large vocabulary take a gigabyte.
         """
-        rows = rows or rows_at_once(self.model.config.get_text_config().vocab_size)
+        config = self.model.config.get_text_config()
+        rows = rows or rows_at_once(config.vocab_size)
+        rows = min(rows, getattr(config, "max_position_embeddings", rows))  # a learned position has to be there for each
         for first in range(0, len(hidden), rows):
             positions = slice(first, min(first + rows, len(hidden)))
             part = hidden[None, positions]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.metrics.torch_scores import batches, divergences_of, mean_loss
-from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.options import HEALED_TOKENS, PruneOptions
 from edgepress.pipeline.progress import bar
-from edgepress.pipeline.prune.healed import FIT, removals
+from edgepress.pipeline.prune.healed import can_heal, removals
 from edgepress.pipeline.prune.influence import Influence, measure_influence
 
 log = logging.getLogger("edgepress")
@@ -52,9 +52,9 @@ class PathStep:
 class Choice:
     """Which blocks to remove, and how they were chosen.
 
-    removed: block indices, ascending. path: the sets tried against a limit, in order. rounds: what ``greedy`` measured, one
-    entry a removal. sets: greedy's set and those of other criteria, compared at the end. evaluations: sets tried by
-    measurement, and the seconds they took.
+    removed: block indices, ascending. path: the sets tried against a limit, in order. rounds: what ``greedy`` or ``healed``
+    measured, one entry a removal. sets: greedy's set and those of other criteria, compared at the end. evaluations: sets tried by
+    measurement, and the seconds they took. criterion: what chose in the end.
     """
 
     removed: list[int]
@@ -63,13 +63,14 @@ class Choice:
     sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
+    criterion: str = "list"
 
 
 @dataclass
 class Search:
     """What a criterion chooses by, and the record of what it measured.
 
-    windows: the ranking text that trials are measured on, never the held-out one. fitting: what a healing is solved on.
+    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on.
     """
 
     blocks: Blocks
@@ -105,27 +106,40 @@ def choose(
     """
     if options.remove_layers:
         return Choice(sorted(options.remove_layers))
-    budget = options.greedy_tokens
-    judging = _first_tokens(ranking, budget // 2 if other else budget)
-    fitting = _first_tokens(ranking[len(judging) :] or judging, FIT * budget)
-    if other:
-        judging, judged = judging + _first_tokens(other[0], budget // 2), [held_out, other[1]]
-    else:
-        judged = [held_out]
-    search = Search(blocks, influence, judging, fitting, options.shortlist)
+    criterion = str(options.criterion)
+    if criterion == "healed" and amount and not can_heal(blocks, ranking[0]):
+        log.info("no matrix of these blocks can make up for one that goes, so layers are chosen as the model is without healing")
+        criterion = "greedy"
+    search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), [], options.shortlist)
+    judged = [held_out]
+    if criterion == "healed":
+        search.windows, search.fitting = _judging_and_fitting(options.greedy_tokens, ranking, other[0] if other else [])
+        judged += [other[1]] if other else []
     removed, path = list[int](), list[PathStep]()
-    with closing(CRITERIA[str(options.criterion)](search, amount)) as sets:
+    with closing(CRITERIA[criterion](search, amount)) as sets:
         if options.max_loss is not None:
-            removed, path = _within(options.max_loss, sets, blocks, judged)
+            removed, path = _within(options.max_loss, sets, blocks, judged, criterion == "healed")
         else:
             *_, removed = [], *sets  # the last is the set of ``amount`` blocks
-    if options.max_loss is None and options.criterion == "greedy" and amount > 1:
+    if options.max_loss is None and criterion == "greedy" and amount > 1:
         removed = _best_of(search, removed)
-    return Choice(removed, path, search.rounds, search.sets, search.evaluations, search.seconds)
+    return Choice(removed, path, search.rounds, search.sets, search.evaluations, search.seconds, criterion)
+
+
+def _judging_and_fitting(
+    budget: int, ranking: list[np.ndarray], other: list[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Disjoint windows: ``budget`` tokens to judge trials by, half of them of the other text, and those to solve healings on.
+
+    Of a short text a fifth judges.
+    """
+    own = _first_tokens(ranking, min(budget // 2 if other else budget, sum(map(len, ranking)) // 5))
+    judging = own + (_first_tokens(other, budget // 2) if other else [])
+    return judging, _first_tokens(ranking[len(own) :], HEALED_TOKENS * budget)
 
 
 def _within(
-    limit: float, sets: Iterable[list[int]], blocks: Blocks, texts: list[list[np.ndarray]]
+    limit: float, sets: Iterable[list[int]], blocks: Blocks, texts: list[list[np.ndarray]], healed: bool
 ) -> tuple[list[int], list[PathStep]]:
     """The last of the growing ``sets`` that keeps the loss on each text within ``limit`` nats a token, and the sets tried."""
     removed, path = list[int](), list[PathStep]()
@@ -134,7 +148,7 @@ def _within(
         with blocks.without(layers):
             growth = max(mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True))
         path.append(PathStep(layers, growth))
-        log.info("without %s the held-out loss grows by %.4f nats", listed(layers), growth)
+        log.info("without %s%s the held-out loss grows by %.4f nats", listed(layers), " and healed" if healed else "", growth)
         if growth > limit:
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break

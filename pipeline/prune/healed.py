@@ -1,8 +1,9 @@
 """The greedy choice by what a removal costs after healing: the matrix before a gap has then learned what the removed block wrote.
 
 A block that costs little as it goes may be hard to make up for, and the other way round. So each trial is a removal with its
-closed form (``heal --healer linear`` after ReplaceMe, Shopkhoev et al. 2025): the last matrix of the block before is solved for on
-one part of the text, the divergence measured on another. The chosen change stays for the removals that follow.
+closed form, near to that of ``heal --healer linear`` (one strength, no bias; after ReplaceMe, Shopkhoev et al. 2025): the last
+matrix of the block before is solved for on one part of the text, the divergence measured on another. The chosen change stays for
+the removals that follow.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ from edgepress.pipeline.prune.influence import measure_influence
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
-# Times the mean of the Gram matrix's diagonal: of heal's ridges the one that won most often at gaps of SmolLM2-135M.
-RIDGE = 0.3
-FIT = 4  # tokens that a change is solved on, for each that a trial is measured on
+RIDGE = 0.3  # times the mean of the Gram matrix's diagonal: what held-out text chose most often at gaps of SmolLM2-135M
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,15 @@ def _set(weight: torch.Tensor, value: torch.Tensor) -> None:
         weight.copy_(value)
 
 
+def can_heal(blocks: Blocks, window: np.ndarray) -> bool:
+    """Whether the last matrix of a block, of one in the middle, can be solved for."""
+    try:
+        last_matrix(blocks, len(blocks) // 2, torch.from_numpy(window)[None, :32])
+    except ModelError:
+        return False
+    return True
+
+
 def changes(student: Student, candidates: Sequence[int], windows: list[np.ndarray]) -> dict[int, tuple[Target, torch.Tensor]]:
     """For each candidate that can be healed the matrix before it, and the change (in, hidden) that makes up for its removal."""
     blocks, ids = student.blocks, torch.from_numpy(windows[0])[None, :32]
@@ -111,7 +119,7 @@ def changes(student: Student, candidates: Sequence[int], windows: list[np.ndarra
     if not targets:
         return {}
     sums = _sums(student, {index: gaps[index] for index in targets}, targets, windows)
-    return {index: (targets[index], sums.pop(index).solved(RIDGE) / targets[index].factor) for index in targets}
+    return {index: (targets[index], sums.pop(index).solved(RIDGE).float() / targets[index].factor) for index in targets}
 
 
 def _sums(student: Student, gaps: dict[int, _Gap], targets: dict[int, Target], windows: list[np.ndarray]) -> dict[int, Sums]:

@@ -156,7 +156,7 @@ def _run_lengths(options: PruneOptions, amount: int) -> list[int]:
     """Lengths of the runs whose angular distance is needed."""
     if options.criterion == "angular" and options.max_loss is not None:
         return list(range(1, amount + 1))
-    return [amount] if amount and options.criterion in ("angular", "greedy") else []
+    return [amount] if amount and options.criterion in ("angular", "greedy", "healed") else []
 
 
 def _others(layers: int, removed: Sequence[int]) -> list[int]:
@@ -175,7 +175,7 @@ def _report(removed: list[int], layers: int, perplexities: list[float]) -> None:
 
 def _choice_facts(options: PruneOptions, plan: _Plan, layers: int) -> JsonObject:
     return {
-        "criterion": options.criterion,
+        "criterion": plan.choice.criterion,
         "influences": rounded(plan.influence),
         "removed_layers": plan.choice.removed,
         "layers": [layers, layers - len(plan.choice.removed)],

@@ -29,10 +29,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Influences:
-    """rank_correlation_of_halves: between the influences from two halves of the text."""
+    """criterion: how layers were chosen. rank_correlation_of_halves: between the influences from two halves of the text."""
 
     layers: tuple[Layer, ...]
     rounds: tuple[Round, ...] = ()
+    criterion: str = ""
     rank_correlation_of_halves: float | None = None
 
 
@@ -47,7 +48,8 @@ def read_influences(file: Path) -> Influences:
 def influence_table(content: Influences) -> str:
     """A line a layer."""
     alone = content.rounds[0].kl if content.rounds else {}
-    rows = [["layer", "influence", *(["KL when removed alone"] if alone else []), ""]]
+    measured_as = "KL when removed alone" + (", healed" if content.criterion == "healed" else "")
+    rows = [["layer", "influence", *([measured_as] if alone else []), ""]]
     for row in content.layers:
         index = str(row.layer)
         measured = [f"{alone[index]:.4f}" if index in alone else ""] if alone else []

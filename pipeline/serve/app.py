@@ -35,8 +35,8 @@ LOCAL = ("127.0.0.1", "[::1]", "localhost")  # names that a browser on this mach
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
-def application(engine: Engine) -> Starlette:
-    """The web application of an engine."""
+def application(engine: Engine, name: str = "localhost") -> Starlette:
+    """The web application of an engine. name: of the host as it was given, besides its address in the engine's options."""
     service = _Service(engine)
     post = {"methods": ["POST"]}
     routes = [
@@ -53,7 +53,7 @@ def application(engine: Engine) -> Starlette:
     middleware = []
     host = engine.options.host
     if is_local(host):  # a page of another site must not reach it by a name that leads here
-        allowed = [*LOCAL, f"[{host}]" if ":" in host else host]
+        allowed = [*LOCAL, f"[{host}]" if ":" in host else host, name]
         middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
 
@@ -61,7 +61,8 @@ def application(engine: Engine) -> Starlette:
 def is_local(host: str) -> bool:
     """Whether an address, or ``localhost``, is reached from this machine alone."""
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -138,6 +138,7 @@ class Engine:
         """Ids of a conversation, which the model's answer is to follow. Raises InputError."""
         if self.template is None:
             raise InputError("this model has no chat template: it continues text, at /v1/completions")
+        self._check_line()
         with self._rendering:  # one process answers one question after the other
             text = self.template.render(messages)
         return self.checked(self._encoded(text, "the conversation", special=False), "the conversation")

@@ -41,7 +41,11 @@ def serve(folder: Path, options: ServeOptions) -> None:
         host, port = listening.getsockname()[:2]
         engine = Engine(folder, replace(options, host=host))
         config = uvicorn.Config(
-            application(engine), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
+            application(engine, options.host),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE,
+            server_header=False,
         )
         shown = f"[{host}]" if ":" in host else host
         if not is_local(host) and not options.api_key:

@@ -79,15 +79,18 @@ def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: in
     for windows in (sets.fit, sets.selection, sets.judging, sets.other_selection, sets.other):
         if sum(len(row) - 1 for row in windows) < FEWEST:
             raise TextError(f"too little text to learn from and to judge on: each set needs {FEWEST} tokens; give a longer text")
-    if sha256(options.other_text) == sha256(options.calibration):
-        raise OptionError("--other-text is the --calibration text, which would judge what it taught; give another --other-text")
     return sets
 
 
 def other_halves(
     folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Windows of the text of another kind: the half that chooses and the half that judges. Raises TextError as ``calibration``."""
+    """Windows of the text of another kind: the half that chooses and the half that judges.
+
+    Raises TextError as ``calibration``, OptionError when it is the calibration text.
+    """
+    if sha256(options.other_text) == sha256(options.calibration):
+        raise OptionError("--other-text is the --calibration text, which would judge what it taught; give another --other-text")
     return _halves(even_windows(options.other_text, folder, OTHER_TEXT_TOKENS, key=options.text_key, longest=longest))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.text.windows import text_windows
+from transformers import GPT2Config
 
 
 def test_skipped_blocks_cost_nothing_and_come_back(reference: Path) -> None:
@@ -48,3 +50,11 @@ def test_the_head_by_rows_gives_the_logits(reference: Path, removed: list[int]) 
     assert [(part.start, part.stop) for part, _ in parts] == [(0, 32), (32, 64), (64, 96), (96, 100)]
     torch.testing.assert_close(torch.cat([logits for _, logits in parts]), whole, rtol=1e-5, atol=2e-5)
     assert sizes == [32, 32, 32, 4]
+
+
+def test_the_head_of_learned_positions(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """States of many sequences are more than there are positions (GPT-2): the head takes no more at once."""
+    folder = random_model(GPT2Config(vocab_size=5120, n_positions=64, n_embd=64, n_layer=2, n_head=4), tmp_path / "gpt2")
+    blocks = Blocks(load_model(folder))
+    rows = torch.cat([logits for _, logits in blocks.heads(torch.randn(150, 64))])
+    assert rows.shape == (150, 5120) and torch.isfinite(rows).all()

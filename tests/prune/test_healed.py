@@ -61,15 +61,13 @@ def setting(reference: Path) -> Setting:
 def test_the_figures_are_those_of_the_healed_model(setting: Setting) -> None:
     """What a trial said is what the model then has, removal upon removal, and far less than unhealed; then all is put back."""
     first = setting.influence.block_influence
-    unhealed, healed = list[float](), list[float]()
+    healed = list[float]()
     for removed, best, costs, _ in removals(setting.blocks, 3, first, setting.judging, setting.fitting, 3):
         assert best in removed and costs[best] == min(costs.values()) and len(costs) == 3
         assert costs[best] == pytest.approx(setting.kl(removed), rel=1e-3)
         healed.append(costs[best])
     assert setting.untouched()
-    for count in (1, 2, 3):
-        unhealed.append(setting.kl(sorted(removed)[:count] if count < 3 else removed))
-    assert healed == sorted(healed) and healed[-1] < 0.7 * unhealed[-1]
+    assert healed == sorted(healed) and healed[-1] < 0.7 * setting.kl(removed)
 
 
 def test_the_change_is_the_ridge_solution(setting: Setting) -> None:
@@ -112,9 +110,8 @@ def test_an_early_end_puts_all_back(setting: Setting) -> None:
 
 
 def test_a_limit_speaks_of_the_healed_model(setting: Setting) -> None:
-    """On both texts, whichever loses more; and that is less than without healing."""
-    healed, greedy = limited(setting, 0.04, "healed"), limited(setting, 0.04, "greedy")
-    assert healed.removed and healed.path[0].loss_growth < greedy.path[0].loss_growth
+    """On both texts, whichever loses more; and on the calibration's kind that is less than without healing."""
+    healed = limited(setting, 0.04, "healed")
     texts = setting.held_out, setting.other[8:]
     before = [mean_loss(setting.blocks, windows) for windows in texts]
     judging = [*setting.judging[:2], *setting.other[:2]]
@@ -123,12 +120,14 @@ def test_a_limit_speaks_of_the_healed_model(setting: Setting) -> None:
         last, *_ = next(student)
         with setting.blocks.without(last):
             after = [mean_loss(setting.blocks, windows) for windows in texts]
+    with setting.blocks.without(last):
+        assert after[0] < mean_loss(setting.blocks, setting.held_out)
     growths = [b - a for a, b in zip(before, after, strict=True)]
     assert healed.path[0].layers == last and healed.path[0].loss_growth == pytest.approx(max(growths), abs=1e-4)
 
 
 def test_what_cannot_be_healed_is_judged_as_it_goes(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    """A norm behind every matrix (Gemma 2): the same choice and the same figures as greedy's."""
+    """A norm behind every matrix (Gemma 2): the same choice and the same figures as greedy's, and so it is recorded."""
     folder = random_model(Gemma2Config(**TINY, head_dim=16), tmp_path / "gemma2")
     blocks, windows = Blocks(load_model(folder)), text_windows(CALIBRATION_TEXT, folder, budget=2000, length=100)
     influence = measure_influence(blocks, windows[:4], [2])
@@ -137,4 +136,5 @@ def test_what_cannot_be_healed_is_judged_as_it_goes(random_model: Callable[..., 
         options = replace(OPTIONS, criterion=criterion, remove_count=1)
         found[criterion] = choose(options, 1, blocks, influence, windows[:10], windows[10:])
     ours, theirs = found["healed"].rounds[0].kl, found["greedy"].rounds[0].kl
+    assert found["healed"].criterion == "greedy"
     assert found["healed"].removed == found["greedy"].removed and ours == pytest.approx(theirs, rel=1e-3)
