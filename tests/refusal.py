@@ -21,7 +21,9 @@ ADVICE = re.compile(
     r"|upgrade|shorten|say how|make one|export (it|again)|leave|quantize (with|again)|pip install|install|check|correct"
     r"|mend|replace)\b"
 )
-LOG = re.compile(r"(trim|prune|narrow|greedy|quantize|export|bench): |warning: the model cannot read ")  # the last: random ones
+LOG = re.compile(
+    r"(trim|prune|narrow|healed|greedy|quantize|export|bench): |warning: the model cannot read "
+)  # the last: random ones
 COMMANDS = {
     "prune": ("prune", "SRC", "OUT", "--remove-count", "1", "--calibration-tokens", "64"),
     "quantize": ("quantize", "SRC", "OUT", "--method", "rtn"),

@@ -108,7 +108,9 @@ def choose(
         return Choice(sorted(options.remove_layers))
     criterion = str(options.criterion)
     if criterion == "healed" and amount and not can_heal(blocks, ranking[0]):
-        log.info("no matrix of these blocks can make up for one that goes, so layers are chosen as the model is without healing")
+        log.info(
+            "prune: no matrix of these blocks can make up for one that goes, so layers are chosen as the model is without healing"
+        )
         criterion = "greedy"
     search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), [], options.shortlist)
     judged = [held_out]
