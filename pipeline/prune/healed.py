@@ -40,18 +40,30 @@ class _Gap:
 class Student:
     """The model under removal: healed in place, and put back at the end.
 
-    removed: blocks that are gone. former: matrices that were changed, and their weights before.
+    removed: blocks that are gone. former: matrices that were changed, and their weights before. targets: the last matrix of each
+    block that was asked for, None where there is none.
     """
 
     blocks: Blocks
     removed: list[int] = field(default_factory=list)
     former: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    targets: dict[int, Target | None] = field(default_factory=dict)
 
     def gap(self, candidate: int) -> _Gap:
         """Where the candidate's removal leaves a gap; before is -1 where no block precedes it."""
         kept = [index for index in range(len(self.blocks)) if index not in self.removed and index != candidate]
         before = max((index for index in kept if index < candidate), default=-1)
         return _Gap(before, min((index for index in kept if index > candidate), default=len(self.blocks)))
+
+    def target(self, index: int, ids: torch.Tensor) -> Target | None:
+        """The last matrix of block ``index``, found once on ids (1, tokens)."""
+        if index not in self.targets:
+            try:
+                self.targets[index] = last_matrix(self.blocks, index, ids) if index >= 0 else None
+            except ModelError as error:
+                self.targets[index] = None
+                log.debug("what follows layer %d is judged as it goes: %s", index, error)
+        return self.targets[index]
 
     def change(self, target: Target, change: torch.Tensor) -> None:
         """Add a change (in, hidden) for good, until ``restore``."""
@@ -108,14 +120,9 @@ def can_heal(blocks: Blocks, window: np.ndarray) -> bool:
 
 def changes(student: Student, candidates: Sequence[int], windows: list[np.ndarray]) -> dict[int, tuple[Target, torch.Tensor]]:
     """For each candidate that can be healed the matrix before it, and the change (in, hidden) that makes up for its removal."""
-    blocks, ids = student.blocks, torch.from_numpy(windows[0])[None, :32]
-    gaps, targets = {index: student.gap(index) for index in candidates}, dict[int, Target]()
-    for index, gap in gaps.items():
-        try:
-            if gap.before >= 0:
-                targets[index] = last_matrix(blocks, gap.before, ids)
-        except ModelError as error:
-            log.debug("layer %d is judged as it goes: %s", index, error)
+    ids = torch.from_numpy(windows[0])[None, :32]
+    gaps = {index: student.gap(index) for index in candidates}
+    targets = {index: found for index, gap in gaps.items() if (found := student.target(gap.before, ids)) is not None}
     if not targets:
         return {}
     sums = _sums(student, {index: gaps[index] for index in targets}, targets, windows)
