@@ -85,7 +85,7 @@ def _calibration_skip() -> int:
 
 
 def _other_text() -> Path:
-    return option(OTHER_TEXT, "text of another kind, which must get better too (default: the shipped technical prose)")
+    return option(OTHER_TEXT, "text of another kind that removal and healing are judged on, too (default: the shipped technical prose)")
 
 
 def _text() -> Path:
@@ -155,9 +155,7 @@ class PruneOptions(Options):
     calibration_tokens: int | None = _shared_tokens("is held out and ranks nothing")
     calibration_skip: int = _calibration_skip()
     text_key: str = _text_key()
-    other_text: Path = option(
-        OTHER_TEXT, "of healed: text of another kind, which chooses and limits, too (default: the shipped technical prose)"
-    )
+    other_text: Path = _other_text()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
