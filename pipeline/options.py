@@ -85,7 +85,9 @@ def _calibration_skip() -> int:
 
 
 def _other_text() -> Path:
-    return option(OTHER_TEXT, "text of another kind that removal and healing are judged on, too (default: the shipped technical prose)")
+    return option(
+        OTHER_TEXT, "text of another kind that removal and healing are judged on, too (default: the shipped technical prose)"
+    )
 
 
 def _text() -> Path:
