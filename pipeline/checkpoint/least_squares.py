@@ -34,7 +34,7 @@ class Sums:
 
     def solved(self, ridge: float) -> torch.Tensor:
         """The change (in, hidden) of least squared error, float64. ridge: times the mean of the Gram matrix's diagonal."""
-        gram = self.gram.double()
+        gram = self.gram.to(torch.float64, copy=True)  # the sums serve other strengths, too
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         solution: torch.Tensor = torch.linalg.solve(gram, self.missing.double())
         return solution
