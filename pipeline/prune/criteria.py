@@ -9,13 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from edgepress.pipeline.checkpoint.blocks import Blocks
-from edgepress.pipeline.metrics.torch_scores import batches, divergences_of, mean_loss
+from edgepress.pipeline.metrics.torch_scores import batches, mean_loss
 from edgepress.pipeline.options import HEALED_TOKENS, PruneOptions
-from edgepress.pipeline.progress import bar
-from edgepress.pipeline.prune.healed import can_heal, removals
+from edgepress.pipeline.prune.healed import HealedTrials, can_heal
 from edgepress.pipeline.prune.influence import Influence, measure_influence
+from edgepress.pipeline.prune.trials import Trials, divergence_sums
 
 log = logging.getLogger("edgepress")
 
@@ -182,6 +181,26 @@ def greedy(search: Search, amount: int) -> Generator[list[int]]:
 
     The cost is the mean KL divergence from the whole model on the ranking text.
     """
+    yield from _one_by_one(search, amount, "greedy", Trials(search.blocks, search.windows))
+
+
+def healed(search: Search, amount: int) -> Generator[list[int]]:
+    """As ``greedy``, by what a removal costs once the matrix before the gap makes up for it: see healed.py.
+
+    While the caller looks at a set, the model is healed for it.
+    """
+    trials = HealedTrials(search.blocks, search.windows, search.fitting)
+    try:
+        yield from _one_by_one(search, amount, "healed", trials)
+    finally:
+        trials.restore()
+
+
+CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy, "healed": healed}
+
+
+def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Generator[list[int]]:
+    """The sets of one block, of two and so on that the cheapest trial of each round makes."""
     removed: list[int] = []
     for count in range(amount):
         begun = time.monotonic()
@@ -191,67 +210,17 @@ def greedy(search: Search, amount: int) -> Generator[list[int]]:
             )
         rest = [index for index in np.argsort(influence, kind="stable").tolist() if index not in removed]
         candidates = sorted(rest[: search.shortlist])
-        costs = _costs(search, removed, candidates, f"greedy, layer {count + 1} of {amount}")
+        costs = trials.costs(removed, candidates, f"{name}, layer {count + 1} of {amount}")
         best = min(candidates, key=lambda index: costs[index])
+        trials.remove(best)
         removed = sorted([*removed, best])
         seconds = search.count(len(candidates), begun)
         search.rounds.append(Round(best, costs, seconds))
         log.info(
-            "greedy: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
-            best, costs[best], len(candidates), _runner_up(costs, best), seconds,
+            "%s: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
+            name, best, costs[best], len(candidates), _runner_up(costs, best), seconds,
         )  # fmt: skip
         yield removed
-
-
-def healed(search: Search, amount: int) -> Generator[list[int]]:
-    """As ``greedy``, by what a removal costs once the matrix before the gap makes up for it: see healed.py.
-
-    While the caller looks at a set, the model is healed for it.
-    """
-    first = search.influence.block_influence
-    found = removals(search.blocks, amount, first, search.windows, search.fitting, search.shortlist)
-    with closing(found):
-        for removed, best, costs, seconds in found:
-            search.evaluations += len(costs)
-            search.seconds += seconds
-            search.rounds.append(Round(best, costs, seconds))
-            log.info(
-                "healed: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
-                best, costs[best], len(costs), _runner_up(costs, best), seconds,
-            )  # fmt: skip
-            yield removed
-
-
-CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy, "healed": healed}
-
-
-def _costs(search: Search, removed: list[int], candidates: list[int], label: str) -> dict[int, float]:
-    """Mean KL(original || without ``removed`` and one candidate), in nats a token, for each candidate.
-
-    All candidates share the blocks before them: each starts from the state that enters it in the model without ``removed``.
-    """
-    blocks, last, sums, tokens = search.blocks, len(search.blocks), dict.fromkeys(candidates, 0.0), 0
-    parts = batches(blocks.model, search.windows)
-    with bar(label, len(parts) * len(candidates), "trial") as shown:
-        for ids, real in parts:
-            original = blocks.states(ids, [last])[last]
-            with blocks.without(removed):
-                states = blocks.states(ids, candidates)
-            leaving = []
-            for index in candidates:
-                with blocks.entering(index + 1, states[index]), blocks.without(removed):
-                    leaving.append(blocks.states(ids, [last])[last])
-                shown.update()
-            for index, found in zip(candidates, _divergences(blocks, original, leaving, real), strict=True):
-                sums[index] += found
-            tokens += int(real.sum())
-    return {index: total / tokens for index, total in sums.items()}
-
-
-def _divergences(blocks: Blocks, original: torch.Tensor, others: list[torch.Tensor], real: torch.Tensor) -> list[float]:
-    """Sums of KL(original || other) over real tokens, from the states (batch, tokens, hidden) that leave the last block."""
-    rows = divergences_of(blocks, original[real], [hidden[real] for hidden in others])
-    return [float(found.double().sum()) for found in rows]
 
 
 def _best_of(search: Search, removed: list[int]) -> list[int]:
@@ -278,7 +247,7 @@ def kl_without(blocks: Blocks, sets: list[list[int]], windows: list[np.ndarray])
         for removed in sets:
             with blocks.without(removed):
                 leaving.append(blocks.states(ids, [last])[last])
-        sums += _divergences(blocks, original, leaving, real)
+        sums += divergence_sums(blocks, original, leaving, real)
         tokens += int(real.sum())
     return [float(total) / tokens for total in sums]
 

@@ -1,4 +1,4 @@
-"""The greedy choice by what a removal costs after healing: the matrix before a gap has then learned what the removed block wrote.
+"""What a removal costs after healing: the matrix before the gap has then learned what the removed block wrote.
 
 A block that costs little as it goes may be hard to make up for, and the other way round. So each trial is a removal with its
 closed form, near to that of ``heal --healer linear`` (one strength, no bias; after ReplaceMe, Shopkhoev et al. 2025): the last
@@ -9,19 +9,17 @@ the removals that follow.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.least_squares import Sums, Target, add_to, inputs_of, last_matrix
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.metrics.torch_scores import batches, divergences_of
-from edgepress.pipeline.progress import bar
-from edgepress.pipeline.prune.influence import measure_influence
+from edgepress.pipeline.metrics.torch_scores import batches
+from edgepress.pipeline.prune.trials import Trials
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -36,61 +34,72 @@ class _Gap:
     target: int
 
 
-@dataclass
-class Student:
-    """The model under removal: healed in place, and put back at the end.
+@dataclass(frozen=True)
+class _Change:
+    """What makes up for a removal: added to the matrix, (in, hidden)."""
 
-    removed: blocks that are gone. former: matrices that were changed, and their weights before. targets: the last matrix of each
-    block that was asked for, None where there is none.
-    """
+    matrix: torch.nn.Linear | Conv1D
+    added: torch.Tensor
 
-    blocks: Blocks
-    removed: list[int] = field(default_factory=list)
-    former: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
-    targets: dict[int, Target | None] = field(default_factory=dict)
 
-    def gap(self, candidate: int) -> _Gap:
-        """Where the candidate's removal leaves a gap; before is -1 where no block precedes it."""
-        kept = [index for index in range(len(self.blocks)) if index not in self.removed and index != candidate]
-        before = max((index for index in kept if index < candidate), default=-1)
-        return _Gap(before, min((index for index in kept if index > candidate), default=len(self.blocks)))
+class HealedTrials(Trials):
+    """Removals tried with their healing: the model is changed in place, and put back by ``restore``."""
 
-    def target(self, index: int, ids: torch.Tensor) -> Target | None:
-        """The last matrix of block ``index``, found once on ids (1, tokens)."""
-        if index not in self.targets:
-            try:
-                self.targets[index] = last_matrix(self.blocks, index, ids) if index >= 0 else None
-            except ModelError as error:
-                self.targets[index] = None
-                log.debug("what follows layer %d is judged as it goes: %s", index, error)
-        return self.targets[index]
+    def __init__(self, blocks: Blocks, windows: list[np.ndarray], fitting: list[np.ndarray]) -> None:
+        """windows: what is measured on. fitting: what changes are solved on. The model must be whole."""
+        super().__init__(blocks, windows)
+        self._fitting = batches(blocks.model, fitting)
+        self._ids = torch.from_numpy(fitting[0])[None, :32]
+        self._former: dict[torch.Tensor, torch.Tensor] = {}  # weights that were changed, and what they were
+        self._targets: dict[int, Target | None] = {}  # the last matrix of each block that was asked for
+        self._found: dict[int, _Change] = {}
 
-    def change(self, target: Target, change: torch.Tensor) -> None:
-        """Add a change (in, hidden) for good, until ``restore``."""
-        matrix = target.matrix
-        assert isinstance(matrix, torch.nn.Linear | Conv1D)
-        self.former.setdefault(matrix.weight, matrix.weight.detach().clone())
-        add_to(matrix, change)
+    def costs(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
+        """As Trials', once each candidate that can be is made up for."""
+        self._found = self.changes(removed, candidates)
+        return super().costs(removed, candidates, label)
+
+    def remove(self, index: int) -> None:
+        """As Trials': its change stays, until ``restore``."""
+        if (change := self._found.get(index)) is not None:
+            self._former.setdefault(change.matrix.weight, change.matrix.weight.detach().clone())
+            add_to(change.matrix, change.added)
+
+    def restore(self) -> None:
+        """Put back every weight that was changed."""
+        for weight, value in self._former.items():
+            _set(weight, value)
+
+    def changes(self, removed: Sequence[int], candidates: Sequence[int]) -> dict[int, _Change]:
+        """What makes up for each candidate, where the block before it has such a matrix."""
+        gaps = {index: self._gap(removed, index) for index in candidates}
+        targets = {index: found for index, gap in gaps.items() if (found := self._target(gap.before)) is not None}
+        sums = self._sums(removed, {index: gaps[index] for index in targets}, targets) if targets else {}
+        return {
+            index: _Change(_linear(target), sums.pop(index).solved(RIDGE).float() / target.factor)
+            for index, target in targets.items()
+        }
+
+    def _start(self, removed: Sequence[int], candidate: int) -> int:
+        return max(self._gap(removed, candidate).before, 0)  # the block that changes
 
     @contextmanager
-    def changed(self, target: Target | None, change: torch.Tensor | None) -> Iterator[None]:
-        """With a change within the context, where there is one."""
-        if target is None or change is None:
+    def _tried(self, candidate: int) -> Iterator[None]:
+        change = self._found.get(candidate)
+        if change is None:
             yield
             return
-        weight = target.matrix.weight
-        kept = weight.detach().clone()
-        assert isinstance(target.matrix, torch.nn.Linear | Conv1D)
-        add_to(target.matrix, change)
+        kept = change.matrix.weight.detach().clone()
+        add_to(change.matrix, change.added)
         try:
             yield
         finally:
-            _set(weight, kept)
+            _set(change.matrix.weight, kept)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """As the model was, within the context."""
-        healed = {weight: weight.detach().clone() for weight in self.former}
+    def _whole(self) -> Iterator[None]:
+        """The model as it was, within the context."""
+        healed = {weight: weight.detach().clone() for weight in self._former}
         self.restore()
         try:
             yield
@@ -98,15 +107,49 @@ class Student:
             for weight, value in healed.items():
                 _set(weight, value)
 
-    def restore(self) -> None:
-        """Put back every weight that was changed."""
-        for weight, value in self.former.items():
-            _set(weight, value)
+    def _gap(self, removed: Sequence[int], candidate: int) -> _Gap:
+        """Where the candidate's removal leaves a gap; before is -1 where no block precedes it."""
+        kept = [index for index in range(len(self.blocks)) if index not in removed and index != candidate]
+        before = max((index for index in kept if index < candidate), default=-1)
+        return _Gap(before, min((index for index in kept if index > candidate), default=len(self.blocks)))
 
+    def _target(self, index: int) -> Target | None:
+        """The last matrix of block ``index``, found once; None where there is none."""
+        if index not in self._targets:
+            try:
+                self._targets[index] = last_matrix(self.blocks, index, self._ids) if index >= 0 else None
+            except ModelError as error:
+                self._targets[index] = None
+                log.debug("what follows layer %d is judged as it goes: %s", index, error)
+        return self._targets[index]
 
-def _set(weight: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        weight.copy_(value)
+    def _sums(self, removed: Sequence[int], gaps: dict[int, _Gap], targets: dict[int, Target]) -> dict[int, Sums]:
+        """For each gap what enters the matrix before it now, and what is missing behind it.
+
+        A token weighs 1 / its squared length. In float32, as those of all candidates are in memory together.
+        """
+        hidden = self.blocks.model.config.get_text_config().hidden_size
+        sums = {index: Sums.empty(inputs_of(_linear(target)), hidden, torch.float32) for index, target in targets.items()}
+        seen = dict[int, torch.Tensor]()
+
+        def look(index: int, args: BlockArgs) -> None:
+            seen[index] = args[0]
+
+        with ExitStack() as stack:
+            for index, target in targets.items():
+                hook = target.matrix.register_forward_pre_hook(lambda _, args, index=index: look(index, args))
+                stack.callback(hook.remove)
+            for ids, real in self._fitting:
+                with self._whole():
+                    wanted = self.blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
+                with self.blocks.without(removed):
+                    leaving = self.blocks.states(ids, sorted({gap.before + 1 for gap in gaps.values()}))
+                for index, gap in gaps.items():
+                    state = wanted[gap.target][real].float()
+                    entering = seen[index].reshape(*real.shape, -1)[real].float()
+                    weights = 1 / state.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+                    sums[index].add(entering, state - leaving[gap.before + 1][real].float(), weights)
+        return sums
 
 
 def can_heal(blocks: Blocks, window: np.ndarray) -> bool:
@@ -118,106 +161,12 @@ def can_heal(blocks: Blocks, window: np.ndarray) -> bool:
     return True
 
 
-def changes(student: Student, candidates: Sequence[int], windows: list[np.ndarray]) -> dict[int, tuple[Target, torch.Tensor]]:
-    """For each candidate that can be healed the matrix before it, and the change (in, hidden) that makes up for its removal."""
-    ids = torch.from_numpy(windows[0])[None, :32]
-    gaps = {index: student.gap(index) for index in candidates}
-    targets = {index: found for index, gap in gaps.items() if (found := student.target(gap.before, ids)) is not None}
-    if not targets:
-        return {}
-    sums = _sums(student, {index: gaps[index] for index in targets}, targets, windows)
-    return {index: (targets[index], sums.pop(index).solved(RIDGE).float() / targets[index].factor) for index in targets}
+def _linear(target: Target) -> torch.nn.Linear | Conv1D:
+    """What ``last_matrix`` found, which is no embedding."""
+    assert isinstance(target.matrix, torch.nn.Linear | Conv1D)
+    return target.matrix
 
 
-def _sums(student: Student, gaps: dict[int, _Gap], targets: dict[int, Target], windows: list[np.ndarray]) -> dict[int, Sums]:
-    """For each gap what enters the matrix before it now, and what is missing behind it; a token weighs 1 / its squared length."""
-    blocks, sums, seen = student.blocks, dict[int, Sums](), dict[int, torch.Tensor]()
-
-    def look(index: int, args: BlockArgs) -> None:
-        seen[index] = args[0]
-
-    with ExitStack() as stack:
-        for index, target in targets.items():
-            hook = target.matrix.register_forward_pre_hook(lambda _, args, index=index: look(index, args))
-            stack.callback(hook.remove)
-        for ids, real in batches(blocks.model, windows):
-            with student.whole():
-                wanted = blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
-            with blocks.without(student.removed):
-                leaving = blocks.states(ids, sorted({gap.before + 1 for gap in gaps.values()}))
-            for index, gap in gaps.items():
-                state = wanted[gap.target][real].float()
-                entering = seen[index].reshape(*real.shape, -1)[real].float()
-                matrix = targets[index].matrix
-                assert isinstance(matrix, torch.nn.Linear | Conv1D)
-                # float32: those of all candidates are in memory together
-                ours = sums.setdefault(index, Sums.empty(inputs_of(matrix), state.shape[1], torch.float32))
-                weights = 1 / state.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-                ours.add(entering, state - leaving[gap.before + 1][real].float(), weights)
-    return sums
-
-
-def removals(
-    blocks: Blocks, amount: int, first: np.ndarray, judging: list[np.ndarray], fitting: list[np.ndarray], shortlist: int
-) -> Generator[tuple[list[int], int, dict[int, float], float]]:
-    """One removal after another: the blocks gone so far, the new one, the KL of each candidate in nats a token, and the seconds.
-
-    While the caller looks at a set, the model is healed for it; it is put back when the generator ends or is closed. first: Block
-    Influence of the whole model. judging, fitting: windows that trials are measured on, and that changes are solved on.
-    """
-    student, original = Student(blocks), _final_states(blocks, judging)
-    try:
-        for count in range(amount):
-            begun, influence = time.monotonic(), first
-            if student.removed:
-                with blocks.without(student.removed):
-                    influence = measure_influence(blocks, judging).block_influence
-            rest = [index for index in np.argsort(influence, kind="stable").tolist() if index not in student.removed]
-            candidates = sorted(rest[:shortlist])
-            found = changes(student, candidates, fitting)
-            costs = _costs(student, candidates, found, judging, original, f"layer {count + 1} of {amount}")
-            best = min(candidates, key=lambda index: costs[index])
-            if best in found:
-                student.change(*found[best])
-            student.removed = sorted([*student.removed, best])
-            yield student.removed, best, costs, time.monotonic() - begun
-    finally:
-        student.restore()
-
-
-def _final_states(blocks: Blocks, windows: list[np.ndarray]) -> list[torch.Tensor]:
-    """What leaves the last block, a batch at a time: (batch, tokens, hidden)."""
-    last = len(blocks)
-    return [blocks.states(ids, [last])[last] for ids, _ in batches(blocks.model, windows)]
-
-
-def _costs(
-    student: Student,
-    candidates: list[int],
-    found: dict[int, tuple[Target, torch.Tensor]],
-    windows: list[np.ndarray],
-    original: list[torch.Tensor],
-    label: str,
-) -> dict[int, float]:
-    """Mean KL(original || without the candidate, healed), in nats a token; a trial starts before the block that changes."""
-    blocks, last, sums, tokens = student.blocks, len(student.blocks), dict.fromkeys(candidates, 0.0), 0
-    starts = {index: max(student.gap(index).before, 0) for index in candidates}
-    parts = batches(blocks.model, windows)
-    with bar(label, len(parts) * len(candidates), "trial") as shown:
-        for (ids, real), wanted in zip(parts, original, strict=True):
-            with blocks.without(student.removed):
-                states = blocks.states(ids, sorted(set(starts.values())))
-            leaving = []
-            for index in candidates:
-                start = starts[index]
-                with (
-                    student.changed(*found.get(index, (None, None))),
-                    blocks.entering(start, states[start]),
-                    blocks.without([*student.removed, index]),
-                ):
-                    leaving.append(blocks.states(ids, [last])[last][real])
-                shown.update()
-            for index, divergence in zip(candidates, divergences_of(blocks, wanted[real], leaving), strict=True):
-                sums[index] += float(divergence.double().sum())
-            tokens += int(real.sum())
-    return {index: total / tokens for index, total in sums.items()}
+def _set(weight: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(value)

@@ -15,8 +15,8 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of, mean_loss
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.prune.criteria import Choice, choose
-from edgepress.pipeline.prune.healed import RIDGE, removals
+from edgepress.pipeline.prune.criteria import Choice, Search, choose, healed
+from edgepress.pipeline.prune.healed import RIDGE, HealedTrials
 from edgepress.pipeline.prune.influence import measure_influence
 from edgepress.pipeline.text.windows import text_windows
 from families import TINY
@@ -37,6 +37,10 @@ class Setting:
         self.other = text_windows(OTHER_TEXT, folder, budget=1600, length=100)
         self.influence = measure_influence(self.blocks, self.judging)
         self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def search(self, shortlist: int) -> Search:
+        """What ``healed`` takes."""
+        return Search(self.blocks, self.influence, self.judging, self.fitting, shortlist)
 
     def untouched(self) -> bool:
         """Whether every weight is as it was."""
@@ -60,25 +64,23 @@ def setting(reference: Path) -> Setting:
 
 def test_the_figures_are_those_of_the_healed_model(setting: Setting) -> None:
     """What a trial said is what the model then has, removal upon removal, and far less than unhealed; then all is put back."""
-    first = setting.influence.block_influence
-    healed = list[float]()
-    for removed, best, costs, _ in removals(setting.blocks, 3, first, setting.judging, setting.fitting, 3):
+    search = setting.search(3)
+    for removed in healed(search, 3):
+        best, costs = search.rounds[-1].removed, search.rounds[-1].kl
         assert best in removed and costs[best] == min(costs.values()) and len(costs) == 3
         assert costs[best] == pytest.approx(setting.kl(removed), rel=1e-3)
-        healed.append(costs[best])
     assert setting.untouched()
-    assert healed == sorted(healed) and healed[-1] < 0.7 * setting.kl(removed)
+    found = [entry.kl[entry.removed] for entry in search.rounds]
+    assert len(found) == 3 and found == sorted(found) and found[-1] < 0.7 * setting.kl(removed)
 
 
 def test_the_change_is_the_ridge_solution(setting: Setting) -> None:
     """Against one solved from all rows at once: X of what enters the down projection, Y of what the removed block added."""
-    from edgepress.pipeline.prune.healed import Student, changes
-
-    target, change = changes(Student(setting.blocks), [5], setting.fitting)[5]
-    assert target.name == "model.layers.4.mlp.down_proj"
+    found = HealedTrials(setting.blocks, setting.judging, setting.fitting).changes([], [5])[5]
+    assert found.matrix is setting.model.get_submodule("model.layers.4.mlp.down_proj")
     rows, wanted = list[np.ndarray](), list[np.ndarray]()
     box = list[torch.Tensor]()
-    hook = target.matrix.register_forward_pre_hook(lambda _, args: box.append(args[0]))
+    hook = found.matrix.register_forward_pre_hook(lambda _, args: box.append(args[0]))
     for ids in setting.fitting:
         states = setting.blocks.states(torch.from_numpy(ids)[None], [5, 6])
         weights = 1 / states[6][0].norm(dim=-1, keepdim=True)
@@ -88,7 +90,7 @@ def test_the_change_is_the_ridge_solution(setting: Setting) -> None:
     x, y = np.concatenate(rows), np.concatenate(wanted)
     gram = x.T @ x
     solved = np.linalg.solve(gram + RIDGE * gram.diagonal().mean() * np.eye(len(gram)), x.T @ y)
-    assert np.allclose(change.numpy(), solved, atol=1e-3 * np.abs(solved).max())
+    assert np.allclose(found.added.numpy(), solved, atol=1e-3 * np.abs(solved).max())
 
 
 def limited(setting: Setting, limit: float, criterion: str) -> Choice:
@@ -102,7 +104,7 @@ def test_an_early_end_puts_all_back(setting: Setting) -> None:
     """A limit that the first set exceeds, and a caller that leaves while it looks at a set."""
     choice = limited(setting, 0.0, "healed")
     assert choice.removed == [] and len(choice.path) == 1 and setting.untouched()
-    found = removals(setting.blocks, 3, setting.influence.block_influence, setting.judging, setting.fitting, 1)
+    found = healed(setting.search(1), 3)
     next(found)
     assert not setting.untouched()
     found.close()
@@ -111,19 +113,19 @@ def test_an_early_end_puts_all_back(setting: Setting) -> None:
 
 def test_a_limit_speaks_of_the_healed_model(setting: Setting) -> None:
     """On both texts, whichever loses more; and on the calibration's kind that is less than without healing."""
-    healed = limited(setting, 0.04, "healed")
+    choice = limited(setting, 0.04, "healed")
     texts = setting.held_out, setting.other[8:]
     before = [mean_loss(setting.blocks, windows) for windows in texts]
-    judging = [*setting.judging[:2], *setting.other[:2]]
-    student = removals(setting.blocks, 1, setting.influence.block_influence, judging, setting.windows[2:18], 3)
-    with closing(student):
-        last, *_ = next(student)
+    search = setting.search(3)
+    search.windows, search.fitting = [*setting.judging[:2], *setting.other[:2]], setting.windows[2:18]
+    with closing(healed(search, 1)) as sets:
+        last = next(sets)
         with setting.blocks.without(last):
             after = [mean_loss(setting.blocks, windows) for windows in texts]
     with setting.blocks.without(last):
         assert after[0] < mean_loss(setting.blocks, setting.held_out)
     growths = [b - a for a, b in zip(before, after, strict=True)]
-    assert healed.path[0].layers == last and healed.path[0].loss_growth == pytest.approx(max(growths), abs=1e-4)
+    assert choice.path[0].layers == last and choice.path[0].loss_growth == pytest.approx(max(growths), abs=1e-4)
 
 
 def test_what_cannot_be_healed_is_judged_as_it_goes(random_model: Callable[..., Path], tmp_path: Path) -> None:
