@@ -88,8 +88,10 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
 def _check_size(source: Artifact, out: Path) -> None:
     """Warn where the artifact is larger than ``--max-size`` said; its manifest, still to be written, is the source's and more."""
     most = next((step.facts["max_bytes"] for step in reversed(source.steps) if "max_bytes" in step.facts), None)
-    weighs = folder_bytes(out) + (source.path / MANIFEST).stat().st_size if most is not None else 0
-    if most is not None and weighs > most:
+    if most is None:
+        return
+    weighs = folder_bytes(out) + (source.path / MANIFEST).stat().st_size
+    if weighs > most:
         log.warning(
             "warning: the artifact has %.2f MB, more than the %.2f MB of --max-size; give quantize a --max-size %.1fMB lower",
             weighs / 1e6, most / 1e6, math.ceil((weighs - most) / 1e5) / 10,

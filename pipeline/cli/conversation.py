@@ -145,8 +145,7 @@ def _set(talk: Conversation, text: str) -> None:
     name = name.removeprefix("--").replace("-", "_")
     if name not in SETTINGS:
         raise OptionError(f"there is no setting '{name}'{suggestion(name, SETTINGS)}; there are: {', '.join(SETTINGS)}")
-    default = next(item.default for item in dataclasses.fields(RunOptions) if item.name == name)
-    given = dataclasses.asdict(talk.options) | {name: value.strip() or default}
+    given = dataclasses.asdict(talk.options) | {name: value.strip() or getattr(RunOptions, name)}  # the default
     talk.set(**{name: getattr(make(RunOptions, given), name)})
     say(talk.drawing)
 

@@ -178,9 +178,13 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Closed
-            self.waiting = deque(other for other in self.waiting if not other.cancelled.is_set())
+            self._forget_cancelled()
             if len(self.waiting) >= self.options.queue:
                 raise Busy(f"{len(self.waiting)} requests wait already; try again in a moment")
+
+    def _forget_cancelled(self) -> None:
+        """Whoever left the line holds nobody up."""
+        self.waiting = deque(job for job in self.waiting if not job.cancelled.is_set())
 
     def close(self) -> None:
         """End the thread; what runs ends with it, and is told so."""
@@ -207,16 +211,14 @@ class Engine:
 
     def _admitted(self, running: int) -> list[Job]:
         """The first in line that may run beside ``running`` others: by their number, and by the memory of the caches."""
+        self._forget_cancelled()
         fitting, reserved = list[Job](), sum(map(self._bytes, self._taken))
         while self.waiting and running + len(fitting) < self.options.parallel:
-            first = self.waiting[0]
-            needed = self.model.decoder.cache_bytes(len(first.ids) + first.limit)
-            if not first.cancelled.is_set() and (running or fitting) and reserved + needed > self._budget:
+            needed = self.model.decoder.cache_bytes(len(self.waiting[0].ids) + self.waiting[0].limit)
+            if (running or fitting) and reserved + needed > self._budget:
                 break
-            self.waiting.popleft()
-            if not first.cancelled.is_set():
-                reserved += needed
-                fitting.append(first)
+            reserved += needed
+            fitting.append(self.waiting.popleft())
         return fitting
 
     @staticmethod

@@ -69,8 +69,8 @@ class Pieces:
         if not self.byte_level:
             return None if _BYTE.fullmatch(piece) else self._bare(piece).replace(_SPACE, " ")
         try:
-            return bytes(_BYTES[character] for character in piece).decode()
-        except (KeyError, UnicodeDecodeError):
+            return None if (known := _written(piece)) is None else known.decode()
+        except UnicodeDecodeError:
             return None
 
     def order(self, number: int) -> float:
@@ -147,8 +147,8 @@ class Pieces:
             return piece.removeprefix(self.model.get("continuing_subword_prefix") or _SUFFIX)
         if self.byte_level and len(piece) > 1:
             try:
-                return bytes(_BYTES[character] for character in piece).decode()
-            except (KeyError, UnicodeDecodeError):
+                return piece if (known := _written(piece)) is None else known.decode()
+            except UnicodeDecodeError:
                 return piece
         return piece
 
@@ -172,7 +172,12 @@ def piece_bytes(piece: str) -> bytes | None:
     """The bytes that a piece of a byte-level or byte-fallback vocabulary stands for, None for another."""
     if _BYTE.fullmatch(piece):
         return bytes.fromhex(piece[3:5])
-    return bytes(_BYTES[c] for c in piece) if piece and all(c in _BYTES for c in piece) else None
+    return _written(piece) or None
+
+
+def _written(piece: str) -> bytes | None:
+    """The bytes that a byte-level piece writes, None where it has a character that stands for none."""
+    return bytes(_BYTES[character] for character in piece) if all(character in _BYTES for character in piece) else None
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
