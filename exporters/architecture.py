@@ -6,6 +6,7 @@ from the layer's index.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from edgepress.models.families import ACTIVATIONS, FAMILIES, head_size
 from edgepress.models.rotary import by_layer_type, parameters
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import build_meta_model
+from edgepress.pipeline.checkpoint.parts import part_name
 from transformers import PreTrainedConfig
 
 # Rotary embeddings whose tables do not depend on the length of the text; those of "dynamic" do only beyond the context.
@@ -46,6 +48,12 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
     known = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
     extra = {name for name in weights.names - known if not name.endswith("rotary_emb.inv_freq")}
     return f"unknown weights such as {min(extra)}" if extra else None
+
+
+def attending_layers(config: PreTrainedConfig, silent: Collection[str]) -> list[int]:
+    """Indices of the layers that have attention, and so a cache: all but those whose attention is in ``silent``."""
+    names = {index: part_name(index, "attention") for index in range(config.num_hidden_layers)}
+    return [index for index, name in names.items() if name not in silent]
 
 
 def window(config: PreTrainedConfig, index: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgepress.exporters.architecture import attending_layers
 from edgepress.models.families import FAMILIES, head_size
 from edgepress.models.rotary import switches
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -88,20 +89,21 @@ def genai_config(checkpoint: Checkpoint, target: str, *, shared_cache: bool) -> 
             "bos_token_id": bos,
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": pad,
-            "decoder": _genai_decoder(config, target),
+            "decoder": _genai_decoder(config, target, len(attending_layers(config, checkpoint.silent))),
         },
         "search": {"do_sample": False, "max_length": longest, "num_beams": 1, "past_present_share_buffer": shared_cache},
     }
 
 
-def _genai_decoder(config: PreTrainedConfig, target: str) -> JsonObject:
+def _genai_decoder(config: PreTrainedConfig, target: str, caches: int) -> JsonObject:
+    """caches: how many layers have one, which is all that GenAI counts layers for."""
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": _GENAI_PROVIDERS[target]},
         "filename": "model.onnx",
         "head_size": head_size(config),
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
+        "num_hidden_layers": caches,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "inputs": {
             "input_ids": "input_ids",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from edgepress.exporters.architecture import EMBEDDING, rotary_kind, rotary_tables, window
+from edgepress.exporters.architecture import EMBEDDING, attending_layers, rotary_kind, rotary_tables, window
 from edgepress.exporters.graph.builder import Builder, block_output, last_positions
 from edgepress.exporters.graph.operators import DOMAIN, stacked
 from edgepress.exporters.graph.rotary import rotary_values
@@ -36,35 +36,40 @@ class _Graph:
     def __init__(self, checkpoint: Checkpoint, accuracy_level: int, half: bool) -> None:
         self.config, self.weights, self.matrix = checkpoint.config, checkpoint.weights, checkpoint.matrix
         self.accuracy_level = accuracy_level
-        self.family = FAMILIES[self.config.model_type]
+        self.family, self.silent = FAMILIES[self.config.model_type], checkpoint.silent
         self.b = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
 
     def model(self) -> ir.Model:
         b, config, count = self.b, self.config, self.config.num_hidden_layers
+        attending = attending_layers(config, self.silent)
         ids = b.input("input_ids", INT64, ["batch_size", "sequence_length"])
         mask = b.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
         parts = ("key", "value")
         past = [
             [b.input(f"past_key_values.{i}.{part}", b.float, self._cache_shape("past_sequence_length")) for part in parts]
-            for i in range(count)
+            for i in range(len(attending))
         ]
         lengths, tables = self._lengths(mask), self._tables()
 
         residual = b.embedding(ids, self.matrix(EMBEDDING), EMBEDDING)
         residual = self._scaled(residual, self.family.embedding_scale(config), f"{EMBEDDING}.scaled")
         output: ir.Value | None = None  # of the previous sublayer, not yet added to the residual stream
+        entered = ""  # what the stream is called once that is added
         for index in range(count):
             name = f"model.layers.{index}"
             for sublayer, before, after in self.family.sublayers():
-                entered = f"{name}.attended" if sublayer == "mlp" else block_output(index - 1)
+                if f"{name}.{sublayer}" in self.silent:
+                    continue
                 x, residual = self._add_and_norm(residual, output, before and f"{name}.{before}", entered)
                 if sublayer == "self_attn":
-                    y = self._attention(index, x, past[index], lengths, tables)
+                    y = self._attention(index, x, past[attending.index(index)], lengths, tables)
                 else:
                     y = self._mlp(f"{name}.mlp", x)
                 y = self._norm(y, f"{name}.{after}") if after else y
                 output = self._scaled(y, self.family.residual_scale(config), f"{name}.{sublayer}.scaled")
-        normed, _ = self._add_and_norm(residual, output, "model.norm", block_output(count - 1))
+                entered = f"{name}.attended"
+            entered = block_output(index) if entered == f"{name}.attended" else entered
+        normed, _ = self._add_and_norm(residual, output, "model.norm", entered)
 
         # Declared as one position: GenAI allocates what the shape says, and would allocate the prompt's length for a symbolic one.
         b.output(self._head(last_positions(b, normed)), "logits", b.float, ["batch_size", 1, config.vocab_size])
@@ -117,7 +122,7 @@ class _Graph:
             "GroupQueryAttention",
             [*(self._normed_qk(name, qkv) if self.family.qk_norm else [qkv, None, None]), *past, *lengths, *tables[kind]],
             name,
-            [name, f"present.{index}.key", f"present.{index}.value"],
+            [name, *(value.name.replace("past_key_values", "present") for value in past)],
             DOMAIN,
             num_heads=config.num_attention_heads,
             kv_num_heads=config.num_key_value_heads,

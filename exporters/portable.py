@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from edgepress.exporters.graph.builder import LAST, Builder
 from edgepress.exporters.graph.builder import block_output as name_of_block_output
 from edgepress.exporters.graph.operators import DOMAIN
+from edgepress.models.families import PARTS
 from edgepress.models.rotary import GROWING, switches
 from edgepress.pipeline.checkpoint.blocks import block_output, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -82,8 +83,8 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
             parameter.data = parameter.data.half()
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
-    past = _sample_cache(model)
-    with _fixed_frequencies(model):
+    with _without_parts(model, checkpoint.silent), _fixed_frequencies(model):
+        past = _sample_cache(model)
         traced = _trace(_Flat(model), past)
     _keep_last_positions(traced.graph)
     _put_packed_in(traced.graph, checkpoint.weights, model, accuracy_level, half)
@@ -103,12 +104,50 @@ def _sample_cache(model: PreTrainedModel) -> list[torch.Tensor]:
     """Keys and values (2, heads, 2, head size) of every layer in turn, as the model itself makes them. Raises ModelError."""
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
-    if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in cache.layers):
+    layers = [
+        layer for layer in cache.layers if getattr(layer, "is_initialized", True)
+    ]  # the others lack attention, all at the end
+    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(
             "some layers keep a state other than keys and values (linear attention), which cannot be exported yet; "
             "choose another model"
         )
-    return [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [tensor.expand(2, *tensor.shape[1:]).contiguous() for layer in layers for tensor in (layer.keys, layer.values)]
+
+
+class _Nothing(torch.nn.Module):
+    """What stands for a silent part: zeros; ``attention``: as attention returns them, with weights that nobody reads."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.attention else nothing
+
+
+@contextmanager
+def _without_parts(model: PreTrainedModel, silent: Collection[str]) -> Iterator[None]:
+    """Within the context silent parts compute nothing, and the attention that is left numbers its caches without gaps."""
+    if not silent:
+        yield
+        return
+    attention = PARTS["attention"].module
+    former = {name: model.get_submodule(name) for name in silent}
+    left = [module for name, module in model.named_modules() if name.endswith(f".{attention}") and name not in silent]
+    numbers = [module.layer_idx for module in left]
+    for name in silent:
+        model.set_submodule(name, _Nothing(name.endswith(f".{attention}")))
+    for number, module in enumerate(left):
+        module.layer_idx = number
+    try:
+        yield
+    finally:
+        for name, module in former.items():
+            model.set_submodule(name, module)
+        for number, module in zip(numbers, left, strict=True):
+            module.layer_idx = number
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from edgepress.exporters.proof.reference import ReferenceLogits, reference_logit
 from edgepress.models.rotary import grows, switches
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.parts import parameters_left
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
@@ -73,7 +74,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         "batch": graph.metadata_props["edgepress.batch"],
         **choice.facts(),
         "parity": [asdict(proof) for proof in (exact, choice.proof) if proof is not None],
-        "parameters": checkpoint.meta_model().num_parameters(),
+        "parameters": parameters_left(checkpoint.meta_model(), checkpoint.silent),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
     }

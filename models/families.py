@@ -79,6 +79,17 @@ class Family:
         return ("gate_up_proj",) if self.packed else ("gate_proj", "up_proj")
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the two parts of a block: the name of its module, and in it of the matrix that writes its output."""
+
+    module: str
+    output: str
+
+
+# As the command line calls them; in every family of the fused graph.
+PARTS = {"attention": Part("self_attn", "o_proj"), "feed-forward": Part("mlp", "down_proj")}
+
 _GEMMA = Family(norm_offset=1.0, embedding_scale=lambda config: config.hidden_size**0.5)
 _GEMMA2 = replace(
     _GEMMA,

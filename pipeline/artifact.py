@@ -101,11 +101,12 @@ class Artifact:
 
     @property
     def changed(self) -> bool:
-        """Whether its last stage changed what the model computes: not an import, a removal of no layer, a refused healing."""
+        """Whether its last stage changed what the model computes: not an import, a removal of nothing, a refused healing."""
         if not self.steps:
             return True
         step = self.steps[-1]
-        return step.stage != "import" and bool(step.facts.get("removed_layers", True)) and bool(step.facts.get("accepted", True))
+        removed = step.facts.get("removed_layers", True) or step.facts.get("removed_parts")
+        return step.stage != "import" and bool(removed) and bool(step.facts.get("accepted", True))
 
     @classmethod
     def load(cls, path: Path) -> Artifact:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,13 @@ CRITERIA = {
     "bi": "the lowest Block Influence, as in ShortGPT",
     "angular": "the contiguous run of least angular distance",
     "list": "those named by --remove-layers",
+}
+# What prune removes; those that are parts are the keys of models.families.PARTS, which would load transformers.
+BLOCKS = "blocks"
+PARTS = {
+    BLOCKS: "whole decoder blocks",
+    "attention": "the attention of some blocks, whose feed-forward part stays",
+    "feed-forward": "the feed-forward part of some blocks, whose attention stays",
 }
 HEALERS = {
     "none": "leave it as it is",
@@ -130,15 +138,16 @@ class ImportOptions(Options):
 
 @dataclass(frozen=True)
 class PruneOptions(Options):
-    """Remove decoder blocks: those of least Block Influence, or of least measured cost."""
+    """Remove decoder blocks, or parts of them: those of least Block Influence, or of least measured cost."""
 
+    parts: str = option(BLOCKS, "what goes", PARTS)
     criterion: str | None = option(
         None,
         "how layers are chosen (default: healed; greedy in a build that does not heal, and with --max-loss outside a build; "
         "list with --remove-layers)",
         CRITERIA,
     )
-    remove_count: int | None = option(None, "how many decoder blocks to remove", at_least=0)
+    remove_count: int | None = option(None, "how many decoder blocks, or parts of blocks, to remove", at_least=0)
     remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
     max_loss: float | None = option(
         None,
@@ -170,6 +179,8 @@ class PruneOptions(Options):
             raise OptionError("--criterion list needs --remove-layers, for example 4,5")
         if named and self.criterion not in (None, "list"):
             raise OptionError(f"--remove-layers names the layers already; leave out --criterion {self.criterion}")
+        if self.parts != BLOCKS and self.criterion == "angular":
+            raise OptionError(f"--criterion angular looks at runs of blocks; with --parts {self.parts} give bi, greedy or healed")
         if len(set(named)) != len(named):
             raise OptionError(f"--remove-layers names a layer twice: {', '.join(map(str, named))}; leave one out")
         if len(amounts) == 2:
@@ -187,12 +198,17 @@ class PruneOptions(Options):
         chosen = "list" if self.remove_layers else "healed" if self.max_loss is None else "greedy"
         return dataclasses.replace(self, criterion=self.criterion or chosen)
 
-    def amount(self, layers: int) -> int:
-        """Blocks to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there."""
+    def amount(self, layers: int, absent: Sequence[int] = ()) -> int:
+        """Blocks or parts to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there.
+
+        absent: layers that lack the part already.
+        """
         named = self.remove_layers
         if named and max(named) >= layers:
             raise OptionError(f"there is no layer {max(named)} in a model of {layers}; give indices from 0 to {layers - 1}")
-        count = len(named) if named else self.remove_count
+        if gone := sorted({*named} & {*absent}):
+            raise OptionError(f"the {self.parts} of layer {gone[0]} was removed before; leave it out of --remove-layers")
+        count, layers = len(named) if named else self.remove_count, layers - len(absent)
         if count is None:
             count = layers - 1 if self.remove_fraction is None else max(1, int(layers * self.remove_fraction))
         if count >= layers:

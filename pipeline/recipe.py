@@ -313,7 +313,7 @@ def _removed(folders: Sequence[Path]) -> bool:
 
 def _removes(step: Step) -> bool:
     """Whether a finished step took something out of the blocks."""
-    return step.stage == "narrow" or bool(step.facts.get("removed_layers"))
+    return step.stage == "narrow" or bool(step.facts.get("removed_layers") or step.facts.get("removed_parts"))
 
 
 def _informed(options: Options, original: Artifact, steps: Plan) -> Options:

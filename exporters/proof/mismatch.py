@@ -20,16 +20,19 @@ def first_mismatch(model: PreTrainedModel, folder: Path, texts: Sequence[Sequenc
 
     texts: sequences as pieces of ids int64 (tokens,), which are fed one after another through the cache.
     """
-    names = [block_output(index) for index in range(model.config.num_hidden_layers)]
+    names = all_names = [block_output(index) for index in range(model.config.num_hidden_layers)]
     with variant(folder, outputs=names) as file:
         decoder = Decoder(folder, model=file)
+    outputs = {node.name for node in decoder.session.get_outputs()}
+    names = [name for name in names if name in outputs]  # a block without its two parts has no output of its own
     try:
         blocks = Blocks(model)
     except ModelError:
         return "the layer cannot be determined"
     for pieces in texts:
         states = blocks.states(torch.from_numpy(np.concatenate(pieces))[None], range(1, len(blocks) + 1))
-        for index, exported in enumerate(_streams(decoder, pieces, names)):
+        for name, exported in zip(names, _streams(decoder, pieces, names), strict=True):
+            index = all_names.index(name)
             reference = states[index + 1][0].numpy()
             distance, norm = np.linalg.norm(exported - reference, axis=-1), np.linalg.norm(reference, axis=-1)
             if not (distance <= limit * norm).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from edgepress.pipeline import model_files
 from edgepress.pipeline.checkpoint.load import build_meta_model, build_model, read_folder
 from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
 from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.parts import silent_parts, within
 from edgepress.pipeline.checkpoint.reading import Reading
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.checkpoint.weights import Weights
@@ -60,6 +61,15 @@ class Checkpoint:
         """Number of decoder blocks."""
         content = model_files.read_config(self.path)
         return int(content[layer_count_key(content)])
+
+    @cached_property
+    def silent(self) -> frozenset[str]:
+        """Names of the parts of blocks that write nothing, as ``model.layers.3.self_attn``: see parts.py."""
+        return silent_parts(self.weights, self.raw_config)
+
+    def spared(self, matrices: Iterable[str]) -> frozenset[str]:
+        """Which of the block matrices no quantizer takes: those that have codes already, and those of silent parts."""
+        return frozenset(name for name in matrices if name in self.weights.matrices or within(self.silent, name))
 
     @property
     def context(self) -> int:

@@ -49,17 +49,18 @@ class Target:
     factor: float
 
 
-def last_matrix(blocks: Blocks, index: int, ids: torch.Tensor) -> Target:
+def last_matrix(blocks: Blocks, index: int, ids: torch.Tensor, within: str = "") -> Target:
     """The matrix in block ``index`` whose output is added to the residual stream, times a factor.
 
     Found by trial on ids (1, tokens), not by name: of the matrices to whose output the block's output responds linearly, the one of
-    most inputs (in parallel attention there are two). Raises ModelError when there is none.
+    most inputs (in parallel attention there are two). within: the beginning of its name in the block. Raises ModelError when
+    there is none.
     """
     block = blocks.modules[index]
     candidates: list[tuple[int, Target]] = []
     for name, matrix in block.named_modules():
-        if not isinstance(matrix, torch.nn.Linear | Conv1D):
-            continue
+        if not isinstance(matrix, torch.nn.Linear | Conv1D) or not name.startswith(within) or not matrix.weight.any():
+            continue  # a matrix of zeros stands for a part that was removed
         if (factor := residual_factor(blocks, index, matrix, ids)) is not None:
             candidates.append((inputs_of(matrix), Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
     if not candidates:

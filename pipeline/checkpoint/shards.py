@@ -184,6 +184,18 @@ class ShardIndex:
         """A tensor in its stored type. Raises ModelError when it is missing or of a type that torch lacks."""
         return _tensor(name, self[name])
 
+    def is_zero(self, name: str) -> bool:
+        """Whether every byte of a tensor is zero; of one that is not, little is read. Raises ModelError when it is missing."""
+        entry = self[name]
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            left, size = entry.nbytes, 1 << 12
+            while left and (piece := stream.read(min(left, size))):
+                if any(piece):
+                    return False
+                left, size = left - len(piece), _PIECE
+        return True
+
     def tensors(self, names: Container[str], finite: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors ``names`` in their stored types, file by file. Raises ModelError for NaN and Inf in those of ``finite``."""
         import torch

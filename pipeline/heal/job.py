@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from edgepress.pipeline.options import HealOptions
 
 @dataclass(frozen=True)
 class Gap:
-    """A run of removed blocks, as the model without them sees it.
+    """A run of removed blocks, or a block that lacks a part, as the model without them sees it.
 
-    before: index in the pruned model of the block before the gap, -1 for the embedding. target: index in the whole model of the
-    block after the run (the number of its blocks when the run was the last): what enters it is what should leave ``before``.
+    before: index in the pruned model of the block before the gap, -1 for the embedding; or of the block that lacks a part. target:
+    index in the whole model of the block after the gap (the number of its blocks when the last is gone or lacks a part): what
+    enters it is what should leave ``before``.
     """
 
     before: int
@@ -51,7 +53,7 @@ class HealJob:
         return np.cumsum([0, *map(len, self.windows)])
 
 
-def gaps_of(kept: list[int], layers: int) -> list[Gap]:
-    """The gaps in a list of kept block indices of a model with ``layers``."""
+def gaps_of(kept: list[int], layers: int, lacking: Collection[int] = ()) -> list[Gap]:
+    """The gaps in a list of kept block indices of a model with ``layers``. lacking: those of the pruned model that lack a part."""
     ends = [-1, *kept, layers]
-    return [Gap(i - 1, ends[i + 1]) for i in range(len(kept) + 1) if ends[i + 1] - ends[i] > 1]
+    return [Gap(i - 1, ends[i + 1]) for i in range(len(kept) + 1) if ends[i + 1] - ends[i] > 1 or i - 1 in lacking]

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from edgepress.models.families import PARTS
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.parts import part_name
 from edgepress.pipeline.checkpoint.update import replace_tensors, stored_dtype, stored_dtypes
 from edgepress.pipeline.errors import EdgepressError, ModelError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
@@ -41,8 +43,9 @@ def heal(source: Artifact, out: Path, options: HealOptions) -> JsonObject:
         raise OptionError("heal needs the model as it was before layers were removed; give --original DIR")
     original = Checkpoint(options.original, options.trust_remote_code)
     kept = kept_layers(source, original)
-    check_original(Checkpoint(source.path, options.trust_remote_code), original)
-    source.copy_to(out, link=options.healer == "none" or not gaps_of(kept, original.layers))
+    pruned = Checkpoint(source.path, options.trust_remote_code)
+    check_original(pruned, original)
+    source.copy_to(out, link=options.healer == "none" or not _gaps(pruned, original, kept))
     return heal_checkpoint(Checkpoint(out, options.trust_remote_code), original, kept, options)
 
 
@@ -51,9 +54,9 @@ def heal_checkpoint(pruned: Checkpoint, original: Checkpoint, kept: list[int], o
 
     kept: indices in ``original`` of its layers. Interrupted training is kept beside its folder, and the same call goes on with it.
     """
-    gaps = gaps_of(kept, original.layers)
+    gaps = _gaps(pruned, original, kept)
     if not gaps or options.healer == "none":
-        why = "as requested" if gaps else "no layer was removed"
+        why = "as requested" if gaps else "nothing was removed"
         log.info("heal: left as it is, %s", why)
         return {"methods": [], "accepted": False, "why": why}
     options = with_text(options, original.path)
@@ -73,6 +76,17 @@ def heal_checkpoint(pruned: Checkpoint, original: Checkpoint, kept: list[int], o
         "calibration": {"sha256": sha256(options.calibration), "other_text_sha256": sha256(options.other_text)}
         | {name: sum(map(len, getattr(texts, name))) for name in ("fit", "selection", "judging", "other_selection", "other")},
     }
+
+
+def _gaps(pruned: Checkpoint, original: Checkpoint, kept: list[int]) -> list[Gap]:
+    """Where layers were removed, and which of the ``kept`` ones lack a part that they had."""
+    lacking = {
+        index
+        for index, former in enumerate(kept)
+        for part in PARTS
+        if part_name(index, part) in pruned.silent and part_name(former, part) not in original.silent
+    }
+    return gaps_of(kept, original.layers, lacking)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.metrics.torch_scores import batches, mean_loss
 from edgepress.pipeline.options import HEALED_TOKENS, PruneOptions
 from edgepress.pipeline.prune.healed import HealedTrials, can_heal
-from edgepress.pipeline.prune.influence import Influence, measure_influence
+from edgepress.pipeline.prune.influence import Influence
+from edgepress.pipeline.prune.parts import HealedPartTrials, Parts, influence_of
 from edgepress.pipeline.prune.trials import Trials, divergence_sums
 
 log = logging.getLogger("edgepress")
@@ -81,6 +82,11 @@ class Search:
     sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
+
+    def by_influence(self, influence: Influence) -> list[int]:
+        """Blocks from the least influence on; without those that lack what is to be removed."""
+        absent = self.blocks.absent if isinstance(self.blocks, Parts) else ()
+        return [index for index in np.argsort(influence.block_influence, kind="stable").tolist() if index not in absent]
 
     def count(self, evaluations: int, begun: float) -> float:
         """Add so many trials, begun at this time of the monotonic clock, to the record; returns the seconds they took."""
@@ -164,7 +170,7 @@ def listed(layers: Sequence[int]) -> str:
 
 def bi(search: Search, amount: int) -> Generator[list[int]]:
     """The blocks of lowest Block Influence (ShortGPT, section 3)."""
-    order = np.argsort(search.influence.block_influence, kind="stable").tolist()
+    order = search.by_influence(search.influence)
     yield from (sorted(order[: count + 1]) for count in range(amount))
 
 
@@ -189,7 +195,8 @@ def healed(search: Search, amount: int) -> Generator[list[int]]:
 
     While the caller looks at a set, the model is healed for it.
     """
-    trials = HealedTrials(search.blocks, search.windows, search.fitting)
+    kind = HealedPartTrials if isinstance(search.blocks, Parts) else HealedTrials
+    trials = kind(search.blocks, search.windows, search.fitting)
     try:
         yield from _one_by_one(search, amount, "healed", trials)
     finally:
@@ -205,10 +212,8 @@ def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Gener
     for count in range(amount):
         begun = time.monotonic()
         with search.blocks.without(removed):
-            influence = (
-                measure_influence(search.blocks, search.windows).block_influence if removed else search.influence.block_influence
-            )
-        rest = [index for index in np.argsort(influence, kind="stable").tolist() if index not in removed]
+            influence = influence_of(search.blocks, search.windows) if removed else search.influence
+        rest = [index for index in search.by_influence(influence) if index not in removed]
         candidates = sorted(rest[: search.shortlist])
         costs = trials.costs(removed, candidates, f"{name}, layer {count + 1} of {amount}")
         best = min(candidates, key=lambda index: costs[index])
@@ -227,7 +232,7 @@ def _best_of(search: Search, removed: list[int]) -> list[int]:
     """The best of greedy's set and those of the other criteria: one step at a time can miss what a whole set does."""
     begun = time.monotonic()
     sets = [removed]
-    for criterion in (bi, angular):
+    for criterion in (bi, angular) if search.influence.angles else (bi,):
         *_, other = criterion(search, len(removed))
         if other not in sets:
             sets.append(other)

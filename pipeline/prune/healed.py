@@ -27,8 +27,8 @@ RIDGE = 0.3  # times the mean of the Gram matrix's diagonal: what held-out text 
 
 
 @dataclass(frozen=True)
-class _Gap:
-    """What a candidate's removal leaves: the kept block before it, and the block of the whole model that follows."""
+class Gap:
+    """What a candidate's removal leaves: the block that changes, and the block of the whole model that follows."""
 
     before: int
     target: int
@@ -107,49 +107,57 @@ class HealedTrials(Trials):
             for weight, value in healed.items():
                 _set(weight, value)
 
-    def _gap(self, removed: Sequence[int], candidate: int) -> _Gap:
+    def _gap(self, removed: Sequence[int], candidate: int) -> Gap:
         """Where the candidate's removal leaves a gap; before is -1 where no block precedes it."""
         kept = [index for index in range(len(self.blocks)) if index not in removed and index != candidate]
         before = max((index for index in kept if index < candidate), default=-1)
-        return _Gap(before, min((index for index in kept if index > candidate), default=len(self.blocks)))
+        return Gap(before, min((index for index in kept if index > candidate), default=len(self.blocks)))
 
     def _target(self, index: int) -> Target | None:
         """The last matrix of block ``index``, found once; None where there is none."""
         if index not in self._targets:
             try:
-                self._targets[index] = last_matrix(self.blocks, index, self._ids) if index >= 0 else None
+                self._targets[index] = self._last_matrix(index) if index >= 0 else None
             except ModelError as error:
                 self._targets[index] = None
                 log.debug("what follows layer %d is judged as it goes: %s", index, error)
         return self._targets[index]
 
-    def _sums(self, removed: Sequence[int], gaps: dict[int, _Gap], targets: dict[int, Target]) -> dict[int, Sums]:
+    def _last_matrix(self, index: int) -> Target:
+        return last_matrix(self.blocks, index, self._ids)
+
+    def _sums(self, removed: Sequence[int], gaps: dict[int, Gap], targets: dict[int, Target]) -> dict[int, Sums]:
         """For each gap what enters the matrix before it now, and what is missing behind it.
 
         A token weighs 1 / its squared length. In float32, as those of all candidates are in memory together.
         """
         hidden = self.blocks.model.config.get_text_config().hidden_size
         sums = {index: Sums.empty(inputs_of(_linear(target)), hidden, torch.float32) for index, target in targets.items()}
+        for ids, real in self._fitting:
+            with self._whole():
+                wanted = self.blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
+            for index, (entering, leaving) in self._streams(ids, removed, gaps, targets).items():
+                state = wanted[gaps[index].target][real].float()
+                weights = 1 / state.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+                sums[index].add(entering[real].float(), state - leaving[real].float(), weights)
+        return sums
+
+    def _streams(
+        self, ids: torch.Tensor, removed: Sequence[int], gaps: dict[int, Gap], targets: dict[int, Target]
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """For each gap what enters the matrix that changes, (batch, tokens, in), and what leaves its block."""
         seen = dict[int, torch.Tensor]()
 
         def look(index: int, args: BlockArgs) -> None:
             seen[index] = args[0]
 
-        with ExitStack() as stack:
-            for index, target in targets.items():
-                hook = target.matrix.register_forward_pre_hook(lambda _, args, index=index: look(index, args))
+        with ExitStack() as stack, self.blocks.without(removed):
+            for index in gaps:
+                hook = targets[index].matrix.register_forward_pre_hook(lambda _, args, index=index: look(index, args))
                 stack.callback(hook.remove)
-            for ids, real in self._fitting:
-                with self._whole():
-                    wanted = self.blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
-                with self.blocks.without(removed):
-                    leaving = self.blocks.states(ids, sorted({gap.before + 1 for gap in gaps.values()}))
-                for index, gap in gaps.items():
-                    state = wanted[gap.target][real].float()
-                    entering = seen[index].reshape(*real.shape, -1)[real].float()
-                    weights = 1 / state.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-                    sums[index].add(entering, state - leaving[gap.before + 1][real].float(), weights)
-        return sums
+            states = self.blocks.states(ids, sorted({gap.before + 1 for gap in gaps.values()}))
+        leaving = {index: states[gap.before + 1] for index, gap in gaps.items()}
+        return {index: (seen[index].reshape(*leaving[index].shape[:2], -1), leaving[index]) for index in gaps}
 
 
 def can_heal(blocks: Blocks, window: np.ndarray) -> bool:

@@ -104,9 +104,10 @@ class _Meter:
             if index == 0:
                 self._states.clear()
                 self._enter(0, block_input(args, kwargs))
-            before = self._states[-1]
+            (before, before_norm) = self._states[-1]
             self._enter(index + 1, block_output(output))
-            change = self._sums(1 - _cosine(*before, *self._states[-1]))
+            after, after_norm = self._states[-1]
+            change = self._sums(1 - cosine(before, after, before_norm, after_norm))
             if not np.isfinite(change).all():
                 raise ModelError(f"the output of layer {index} is not finite (NaN or Inf); the checkpoint is broken there")
             self.changes[-1][:, index] = change
@@ -118,14 +119,20 @@ class _Meter:
         self._states.append((hidden.float(), torch.linalg.vector_norm(hidden.float(), dim=-1)))
         for length, sums in self.angles.items():
             if index >= length:
-                cosine = _cosine(*self._states[-1 - length], *self._states[-1])
-                sums[-1][:, index - length] = self._sums(torch.arccos(cosine.clamp(-1, 1)) / torch.pi)
+                (first, first_norm), (last, last_norm) = self._states[-1 - length], self._states[-1]
+                angle = torch.arccos(cosine(first, last, first_norm, last_norm).clamp(-1, 1))
+                sums[-1][:, index - length] = self._sums(angle / torch.pi)
 
     def _sums(self, values: torch.Tensor) -> np.ndarray:
         """Over the real tokens of each window, float64 (batch,)."""
         return values.masked_fill(~self._real, 0).double().sum(1).numpy()
 
 
-def _cosine(x: torch.Tensor, x_norm: torch.Tensor, y: torch.Tensor, y_norm: torch.Tensor) -> torch.Tensor:
-    cosine: torch.Tensor = torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-30)  # a state of zeros has no direction
-    return cosine
+def cosine(
+    x: torch.Tensor, y: torch.Tensor, x_norm: torch.Tensor | None = None, y_norm: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of states (..., hidden), whose norms may be known; a state of zeros has no direction, and 0."""
+    x_norm = torch.linalg.vector_norm(x, dim=-1) if x_norm is None else x_norm
+    y_norm = torch.linalg.vector_norm(y, dim=-1) if y_norm is None else y_norm
+    found: torch.Tensor = torch.linalg.vecdot(x, y) / (x_norm * y_norm).clamp_min(1e-30)
+    return found

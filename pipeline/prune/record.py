@@ -14,7 +14,8 @@ from edgepress.pipeline.prune.influence import Influence
 log = logging.getLogger("edgepress")
 # Those of the manifest's facts that are repeated here.
 _FACTS = (
-    "criterion", "removed_layers", "held_out_perplexity", "rank_correlation_of_halves", "evaluations", "evaluation_seconds",
+    "criterion", "removed_layers", "parts", "removed_parts",
+    "held_out_perplexity", "rank_correlation_of_halves", "evaluations", "evaluation_seconds",
     "calibration",
 )  # fmt: skip
 

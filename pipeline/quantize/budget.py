@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
@@ -110,6 +111,7 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     ends = {id(module.weight): tuple(module.weight.shape) for module in modules if id(module.weight) not in kept}
     taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys() | kept.keys()
     codes = sum(linear.nbytes for name in kept.values() if (linear := checkpoint.weights.packed(name)) is not None)
+    taken |= {id(parameter) for name, parameter in model.named_parameters() if within(checkpoint.silent, name)}  # left out
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
     files = _carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
     graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers

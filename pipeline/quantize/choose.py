@@ -19,6 +19,7 @@ import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
@@ -90,16 +91,17 @@ class _Trial:
         self.options, self.path, self.source = _with_text(source, options), source.path, source
         self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.context, self.weights = self.checkpoint.context, self.checkpoint.index
-        self.kept = self.checkpoint.weights.matrices  # codes of a GGUF file
         self.texts: list[_Text] = []
         self.growth: dict[str, float] = {}
         self._loaded: _Loaded | None = None
+        self.spared: frozenset[str] = frozenset()
         model = self._model()
         if not model.modules:
             raise OptionError("there is nothing to choose: every matrix keeps the codes that it has; leave --target-bits out")
         shapes, _ = block_matrices(model.blocks.model)
         self.shapes = {name: shapes[name] for name in model.modules}
         chosen = {id(module.weight) for module in model.modules.values()}
+        chosen |= {id(weight) for name, weight in model.blocks.model.named_parameters() if within(self.checkpoint.silent, name)}
         self.rest = sum(self._bytes_outside(weight) for weight in model.blocks.model.parameters() if id(weight) not in chosen)
         self._read(self.options)
         vocabulary = model.blocks.model.config.vocab_size
@@ -109,8 +111,9 @@ class _Trial:
         """The model, loaded when it is first needed and again after ``_free``."""
         if self._loaded is None:
             model = self.checkpoint.model()
-            linears = {name: module for name, module in block_linears(model).items() if name not in self.kept}
-            self._loaded = _Loaded(Blocks(model), linears)
+            linears = block_linears(model)
+            self.spared = self.checkpoint.spared(linears)
+            self._loaded = _Loaded(Blocks(model), {name: module for name, module in linears.items() if name not in self.spared})
         return self._loaded
 
     def _free(self) -> None:
@@ -146,7 +149,7 @@ class _Trial:
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
         windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.options)
-        items = items_of_model(self._model().blocks.model, windows, self.kept, self.options.symmetric, spent=True)
+        items = items_of_model(self._model().blocks.model, windows, self.spared, self.options.symmetric, spent=True)
         self._free()
         return items
 

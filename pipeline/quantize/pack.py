@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         "kept_codes": len(kept),
         "head": {name: x.bits for name, x in ends.items()} or "float",
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
-        "kept_float": _kept_float(model, linears),
+        "kept_float": _kept_float(model, {*linears, *named.spared(job.untouched)}),
         "calibration": _calibration(used, options),
         "calibration_positions": sum(len(row) for row in used),
         **_sizes(linears),
@@ -126,8 +127,11 @@ def _other_blocks(linears: dict[str, PackedLinear], job: QuantizeJob) -> JsonObj
     return {"other_blocks": other} if other else {}
 
 
-def _kept_float(model: PreTrainedModel, linears: dict[str, PackedLinear]) -> list[str]:
-    """Matrices of the blocks that no quantizer took: experts of MoE models in one 3-D weight, routers, --bits-for ...=16."""
+def _kept_float(model: PreTrainedModel, linears: Collection[str]) -> list[str]:
+    """Matrices of the blocks that no quantizer took: experts of MoE models in one 3-D weight, routers, --bits-for ...=16.
+
+    linears: names of those that have codes, or that belong to parts that are gone.
+    """
     prefix, blocks = decoder_blocks(model)
     sizes = {f"{prefix}.{n}": p.numel() for n, p in blocks.named_parameters() if p.ndim > 1}
     kept = {name: size for name, size in sizes.items() if name.removesuffix(".weight") not in linears}

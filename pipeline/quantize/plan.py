@@ -40,9 +40,9 @@ def plan(
         )
     matrices, transposed = block_matrices(model)
     check_names(checkpoint, model, {n: tuple(reversed(s)) if n in transposed else s for n, s in matrices.items()})
-    kept_codes = checkpoint.weights.matrices & matrices.keys()
-    exceptions = exceptions_of(options, [name for name in matrices if name not in kept_codes])
-    untouched = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16) | kept_codes
+    spared = checkpoint.spared(matrices)
+    exceptions = exceptions_of(options, [name for name in matrices if name not in spared])
+    untouched = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16) | spared
     used: list[np.ndarray] = []
 
     def windows() -> list[np.ndarray]:
@@ -68,7 +68,8 @@ def foresee(source: Path, options: QuantizeOptions, removed: int) -> None:
         return
     checkpoint = Checkpoint(source, options.trust_remote_code)
     names = possible_names(checkpoint.meta_model(), removed)
-    exceptions_of(options, [name for name in names if name not in checkpoint.weights.matrices])
+    spared = checkpoint.spared(names)
+    exceptions_of(options, [name for name in names if name not in spared])
 
 
 def exceptions_of(options: QuantizeOptions, names: Collection[str]) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.metrics.readable import warn_unless_readable
@@ -62,7 +63,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     )  # fmt: skip
     model = checkpoint.model()
     warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, options.calibration)
-    items = items_of_model(model, windows, checkpoint.weights.matrices, spent=True)
+    items = items_of_model(model, windows, checkpoint.spared(block_linears(model)), spent=True)
     size = options.target_bits * sum(item.weights for item in items) / 8
     return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, FORMS, size=size)))
 

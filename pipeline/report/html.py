@@ -84,6 +84,6 @@ def _influences(reports: Sequence[Report]) -> list[tuple[str, str]]:
 
     pairs = []
     for artifact, removal in text.removals(reports):
-        numbers = ", ".join(map(str, removal.removed_layers))
-        pairs.append((f"{artifact}: layers {numbers} removed.", plots.influences(removal.influences, removal.removed_layers)))
+        numbers = ", ".join(map(str, removal.gone))
+        pairs.append((f"{artifact}: {removal.what} {numbers} removed.", plots.influences(removal.influences, removal.gone)))
     return pairs

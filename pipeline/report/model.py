@@ -158,6 +158,16 @@ class Report:
         return [layer for step in self.steps if step.removal for layer in step.removal.removed_layers]
 
     @property
+    def parts_removed(self) -> dict[str, int]:
+        """How many layers lost each part, by ``attention`` and ``feed-forward part``."""
+        counts: dict[str, int] = {}
+        for step in self.steps:
+            if step.removal and step.removal.removed_parts:
+                part = step.removal.what.rpartition(" of ")[0]
+                counts[part] = counts.get(part, 0) + len(step.removal.removed_parts)
+        return counts
+
+    @property
     def channels_removed(self) -> float:
         """Share of the feed-forward channels that its narrow steps removed."""
         widths = [step.narrowing.width for step in self.steps if step.narrowing]
@@ -167,8 +177,9 @@ class Report:
     def removed(self) -> str:
         """What is gone, as ``1 layer and 25 % of the channels``; empty where nothing is."""
         count, share = len(self.removed_layers), self.channels_removed
-        layers = f"{count} layer{'s'[: count != 1]}" if count else ""
-        return " and ".join(filter(None, (layers, f"{100 * share:.3g} % of the channels" if share else "")))
+        layers = [f"{count} layer{'s'[: count != 1]}"] if count else []
+        layers += [f"{part} of {lost} layer{'s'[: lost != 1]}" for part, lost in self.parts_removed.items()]
+        return " and ".join([*layers, *([f"{100 * share:.3g} % of the channels"] if share else [])])
 
     @property
     def quantization(self) -> Quantization:

@@ -33,7 +33,7 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
         return ""
     figure, axes = _figure(3.6)
     methods = list(dict.fromkeys(r.quantization.label for r in reports))
-    amounts = sorted({(len(r.removed_layers), r.channels_removed, r.removed) for r in reports})
+    amounts = sorted({(len(r.removed_layers), sum(r.parts_removed.values()), r.channels_removed, r.removed) for r in reports})
     removals = [removed for *_, removed in amounts]
     for number, (x, y) in known.items():
         report = reports[number]

@@ -55,12 +55,28 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Removal:
-    """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer."""
+    """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer.
+
+    removed_parts: layers that lost a part, attention or the feed-forward one; parts: which.
+    """
 
     removed_layers: tuple[int, ...]
     layers: tuple[int, ...]
     criterion: str = "bi"
     influences: tuple[float, ...] = ()
+    parts: str = "blocks"
+    removed_parts: tuple[int, ...] = ()
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Layers that went, or lost a part."""
+        return self.removed_layers or self.removed_parts
+
+    @property
+    def what(self) -> str:
+        """``layers``, ``attention of layers`` or ``feed-forward part of layers``."""
+        part = {"blocks": "", "feed-forward": "feed-forward part of "}.get(self.parts, f"{self.parts} of ")
+        return f"{part}layer{'s'[: len(self.gone) != 1]}"
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or not all(0 <= count <= _MOST_LAYERS for count in self.layers):
@@ -180,11 +196,12 @@ def describe(step: Step) -> str:
         (rows, kept), (before, after) = step.trimming.vocabulary, step.trimming.bits_per_byte
         return f"trim: {kept:,} of {rows:,} tokens kept, bits a byte {before:.4f} -> {after:.4f} in float"
     if step.removal:
-        gone, chosen = step.removal.removed_layers, CHOSEN.get(step.removal.criterion, step.removal.criterion)
+        gone, chosen = step.removal.gone, CHOSEN.get(step.removal.criterion, step.removal.criterion)
+        part = step.removal.what.rpartition("layer")[0]
         if not gone:
-            return f"prune: none of {step.removal.layers[0]} layers removed"
+            return f"prune: {part}none of {step.removal.layers[0]} layers removed"
         named = f"number{'s'[: len(gone) != 1]} {', '.join(map(str, gone))}"
-        return f"prune: {len(gone)} of {step.removal.layers[0]} layers removed, {named} ({chosen})"
+        return f"prune: {part}{len(gone)} of {step.removal.layers[0]} layers removed, {named} ({chosen})"
     if step.healing:
         return _healed(step.healing)
     if step.narrowing:

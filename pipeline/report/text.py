@@ -90,11 +90,11 @@ NOTES = {
 
 def removals(reports: Sequence[Report]) -> list[tuple[str, Removal]]:
     """(artifact, removal) for each different set of removed layers whose influences were measured."""
-    different: dict[tuple[int, ...], tuple[str, Removal]] = {}
+    different: dict[tuple[str, tuple[int, ...]], tuple[str, Removal]] = {}
     for report in reports:
         for step in report.steps:
-            if step.removal and step.removal.influences and step.removal.removed_layers:
-                different.setdefault(step.removal.removed_layers, (report.artifact, step.removal))
+            if step.removal and step.removal.influences and step.removal.gone:
+                different.setdefault((step.removal.parts, step.removal.gone), (report.artifact, step.removal))
     return list(different.values())
 
 
@@ -103,7 +103,7 @@ def influence_lines(reports: Sequence[Report]) -> list[str]:
     lines = []
     for artifact, removal in removals(reports):
         cells = (
-            f"**{i}: {value:.3g} (removed)**" if i in removal.removed_layers else f"{i}: {value:.3g}"
+            f"**{i}: {value:.3g} (removed)**" if i in removal.gone else f"{i}: {value:.3g}"
             for i, value in enumerate(removal.influences)
         )
         lines.append(f"{escaped(artifact)}: {', '.join(cells)}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, unpack_bits
+from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.machine import training_device
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -81,7 +82,8 @@ class Student:
         for name in self.matrices:
             self._parametrize(name)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point()))
+            kind = name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point())
+            parameter.requires_grad_(kind and not within(checkpoint.silent, name))  # what is gone must not come back as a bias
         self.model.to(training_device())
 
     def _parametrize(self, name: str) -> None:

@@ -78,8 +78,8 @@ def test_no_text_judges_what_it_taught(
 
 
 def test_nothing_removed_nothing_healed(reference: Path, tmp_path: Path, options: Callable[..., HealOptions]) -> None:
-    facts = heal_checkpoint(Checkpoint(tmp_path), Checkpoint(reference), list(range(16)), options(reference))
-    assert not facts["accepted"] and facts["why"] == "no layer was removed"
+    facts = heal_checkpoint(Checkpoint(reference), Checkpoint(reference), list(range(16)), options(reference))
+    assert not facts["accepted"] and facts["why"] == "nothing was removed"
 
 
 def test_an_unchanged_checkpoint_is_not_written_again(
