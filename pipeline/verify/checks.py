@@ -164,10 +164,10 @@ def _loads(folder: Path) -> str:
     actual = (layers, decoder.session.get_outputs()[0].shape[-1])
     if configured != actual:
         raise InputError(
-            f"genai_config.json has {configured[0]} layers and {configured[1]} tokens, "
+            f"genai_config.json has {configured[0]} layers with a cache and {configured[1]} tokens, "
             f"but {MODEL} has {actual[0]} and {actual[1]}; export again"
         )
-    return f"onnxruntime {onnxruntime.__version__}, {layers} layers, context of {decoder.context:,} tokens"
+    return f"onnxruntime {onnxruntime.__version__}, caches of {layers} layers, context of {decoder.context:,} tokens"
 
 
 def _generates(folder: Path) -> str:
