@@ -198,7 +198,7 @@ def mapped(seen: Seen) -> Patch:
 
 
 def turned(start: torch.Tensor, features: torch.Tensor, seen: Seen, count: int) -> torch.Tensor:
-    """The change from ``start`` on, by Adam, towards the largest cosine of state + features @ change and target, on ``count`` rows."""
+    """The change from ``start`` on, by Adam, to the largest cosine of state + features @ change and target, on ``count`` rows."""
     found = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([found], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
