@@ -6,7 +6,7 @@ from the layer's index.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +71,14 @@ def rotary_kind(config: PreTrainedConfig, index: int) -> str | None:
     return str(config.layer_types[index]) if by_layer_type(config) else ""
 
 
-def rotary_tables(config: PreTrainedConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Kind -> cosines and sines float32 (positions, half of the rotated dimensions), of every kind that some layer has.
+def rotary_tables(config: PreTrainedConfig, layers: Iterable[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Kind -> cosines and sines float32 (positions, half of the rotated dimensions), of every kind that one of the layers has.
 
     The architecture's own module computes them, scaling included.
     """
     rotary_class = type(build_meta_model(config, Path(config.name_or_path)).model.rotary_emb)
     module, positions, tables = rotary_class(config), torch.arange(config.max_position_embeddings)[None], {}
-    for name in {rotary_kind(config, index) for index in range(config.num_hidden_layers)} - {None}:
+    for name in {rotary_kind(config, index) for index in layers} - {None}:
         with torch.inference_mode():
             cos, sin = module(torch.zeros(1), positions, *([name] if name else []))
         half = cos.shape[-1] // 2  # transformers repeats the table for both halves of a head

@@ -49,7 +49,7 @@ class _Graph:
             [b.input(f"past_key_values.{i}.{part}", b.float, self._cache_shape("past_sequence_length")) for part in parts]
             for i in range(len(attending))
         ]
-        lengths, tables = self._lengths(mask), self._tables()
+        lengths, tables = self._lengths(mask), self._tables(attending)
 
         residual = b.embedding(ids, self.matrix(EMBEDDING), EMBEDDING)
         residual = self._scaled(residual, self.family.embedding_scale(config), f"{EMBEDDING}.scaled")
@@ -94,10 +94,10 @@ class _Graph:
         total = b.op("Gather", [b.op("Shape", [mask], "mask.shape"), b.constant("int64_1", np.array(1))], "mask.total")
         return last, b.op("Cast", [total], "mask.total_sequence_length", to=INT32)
 
-    def _tables(self) -> dict[str | None, list[ir.Value | None]]:
+    def _tables(self, layers: list[int]) -> dict[str | None, list[ir.Value | None]]:
         """Cosines and sines for each kind of rotary embedding, and none for layers without positions."""
         tables: dict[str | None, list[ir.Value | None]] = {None: [None, None]}
-        for kind, (cos, sin) in rotary_tables(self.config).items():
+        for kind, (cos, sin) in rotary_tables(self.config, layers).items():
             suffix = f".{kind}" if kind else ""
             tables[kind] = rotary_values(self.b, suffix, cos, sin)
         return tables

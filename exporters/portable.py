@@ -20,13 +20,13 @@ import torch
 from edgepress.exporters.graph.builder import LAST, Builder
 from edgepress.exporters.graph.builder import block_output as name_of_block_output
 from edgepress.exporters.graph.operators import DOMAIN
-from edgepress.models.families import PARTS
+from edgepress.models.families import FAMILIES, PARTS
 from edgepress.models.rotary import GROWING, switches
 from edgepress.pipeline.checkpoint.blocks import block_output, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.load import reason_of
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.runtime.decoder import SWITCHES
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -84,10 +84,10 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
     if any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters()):
         model.set_experts_implementation("batched_mm")  # the default has no ONNX operator
     with _without_parts(model, checkpoint.silent), _fixed_frequencies(model):
-        past = _sample_cache(model)
+        past = _sample_cache(model, bool(checkpoint.silent))
         traced = _trace(_Flat(model), past)
     _keep_last_positions(traced.graph)
-    _put_packed_in(traced.graph, checkpoint.weights, model, accuracy_level, half)
+    _put_packed_in(traced.graph, checkpoint, model, accuracy_level, half)
     onnxscript.optimizer.optimize_ir(traced)
     del traced.graph.outputs[1 + len(past) :]  # the blocks' outputs keep their names, for exporters/proof/mismatch.py
     # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
@@ -100,14 +100,15 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
     return traced
 
 
-def _sample_cache(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Keys and values (2, heads, 2, head size) of every layer in turn, as the model itself makes them. Raises ModelError."""
+def _sample_cache(model: PreTrainedModel, fewer: bool) -> list[torch.Tensor]:
+    """Keys and values (2, heads, 2, head size) of every layer in turn, as the model itself makes them. Raises ModelError.
+
+    fewer: some layers lack attention, and their caches, the last ones, are never filled.
+    """
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
-    layers = [
-        layer for layer in cache.layers if getattr(layer, "is_initialized", True)
-    ]  # the others lack attention, all at the end
-    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+    layers = [layer for layer in cache.layers if layer.is_initialized] if fewer else cache.layers
+    if not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(
             "some layers keep a state other than keys and values (linear attention), which cannot be exported yet; "
             "choose another model"
@@ -116,14 +117,14 @@ def _sample_cache(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 class _Nothing(torch.nn.Module):
-    """What stands for a silent part: zeros; ``attention``: as attention returns them, with weights that nobody reads."""
+    """What stands for a silent part: a zero; ``attention``: as attention returns it, with weights that nobody reads."""
 
     def __init__(self, attention: bool) -> None:
         super().__init__()
         self.attention = attention
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor, None]:
-        nothing = torch.zeros_like(hidden_states)
+        nothing = hidden_states.new_zeros(1, 1, 1)
         return (nothing, None) if self.attention else nothing
 
 
@@ -133,12 +134,17 @@ def _without_parts(model: PreTrainedModel, silent: Collection[str]) -> Iterator[
     if not silent:
         yield
         return
-    attention = PARTS["attention"].module
-    former = {name: model.get_submodule(name) for name in silent}
+    attention, family = PARTS["attention"].module, FAMILIES[model.config.model_type]
     left = [module for name, module in model.named_modules() if name.endswith(f".{attention}") and name not in silent]
     numbers = [module.layer_idx for module in left]
-    for name in silent:
-        model.set_submodule(name, _Nothing(name.endswith(f".{attention}")))
+    replaced: dict[str, torch.nn.Module] = {name: _Nothing(name.endswith(f".{attention}")) for name in silent}
+    for name in silent:  # the norms on its two ends have nothing to do
+        block, _, part = name.rpartition(".")
+        norms = next((before, after) for sublayer, before, after in family.sublayers() if sublayer == part)
+        replaced |= {f"{block}.{norm}": torch.nn.Identity() for norm in norms if norm}
+    former = {name: model.get_submodule(name) for name in replaced}
+    for name, module in replaced.items():
+        model.set_submodule(name, module)
     for number, module in enumerate(left):
         module.layer_idx = number
     try:
@@ -212,9 +218,10 @@ def _one_line_errors() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _put_packed_in(graph: ir.Graph, weights: Weights, model: PreTrainedModel, accuracy_level: int, half: bool) -> None:
+def _put_packed_in(graph: ir.Graph, checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, half: bool) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
-    packed_names, done = weights.matrices, set[str]()
+    weights = checkpoint.weights
+    packed_names, done = {name for name in weights.matrices if not within(checkpoint.silent, name)}, set[str]()
     # The tracer keeps one name of a tied matrix, and it may be the head's.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     names = {module: name for name, module in model.named_modules()}

@@ -16,7 +16,7 @@ from edgepress.models.rotary import grows, switches
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.parts import parameters_left
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
@@ -41,6 +41,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         raise OptionError(
             f"{options.reference} has a different tokenizer from {source.path}; give the checkpoint that it was made from"
         )
+    if not architecture.attending_layers(checkpoint.config, checkpoint.silent):
+        raise ModelError("no layer of this model has attention any more, so nothing would see the text; remove fewer parts")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
     # A trace needs all weights at once; a comparison reads one matrix at a time.

@@ -28,9 +28,9 @@ CRITERIA = {
     "angular": "the contiguous run of least angular distance",
     "list": "those named by --remove-layers",
 }
-# What prune removes; those that are parts are the keys of models.families.PARTS, which would load transformers.
 BLOCKS = "blocks"
-PARTS = {
+# What prune removes. But for whole blocks the keys of models.families.PARTS, which would load transformers.
+REMOVABLE = {
     BLOCKS: "whole decoder blocks",
     "attention": "the attention of some blocks, whose feed-forward part stays",
     "feed-forward": "the feed-forward part of some blocks, whose attention stays",
@@ -140,7 +140,7 @@ class ImportOptions(Options):
 class PruneOptions(Options):
     """Remove decoder blocks, or parts of them: those of least Block Influence, or of least measured cost."""
 
-    parts: str = option(BLOCKS, "what goes", PARTS)
+    parts: str = option(BLOCKS, "what goes", REMOVABLE)
     criterion: str | None = option(
         None,
         "how layers are chosen (default: healed; greedy in a build that does not heal, and with --max-loss outside a build; "
@@ -148,7 +148,7 @@ class PruneOptions(Options):
         CRITERIA,
     )
     remove_count: int | None = option(None, "how many decoder blocks, or parts of blocks, to remove", at_least=0)
-    remove_fraction: float | None = option(None, "share of the blocks to remove, rounded down, at least one")
+    remove_fraction: float | None = option(None, "share of the blocks or parts that are left, rounded down, at least one")
     max_loss: float | None = option(
         None,
         "remove only as long as the loss on held-out text, healed where that chooses, grows by at most so many nats a token",
@@ -211,8 +211,11 @@ class PruneOptions(Options):
         count, layers = len(named) if named else self.remove_count, layers - len(absent)
         if count is None:
             count = layers - 1 if self.remove_fraction is None else max(1, int(layers * self.remove_fraction))
+        what = "layers" if self.parts == BLOCKS else f"{self.parts} parts" if self.parts == "feed-forward" else "layers' attention"
+        if not layers:
+            raise OptionError(f"no layer has its {self.parts} part any more; leave --parts out")
         if count >= layers:
-            raise OptionError(f"cannot remove {count} of {layers} layers; one must stay, so at most {layers - 1} can go")
+            raise OptionError(f"cannot remove {count} of {layers} {what}; one must stay, so at most {layers - 1} can go")
         return count
 
 

@@ -23,6 +23,7 @@ from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory, release_memory
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
+    BLOCKS,
     SELF,
     BenchOptions,
     ExportOptions,
@@ -177,7 +178,7 @@ def _check_ahead(source: Path, ahead: Plan) -> None:
     """The same of what takes seconds to look up, by the stages that will run. Raises what they raise."""
     removed = 0
     for name, options in ahead:
-        if isinstance(options, PruneOptions) and options.max_loss is None:
+        if isinstance(options, PruneOptions) and options.max_loss is None and options.parts == BLOCKS:
             config = read_config(source)
             removed = options.amount(config[layer_count_key(config)])
         if foresee := STAGES[name].foresee:

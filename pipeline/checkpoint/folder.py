@@ -65,7 +65,7 @@ class Checkpoint:
     @cached_property
     def silent(self) -> frozenset[str]:
         """Names of the parts of blocks that write nothing, as ``model.layers.3.self_attn``: see parts.py."""
-        return silent_parts(self.weights, self.raw_config)
+        return silent_parts(self.weights, self.config)
 
     def spared(self, matrices: Iterable[str]) -> frozenset[str]:
         """Which of the block matrices no quantizer takes: those that have codes already, and those of silent parts."""

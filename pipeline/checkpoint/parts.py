@@ -10,8 +10,7 @@ from collections.abc import Collection
 
 from edgepress.models.families import FAMILIES, PARTS
 from edgepress.pipeline.checkpoint.weights import Weights
-from edgepress.pipeline.files import JsonObject
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _BLOCKS = "model.layers"  # in every family of the fused graph
 
@@ -36,25 +35,26 @@ def part_name(index: int, part: str) -> str:
     return f"{_BLOCKS}.{index}.{PARTS[part].module}"
 
 
-def silent_parts(weights: Weights, config: JsonObject) -> frozenset[str]:
+def silent_parts(weights: Weights, config: PreTrainedConfig) -> frozenset[str]:
     """Names of the parts whose output is zero, whatever enters.
 
     Packed matrices are never silent: quantize leaves zeros as they are.
     """
-    if not has_parts(str(config.get("model_type"))):
+    if not has_parts(config.model_type):
         return frozenset()
     outputs = {
         part_name(index, part): f"{part_name(index, part)}.{PARTS[part].output}"
-        for index in range(config["num_hidden_layers"])
+        for index in range(config.num_hidden_layers)
         for part in PARTS
     }
     return frozenset(name for name, output in outputs.items() if _is_zero(weights, output))
 
 
 def _is_zero(weights: Weights, matrix: str) -> bool:
-    if f"{matrix}.weight" not in weights or matrix in weights.matrices:
-        return False
-    return all(weights.index.is_zero(name) for name in (f"{matrix}.weight", f"{matrix}.bias") if name in weights)
+    for name in (matrix, matrix.split(".", 1)[-1]):  # some checkpoints omit the base model's prefix
+        if f"{name}.weight" in weights and name not in weights.matrices:
+            return all(weights.index.is_zero(tensor) for tensor in (f"{name}.weight", f"{name}.bias") if tensor in weights)
+    return False
 
 
 def within(parts: Collection[str], name: str) -> bool:

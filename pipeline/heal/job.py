@@ -53,7 +53,15 @@ class HealJob:
         return np.cumsum([0, *map(len, self.windows)])
 
 
-def gaps_of(kept: list[int], layers: int, lacking: Collection[int] = ()) -> list[Gap]:
-    """The gaps in a list of kept block indices of a model with ``layers``. lacking: those of the pruned model that lack a part."""
-    ends = [-1, *kept, layers]
-    return [Gap(i - 1, ends[i + 1]) for i in range(len(kept) + 1) if ends[i + 1] - ends[i] > 1 or i - 1 in lacking]
+def gaps_of(kept: list[int], layers: int, lacking: Collection[int] = (), empty: Collection[int] = ()) -> list[Gap]:
+    """The gaps in a list of kept block indices of a model with ``layers``.
+
+    lacking: those of the pruned model that lack a part; empty: that lack both, and are as good as removed.
+    """
+    places = [(-1, -1), *((index, former) for index, former in enumerate(kept) if index not in empty)]
+    following = [*(former for _, former in places[1:]), layers]
+    return [
+        Gap(index, after)
+        for (index, former), after in zip(places, following, strict=True)
+        if after - former > 1 or index in lacking
+    ]

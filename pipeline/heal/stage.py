@@ -80,13 +80,12 @@ def heal_checkpoint(pruned: Checkpoint, original: Checkpoint, kept: list[int], o
 
 def _gaps(pruned: Checkpoint, original: Checkpoint, kept: list[int]) -> list[Gap]:
     """Where layers were removed, and which of the ``kept`` ones lack a part that they had."""
-    lacking = {
-        index
+    lost = [
+        [part for part in PARTS if part_name(index, part) in pruned.silent and part_name(former, part) not in original.silent]
         for index, former in enumerate(kept)
-        for part in PARTS
-        if part_name(index, part) in pruned.silent and part_name(former, part) not in original.silent
-    }
-    return gaps_of(kept, original.layers, lacking)
+    ]
+    empty = {index for index, parts in enumerate(lost) if len(parts) == len(PARTS)}
+    return gaps_of(kept, original.layers, {index for index, parts in enumerate(lost) if parts} - empty, empty)
 
 
 @contextmanager

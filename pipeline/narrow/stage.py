@@ -12,6 +12,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.least_squares import Sums
+from edgepress.pipeline.checkpoint.parts import parameters_left
 from edgepress.pipeline.checkpoint.residual import residual_factor
 from edgepress.pipeline.checkpoint.update import carry_files, replace_tensors, stored_dtype, stored_dtypes
 from edgepress.pipeline.errors import ModelError, OptionError, ProofError
@@ -68,7 +69,7 @@ def narrow(source: Artifact, out: Path, options: NarrowOptions) -> JsonObject:
     fit, held_out = calibration(source.path, options, WINDOW)
     blocks = Blocks(checkpoint.model())
     _check_blocks(blocks, fit[0][:32])
-    before, parameters = mean_loss(blocks, held_out), blocks.model.num_parameters()
+    before, parameters = mean_loss(blocks, held_out), parameters_left(blocks.model, checkpoint.silent)
     warn_unless_readable(before, blocks.model.config.get_text_config().vocab_size, options.calibration)
     log.info("narrow: %s of %s channels stay in each of %d blocks", f"{kept:,}", f"{feed.width:,}", len(blocks))
     chosen = _cut(blocks, feed, kept, fit, dtypes, options.refit)
@@ -87,7 +88,7 @@ def narrow(source: Artifact, out: Path, options: NarrowOptions) -> JsonObject:
         "width": [feed.width, kept],
         "refit": options.refit,
         "channels": {"file": TABLE, "sha256": sha256(out / TABLE)},
-        "parameters": [parameters, written.meta_model().num_parameters()],
+        "parameters": [parameters, parameters_left(written.meta_model(), written.silent)],
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
         "held_out_perplexity": perplexities,
         "calibration": {

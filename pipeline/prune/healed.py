@@ -161,9 +161,10 @@ class HealedTrials(Trials):
 
 
 def can_heal(blocks: Blocks, window: np.ndarray) -> bool:
-    """Whether the last matrix of a block, of one in the middle, can be solved for."""
+    """Whether the last matrix of a block can be solved for: of one in the middle that writes anything."""
+    writing = [i for i, block in enumerate(blocks.modules) if any(p.ndim == 2 and p.any() for p in block.parameters())]
     try:
-        last_matrix(blocks, len(blocks) // 2, torch.from_numpy(window)[None, :32])
+        last_matrix(blocks, writing[len(writing) // 2], torch.from_numpy(window)[None, :32])
     except ModelError:
         return False
     return True

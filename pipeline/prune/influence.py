@@ -108,9 +108,7 @@ class _Meter:
             self._enter(index + 1, block_output(output))
             after, after_norm = self._states[-1]
             change = self._sums(1 - cosine(before, after, before_norm, after_norm))
-            if not np.isfinite(change).all():
-                raise ModelError(f"the output of layer {index} is not finite (NaN or Inf); the checkpoint is broken there")
-            self.changes[-1][:, index] = change
+            self.changes[-1][:, index] = check_finite(change, index)
 
         return measure
 
@@ -126,6 +124,13 @@ class _Meter:
     def _sums(self, values: torch.Tensor) -> np.ndarray:
         """Over the real tokens of each window, float64 (batch,)."""
         return values.masked_fill(~self._real, 0).double().sum(1).numpy()
+
+
+def check_finite(change: np.ndarray, index: int) -> np.ndarray:
+    """What layer ``index`` changes, as it is. Raises ModelError where that is no number."""
+    if not np.isfinite(change).all():
+        raise ModelError(f"the output of layer {index} is not finite (NaN or Inf); the checkpoint is broken there")
+    return change
 
 
 def cosine(

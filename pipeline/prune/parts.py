@@ -18,7 +18,7 @@ from edgepress.pipeline.files import write_json
 from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.prune.healed import Gap, HealedTrials
-from edgepress.pipeline.prune.influence import Influence, cosine, measure_influence
+from edgepress.pipeline.prune.influence import Influence, check_finite, cosine, measure_influence
 from transformers import PreTrainedModel
 
 
@@ -90,8 +90,8 @@ class _Meter:
     def _hook(self, index: int) -> Callable[[torch.nn.Module, BlockArgs, dict[str, object], BlockOutput], None]:
         def measure(module: torch.nn.Module, args: BlockArgs, kwargs: dict[str, object], output: BlockOutput) -> None:
             other = block_input(args, kwargs) if self.first else block_output(output)
-            change = (1 - cosine(self._between, other.float())).masked_fill(~self._real, 0)
-            self.changes[-1][:, index] = change.double().sum(1).numpy()
+            turned = (1 - cosine(self._between, other.float())).masked_fill(~self._real, 0)
+            self.changes[-1][:, index] = check_finite(turned.double().sum(1).numpy(), index)
 
         return measure
 
@@ -127,5 +127,6 @@ def silence(source: Checkpoint, out: Path, part: str, removed: Sequence[int]) ->
     carry_files(source.path, out, source.trust_remote_code)
     write_json(out / "config.json", source.raw_config)
     gone = [part_name(index, part) for index in removed]
-    names = [name for name, shape in source.shapes.items() if within(gone, name) and (len(shape) == 2 or name.endswith(".bias"))]
-    replace_tensors(out, {name: torch.zeros(source.shapes[name]) for name in names})
+    parameters = source.meta_model().named_parameters()
+    zeros = {name: torch.zeros(p.shape) for name, p in parameters if within(gone, name) and (p.ndim == 2 or name.endswith(".bias"))}
+    replace_tensors(out, zeros)

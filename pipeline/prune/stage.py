@@ -41,7 +41,6 @@ class _Plan:
     """
 
     parts: str
-
     influence: Influence
     choice: Choice
     config: JsonObject
@@ -63,14 +62,17 @@ def prune(source: Artifact, out: Path, options: PruneOptions) -> JsonObject:
     layers, absent = checkpoint.layers, _absent(checkpoint, options.parts)
     options.amount(layers, absent)  # what is impossible is refused before minutes are spent on measuring
     read = checkpoint.remarks("prune")
-    if len(options.remove_layers) == 1:  # --remove-layers used to take a count
+    if len(options.remove_layers) == 1 and options.parts == BLOCKS:  # --remove-layers used to take a count
         log.info("prune: removing the layer with index %d (for a number of layers: --remove-count)", options.remove_layers[0])
     if options.remove_layers and options.parts == BLOCKS:
+        _check_attention(checkpoint, options.remove_layers)
         pruned_config(checkpoint, _others(layers, options.remove_layers))
     options = with_text(options, source.path)
     ranking, held_out = calibration(source.path, options)
     other = other_halves(source.path, options) if options.criterion == "healed" else None
     plan = _plan(checkpoint, options, absent, ranking, held_out, other)
+    if options.parts == BLOCKS:
+        _check_attention(checkpoint, plan.choice.removed)
     if plan.choice.removed:
         parameters, loss = _written(checkpoint, source.family, out, plan, held_out)
     else:
@@ -111,6 +113,16 @@ def _absent(checkpoint: Checkpoint, part: str) -> list[int]:
             f"--parts {part} is for architectures of the fused graph ({', '.join(known_with_parts())}), not {kind}; leave it out"
         )
     return [index for index in range(checkpoint.layers) if part_name(index, part) in checkpoint.silent]
+
+
+def _check_attention(checkpoint: Checkpoint, removed: Sequence[int]) -> None:
+    """Raise ModelError where all layers that would stay have lost their attention: nothing would see the text."""
+    kept = _others(checkpoint.layers, removed)
+    if checkpoint.silent and all(part_name(index, "attention") in checkpoint.silent for index in kept):
+        raise ModelError(
+            f"without layers {', '.join(map(str, removed))} no layer would have attention, which others lost before; "
+            "remove other layers, by --remove-layers"
+        )
 
 
 def _plan(
@@ -167,11 +179,12 @@ def _prove(plan: _Plan, pruned: torch.nn.Module, family: str) -> None:
     with torch.inference_mode():
         logits = pruned(input_ids=plan.probe, use_cache=False).logits
     assert plan.logits is not None
+    whole = plan.parts == BLOCKS
     if not torch.equal(logits, plan.logits):
         raise ProofError(
-            f"without layers {plan.choice.removed} the written checkpoint's logits differ from the original's with those layers "
-            f"skipped (largest difference {float((logits - plan.logits).abs().max()):.3g}); {family} keeps per-layer settings that "
-            "its config cannot express for these layers, so nothing was written; remove other layers"
+            f"without {_of(plan)}layers {plan.choice.removed} the written checkpoint's logits differ from the original's with "
+            f"those skipped (largest difference {float((logits - plan.logits).abs().max()):.3g}), so nothing was written; "
+            + (f"{family} keeps per-layer settings that its config cannot express; remove other layers" if whole else "report this")
         )
 
 
@@ -190,13 +203,15 @@ def _others(layers: int, removed: Sequence[int]) -> list[int]:
 
 def _report(plan: _Plan, layers: int, perplexities: list[float]) -> None:
     (before, after), removed = perplexities, plan.choice.removed
-    what = "" if plan.parts == BLOCKS else f"the {plan.parts} {'part ' * (plan.parts != 'attention')}of "
     summary = "prune: %s%d of %d layers removed (%s); perplexity of held-out calibration text %.4g -> %.4g"
-    log.info(summary, what, len(removed), layers, ", ".join(map(str, removed)) or "none", before, after)
+    log.info(summary, _of(plan), len(removed), layers, ", ".join(map(str, removed)) or "none", before, after)
     if after > WORRYING * before:
-        log.warning(
-            "warning: without these layers the model is badly degraded; remove fewer or none, or set a limit: --max-loss 0.1"
-        )
+        log.warning("warning: without them the model is badly degraded; remove fewer or none, or set a limit: --max-loss 0.1")
+
+
+def _of(plan: _Plan) -> str:
+    """``the attention of ``; empty for whole layers."""
+    return {BLOCKS: "", "feed-forward": "the feed-forward part of "}.get(plan.parts, f"the {plan.parts} of ")
 
 
 def _choice_facts(options: PruneOptions, plan: _Plan, layers: int) -> JsonObject:

@@ -113,7 +113,7 @@ def _why_lost(job: QuantizeJob) -> str:
     family = job.checkpoint.raw_config.get("model_type")
     if family not in RESUMABLE:
         return f" (gptqmodel can resume only {' and '.join(RESUMABLE)}, and this is {family})"
-    spared = job.untouched & job.checkpoint.spared(job.untouched)
+    spared = job.checkpoint.spared(job.untouched)
     because = ("--keep-codes" if spared & job.checkpoint.weights.matrices else "--parts") if spared else "--bits-for"
     return "" if _resumable(job) else f" ({because} cannot be resumed)"
 

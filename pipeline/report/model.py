@@ -163,8 +163,8 @@ class Report:
         counts: dict[str, int] = {}
         for step in self.steps:
             if step.removal and step.removal.removed_parts:
-                part = step.removal.what.rpartition(" of ")[0]
-                counts[part] = counts.get(part, 0) + len(step.removal.removed_parts)
+                part, lost = step.removal.part, len(step.removal.removed_parts)
+                counts[part] = counts.get(part, 0) + lost
         return counts
 
     @property

@@ -49,7 +49,7 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
     axes.margins(0.1)
     handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=_literal(m))[0] for i, m in enumerate(methods)]
     handles += [
-        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=f"{removed or 'no layer'} removed")[0]
+        axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=_literal(f"{removed or 'no layer'} removed"))[0]
         for i, removed in enumerate(removals)
     ]
     handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="Pareto frontier")[0]]
@@ -63,7 +63,7 @@ def influences(values: Sequence[float], removed: Sequence[int]) -> str:
 
 
 def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
-    """Block Influence of every layer, the removed ones in another colour."""
+    """Influence of every layer, or of a part of each, the removed ones in another colour."""
     figure, axes = _figure(2.4)
     colours = [_REMOVED if i in removed else _KEPT for i in range(len(values))]
     axes.bar(range(len(values)), values, color=colours)
@@ -71,7 +71,7 @@ def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
         axes.set_yscale("log")
     axes.set_xticks(range(0, len(values), max(1, len(values) // 16)))
     axes.set_xlabel("layer")
-    axes.set_ylabel("Block Influence")
+    axes.set_ylabel("influence")
     axes.bar([0], [0], color=_REMOVED, label="removed")
     axes.bar([0], [0], color=_KEPT, label="kept")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

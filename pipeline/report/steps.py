@@ -53,6 +53,10 @@ class Narrowing:
     refit: bool = True
 
 
+# What a removal took of each layer, in words.
+_PARTS = {"blocks": "", "attention": "attention", "feed-forward": "feed-forward part"}
+
+
 @dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer.
@@ -75,12 +79,18 @@ class Removal:
     @property
     def what(self) -> str:
         """``layers``, ``attention of layers`` or ``feed-forward part of layers``."""
-        part = {"blocks": "", "feed-forward": "feed-forward part of "}.get(self.parts, f"{self.parts} of ")
-        return f"{part}layer{'s'[: len(self.gone) != 1]}"
+        return f"{self.part and f'{self.part} of '}layer{'s'[: len(self.gone) != 1]}"
+
+    @property
+    def part(self) -> str:
+        """``attention``, ``feed-forward part``, or empty for whole layers."""
+        return _PARTS[self.parts]
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or not all(0 <= count <= _MOST_LAYERS for count in self.layers):
             raise ValueError("layers are not their number before and after")
+        if self.parts not in _PARTS:
+            raise ValueError("parts of a kind that nobody knows")
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ def describe(step: Step) -> str:
         return f"trim: {kept:,} of {rows:,} tokens kept, bits a byte {before:.4f} -> {after:.4f} in float"
     if step.removal:
         gone, chosen = step.removal.gone, CHOSEN.get(step.removal.criterion, step.removal.criterion)
-        part = step.removal.what.rpartition("layer")[0]
+        part = step.removal.part and f"{step.removal.part} of "
         if not gone:
             return f"prune: {part}none of {step.removal.layers[0]} layers removed"
         named = f"number{'s'[: len(gone) != 1]} {', '.join(map(str, gone))}"

@@ -140,7 +140,8 @@ def _gained(report: Report, same: Report) -> str:
 
 
 def _all(report: Report) -> str:
-    return "all layers and channels" if report.channels_removed else "all layers"
+    whole = " whole" * bool(report.parts_removed)
+    return f"all layers{whole} and channels" if report.channels_removed else f"all layers{whole}"
 
 
 def _speed(report: Report, same: Report) -> str:

@@ -13,6 +13,7 @@ from edgepress.models.pruned_config import with_size
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.parts import parameters_left
 from edgepress.pipeline.checkpoint.update import carry_files, replace_tensors
 from edgepress.pipeline.errors import ModelError, ProofError, TextError
 from edgepress.pipeline.files import JsonObject, folder_bytes, read_json, sha256, write_json
@@ -64,7 +65,7 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     model = checkpoint.model()
     before, window = bits_per_byte(model, checkpoint.tokenizer, text), _probe(checkpoint.tokenizer, text, former)
     truth = _computed(model, window)
-    parameters = model.num_parameters()
+    parameters = parameters_left(model, checkpoint.silent)
     del model
     release_memory()
     _write(checkpoint, out, smaller, former, names)
@@ -74,18 +75,19 @@ def trim(source: Artifact, out: Path, options: TrimOptions) -> JsonObject:
     )
     new = {number: place for place, number in enumerate(former)}
     model = trimmed.model()
+    left = parameters_left(model, trimmed.silent)
     difference = _prove_logits(truth, _computed(model, np.array([new[i] for i in window])), former)
     after = bits_per_byte(model, trimmed.tokenizer, text)
     log.info(
         "trim: %.4g -> %.4g million parameters; bits a byte of %s %.4f -> %.4f (%+.1f %%), its tokens %+.1f %%",
-        parameters / 1e6, model.num_parameters() / 1e6, options.text.name, before.bits, after.bits,
+        parameters / 1e6, left / 1e6, options.text.name, before.bits, after.bits,
         100 * (after.bits / before.bits - 1), 100 * (after.tokens / before.tokens - 1),
     )  # fmt: skip
     return read | {
         "vocabulary": [rows, len(former)],
         "scripts": sorted(wish.scripts),
         "former_ids": {"file": TABLE, "sha256": sha256(out / TABLE)},
-        "parameters": [parameters, model.num_parameters()],
+        "parameters": [parameters, left],
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
         "bits_per_byte": [round(before.bits, 5), round(after.bits, 5)],
         "tokens": [before.tokens, after.tokens],

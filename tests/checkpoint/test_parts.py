@@ -36,7 +36,7 @@ def model(random_model: Model, tmp_path: Path) -> Path:
 
 
 def test_the_options_name_the_parts_that_there_are() -> None:
-    assert set(options.PARTS) == {options.BLOCKS, *PARTS}
+    assert set(options.REMOVABLE) == {options.BLOCKS, *PARTS}
 
 
 def test_an_output_of_zeros_is_a_silent_part(model: Path) -> None:
@@ -50,6 +50,13 @@ def test_one_number_that_is_not_zero_keeps_a_part(model: Path) -> None:
     almost[-1, -1] = 1e-30
     replace_tensors(model, {f"{ATTENTION}.o_proj.weight": almost})
     assert Checkpoint(model).silent == frozenset()
+
+
+def test_zeros_with_a_sign_are_zeros(model: Path) -> None:
+    """As multiplying by zero leaves them, and a GGUF file of Q4_0."""
+    name = f"{ATTENTION}.o_proj.weight"
+    replace_tensors(model, {name: -torch.zeros(Checkpoint(model).shapes[name])})
+    assert Checkpoint(model).silent == {ATTENTION}
 
 
 def test_a_bias_keeps_a_part(random_model: Model, tmp_path: Path) -> None:

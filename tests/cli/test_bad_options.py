@@ -34,6 +34,9 @@ OPTIONS = [
     ("prune --max-loss nan", ("--max-loss takes a number",)),
     ("prune --remove-layers 1 --shortlist 0", ("--shortlist must be at least 1",)),
     ("prune --remove-layers 1 --calibration-tokens 9000000", ("too short", "9000000 were asked for", "ask for fewer")),
+    ("prune --parts heads --remove-count 1", ("unknown parts 'heads'", "attention, feed-forward")),
+    ("prune --parts attention --remove-count 1 --criterion angular", ("--criterion angular looks at runs", "greedy")),
+    ("prune --parts attention --remove-count 4", ("cannot remove 4 of 4 layers' attention", "at most 3")),
     ("build --remove-layers 1,7", ("no layer 7 in a model of 4",)),
     ("quantize --method gtpq", ("unknown method 'gtpq'", "did you mean 'gptq'?")),
     ("quantize --bits 5", ("--bits", "2, 3, 4, 8", "5")),
@@ -67,6 +70,11 @@ OPTIONS = [
     # Known before the first stage runs.
     ("build --method rtn --remove-layers 1 --bits-for REGEX=4/32", ("'REGEX=4/32' is the first match of no matrix", "correct")),
     ("build --method rtn --remove-layers 1 --bits-for .*layers.3.*=8", ("first match of no matrix", "model.layers.0.", "correct")),
+    # A layer without its attention keeps its number.
+    (
+        "build --method rtn --parts attention --remove-layers 1 --bits-for .*layers.3.*=8 --threads 100000",
+        ("100000 threads", "processors of this machine", "at most"),
+    ),
     ("build --method rtn --remove-layers 1 --threads 100000", ("100000 threads", "processors of this machine", "at most")),
 ]
 

@@ -78,7 +78,8 @@ def test_no_text_judges_what_it_taught(
 
 
 def test_nothing_removed_nothing_healed(reference: Path, tmp_path: Path, options: Callable[..., HealOptions]) -> None:
-    facts = heal_checkpoint(Checkpoint(reference), Checkpoint(reference), list(range(16)), options(reference))
+    copy = shutil.copytree(reference, tmp_path / "copy")
+    facts = heal_checkpoint(Checkpoint(copy), Checkpoint(reference), list(range(16)), options(reference))
     assert not facts["accepted"] and facts["why"] == "nothing was removed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,15 +19,18 @@ from edgepress.pipeline.checkpoint.least_squares import add_to
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.parts import part_name, within
 from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.files import read_json
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of, mean_loss
-from edgepress.pipeline.options import HealOptions, PruneOptions
+from edgepress.pipeline.options import ExportOptions, HealOptions, PruneOptions
 from edgepress.pipeline.prune.criteria import Search, bi, choose, greedy
 from edgepress.pipeline.prune.parts import HealedPartTrials, Parts, influence_of
+from edgepress.pipeline.recipe import _removes
 from edgepress.pipeline.text.windows import text_windows
-from families import family_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from families import TINY, family_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 QUICK = {"calibration_tokens": 4096, "greedy_tokens": 256, "shortlist": 3}
 
@@ -156,3 +160,45 @@ def test_healing_lets_the_other_part_make_up_for_it(tmp_path: Path, windows: lis
     }
     assert facts["accepted"] and Checkpoint(healed.path).silent == gone
     assert mean_loss(load_model(healed.path), windows[:8]) < mean_loss(load_model(made.path), windows[:8])
+
+
+def test_names_without_the_prefix_of_the_base_model(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As a base model's checkpoint has them: removed, seen, and computed without all the same."""
+    model = random_model(LlamaConfig(**TINY), tmp_path / "model")
+    file = model / "model.safetensors"
+    save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    made = stages.run("prune", Artifact.load(model), tmp_path / "out", PruneOptions(parts="attention", remove_layers=(1,), **QUICK))
+    assert Checkpoint(made.path).silent == {part_name(1, "attention")}
+    assert not load_file(made.path / "model.safetensors")["layers.1.self_attn.q_proj.weight"].any()
+
+
+def test_some_attention_has_to_stay(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Over several removals, too: without any no token would see another."""
+    model = random_model(LlamaConfig(**TINY), tmp_path / "model")
+    few = PruneOptions(parts="attention", remove_layers=(0, 1, 2), **QUICK)
+    made = stages.run("prune", Artifact.load(model), tmp_path / "few", few)
+    with pytest.raises(ModelError, match="without layers 3 no layer would have attention"):
+        stages.run("prune", made, tmp_path / "refused", PruneOptions(remove_layers=(3,), **QUICK))
+    output = "model.layers.3.self_attn.o_proj.weight"
+    replace_tensors(made.path, {output: torch.zeros(Checkpoint(made.path).shapes[output])})
+    made = Artifact.load(shutil.copytree(made.path, tmp_path / "blind", ignore=shutil.ignore_patterns("manifest.json")))
+    with pytest.raises(ModelError, match="no layer of this model has attention any more"):
+        stages.run("export", made, tmp_path / "onnx", ExportOptions())
+    with pytest.raises(OptionError, match="no layer has its attention part any more"):
+        stages.run("prune", made, tmp_path / "more", PruneOptions(parts="attention", remove_count=1, **QUICK))
+
+
+def test_a_part_that_is_no_number_is_named(windows: list[np.ndarray]) -> None:
+    model = load_model(REFERENCE)
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight.mul_(1e38)
+    with pytest.raises(ModelError, match="layer 4 is not finite"):
+        influence_of(Parts(model, "feed-forward", ()), windows[:1])
+
+
+def test_a_removed_part_is_a_change(tmp_path: Path) -> None:
+    """It decides what a build's report shows, and whether a build is compared with the whole model."""
+    made = stages.run(
+        "prune", Artifact.load(REFERENCE), tmp_path / "out", PruneOptions(parts="attention", remove_layers=(3,), **QUICK)
+    )
+    assert made.changed and _removes(made.steps[-1])

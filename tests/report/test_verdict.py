@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 from edgepress.pipeline.report.comparison import losing
+from edgepress.pipeline.report.html import html
 from edgepress.pipeline.report.model import Figure, Report, StageRow
-from edgepress.pipeline.report.steps import Step
+from edgepress.pipeline.report.steps import Step, describe
 from edgepress.pipeline.report.text import markdown
 from edgepress.pipeline.report.verdict import verdict
 from made_up import PRUNED, WHOLE, a_report, content_of
@@ -31,6 +32,22 @@ def test_pruning_that_loses_is_the_first_line(baseline: Report, says: str) -> No
     (first, *_) = verdict([PRUNED, WHOLE, baseline])
     assert first.startswith("Pruning does not pay off") and says in first and baseline.artifact in first
     assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning does not pay off")
+
+
+def test_parts_of_blocks_are_named() -> None:
+    """In the verdict, in the steps, and in the manifest's copy of the facts."""
+    facts = {"removed_layers": [], "parts": "feed-forward", "removed_parts": [1, 2], "layers": [4, 4], "criterion": "healed"}
+    steps = (Step("prune", {}, facts), *PRUNED.steps[1:])
+    parts = replace(PRUNED, steps=steps)
+    assert parts.removed == "feed-forward part of 2 layers" and parts.removed_layers == []
+    (first, *_) = verdict([parts, WHOLE])
+    assert "without feed-forward part of 2 layers 12.5 % smaller" in first and "the same with all layers whole" in first
+    assert describe(steps[0]).startswith("prune: feed-forward part of 2 of 4 layers removed, numbers 1, 2 (")
+    prune = Step("prune", {}, facts | {"influences": [0.5, 0.1, 0.02, 0.3]})
+    assert "feed-forward part of layers 1, 2 removed" in html(content_of(replace(parts, steps=(prune, *steps[1:])), WHOLE))
+    for kind in ("$x^$", "whole"):
+        with pytest.raises(ValueError, match="nobody knows"):
+            Step("prune", {}, facts | {"parts": kind})
 
 
 def test_noise_is_no_proof_that_pruning_loses() -> None:
