@@ -195,8 +195,9 @@ class PruneOptions(Options):
     def resolved(self) -> PruneOptions:
         """The same with the criterion in force, as it is recorded."""
         # A limit holds for what is written, where nothing is known of a heal stage.
-        chosen = "list" if self.remove_layers else "healed" if self.max_loss is None else "greedy"
-        return dataclasses.replace(self, criterion=self.criterion or chosen)
+        chosen = self.criterion or ("list" if self.remove_layers else "healed" if self.max_loss is None else "greedy")
+        # What nothing reads must not make a finished stage look like another.
+        return dataclasses.replace(self, criterion=chosen, other_text=self.other_text if chosen == "healed" else OTHER_TEXT)
 
     def amount(self, layers: int, absent: Sequence[int] = ()) -> int:
         """Blocks or parts to remove from a model of ``layers``, at most; OptionError when none would be left or one is not there.

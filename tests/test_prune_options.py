@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +87,11 @@ def test_a_flag_for_bits_replaces_the_recipes_own_way(flag: str, value: float, g
     """Ways to say it exclude each other, and who gave one flag gave one way."""
     ((_, options),) = plan({"quantize": {"method": "gptq", **given}}, {flag: value})
     assert getattr(options, flag) == value
+
+
+def test_a_text_that_nothing_reads_is_no_difference(tmp_path: Path) -> None:
+    """A stage that is done is not done again for it."""
+    one, other = (PruneOptions(remove_count=1, criterion="greedy", other_text=text) for text in (tmp_path / "a", tmp_path / "b"))
+    assert one.resolved() == other.resolved()
+    healed = (PruneOptions(remove_count=1, other_text=text).resolved() for text in (tmp_path / "a", tmp_path / "b"))
+    assert len(set(healed)) == 2

@@ -30,11 +30,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Round:
-    """One removal by ``greedy`` or ``healed``: the block removed, the KL of each candidate in nats a token, and the seconds."""
+    """One removal by ``greedy`` or ``healed``: the block removed, the KL of each candidate in nats a token, and the seconds.
+
+    healed: the candidates that something could make up for; the KL of the others is as they go.
+    """
 
     removed: int
     kl: dict[int, float]
     seconds: float
+    healed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Gener
         trials.remove(best)
         removed = sorted([*removed, best])
         seconds = search.count(len(candidates), begun)
-        search.rounds.append(Round(best, costs, seconds))
+        search.rounds.append(Round(best, costs, seconds, trials.healed))
         log.info(
             "%s: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",
             name, best, costs[best], len(candidates), _runner_up(costs, best), seconds,

@@ -19,6 +19,7 @@ from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.least_squares import Sums, Target, add_to, inputs_of, last_matrix
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.metrics.torch_scores import batches
+from edgepress.pipeline.progress import progress
 from edgepress.pipeline.prune.trials import Trials
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +54,11 @@ class HealedTrials(Trials):
         self._former: dict[torch.Tensor, torch.Tensor] = {}  # weights that were changed, and what they were
         self._targets: dict[int, Target | None] = {}  # the last matrix of each block that was asked for
         self._found: dict[int, _Change] = {}
+
+    @property
+    def healed(self) -> list[int]:
+        """The candidates of the last ``costs`` that something could make up for; the others were judged as they go."""
+        return sorted(self._found)
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
         """As Trials', once each candidate that can be is made up for."""
@@ -133,7 +139,7 @@ class HealedTrials(Trials):
         """
         hidden = self.blocks.model.config.get_text_config().hidden_size
         sums = {index: Sums.empty(inputs_of(_linear(target)), hidden, torch.float32) for index, target in targets.items()}
-        for ids, real in self._fitting:
+        for ids, real in progress(self._fitting, "healing trials", "batch"):
             with self._whole():
                 wanted = self.blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
             for index, (entering, leaving) in self._streams(ids, removed, gaps, targets).items():

@@ -49,7 +49,7 @@ def rounded(influence: Influence) -> list[float]:
 
 def _round(one: Round) -> JsonObject:
     costs = {str(index): round(cost, 6) for index, cost in one.kl.items()}
-    return {"removed": one.removed, "kl": costs, "seconds": round(one.seconds, 2)}
+    return {"removed": one.removed, "kl": costs, "healed": one.healed, "seconds": round(one.seconds, 2)}
 
 
 def _sets(trials: Sequence[Trial]) -> list[JsonObject]:

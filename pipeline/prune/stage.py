@@ -142,6 +142,8 @@ def _plan(
     config = pruned_config(checkpoint, _others(checkpoint.layers, choice.removed)) if whole else checkpoint.raw_config
     loss = mean_loss(blocks, held_out)
     warn_unless_readable(loss, model.config.vocab_size, options.calibration)
+    if other:
+        warn_unless_readable(mean_loss(blocks, other[1][:1]), model.config.vocab_size, options.other_text)
     probe = torch.from_numpy(ranking[0])[None]
     logits = None
     if choice.removed:

@@ -21,6 +21,11 @@ class Trials:
         self.blocks, self._parts = blocks, batches(blocks.model, windows)
         self._original = [blocks.states(ids, [last])[last] for ids, _ in self._parts]
 
+    @property
+    def healed(self) -> list[int]:
+        """The candidates of the last ``costs`` that were healed."""
+        return []
+
     def costs(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
         """Mean KL(whole model || without ``removed`` and one candidate), in nats a token, for each candidate.
 
