@@ -121,12 +121,19 @@ test-real: $(READY) ## SmolLM2-135M-Instruct from the package registry, pressed 
 test-campaign: $(READY) ## bad inputs, kills and races from a seed for ten minutes: [ARGS='--seed 2 --seconds 3600']
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m campaign $(ARGS)
 
-test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready ## one artifact in the light base, onnxruntime-genai and optimum
+test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready .node-consumer/.ready ## one artifact in the light base, onnxruntime-genai, optimum and transformers.js
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)
 
 .venv-light/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-light
 	.venv-light/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu]'
+	@touch $@
+
+# Where there is no npm, what needs transformers.js is skipped. Its own scripts would fetch libraries for GPUs.
+.node-consumer/.ready: tests/consumers/package.json tests/consumers/package-lock.json
+	mkdir -p .node-consumer
+	cp $^ .node-consumer
+	if command -v npm; then cd .node-consumer && npm ci --ignore-scripts --no-audit --no-fund; fi
 	@touch $@
 
 .venv-optimum/.ready: constraints-optimum.txt

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
+from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
 from edgepress.models.rotary import grows, switches
@@ -20,7 +21,7 @@ from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
-from edgepress.pipeline.options import ExportOptions
+from edgepress.pipeline.options import NODE, ExportOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.text.reading import read_text
 from edgepress.pipeline.text.windows import same_tokens
@@ -64,6 +65,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         loss = mean_loss_of(reference.windows, map(reference.logits, reference.windows))
         warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
+    if options.layout == NODE:
+        lay_out(out, dtype_of(graph, half), reference.windows[0][:64])
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; bench --target cuda measures it on the GPU")
     _check_size(source, out)

@@ -16,10 +16,11 @@ from edgepress.pipeline.documents import MAX_BYTES, DocumentError, JsonObject, p
 from edgepress.pipeline.errors import InputError, ModelError, OutputError
 
 __all__ = [
-    "MANIFEST", "JsonObject", "atomic_folder", "check_disk", "check_size", "files_below", "folder_bytes", "journal_of",
-    "read_bytes", "read_json", "remove", "sha256", "write_json",
+    "MANIFEST", "WEIGHTS_BELOW", "JsonObject", "atomic_folder", "check_disk", "check_size", "files_below", "folder_bytes",
+    "graph_files", "journal_of", "read_bytes", "read_json", "remove", "sha256", "write_json",
 ]  # fmt: skip
 MANIFEST = "manifest.json"
+WEIGHTS_BELOW = "onnx"  # where transformers.js looks for graphs
 
 
 def read_json(path: Path) -> JsonObject:
@@ -161,10 +162,21 @@ def leads_out(folder: Path, file: Path) -> bool:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder, the manifest left out; of a file, its own. What lies deeper is no part of a model."""
+    """Bytes of all files in a folder, the manifest left out; of a file, its own. What lies deeper is no part of a model.
+
+    But for the weights of an artifact that is laid out for transformers.js.
+    """
     if folder.is_file():
         return folder.stat().st_size
-    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    files = {*(p for p in folder.iterdir() if p.is_file()), *graph_files(folder)} - {folder / MANIFEST}
+    return sum(p.stat().st_size for p in files)
+
+
+def graph_files(folder: Path) -> list[Path]:
+    """The graphs of an artifact and their weights: beside it, or below ``WEIGHTS_BELOW``; of any other folder none."""
+    if not (folder / "model.onnx").is_file():
+        return []
+    return [p for p in sorted([*folder.glob("model.onnx*"), *(folder / WEIGHTS_BELOW).glob("*")]) if p.is_file()]
 
 
 @contextmanager

@@ -51,6 +51,11 @@ LEVELS = {
     "4": "int8: fast",
     "0": "float32: exact",
 }
+PLAIN, NODE = "plain", "transformers-js"
+LAYOUTS = {
+    PLAIN: "model.onnx and its weights beside it",
+    NODE: "the weights below onnx/, where transformers.js under node finds them too; all others read the same folder",
+}
 TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16"}
 
 
@@ -570,6 +575,7 @@ class ExportOptions(Options):
         "keep at float activations, and 4 fails (default: a tenth of what was lost since --reference, at least 0.01)",
         at_least=0,
     )  # fmt: skip
+    layout: str = option(PLAIN, "where the files lie", LAYOUTS)
     reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()
     text_key: str = _text_key()

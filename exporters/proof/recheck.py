@@ -16,6 +16,7 @@ from edgepress.exporters.proof.reference import reference_logits
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.files import graph_files
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.vocabulary import PAST_TENSE
@@ -94,9 +95,13 @@ def at_level_0(folder: Path, scratch: Path, target: str = "cpu") -> Decoder:
     """The artifact with float activations: another graph over the same weights, in a folder of its own."""
     save_variant(folder / "model.onnx", scratch / "model.onnx")
     shutil.copyfile(folder / "genai_config.json", scratch / "genai_config.json")
-    for data in folder.glob("model.onnx?*"):  # onnxruntime refuses links that lead out of the folder
+    for data in graph_files(folder):  # onnxruntime refuses links that lead out of the folder
+        place = scratch / data.relative_to(folder)
+        if place.exists():
+            continue
+        place.parent.mkdir(exist_ok=True)
         try:
-            os.link(data, scratch / data.name)
+            os.link(data, place)
         except OSError:  # another disk
-            shutil.copyfile(data, scratch / data.name)
+            shutil.copyfile(data, place)
     return Decoder(scratch, target=target)

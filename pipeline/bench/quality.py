@@ -16,6 +16,7 @@ from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import events
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import OptionError, WorkerError
+from edgepress.pipeline.files import graph_files
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import bar
@@ -205,7 +206,8 @@ def _present(value: float | None) -> tuple[float, ...]:
 
 
 def _weights(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data"))
+    files = graph_files(folder) or [p for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".data")]
+    return sum(p.stat().st_size for p in files)
 
 
 def _bytes_of(text: Text, folder: Path) -> int:

@@ -15,7 +15,7 @@ from edgepress.pipeline.bench.quality import quality, texts
 from edgepress.pipeline.bench.speed import speed, speed_jobs
 from edgepress.pipeline.bench.subject import Subject, look_up_tasks, subjects_of
 from edgepress.pipeline.errors import WorkerError
-from edgepress.pipeline.files import JsonObject, files_below, folder_bytes, journal_of, sha256
+from edgepress.pipeline.files import JsonObject, files_below, folder_bytes, graph_files, journal_of, sha256
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.report import files
@@ -63,7 +63,7 @@ def size(subject: Subject) -> dict[str, Figure]:
     for file in files_below(subject.path):
         figures[f"size.file_bytes.{file.name}"] = Figure.of("byte", [file.stat().st_size])
     if parameters := subject.parameters:
-        stored = sum(p.stat().st_size for p in subject.path.glob("model.onnx*"))
+        stored = sum(p.stat().st_size for p in graph_files(subject.path))
         figures["size.bits_per_weight"] = Figure.of("bit", [8 * stored / parameters])
     else:
         subject.missing["size.bits_per_weight"] = "the manifest does not record the number of parameters; export again"

@@ -31,7 +31,7 @@ from edgepress.pipeline.bench.jobs import (
 from edgepress.pipeline.bench.memory import peak_rss, pss
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import EdgepressError
-from edgepress.pipeline.files import JsonObject, read_json
+from edgepress.pipeline.files import JsonObject, files_below, graph_files, read_json
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.runtime.decoder import Decoder
@@ -100,7 +100,7 @@ def _decode(decoder: Decoder, prompt: np.ndarray, count: int) -> list[float]:
 def cold(job: ColdJob) -> Iterator[ColdSample]:
     """Seconds to create the session with the artifact's files out of the page cache, or the reason why they could not be."""
     importlib.import_module("onnxruntime")
-    files = [p for p in Path(job.folder).iterdir() if p.is_file()]
+    files = list(files_below(Path(job.folder)))
     if not hasattr(os, "posix_fadvise"):
         yield ColdSample(reason="this system has no posix_fadvise to drop files from the page cache")
         return
@@ -114,7 +114,7 @@ def cold(job: ColdJob) -> Iterator[ColdSample]:
     before, begun = _read_from_disk(), time.perf_counter()
     Decoder(Path(job.folder), threads=job.threads, target=job.target)
     seconds, after = time.perf_counter() - begun, _read_from_disk()
-    weights = sum(p.stat().st_size for p in files if p.name.startswith("model.onnx"))
+    weights = sum(p.stat().st_size for p in graph_files(Path(job.folder)))
     if before is None or after is None:
         yield ColdSample(reason="the system does not report what was read from the disk, so a cold load cannot be proven")
     elif after - before < weights / 2:

@@ -19,7 +19,7 @@ import pytest
 from edgepress.models import REFERENCE
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.options import ExportOptions, PruneOptions, QuantizeOptions
+from edgepress.pipeline.options import NODE, PLAIN, ExportOptions, PruneOptions, QuantizeOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
@@ -27,6 +27,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 pytestmark = pytest.mark.consumers
 ROOT = Path(__file__).parents[2]
 LIGHT, OPTIMUM = (ROOT / name / "bin" / "python" for name in (".venv-light", ".venv-optimum"))
+NODE_MODULES = ROOT / ".node-consumer" / "node_modules"
+IN_NODE = ("reference", "qwen2")  # a layout that all others read, too
 PROMPT, COUNT = "The old house stood at the end of the lane, and", 24
 MESSAGES = [
     {"role": "user", "content": "Good morning, Zoë."},
@@ -84,9 +86,31 @@ def artifacts(random_model: Callable, text: Path, tmp_path_factory: pytest.TempP
             parts = PruneOptions(parts="attention", remove_layers=(1,), calibration=text)
             made = stages.run("prune", made, folder / "parts", parts)
         made = stages.run("quantize", made, folder / "packed", QuantizeOptions(method="rtn", group_size=32))
-        options = ExportOptions(text=text, accuracy_level="0" if settings else "4")
+        layout = NODE if name in IN_NODE else PLAIN
+        options = ExportOptions(text=text, accuracy_level="0" if settings else "4", layout=layout)
         found[name] = stages.run("export", made, folder / "onnx", options).path
     return found
+
+
+@pytest.fixture(scope="module")
+def node(
+    artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What transformers.js answers under node, all models in one process. Skipped where there is no node."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed, under which transformers.js is tried")
+    assert NODE_MODULES.is_dir(), "run make test-consumers, which installs transformers.js"
+    jobs = [
+        {"folder": str(artifacts[name]), "text": PROMPT, "messages": MESSAGES if MODELS[name] else None, "count": COUNT}
+        for name in IN_NODE
+    ]
+    file = tmp_path_factory.mktemp("node") / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    script = NODE_MODULES.parent / "node_side.mjs"
+    shutil.copy(Path(__file__).with_name("node_side.mjs"), script)  # node looks for packages beside the script
+    done = subprocess.run(["node", script, file], capture_output=True, text=True, timeout=300, cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(IN_NODE, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +144,23 @@ def optimum(artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(artifacts, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", IN_NODE)
+def test_transformers_js(
+    name: str,
+    node: dict[str, dict[str, Any]],
+    prompts: dict[str, list[int]],
+    wanted: dict[str, list[int]],
+    artifacts: dict[str, Path],
+) -> None:
+    """Under node, told nothing but the folder: the same ids, tokens and chat text."""
+    ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_new_tokens forbids it the end token
+    assert node[name]["ids"] == prompts[name]
+    assert node[name]["generated"][: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
+    if MODELS[name]:
+        tokenizer = AutoTokenizer.from_pretrained(artifacts[name])
+        assert node[name]["chat"] == tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
 
 
 def light(*arguments: object, said: str = "") -> str:
