@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report import text
+from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.model import Report, ReportFile, for_people
 from edgepress.pipeline.report.tables import (
     COMPARISON_HEADER,
@@ -33,6 +34,7 @@ def html(content: ReportFile) -> str:
     reports = content.reports
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=text.title(reports),
+        decision=decision(reports),
         verdict=verdict(reports),
         artifacts=artifact_rows(reports),
         comparisons=[COMPARISON_HEADER, *rows] if (rows := comparison_rows(content.comparisons)) else [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.model import Environment, Report, ReportFile, for_people
 from edgepress.pipeline.report.steps import Removal
 from edgepress.pipeline.report.tables import (
@@ -25,7 +26,8 @@ def terminal(content: ReportFile) -> str:
     """Verdict and tables as text."""
     content = for_people(content)
     reports, first = content.reports, content.first
-    parts = ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
+    parts = [decision(reports)]
+    parts += ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
     parts.append(table([STAGE_HEADER, *stage_rows(first)]))
     if rows := comparison_rows(content.comparisons):
         parts.append(f"compared with {first.artifact}:\n" + table([COMPARISON_HEADER, *rows]))
@@ -53,7 +55,9 @@ def markdown(content: ReportFile) -> str:
     """The report as Markdown."""
     content = for_people(content)
     reports = content.reports
-    lines = [f"# Report on {escaped(title(reports))}", "", *(f"- {escaped(line)}" for line in verdict(reports)), ""]
+    shipped = decision(reports)
+    lines = [f"# Report on {escaped(title(reports))}", "", *([f"**{escaped(shipped)}**", ""] if shipped else [])]
+    lines += [*(f"- {escaped(line)}" for line in verdict(reports)), ""]
     lines += [*_markdown_table(artifact_rows(reports)), "", NOTES["artifacts"], ""]
     if rows := comparison_rows(content.comparisons):
         lines += [f"## Compared with {escaped(content.first.artifact)}", "", *_markdown_table([COMPARISON_HEADER, *rows]), ""]

@@ -71,13 +71,22 @@ def _suspects(reports: Sequence[Report]) -> list[str]:
     ]
 
 
+def unfit(report: Report) -> bool:
+    """Whether nobody should ship it: it could not be measured, computes something else, or is of little use."""
+    return bool(report.failed) or any(row.suspect for row in report.stages) or is_degraded(report)
+
+
+def is_degraded(report: Report) -> bool:
+    """Whether perplexity grew so much that little use is left."""
+    scored = report.perplexities
+    return {"original", "onnx"} <= set(scored) and scored["onnx"] > WORRYING * scored["original"]
+
+
 def _hurt(reports: Sequence[Report]) -> list[str]:
-    """What nobody should ship, and the stage that it comes from."""
+    """What is badly degraded, and the stage that it comes from."""
     lines = []
-    for report in reports:
+    for report in filter(is_degraded, reports):
         scored = report.perplexities
-        if not {"original", "onnx"} <= set(scored) or not scored["onnx"] > WORRYING * scored["original"]:
-            continue
         shares = {row.name.rstrip("'"): row.share or 0.0 for row in report.stages if row.failed is None}
         worst = max(shares, key=lambda name: shares[name])
         if worst == "onnx" and "onnx_level_0" in shares:

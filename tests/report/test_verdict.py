@@ -31,7 +31,7 @@ def test_worthwhile_pruning_is_given_with_its_price() -> None:
 def test_pruning_that_loses_is_the_first_line(baseline: Report, says: str) -> None:
     (first, *_) = verdict([PRUNED, WHOLE, baseline])
     assert first.startswith("Pruning does not pay off") and says in first and baseline.artifact in first
-    assert markdown(content_of(PRUNED, baseline)).splitlines()[2].startswith("- Pruning does not pay off")
+    assert markdown(content_of(PRUNED, baseline)).splitlines()[4].startswith("- Pruning does not pay off")
 
 
 def test_parts_of_blocks_are_named() -> None:

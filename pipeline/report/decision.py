@@ -1,0 +1,51 @@
+"""The line that a reader needs first: which of the artifacts to ship, or why none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgepress.pipeline.report.comparison import DECODE, SIZE, compare, losing
+from edgepress.pipeline.report.model import Report
+from edgepress.pipeline.report.tables import shown
+from edgepress.pipeline.report.verdict import times, unfit
+
+LITTLE = 1.05  # of the original's perplexity: what the shipped recipes allow
+
+
+def decision(reports: Sequence[Report]) -> str:
+    """The smallest artifact that loses little, and the fastest where that is shown to be another; "" without an original.
+
+    What failed, is suspect or badly degraded is no candidate. Where all lose more, the one that loses least is named.
+    """
+    scored = [report for report in reports if {"original", "onnx"} <= report.perplexities.keys()]
+    if not scored:
+        return ""
+    fit = [report for report in scored if not unfit(report)]
+    if not fit:
+        whole = "none of these: what is wrong with each stands below"
+        return f"Ship {whole}" if len(scored) > 1 else f"Do not ship {scored[0].artifact}"
+    # One that was pruned in vain is no candidate, either: another is as good without.
+    fit = [report for report in fit if not any(losing(report, other) for other in fit)]
+    good = [report for report in fit if growth(report) <= LITTLE]
+    if not good:
+        least = min(fit, key=growth)
+        others = "; all others lose more" if len(scored) > 1 else ""
+        return f"Ship {least.artifact} only where size or speed matter more than quality: {_figures(least)}{others}"
+    best = min(good, key=lambda report: report.figures[SIZE].median)
+    line = f"Ship {best.artifact}: {_figures(best)}"
+    if len(scored) > 1:
+        line += f"; the smallest here that loses at most {100 * (LITTLE - 1):.0f} %"
+    faster = [(ratio.value, report, ratio) for report in good if (ratio := compare(report, best, DECODE)) and ratio.low > 1]
+    if faster:
+        _, report, ratio = max(faster, key=lambda row: row[0])
+        line += f". {report.artifact} where speed matters more: decode {times(ratio)}, {_figures(report)}"
+    return line
+
+
+def growth(report: Report) -> float:
+    """Perplexity of the shipped files over the original's."""
+    return report.perplexities["onnx"] / report.perplexities["original"]
+
+
+def _figures(report: Report) -> str:
+    return f"{shown(report.figures[SIZE].median, 'byte')}, perplexity {100 * (growth(report) - 1):+.1f} %"
