@@ -32,15 +32,23 @@ def html(content: ReportFile) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     content = for_people(content)
     reports = content.reports
+    plots, influences, compared = _plots(reports), _influences(reports), comparison_rows(content.comparisons)
+    sections = {
+        "frontier": ("Size, speed and quality", plots["frontier"]), "compared": (f"Compared with {content.first.artifact}", compared),
+        "loss": ("Loss by stage", reports), "influence": ("Influence of each layer", influences),
+        "latency": ("Memory and latency", plots["distributions"]), "shipped": ("As shipped", reports),
+        "environment": ("Environment", reports),
+    }  # fmt: skip
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=text.title(reports),
         decision=decision(reports),
         verdict=verdict(reports),
+        sections=[(anchor, heading) for anchor, (heading, shown) in sections.items() if shown],
         artifacts=artifact_rows(reports),
-        comparisons=[COMPARISON_HEADER, *rows] if (rows := comparison_rows(content.comparisons)) else [],
+        comparisons=[COMPARISON_HEADER, *compared] if compared else [],
         first=content.first.artifact,
-        plots=_plots(reports),
-        influences=_influences(reports),
+        plots=plots,
+        influences=influences,
         reports=[
             {
                 "name": r.artifact,
