@@ -34,7 +34,8 @@ def html(content: ReportFile) -> str:
     reports = content.reports
     plots, influences, compared = _plots(reports), _influences(reports), comparison_rows(content.comparisons)
     sections = {
-        "frontier": ("Size, speed and quality", plots["frontier"]), "compared": (f"Compared with {content.first.artifact}", compared),
+        "frontier": ("Size, speed and quality", plots["frontier"]),
+        "compared": (f"Compared with {content.first.artifact}", compared),
         "loss": ("Loss by stage", reports), "influence": ("Influence of each layer", influences),
         "latency": ("Memory and latency", plots["distributions"]), "shipped": ("As shipped", reports),
         "environment": ("Environment", reports),

@@ -12,6 +12,7 @@ from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.vocabulary import PAST_TENSE
 
 FEW = 3
+BUSY = 2  # load average a core
 HEAVY = 50e6  # bytes read a token
 SLOW, EXPECTED = 0.25, 0.6  # shares of the memory's bandwidth: called out below the first, most graphs reach the second
 HURT = {
@@ -26,11 +27,24 @@ LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
 def verdict(reports: Sequence[Report]) -> list[str]:
     """One line a finding, the worst first."""
-    return [*_failures(reports), *_suspects(reports), *_hurt(reports), *_slow(reports), *_pruning(reports), *_pressed(reports)]
+    findings = (_failures, _suspects, _hurt, _busy, _slow, _pruning, _pressed)
+    return [line for find in findings for line in find(reports)]
 
 
 def _failures(reports: Sequence[Report]) -> list[str]:
     return [f"{r.artifact} could not be measured ({what}): {why}" for r in reports for what, why in r.failed.items()]
+
+
+def _busy(reports: Sequence[Report]) -> list[str]:
+    """Speeds that were measured beside much other work. A build's own work before it counts as one to a core."""
+    lines = []
+    for run in {report.run: report.environment for report in reports}.values():
+        if run.load_average is not None and run.load_average > BUSY * run.cores:
+            lines.append(
+                f"measured while other programs were busy (load average {run.load_average:g} on {run.cores} cores before): speeds are "
+                "too low and their intervals wide; run edgepress bench again on a quiet machine"
+            )
+    return lines
 
 
 def _slow(reports: Sequence[Report]) -> list[str]:

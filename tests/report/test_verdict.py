@@ -60,6 +60,17 @@ def test_noise_is_no_proof_that_pruning_loses() -> None:
     assert "Pruning does not pay off" not in first and "no difference in speed shown" in first and "smaller" in first
 
 
+def test_a_busy_machine_is_said_once() -> None:
+    """Of reports of one run; what the build itself did before is no other program."""
+
+    def at(load: float | None) -> list[Report]:
+        return [replace(r, environment=replace(r.environment, load_average=load)) for r in (PRUNED, WHOLE)]
+
+    (line,) = (line for line in verdict(at(12.0)) if "busy" in line)
+    assert "load average 12 on 2 cores" in line
+    assert not [line for load in (None, 2.3) for line in verdict(at(load)) if "busy" in line]
+
+
 def test_pruning_without_a_baseline_claims_nothing() -> None:
     assert "nothing shows what removal is worth" in verdict([PRUNED])[0]
 
