@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GREEDY_PROMPTS = 8
 GREEDY_PROMPT_TOKENS = 64
 GREEDY_TOKENS = 32
+ANSWER_TOKENS = 48  # of what was asked
 # Positions that a block is read for at a time, for what goes on within one takes memory, too; and how often at most.
 STREAMED_TOKENS, PASSES = 4096, 8
 _Part = tuple[slice, np.ndarray]  # positions of a window, and their logits float32 (positions, vocabulary)
@@ -36,7 +37,8 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
     ids = [np.array(row, dtype=np.int64) for row in job.windows]
     models = _Models(job.trust_remote_code, job.target)
     prompts = _prompts(ids) if any(row.kind == "onnx" for row in job.rows) else []
-    original = None if job.reference is None else _Original(models.torch(job.reference), ids, prompts)
+    asked = [np.array(job.asked, dtype=np.int64)] if prompts and job.asked else []
+    original = None if job.reference is None else _Original(models.torch(job.reference), ids, prompts, asked)
     for row in job.rows:
         with tempfile.TemporaryDirectory(prefix="edgepress-level-0-") as scratch:
             same = row.kind == "torch" and job.reference is not None and Path(row.folder) == Path(job.reference)
@@ -52,12 +54,14 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
                         found = logits[rows.start - positions.start : rows.stop - positions.start]
                         scores.add_part(window[1:][rows], found, truth)
                 yield QualityEvent(window=number + 1)
-            matches = None
+            matches = answers = None
             if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
+                if asked:
+                    answers = (tuple(original.answers[0]), tuple(model.greedy(asked[0], ANSWER_TOKENS)))
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
-            yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode()))
+            yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode(), answers))
         del model
         release_memory()
 
@@ -164,11 +168,12 @@ class _Models:
 class _Original:
     """The original's logits by window, made as often as asked for from what left its last block; its blocks are freed.
 
-    greedy: its continuations of the prompts.
+    greedy: its continuations of the prompts; answers: of what was asked.
     """
 
-    def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray]) -> None:
+    def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray], asked: list[np.ndarray]) -> None:
         self.greedy = [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
+        self.answers = [model.greedy(prompt, ANSWER_TOKENS) for prompt in asked]
         self._scoring = model.scoring
         self._recorded = [self._scoring.recorded(window) for window in windows]
         self._scoring.drop_blocks()

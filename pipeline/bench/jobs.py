@@ -92,13 +92,17 @@ class ScoringRow:
 
 @dataclass(frozen=True)
 class QualityJob:
-    """Score rows on windows of token ids, against the checkpoint ``reference`` where there is one."""
+    """Score rows on windows of token ids, against the checkpoint ``reference`` where there is one.
+
+    asked: token ids that both continue, for people to read; none where it is empty.
+    """
 
     windows: tuple[tuple[int, ...], ...]
     reference: str | None
     rows: tuple[ScoringRow, ...]
     trust_remote_code: bool
     target: str
+    asked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,15 @@ class QualityFigures:
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64."""
+    """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64.
+
+    answers: token ids with which the original and this model continue what was asked, greedily.
+    """
 
     key: str
     figures: QualityFigures
     losses: str
+    answers: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)

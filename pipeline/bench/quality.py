@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.artifact import Step as ArtifactStep
+from edgepress.pipeline.bench.answers import answer, asked
 from edgepress.pipeline.bench.evaluate import losses_of
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Scored, ScoringRow
 from edgepress.pipeline.bench.journal import Journal
@@ -103,6 +104,8 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
         warn_unless_readable(float(first.mean()), load_tokenizer(subject.path).get_vocab_size(), options.text)
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
+    if isinstance(answers[-1], Scored) and answers[-1].answers:
+        subject.answers = (answer(subject.path, text[0], asked(subject.path, text[0]), answers[-1].answers),)
 
 
 def _stage_row(row: Row, answer: Scored | Failed, loss: np.ndarray | None, text_bytes: int) -> StageRow:
@@ -157,7 +160,8 @@ def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal)
     with bar("quality", len(text) * len(rows), "window") as shown:
         while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
             against = original and original.identity()
-            keys = {journal.key("quality", *key, against, text, options.target): row for key, row in pending.items()}
+            prompt = asked(rows[-1].folder, text[0]) if original else ()
+            keys = {journal.key("quality", *key, against, text, prompt, options.target): row for key, row in pending.items()}
             for key, row in keys.items():
                 if (known := journal.get(Scored, key)) is not None:
                     answers[row.key] = known
@@ -167,6 +171,7 @@ def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal)
                 rows=tuple(ScoringRow(k, r.kind, str(r.folder)) for k, r in keys.items() if r.key not in answers),
                 trust_remote_code=options.trust_remote_code,
                 target=options.target,
+                asked=prompt,
             )
             try:
                 for event in events("quality", job, QualityEvent) if job.rows else ():

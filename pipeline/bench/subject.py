@@ -16,7 +16,7 @@ from edgepress.pipeline.files import MANIFEST, real
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
-from edgepress.pipeline.report.model import Environment, Figure, Report, StageRow
+from edgepress.pipeline.report.model import Answer, Environment, Figure, Report, StageRow
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.runtime import targets
 
@@ -35,6 +35,7 @@ class Subject:
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     rows: tuple[StageRow, ...] = ()
+    answers: tuple[Answer, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -77,6 +78,7 @@ class Subject:
             steps=self.steps,
             figures=dict(self.figures),
             stages=self.rows,
+            answers=self.answers,
             missing=self.missing,
             failed=self.failed,
             environment=environment,

@@ -36,6 +36,7 @@ def html(content: ReportFile) -> str:
     sections = {
         "frontier": ("Size, speed and quality", plots["frontier"]),
         "compared": (f"Compared with {content.first.artifact}", compared),
+        "answers": ("Asked the same", text.answer_rows(reports)),
         "loss": ("Loss by stage", reports), "influence": ("Influence of each layer", influences),
         "latency": ("Memory and latency", plots["distributions"]), "shipped": ("As shipped", reports),
         "environment": ("Environment", reports),
@@ -50,6 +51,7 @@ def html(content: ReportFile) -> str:
         first=content.first.artifact,
         plots=plots,
         influences=influences,
+        answers=text.answer_rows(reports),
         reports=[
             {
                 "name": r.artifact,

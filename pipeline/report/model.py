@@ -81,6 +81,15 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the original and the shipped files answer, greedily, to the same question or beginning of a text."""
+
+    asked: str
+    original: str
+    artifact: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """``artifact`` against ``than`` in one figure: their ratio, with an interval (of confidence ``level``) from two rounds on."""
 
@@ -143,6 +152,7 @@ class Report:
     failed: dict[str, str]
     environment: Environment
     run: str
+    answers: tuple[Answer, ...] = ()
 
     def __post_init__(self) -> None:
         """Size, speed, time and memory are compared as ratios."""

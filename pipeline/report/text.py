@@ -28,6 +28,7 @@ def terminal(content: ReportFile) -> str:
     reports, first = content.reports, content.first
     parts = [decision(reports)]
     parts += ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
+    parts.append("\n".join(f"{who}: {said}" for who, said in answer_rows(reports)))
     parts.append(table([STAGE_HEADER, *stage_rows(first)]))
     if rows := comparison_rows(content.comparisons):
         parts.append(f"compared with {first.artifact}:\n" + table([COMPARISON_HEADER, *rows]))
@@ -62,6 +63,8 @@ def markdown(content: ReportFile) -> str:
     if rows := comparison_rows(content.comparisons):
         lines += [f"## Compared with {escaped(content.first.artifact)}", "", *_markdown_table([COMPARISON_HEADER, *rows]), ""]
         lines += [NOTES["comparisons"], ""]
+    if answers := answer_rows(reports):
+        lines += ["## Asked the same", "", *(f"- {escaped(who)}: {escaped(said)}" for who, said in answers), ""]
     lines += ["## Loss by stage", ""]
     for report in reports:
         lines += [f"### {escaped(report.artifact)}", "", *(f"- {escaped(line)}" for line in made_by(report)), ""]
@@ -112,6 +115,15 @@ def influence_lines(reports: Sequence[Report]) -> list[str]:
         )
         lines.append(f"{escaped(artifact)}: {', '.join(cells)}")
     return lines
+
+
+def answer_rows(reports: Sequence[Report]) -> list[tuple[str, str]]:
+    """(who, what is said): for each different question the question, the original's answer and those of the artifacts."""
+    questions: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for report in reports:
+        for one in report.answers:
+            questions.setdefault((one.asked, one.original), []).append((report.artifact, one.artifact))
+    return [row for (asked, original), said in questions.items() for row in (("asked", asked), ("original", original), *said)]
 
 
 def environments(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:

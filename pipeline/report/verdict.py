@@ -41,8 +41,8 @@ def _busy(reports: Sequence[Report]) -> list[str]:
     for run in {report.run: report.environment for report in reports}.values():
         if run.load_average is not None and run.load_average > BUSY * run.cores:
             lines.append(
-                f"measured while other programs were busy (load average {run.load_average:g} on {run.cores} cores before): speeds are "
-                "too low and their intervals wide; run edgepress bench again on a quiet machine"
+                f"measured while other programs were busy (load average {run.load_average:g} on {run.cores} cores before): speeds "
+                "are too low and their intervals wide; run edgepress bench again on a quiet machine"
             )
     return lines
 

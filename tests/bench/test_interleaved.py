@@ -79,7 +79,7 @@ def test_a_crash_is_reported_among_the_others(compared: tuple[Any, Path]) -> Non
     assert "out of memory" in killed["failed"]["speed"] and "out of memory" in killed["failed"]["quality"]
     assert not [name for name in killed["figures"] if name.startswith(("speed", "memory", "quality"))]
     assert killed["stages"][-1]["failed"]
-    assert "killed could not be measured (speed)" in (out / "report.md").read_text().splitlines()[2]
+    assert "killed could not be measured (speed)" in (out / "report.md").read_text().splitlines()[4]
     assert "Traceback" not in result.err
 
 
