@@ -235,7 +235,10 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
-        print(one_line(f"{folder}: a Hugging Face checkpoint ({artifact.family}), not written by edgepress"))
+        what = f"a Hugging Face checkpoint ({artifact.family}), not written by edgepress"
+        if (folder / "model.onnx").is_file():
+            what = "an ONNX model whose manifest.json is missing, so nothing says how it was made; copy the complete folder"
+        print(one_line(f"{folder}: {what}"))
         return 0
     print(one_line(f"{folder}: {artifact.format}, {len(artifact.files)} files"))
     for number, step in enumerate(artifact.steps, 1):

@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +234,12 @@ def test_run_keeps_text_before_a_cut_character(exported: Path, monkeypatch: pyte
     monkeypatch.setattr("edgepress.pipeline.runtime.sampler.Sampler.__call__", lambda *_: next(tokens))
     told = stream(exported, PROMPT, options.RunOptions(max_new_tokens=len(forced)))
     assert "".join(told) == PROMPT + " dog"
+
+
+def test_show_of_an_artifact_that_lost_its_manifest(call: Call, exported: Path, tmp_path: Path) -> None:
+    """No checkpoint, for all that its config.json says."""
+    copy = shutil.copytree(exported, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    assert "an ONNX model whose manifest.json is missing" in call("show", copy).out
 
 
 def test_run_shows_the_prompt_when_the_model_ends_at_once(call: Call, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
