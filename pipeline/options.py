@@ -431,6 +431,8 @@ def size_in_bytes(text: str, name: str) -> int:
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
     if found is None or (unit := found[2].upper()) not in _UNITS or not (size := int(float(found[1]) * _UNITS[unit])):
         raise OptionError(f"{name} takes a size, as 90MB or 1.2GB, not '{text}'")
+    if not unit and size < _UNITS["MB"]:
+        raise OptionError(f"{name} {text} would be {size} bytes; give the unit, as {text.strip()}MB")
     return size
 
 

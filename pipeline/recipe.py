@@ -176,11 +176,16 @@ def _check_inputs(source: Path, steps: Plan) -> None:
 
 def _check_ahead(source: Path, ahead: Plan) -> None:
     """The same of what takes seconds to look up, by the stages that will run. Raises what they raise."""
-    removed = 0
+    config, removed = read_config(source), 0
+    stay = layers = int(config[layer_count_key(config)])
+    made_smaller = any(isinstance(options, TrimOptions | NarrowOptions) for _, options in ahead)  # in ways that shapes do not tell
     for name, options in ahead:
-        if isinstance(options, PruneOptions) and options.max_loss is None and options.parts == BLOCKS:
-            config = read_config(source)
-            removed = options.amount(config[layer_count_key(config)])
+        if isinstance(options, PruneOptions):
+            counted = options.max_loss is None and options.parts == BLOCKS
+            removed = options.amount(layers) if counted else 0
+            stay = layers - removed if counted else 1  # at least
+        if isinstance(options, QuantizeOptions) and options.max_size is not None and not made_smaller:
+            load("edgepress.pipeline.quantize.budget:check_possible")(source, options, stay)
         if foresee := STAGES[name].foresee:
             load(foresee)(source, options, removed)
 

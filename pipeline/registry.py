@@ -84,7 +84,7 @@ def _missing(package: str) -> MissingPackageError:
     if package not in PACKAGES:
         return MissingPackageError(f"{package} is not installed; pip install {package}")
     distribution, extra = PACKAGES[package]
-    return MissingPackageError(f"{distribution} is not installed; in a clone of edgepress: pip install '.[{extra}]'")
+    return MissingPackageError(f"{distribution} is not installed; in a clone of edgepress: pip install -e '.[{extra}]'")
 
 
 def version(distribution: str) -> str | None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from edgepress.pipeline.checkpoint.blocks import block_matrices, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
+from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 
@@ -140,6 +142,31 @@ def _tables(model: PreTrainedModel) -> int:
         table = 4 * positions * size
         total += 2 * (table if table < _LONG_TABLE or positions % _STEP else 4 * size * (_STEP + positions // _STEP))
     return total
+
+
+def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -> None:
+    """Raise OptionError for a ``max_size`` that nothing could keep to: known from shapes, before anything is measured.
+
+    layers: how many stay at least, None for all. The bound is that of the matrices alone, at the fewest bits.
+    """
+    checkpoint = Checkpoint(source, options.trust_remote_code)
+    model = checkpoint.meta_model()
+    matrices, _ = block_matrices(model)
+    blocks = dict.fromkeys(range(checkpoint.layers), 0)
+    place = decoder_blocks(model)[0].count(".") + 1
+    for name in matrices.keys() - checkpoint.spared(matrices):
+        blocks[int(name.split(".")[place])] += min(bytes_of(*matrices[name], form, options.symmetric) for form in FORMS)
+    ends = {id(m.weight): tuple(m.weight.shape) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    if model.config.tie_word_embeddings:
+        ends = dict([next(iter(ends.items()))])
+    least = sum(sorted(blocks.values())[:layers]) + Ends(tuple(ends.values()), 0).bytes(min(HEADS), 64)
+    assert options.max_size is not None
+    if checkpoint.weights.matrices or least <= size_in_bytes(options.max_size, "--max-size"):
+        return
+    raise OptionError(
+        f"--max-size {options.max_size} is less than the {least / 1e6:.1f} MB that its matrices alone have at 2 bits; give more "
+        "(edgepress plan says what is possible)"
+    )
 
 
 def least_size(costs: Costs) -> int:

@@ -29,7 +29,7 @@ from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.budget import HEADS, Costs, ends_of, fit
+from edgepress.pipeline.quantize.budget import HEADS, Costs, check_possible, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -238,6 +238,8 @@ def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 
 
 def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
+    if options.max_size is not None:
+        check_possible(source.path, options, None)
     trial = _Trial(source, options)
     before = quantized_before(source)
     left = CALIBRATED if options.method == "gptq" and not before else 1.0

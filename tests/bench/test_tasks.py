@@ -272,5 +272,5 @@ def test_what_is_missing_is_named(exported: Artifact, text: Path, tmp_path: Path
         assert result.code == 2 and says in result.err
     code = "import sys; sys.modules['lm_eval'] = None; from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install '.[tasks]'" in done.stderr and len(done.stderr.splitlines()) == 2
+    assert done.returncode == 2 and "pip install -e '.[tasks]'" in done.stderr and len(done.stderr.splitlines()) == 2
     assert not (tmp_path / "out").exists()

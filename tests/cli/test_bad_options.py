@@ -66,6 +66,9 @@ OPTIONS = [
     ("build --recipe defalt", ("no recipe 'defalt'", "did you mean 'default'?")),
     ("build --recipe absent.yaml", ("no recipe 'absent.yaml'", "give a YAML file")),
     ("build --remove-count 4 --method rtn", ("cannot remove 4 of 4", "at most 3")),
+    ("build --max-size 90", ("--max-size 90 would be 90 bytes", "90MB")),
+    ("build --max-size 100kB", ("--max-size 100kB is less than the 0.", "edgepress plan")),
+    ("quantize --max-size 100kB", ("--max-size 100kB is less than the 0.", "edgepress plan")),
     ("build --bits 5", ("--bits", "2, 3, 4, 8")),
     # Known before the first stage runs.
     ("build --method rtn --remove-layers 1 --bits-for REGEX=4/32", ("'REGEX=4/32' is the first match of no matrix", "correct")),

@@ -287,7 +287,7 @@ def test_missing_package_is_named(
     places = {"SRC": tiny, "OUT": tmp_path / "out", "ONNX": exported}
     result = call(*(places.get(part, part) for part in line.split()))
     assert result.code == 2
-    assert result.err.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install '.[{extra}]'"
+    assert result.err.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install -e '.[{extra}]'"
     assert not list(tmp_path.iterdir())
 
 
@@ -306,7 +306,7 @@ def test_light_installation_names_what_a_stage_needs(package: str, line: str, ti
     arguments = [package, *(places.get(part, part) for part in line.split())]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install '.[build]'"
+    assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install -e '.[build]'"
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -327,7 +327,7 @@ def test_run_and_show_work_without_the_build_packages(exported: Path) -> None:
         (OSError(errno.EIO, "Input/output error", "/data/model.safetensors"), "cannot use /data/model.safetensors", "disk space"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/config.json"), "may read and write it", "disk space"),
         (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "cannot write /out/x: No space left", "cannot use"),
-        (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"), "pip install '.[tasks]'", "Traceback"),
+        (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"), "pip install -e '.[tasks]'", "Traceback"),
     ],
 )
 def test_a_read_that_fails_does_not_blame_the_disk(

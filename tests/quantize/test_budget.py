@@ -64,7 +64,7 @@ def test_the_artifact_keeps_to_its_size(
     largest = made(10**9)
     size = int(0.93 * largest)
     assert made(size) <= size < largest
-    with pytest.raises(OptionError, match="the smallest artifact of this model has"):
+    with pytest.raises(OptionError, match=r"is less than the .* MB that its matrices alone have"):
         made(100_000)
 
 
@@ -111,7 +111,7 @@ def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:
     assert fit(Costs(items, ends, {8: 0.0, 4: 9.0}), eight).head_bits == 8
 
 
-@pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000", 5000)])
+@pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000B", 5000)])
 def test_sizes(given: str, size: int) -> None:
     assert size_in_bytes(given, "--max-size") == size
 
