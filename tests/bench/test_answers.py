@@ -65,6 +65,7 @@ def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, .
     assert found.asked == str(load_tokenizer(tiny).decode(window[:24])).strip()
 
 
+@pytest.mark.families
 def test_a_report_has_them(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     options = BenchOptions(
         reference=tiny, text=text, text_tokens=200, repeats=1, prompt_lengths=(8,), new_tokens=2, baseline=False

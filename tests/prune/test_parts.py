@@ -141,6 +141,7 @@ def test_what_cannot_be_is_refused(random_model: Callable[..., Path], tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.families
 def test_healing_lets_the_other_part_make_up_for_it(tmp_path: Path, windows: list[np.ndarray]) -> None:
     """A block and a part go; the loss falls on text of the kind that taught, and what is gone stays gone."""
     parts = PruneOptions(parts="attention", remove_layers=(2, 15), **QUICK)
