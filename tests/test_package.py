@@ -27,6 +27,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+def test_no_link_is_tracked() -> None:
+    """One would lead to a place on somebody's machine; a folder that .gitignore names is no longer ignored as a link."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
+
+
 def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
     """A subpackage left off the list in pyproject.toml vanishes from the wheel without a word."""
     names = set(zipfile.ZipFile(wheel).namelist())

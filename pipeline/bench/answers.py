@@ -14,12 +14,12 @@ from edgepress.pipeline.text.windows import context_length, load_tokenizer
 
 Ids = tuple[int, ...]
 QUESTION = "What is the capital of France?"
-BEGINNING = 24  # tokens of the text, for a model that does not chat
+PASSAGE = 32  # tokens of the text, for a model that does not chat
 
 
 def asked(folder: Path, window: Ids) -> Ids:
-    """Token ids of the question in the model's chat template, or the beginning of a text; empty where the context is too short."""
-    ids = window[:BEGINNING]
+    """Token ids of the question in the model's chat template, or a passage of a text; empty where the context is too short."""
+    ids = _passage(window)
     with suppress(InputError):  # a template that refuses it
         if (template := read_template(folder)) is not None:
             text = template.render([{"role": "user", "content": QUESTION}])
@@ -33,7 +33,17 @@ def answer(folder: Path, window: Ids, ids: Ids, continued: tuple[Ids, Ids]) -> A
 
     def text(tokens: Ids) -> str:
         stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return str(tokenizer.decode(tokens[:stop])).strip() + (" ..." if stop == len(tokens) else "")
+        return _line(tokenizer.decode(tokens[:stop])) + (" ..." if stop == len(tokens) else "")
 
-    prompt = str(tokenizer.decode(ids)).strip() if ids == window[:BEGINNING] else QUESTION
+    prompt = _line(tokenizer.decode(ids)) if ids == _passage(window) else QUESTION
     return Answer(prompt, *map(text, continued))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _passage(window: Ids) -> Ids:
+    """From the middle of a window, whose beginning may be a title; with the token that all windows begin with."""
+    middle = len(window) // 2
+    return (window[0], *window[max(1, middle - PASSAGE) : middle])

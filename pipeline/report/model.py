@@ -82,7 +82,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the original and the shipped files answer, greedily, to the same question or beginning of a text."""
+    """What the original and the shipped files answer, greedily, to the same question or passage of a text."""
 
     asked: str
     original: str

@@ -30,13 +30,19 @@ def window(tiny: Path, text: Path) -> tuple[int, ...]:
 def test_a_model_that_chats_is_asked_a_question(tiny: Path, window: tuple[int, ...], tmp_path: Path) -> None:
     """In its own template; one without, or whose template refuses, continues the text."""
     folder = shutil.copytree(tiny, tmp_path / "chat")
-    assert answers.asked(folder, window) == window[:24]
+    assert answers.asked(folder, window) == answers._passage(window)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     ids = answers.asked(folder, window)
     assert load_tokenizer(folder).decode(ids, skip_special_tokens=False) == f"[user] {answers.QUESTION}\n[assistant]"
     assert answers.answer(folder, window, ids, ((5,), (6,))).asked == answers.QUESTION
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert answers.asked(folder, window) == window[:24]
+    assert answers.asked(folder, window) == answers._passage(window)
+
+
+def test_a_passage_is_from_the_middle(window: tuple[int, ...]) -> None:
+    """With the token that begins a window; of a window too short for it, what there is."""
+    assert answers._passage(window) == (window[0], *window[18:50])
+    assert answers._passage(window[:10]) == (window[0], *window[1:5])
 
 
 def test_no_room_no_question(tiny: Path, window: tuple[int, ...], tmp_path: Path) -> None:
@@ -60,9 +66,9 @@ def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]
 def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, ...]) -> None:
     """Its end token and what follows are not shown; of one that does not end, that it goes on is."""
     words = tuple(load_tokenizer(tiny).encode("a fine day", add_special_tokens=False).ids)
-    found = answers.answer(tiny, window, window[:24], ((*words, 0, 7, 7), words))
+    found = answers.answer(tiny, window, answers._passage(window), ((*words, 0, 7, 7), words))
     assert found.original == "a fine day" and found.artifact == "a fine day ..."
-    assert found.asked == str(load_tokenizer(tiny).decode(window[:24])).strip()
+    assert found.asked == " ".join(load_tokenizer(tiny).decode(answers._passage(window)).split())
 
 
 @pytest.mark.families
