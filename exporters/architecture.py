@@ -52,8 +52,7 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
 
 def attending_layers(config: PreTrainedConfig, silent: Collection[str]) -> list[int]:
     """Indices of the layers that have attention, and so a cache: all but those whose attention is in ``silent``."""
-    names = {index: part_name(index, "attention") for index in range(config.num_hidden_layers)}
-    return [index for index, name in names.items() if name not in silent]
+    return [index for index in range(config.num_hidden_layers) if part_name(index, "attention") not in silent]
 
 
 def window(config: PreTrainedConfig, index: int) -> int:

@@ -11,6 +11,8 @@ PAST_TENSE = {
     "quantize": "quantized",
     "tune": "tuned",
 }
+# What a removal takes of each layer: nothing less than the layer itself, or a part.
+PARTS = {"blocks": "", "attention": "attention", "feed-forward": "feed-forward part"}
 # What a stage takes and leaves, in words.
 FORMATS = {
     "gguf": "a GGUF file", "hf": "a float checkpoint", "codes": "a checkpoint with the integers of its GGUF file",

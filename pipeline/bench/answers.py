@@ -27,8 +27,8 @@ def asked(folder: Path, window: Ids) -> Ids:
     return ids if len(ids) + ANSWER_TOKENS <= context_length(folder) else ()
 
 
-def answer(folder: Path, window: Ids, ids: Ids, continued: tuple[Ids, Ids]) -> Answer:
-    """What was asked and answered, as text, up to the token that ends an answer."""
+def answer(folder: Path, window: Ids, ids: Ids, *continued: Ids) -> Answer:
+    """What was asked, and answered by the original and the artifact, as text up to the token that ends an answer."""
     tokenizer, ends = load_tokenizer(folder), end_tokens(folder)
 
     def text(tokens: Ids) -> str:

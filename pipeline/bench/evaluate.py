@@ -58,7 +58,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
             if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
                 if asked:
-                    answers = (tuple(original.answers[0]), tuple(model.greedy(asked[0], ANSWER_TOKENS)))
+                    answers = (job.asked, tuple(original.answers[0]), tuple(model.greedy(asked[0], ANSWER_TOKENS)))
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
             yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode(), answers))

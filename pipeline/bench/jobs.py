@@ -121,13 +121,13 @@ class QualityFigures:
 class Scored:
     """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64.
 
-    answers: token ids with which the original and this model continue what was asked, greedily.
+    answers: token ids of what was asked, and with which the original and this model continue it, greedily.
     """
 
     key: str
     figures: QualityFigures
     losses: str
-    answers: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    answers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)

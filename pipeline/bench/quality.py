@@ -105,7 +105,7 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
     if isinstance(answers[-1], Scored) and answers[-1].answers:
-        subject.answers = (answer(subject.path, text[0], asked(subject.path, text[0]), answers[-1].answers),)
+        subject.answers = (answer(subject.path, text[0], *answers[-1].answers),)
 
 
 def _stage_row(row: Row, answer: Scored | Failed, loss: np.ndarray | None, text_bytes: int) -> StageRow:
@@ -156,11 +156,11 @@ def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal)
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
     """
     original = None if options.reference is None else Artifact.load(options.reference)
+    prompt = asked(rows[-1].folder, text[0]) if original else ()
     answers: Answers = {}
     with bar("quality", len(text) * len(rows), "window") as shown:
         while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
             against = original and original.identity()
-            prompt = asked(rows[-1].folder, text[0]) if original else ()
             keys = {journal.key("quality", *key, against, text, prompt, options.target): row for key, row in pending.items()}
             for key, row in keys.items():
                 if (known := journal.get(Scored, key)) is not None:

@@ -27,6 +27,7 @@ from edgepress.pipeline.prune.record import rounded, write_influence
 from edgepress.pipeline.prune.surgery import pruned_config, remove_blocks
 from edgepress.pipeline.report.attribution import WORRYING
 from edgepress.pipeline.text.calibration import calibration, other_halves
+from edgepress.pipeline.vocabulary import PARTS
 
 log = logging.getLogger("edgepress")
 
@@ -213,7 +214,7 @@ def _report(plan: _Plan, layers: int, perplexities: list[float]) -> None:
 
 def _of(plan: _Plan) -> str:
     """``the attention of ``; empty for whole layers."""
-    return {BLOCKS: "", "feed-forward": "the feed-forward part of "}.get(plan.parts, f"the {plan.parts} of ")
+    return f"the {PARTS[plan.parts]} of " if PARTS[plan.parts] else ""
 
 
 def _choice_facts(options: PruneOptions, plan: _Plan, layers: int) -> JsonObject:

@@ -107,10 +107,7 @@ class Fit:
 def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str]) -> Ends:
     """chosen: names of the block matrices that get a form; those of a GGUF file that keep their codes weigh what they do."""
     kept = {id(model.get_submodule(name).weight): name for name in checkpoint.weights.matrices}
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if model.config.tie_word_embeddings:
-        modules.pop()
-    ends = {id(module.weight): tuple(module.weight.shape) for module in modules if id(module.weight) not in kept}
+    ends = {weight: shape for weight, shape in _shapes_of_ends(model).items() if weight not in kept}
     taken = {id(model.get_submodule(name).weight) for name in chosen} | ends.keys() | kept.keys()
     codes = sum(linear.nbytes for name in kept.values() if (linear := checkpoint.weights.packed(name)) is not None)
     taken |= {id(parameter) for name, parameter in model.named_parameters() if within(checkpoint.silent, name)}  # left out
@@ -118,6 +115,14 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     files = _carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
     graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers
     return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph)
+
+
+def _shapes_of_ends(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """Id of the weight -> its shape, of embedding and output head; of a matrix that is both, once."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.tie_word_embeddings:
+        modules.pop()
+    return {id(module.weight): (module.weight.shape[0], module.weight.shape[1]) for module in modules}
 
 
 def _carried(checkpoint: Checkpoint) -> int:
@@ -156,10 +161,8 @@ def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -
     place = decoder_blocks(model)[0].count(".") + 1
     for name in matrices.keys() - checkpoint.spared(matrices):
         blocks[int(name.split(".")[place])] += min(bytes_of(*matrices[name], form, options.symmetric) for form in FORMS)
-    ends = {id(m.weight): tuple(m.weight.shape) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    if model.config.tie_word_embeddings:
-        ends = dict([next(iter(ends.items()))])
-    least = sum(sorted(blocks.values())[:layers]) + Ends(tuple(ends.values()), 0).bytes(min(HEADS), 64)
+    ends = Ends(tuple(_shapes_of_ends(model).values()), 0)
+    least = sum(sorted(blocks.values())[:layers]) + ends.bytes(min(HEADS), 64)
     assert options.max_size is not None
     if checkpoint.weights.matrices or least <= size_in_bytes(options.max_size, "--max-size"):
         return

@@ -8,6 +8,7 @@ from functools import cached_property
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.vocabulary import PARTS
 
 _MOST_LAYERS = 1 << 16
 
@@ -53,10 +54,6 @@ class Narrowing:
     refit: bool = True
 
 
-# What a removal took of each layer, in words.
-_PARTS = {"blocks": "", "attention": "attention", "feed-forward": "feed-forward part"}
-
-
 @dataclass(frozen=True)
 class Removal:
     """Layers removed, by index; ``layers`` is their number before and after; ``influences`` Block Influence by layer.
@@ -84,12 +81,12 @@ class Removal:
     @property
     def part(self) -> str:
         """``attention``, ``feed-forward part``, or empty for whole layers."""
-        return _PARTS[self.parts]
+        return PARTS[self.parts]
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or not all(0 <= count <= _MOST_LAYERS for count in self.layers):
             raise ValueError("layers are not their number before and after")
-        if self.parts not in _PARTS:
+        if self.parts not in PARTS:
             raise ValueError("parts of a kind that nobody knows")
 
 

@@ -34,7 +34,7 @@ def test_a_model_that_chats_is_asked_a_question(tiny: Path, window: tuple[int, .
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     ids = answers.asked(folder, window)
     assert load_tokenizer(folder).decode(ids, skip_special_tokens=False) == f"[user] {answers.QUESTION}\n[assistant]"
-    assert answers.answer(folder, window, ids, ((5,), (6,))).asked == answers.QUESTION
+    assert answers.answer(folder, window, ids, (5,), (6,)).asked == answers.QUESTION
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert answers.asked(folder, window) == answers._passage(window)
 
@@ -58,6 +58,7 @@ def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]
     (scored,) = (event.scored for event in evaluate.quality(job) if event.scored)
     prompt = np.array(window[:9])
     assert scored.answers == (
+        window[:9],
         tuple(greedy_tokens(load_model(tiny), prompt, evaluate.ANSWER_TOKENS)),
         tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS)),
     )
@@ -66,7 +67,7 @@ def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]
 def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, ...]) -> None:
     """Its end token and what follows are not shown; of one that does not end, that it goes on is."""
     words = tuple(load_tokenizer(tiny).encode("a fine day", add_special_tokens=False).ids)
-    found = answers.answer(tiny, window, answers._passage(window), ((*words, 0, 7, 7), words))
+    found = answers.answer(tiny, window, answers._passage(window), (*words, 0, 7, 7), words)
     assert found.original == "a fine day" and found.artifact == "a fine day ..."
     assert found.asked == " ".join(load_tokenizer(tiny).decode(answers._passage(window)).split())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgepress.models.families import PARTS
-from edgepress.pipeline import options, stages
+from edgepress.pipeline import options, stages, vocabulary
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -36,7 +36,7 @@ def model(random_model: Model, tmp_path: Path) -> Path:
 
 
 def test_the_options_name_the_parts_that_there_are() -> None:
-    assert set(options.REMOVABLE) == {options.BLOCKS, *PARTS}
+    assert set(options.REMOVABLE) == {options.BLOCKS, *PARTS} == set(vocabulary.PARTS)
 
 
 def test_an_output_of_zeros_is_a_silent_part(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -66,19 +67,20 @@ def check(name: str, source: Artifact, artifact: Artifact) -> None:
         assert [node.attributes["local_window_size"].as_int() for node in attention] == windows
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", *(pytest.param(name, marks=pytest.mark.families) for name in FUSED)])
-def test_fused(name: str, random_model: Model, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("exporter", "name"),
+    [
+        ("fused", "gemma3_text"),
+        ("portable", "llama"),
+        *(pytest.param(*row, marks=pytest.mark.families) for row in product(("fused", "portable"), FUSED)),
+    ],
+)
+def test_nothing_of_a_part_that_is_gone_is_exported(
+    exporter: str, name: str, random_model: Model, tmp_path: Path, text: Path
+) -> None:
     pruned = without_parts(random_model(family_config(name), tmp_path / "model"), tmp_path, text)
     packed = stages.run("quantize", pruned, tmp_path / "packed", QuantizeOptions(method="rtn", group_size=32))
-    options = ExportOptions(exporter="fused", text=text, accuracy_level=0)  # type: ignore[arg-type]
-    check(name, packed, stages.run("export", packed, tmp_path / "onnx", options))
-
-
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.families) for name in FUSED)])
-def test_portable(name: str, random_model: Model, tmp_path: Path, text: Path) -> None:
-    pruned = without_parts(random_model(family_config(name), tmp_path / "model"), tmp_path, text)
-    packed = stages.run("quantize", pruned, tmp_path / "packed", QuantizeOptions(method="rtn", group_size=32))
-    options = ExportOptions(exporter="portable", text=text, accuracy_level=0)  # type: ignore[arg-type]
+    options = ExportOptions(exporter=exporter, text=text, accuracy_level=0)  # type: ignore[arg-type]
     check(name, packed, stages.run("export", packed, tmp_path / "onnx", options))
 
 
