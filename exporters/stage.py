@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import onnx_ir
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
@@ -25,6 +26,7 @@ from edgepress.pipeline.options import NODE, ExportOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.text.reading import read_text
 from edgepress.pipeline.text.windows import same_tokens
+from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 
@@ -42,19 +44,9 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         raise OptionError(
             f"{options.reference} has a different tokenizer from {source.path}; give the checkpoint that it was made from"
         )
-    if not architecture.attending_layers(checkpoint.config, checkpoint.silent):
-        raise ModelError("no layer of this model has attention any more, so nothing would see the text; remove fewer parts")
-    exporter, obstacle = choose_exporter(options.exporter, checkpoint)
-    is_fused = exporter == "fused"
-    # A trace needs all weights at once; a comparison reads one matrix at a time.
-    model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
-    half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU
-    level = 0 if half or options.accuracy_level == "0" else 4
-    graph = fused.build(checkpoint, level, half) if is_fused else portable.build(checkpoint, model, level, half)
-    save(graph, out / "model.onnx")
-    graph = rows_in_place(out / "model.onnx")
-    write_configs(checkpoint, out, options.target, shared_cache=is_fused)
-
+    written = draft(checkpoint, out, options)
+    graph, exporter, obstacle, model = written.graph, written.exporter, written.obstacle, written.model
+    is_fused, half = exporter == "fused", options.target == "cuda"
     changes = switches(checkpoint.config)
     if grows(checkpoint.config):
         context = checkpoint.config.max_position_embeddings
@@ -89,6 +81,33 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if changes:
         facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph as it was written, by which exporter, why not by the fused one, and the model in torch to compare it with."""
+
+    graph: onnx_ir.Model
+    exporter: str
+    obstacle: str | None
+    model: PreTrainedModel
+
+
+def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
+    """Write the artifact into ``out``, not proven yet. Raises as ``export`` does."""
+    if not architecture.attending_layers(checkpoint.config, checkpoint.silent):
+        raise ModelError("no layer of this model has attention any more, so nothing would see the text; remove fewer parts")
+    exporter, obstacle = choose_exporter(options.exporter, checkpoint)
+    is_fused = exporter == "fused"
+    # A trace needs all weights at once; a comparison reads one matrix at a time.
+    model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
+    half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU
+    level = 0 if half or options.accuracy_level == "0" else 4
+    graph = fused.build(checkpoint, level, half) if is_fused else portable.build(checkpoint, model, level, half)
+    save(graph, out / "model.onnx")
+    graph = rows_in_place(out / "model.onnx")
+    write_configs(checkpoint, out, options.target, shared_cache=is_fused)
+    return Draft(graph, exporter, obstacle, model)
 
 
 def _check_size(source: Artifact, out: Path) -> None:

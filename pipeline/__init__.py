@@ -43,15 +43,16 @@ def build(
     source: a folder with config.json and safetensors, a .gguf file, a hub id, or "reference" (the embedded model).
     out: default out/NAME. recipe: a YAML file or the name of a shipped one.
     effort: "quick", "balanced" or "best", for what neither the recipe nor ``options`` say.
-    options: of any stage, instead of the recipe's, e.g. ``remove_count=2``.
+    options: of any stage, instead of the recipe's, e.g. ``remove_count=2``, and bounds: ``max_memory="300MB"``, ``min_speed=30``.
     Raises InputError, OptionError, OutputError, ProofError (a stage failed its own check and left nothing behind).
     """
     from edgepress.pipeline import recipe as recipes
     from edgepress.pipeline.checkpoint.source import resolve
 
     name = recipe or recipes.recipe_for(str(source), options)
-    steps = recipes.plan(recipes.read(name), options, effort)
-    done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps)
+    bounds, rest = recipes.split_bounds(options)
+    steps = recipes.plan(recipes.read(name), rest, effort)
+    done = recipes.build(resolve(str(source)), _expanded(out) if out else recipes.default_out(str(source)), steps, bounds)
     return recipes.shipped_artifact(done)
 
 

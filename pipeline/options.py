@@ -541,24 +541,52 @@ class SensitivityOptions(Options):
 
 
 @dataclass(frozen=True)
-class PlanOptions(Options):
-    """Show what could be made of a model: sizes, and what each is expected to lose. What is measured is kept for the next time."""
+class BoundOptions(Options):
+    """What the artifact must keep to on this machine, besides its size: of those that do, the one of least loss is made."""
+
+    max_memory: str | None = option(None, "peak memory of a process that runs the artifact, at most, as 500MB")
+    min_speed: float | None = option(None, "tokens a second, at least, that one sequence is decoded at", at_least=0)
+    max_ttft: float | None = option(None, "milliseconds, at most, to the first token after a prompt of 128", at_least=0)
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            size_in_bytes(self.max_memory, "--max-memory")
+        for name in ("min_speed", "max_ttft"):
+            if getattr(self, name) == 0:
+                raise OptionError(f"{flag(name)} must be above 0")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, item.name) is not None for item in dataclasses.fields(BoundOptions))
+
+
+@dataclass(frozen=True)
+class PlanOptions(BoundOptions):
+    """Show what could be made of a model: sizes, what each loses, its speed and memory here. Figures are kept for the next time."""
 
     max_size: str | None = option(None, "a size to show as well, as 90MB; refused where the model has no artifact so small")
+    speed: bool = option(True, "measure speed and memory of three artifacts, made for that, and reckon those of the others")
+    threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
     calibration_skip: int = _calibration_skip()
+    text: Path = _text()
     text_key: str = _text_key()
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.quantize()
+        if self.given and not self.speed:
+            raise OptionError("--no-speed measures nothing to compare with a bound; leave it or the bound out")
 
     def quantize(self) -> QuantizeOptions:
         """The options of the quantize stage that is planned. Raises OptionError."""
-        return QuantizeOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
+        known = {item.name for item in dataclasses.fields(QuantizeOptions)}
+        return QuantizeOptions(**{i.name: getattr(self, i.name) for i in dataclasses.fields(self) if i.name in known})
 
 
 @dataclass(frozen=True)

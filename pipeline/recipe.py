@@ -26,10 +26,12 @@ from edgepress.pipeline.options import (
     BLOCKS,
     SELF,
     BenchOptions,
+    BoundOptions,
     ExportOptions,
     HealOptions,
     ImportOptions,
     NarrowOptions,
+    PlanOptions,
     PruneOptions,
     QuantizeOptions,
     TrimOptions,
@@ -45,6 +47,8 @@ log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
+PLAN = "plan.json"  # what it was expected to give, where it has bounds to keep to
+UNBOUNDED = BoundOptions()
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
@@ -230,7 +234,21 @@ def shipped_artifact(done: Sequence[Artifact]) -> Artifact:
     return next((artifact for artifact in reversed(done) if artifact.format == "onnx"), done[-1])
 
 
-def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
+def split_bounds(flags: Mapping[str, object]) -> tuple[BoundOptions, dict[str, object]]:
+    """The bounds among the flags of a build, and the others. Raises OptionError."""
+    names = {item.name for item in dataclasses.fields(BoundOptions)}
+    bounds = make(BoundOptions, {name: value for name, value in flags.items() if name in names})
+    rest = {name: value for name, value in flags.items() if name not in names}
+    if bounds.given:
+        asked = next(flag(name) for name in flags if name in names)
+        if clash := sorted({"bits", "bits_for", "target_bits", "max_growth", "group_size"} & rest.keys()):
+            raise OptionError(f"{asked} chooses the bits of every matrix itself; leave {flag(clash[0])} out")
+        if rest.get("target", "cpu") != "cpu":
+            raise OptionError(f"{asked} is of this machine's CPU, and the target is {rest['target']}; leave one of them out")
+    return bounds, rest
+
+
+def build(source: Path, out: Path, steps: Plan, bounds: BoundOptions = UNBOUNDED) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
 
     What it was expected to take and what it took stands in ``out/build.json``.
@@ -239,10 +257,10 @@ def build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     stages.check_outside(out, source)
     _check_no_artifact(out)  # before a lock lies in it
     with writing(out, build=True):
-        return _build(source, out, steps)
+        return _build(source, out, steps, bounds)
 
 
-def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
+def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[Artifact]:
     begun = time.monotonic()
     original, importing = Artifact.load(source), ImportOptions()
     if isinstance(given := steps[0][1], ImportOptions):
@@ -272,6 +290,9 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
     stale = [f for f in numbered if (f / MANIFEST).is_file() and real(f) not in made]
     if stale:
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
+    found = None
+    if bounds.given:
+        steps, found = _keeping_to(bounds, original, out, steps)
     ahead = _ahead(original, steps, folders)
     if ahead:  # a finished build may lie on a disk that is read-only
         check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
@@ -293,7 +314,30 @@ def _build(source: Path, out: Path, steps: Plan) -> list[Artifact]:
         _record_cost(out, expected, time.monotonic() - begun)
     else:
         discard_part(out / COST)
+    if found is not None and done[-1].format == "report":
+        load("edgepress.pipeline.plan.bounds:compare")(found, done[-1].path / "report.json")
     return done
+
+
+def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan) -> tuple[Plan, object]:
+    """The steps with the size of the best artifact that keeps to the bounds, and what is expected of it.
+
+    It is looked for among those of the whole model: what a stage removes before makes it faster at equal size, not slower.
+    """
+    given = dict(steps)
+    quantize, bench = given.get("quantize"), given.get("bench", BenchOptions())
+    if not isinstance(quantize, QuantizeOptions) or "export" not in given:
+        raise OptionError("a recipe that keeps to a bound must have quantize and export among its stages")
+    assert isinstance(bench, BenchOptions)
+    known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}
+    plan = PlanOptions(
+        **{**vars(bounds), **{name: getattr(quantize, name) for name in known}, "tuned": "tune" in given, "threads": bench.threads}
+    )
+    found = load("edgepress.pipeline.plan.bounds:planned")(original, plan, out / PLAN)
+    sized = dataclasses.replace(
+        quantize, bits=None, group_size=None, bits_for=(), max_growth=None, target_bits=None, max_size=found.max_size
+    )
+    return [(name, sized if name == "quantize" else options) for name, options in steps], found
 
 
 def _ahead(original: Artifact, steps: Plan, folders: Sequence[Path]) -> Plan:

@@ -33,7 +33,7 @@ SHORT = ["--repeats", 1, "--prompt-lengths", 16, "--new-tokens", 8]
 def built(edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model through all stages, round to nearest for speed."""
     out = tmp_path_factory.mktemp("chain") / "with spaces and ü"
-    few = ["--text-tokens", 800, "--calibration-tokens", 6000, "--shortlist", 3, "--greedy-tokens", 256]
+    few = ["--text-tokens", 800, "--calibration-tokens", 4000, "--shortlist", 2, "--greedy-tokens", 128]
     result = edgepress("build", "reference", out, "--method", "rtn", *few, *SHORT)
     assert result.code == 0, result.err
     assert "ONNX as shipped" in result.out and shlex.join(["edgepress", "run", str(out / "04-export")]) in result.out

@@ -265,8 +265,9 @@ def interrupted(
 
 
 KILLS = [
-    *((stage, "SIGINT") for stage in STAGES),
+    ("03-export", "SIGINT"),
     ("02-quantize", "SIGKILL"),
+    *(pytest.param(stage, "SIGINT", marks=pytest.mark.families) for stage in STAGES if stage != "03-export"),
     # what bench keeps after a kill: tests/bench/test_journal.py
     *(pytest.param("04-bench", name, marks=pytest.mark.families) for name in ("SIGKILL", "SIGTERM")),
 ]

@@ -94,10 +94,11 @@ def _resolved(flags: Flags) -> Flags:
 
 def _build(options: argparse.Namespace, flags: Flags) -> int:
     chosen = options.recipe or recipe.recipe_for(options.source, flags)
+    bounds, flags = recipe.split_bounds(flags)
     steps = recipe.plan(recipe.read(chosen), _resolved(flags), options.effort)
     source = resolve(options.source)
     out = options.out or recipe.default_out(options.source)
-    done = recipe.build(source, out, steps)
+    done = recipe.build(source, out, steps, bounds)
     _print_report(done[-1])
     artifact = recipe.shipped_artifact(done)
     print(f"\nartifact: {artifact.path}")
@@ -221,9 +222,9 @@ def _plan(options: argparse.Namespace, flags: Flags) -> int:
     values = make(PlanOptions, _resolved(flags))
     source = stages.source_of(options.source)
     check_checkpoint(source.path, values.trust_remote_code)
-    from edgepress.pipeline.quantize.frontier import frontier, table
+    from edgepress.pipeline.plan.frontier import frontier, table
 
-    print(table(frontier(source, values.quantize())))
+    print(table(frontier(source, values)))
     return 0
 
 

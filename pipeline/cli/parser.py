@@ -12,7 +12,7 @@ from edgepress.pipeline.effort import DEFAULT
 from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
-from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
+from edgepress.pipeline.options import BoundOptions, PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
 from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import suggestion, version
 from edgepress.pipeline.stages import STAGES
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     build.last_words = lambda: (
         f"The defaults above are those of single stages. The recipe 'default' gives: {given_by('default')}; what neither "
         "recipe nor flags give, --effort may choose.")  # fmt: skip
-    add_flags(build, *(stage.options for stage in STAGES.values()))
+    add_flags(build, BoundOptions, *(stage.options for stage in STAGES.values()))
 
     for name, stage in STAGES.items():
         verb = verbs.add_parser(name, help=first_line(stage.options), description=stage.options.__doc__)

@@ -246,6 +246,7 @@ def test_more_threads_than_processors(exported: Artifact, call: Callable[..., An
     assert result.code == 2 and len(result.err.splitlines()) == 2 and "processors of this machine" in result.err
 
 
+@pytest.mark.families
 def test_bench_reports_tasks(exported: Artifact, files: list[Path], text: Path, tmp_path: Path) -> None:
     """Under their own names, with standard errors, from a process of its own."""
     options = BenchOptions(

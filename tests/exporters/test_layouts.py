@@ -55,7 +55,11 @@ def in_another_order(source: Path, target: Path, shared: bool) -> Path:
 
 @pytest.mark.parametrize(
     ("exporter", "shared"),
-    [("fused", True), ("fused", False), ("portable", False), pytest.param("portable", True, marks=pytest.mark.families)],
+    [
+        ("fused", True),
+        ("fused", False),
+        *(pytest.param("portable", folded, marks=pytest.mark.families) for folded in (False, True)),
+    ],
 )
 def test_act_order_gathers_the_input(
     exporter: str, shared: bool, random_model: Callable[..., Path], text: Path, tmp_path: Path

@@ -71,7 +71,6 @@ def check(name: str, source: Artifact, artifact: Artifact) -> None:
     ("exporter", "name"),
     [
         ("fused", "gemma3_text"),
-        ("portable", "llama"),
         *(pytest.param(*row, marks=pytest.mark.families) for row in product(("fused", "portable"), FUSED)),
     ],
 )

@@ -152,6 +152,7 @@ def test_a_head_size_that_the_fused_operator_refuses_falls_back_and_says_so(
         make(folder, "rtn", "fused")
 
 
+@pytest.mark.families
 def test_portable_graph_reads_a_left_padded_batch(make: Callable[..., Made], shallow: Path, text: Path) -> None:
     """Two prompts of unequal length in one batch give the logits that each gives alone."""
     import onnxruntime

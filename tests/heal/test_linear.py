@@ -38,6 +38,7 @@ def added_map(block: torch.nn.Module, matrix: torch.nn.Module, change: torch.Ten
     second.remove()
 
 
+@pytest.mark.families
 def test_linear_helps_and_equals_the_explicit_map(
     pruned: Artifact, reference: Path, tmp_path: Path, options: Callable[..., HealOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:

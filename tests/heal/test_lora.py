@@ -59,6 +59,7 @@ def test_contrast_pulls_and_pushes() -> None:
     assert torch.equal(sentences(states, torch.tensor([[True, True, False]])), states[:, :2].mean(1))
 
 
+@pytest.mark.families
 @pytest.mark.usefixtures("short_other_text")
 def test_training_that_diverges_is_rejected(
     pruned: Artifact, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Callable[..., HealOptions]

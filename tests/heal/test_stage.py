@@ -23,6 +23,7 @@ from edgepress.pipeline.text.calibration import HealingSets, healing_sets
 from transformers import AutoModelForCausalLM
 
 
+@pytest.mark.families
 @pytest.mark.usefixtures("short_other_text")
 def test_harm_is_refused(
     pruned: Artifact, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: Callable[..., HealOptions]

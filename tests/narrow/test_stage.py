@@ -78,6 +78,7 @@ def test_without_a_refit_it_is_the_original_less_those_channels(
     )
 
 
+@pytest.mark.families
 def test_the_refit_wins_back_most(reference: Path, tmp_path: Path) -> None:
     """Of what 40 % of the embedded model's channels cost, on text that it did not learn from."""
     losses = []

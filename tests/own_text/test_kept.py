@@ -94,6 +94,7 @@ def test_whatever_decides_what_is_written_makes_another_file(changed: str, tiny:
     assert kept._key(folder, 64, 0) != before
 
 
+@pytest.mark.families
 def test_every_stage_of_a_build_is_told_who_writes(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The original, also once layers are gone."""
     told: dict[str, Options] = {}

@@ -13,7 +13,6 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize import frontier as frontier_module
 from edgepress.pipeline.quantize.budget import Costs, ends_of, fit
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item
 from families import TINY
@@ -82,6 +81,7 @@ def test_what_stays_is_counted_as_it_ships(tiny: Path, text: Path, tmp_path: Pat
     assert 0 <= blocks + ends.bytes(8, 32) + ends.rest - whole_bytes(made) <= SLACK
 
 
+@pytest.mark.families
 def test_a_size_that_is_not_kept_to_is_told(
     tiny: Path, quick: None, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -125,27 +125,6 @@ def test_what_is_no_size_is_refused(given: str) -> None:
             QuantizeOptions(max_size="5MB", **ends)
     with pytest.raises(OptionError, match="leave one out"):
         QuantizeOptions(max_size="5MB", target_bits=4.5)
-
-
-def test_a_plan_shows_what_could_be_made(
-    tiny: Path, quick: None, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """From small to large, losses falling; a size that is proposed can be made; costs are measured once."""
-    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(frontier_module, "USELESS", 1e9)
-    points = frontier_module.frontier(Artifact.load(tiny), QuantizeOptions(method="rtn", max_size="1.1MB"))
-    sizes, growths = [point.size for point in points], [point.growth for point in points]
-    assert len(points) > 6 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
-    assert [point.size <= 1.1e6 for point in points if point.asked] == [True]
-    assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
-    monkeypatch.setattr(choose, "_Trial", None)  # what is kept needs no model
-    result = call("plan", tiny, "--method", "rtn", "--max-size", "1.1MB")
-    assert result.code == 0 and result.out.count("--max-size") == len(points) and result.out.count("asked for") == 1
-    refusal = call("plan", tiny, "--method", "rtn", "--max-size", "10KB")
-    assert refusal.code == 2 and "the smallest artifact of this model" in refusal.err
-    next((tmp_path / "cache" / "costs").iterdir()).write_text("{}")
-    with pytest.raises(TypeError):  # damaged: measured anew
-        frontier_module.frontier(Artifact.load(tiny), QuantizeOptions(method="rtn"))
 
 
 def test_codes_that_are_kept_weigh_what_they_do(tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen
     return lambda **options: choose.choose(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, **options))
 
 
+@pytest.mark.families
 def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
     many = settled(max_growth=10.0)
     assert (many.options.bits, many.options.group_size, many.options.bits_for) == (4, 64, ())
@@ -82,6 +83,7 @@ def test_what_a_mix_saves_is_what_the_folder_saves(tiny: Path, tmp_path: Path) -
     assert trial.saved(trial.all(Form(4, 64))) == pytest.approx(1 - sizes[0] / sizes[1], abs=0.01)
 
 
+@pytest.mark.families
 def test_a_mix_of_weights_that_were_quantized_before_is_rounded(
     tiny: Path, settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +103,7 @@ def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., 
     assert (chosen.method, chosen.bits, chosen.act_order) == ("rtn", 8, False)
 
 
+@pytest.mark.families
 def test_calibration_is_not_reckoned_with_where_weights_were_quantized_before(tiny: Path) -> None:
     """On SmolLM2's Q4_1 file GPTQ loses as much as rounding: a bound that counts on it would be exceeded."""
     plain = Artifact.load(tiny)

@@ -132,6 +132,7 @@ def test_gptq_beats_rounding(quantized: GptqRun) -> None:
     assert max(ratios.values()) < 1.1, ratios
 
 
+@pytest.mark.families
 def test_gptq_by_module_and_in_act_order(tiny: Path, text: Path, tmp_path: Path) -> None:
     """--bits-for and --act-order reach gptqmodel: widths, permutations and what stays float are as asked."""
     done = run_gptq(

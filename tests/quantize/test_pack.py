@@ -95,6 +95,7 @@ def test_weights_under_other_names_are_not_left_float(tiny: Path, copy_of: Calla
         stages.run("quantize", Artifact.load(source), tmp_path / "out", RTN)
 
 
+@pytest.mark.families
 def test_experts_that_stay_float_are_named(
     random_model: Callable[..., Path], text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

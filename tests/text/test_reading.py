@@ -132,7 +132,10 @@ STAGES: dict[str, Callable[[Path, Path, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+_SLOW = ("the choice of bits", "export", "sensitivity")
+
+
+@pytest.mark.parametrize("stage", [pytest.param(name, marks=pytest.mark.families) if name in _SLOW else name for name in STAGES])
 def test_a_text_that_the_model_cannot_read_is_said(
     stage: str, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -120,6 +120,7 @@ def test_languages() -> None:
     assert is_written_in("你好", scripts_of(["zh"])) and is_written_in("カナ漢字", scripts_of(["ja"]))
 
 
+@pytest.mark.families
 def test_build_from_a_trimmed_vocabulary(call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     """The stages after it start from it, and the artifact's tokenizer is the smaller one."""
     recipe = tmp_path / "recipe.yaml"

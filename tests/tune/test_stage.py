@@ -47,7 +47,7 @@ def test_norms_learn_in_float32(tuned: Artifact, quantized: Artifact) -> None:
     assert norms and all(t.dtype == np.float32 and not np.array_equal(t, former[n]) for n, t in norms.items())
 
 
-@pytest.mark.parametrize("saved_at", [7, 3])
+@pytest.mark.parametrize("saved_at", [7, pytest.param(3, marks=pytest.mark.families)])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     saved_at: int, tuned: Artifact, quantized: Artifact, tiny: Path, options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +188,7 @@ def test_refused_before_the_work(
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
 
 
+@pytest.mark.families
 def test_minutes_decide_how_long(quantized: Artifact, tiny: Path, options: Make, tmp_path: Path) -> None:
     out = stages.run("tune", quantized, tmp_path / "out", options(tiny, tune_tokens=None, minutes=0.05))
     assert out.steps[-1].facts["steps"] >= 1

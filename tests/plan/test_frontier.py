@@ -1,0 +1,173 @@
+"""`edgepress plan`, and what a bound on memory or speed chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.options import BoundOptions, PlanOptions
+from edgepress.pipeline.plan import frontier as frontier_module
+from edgepress.pipeline.plan import speed as speed_module
+from edgepress.pipeline.plan.frontier import frontier
+from edgepress.pipeline.plan.speed import FORMS, Cost, Speeds
+from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize.budget import Costs, Ends, fit, largest_size, least_size
+from edgepress.pipeline.quantize.mix import FORMS as ALL_FORMS
+from edgepress.pipeline.quantize.mix import Form, Item, bytes_of
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Little text, every size shown, nothing kept from elsewhere."""
+    monkeypatch.setattr(choose, "TRIAL_TOKENS", 256)
+    monkeypatch.setattr(choose, "COST_TOKENS", 512)
+    monkeypatch.setattr(choose, "WINDOW", 32)
+    monkeypatch.setattr(frontier_module, "USELESS", 1e9)
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+
+
+def an_item(cost: float) -> Item:
+    costs = {form: cost * 4.0 ** (4 - form.bits) for form in ALL_FORMS}
+    return Item(("a",), 256 * 256, costs, {form: bytes_of(256, 256, form, symmetric=False) for form in ALL_FORMS})
+
+
+COSTS = Costs(tuple(an_item(0.001 * (n + 1)) for n in range(20)), Ends(((1024, 256),), 10_000), {8: 0.0, 4: 0.1})
+# 2 bits are slower than their bytes promise, 8 bits read prompts faster than 4, as kernels do
+SPEEDS = Speeds({"2": Cost(0.004, 0.060, 100e6), "4": Cost(0.005, 0.070, 120e6), "8": Cost(0.008, 0.050, 180e6)}, 128)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose costs and speeds are known."""
+    monkeypatch.setattr(frontier_module, "costs_of", lambda *_: COSTS)
+    monkeypatch.setattr(frontier_module, "speeds_of", lambda *_: SPEEDS)
+
+
+def test_a_plan_shows_what_could_be_made(
+    tiny: Path, quick: None, call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From small to large, losses falling; a size that is proposed can be made; costs are measured once."""
+    options = PlanOptions(method="rtn", max_size="1.1MB", speed=False)
+    points = frontier(Artifact.load(tiny), options).points
+    sizes, growths = [point.size for point in points], [point.growth for point in points]
+    assert len(points) > 6 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
+    assert [point.size <= 1.1e6 for point in points if point.asked] == [True]
+    assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
+    monkeypatch.setattr(choose, "_Trial", None)  # what is kept needs no model
+    result = call("plan", tiny, "--method", "rtn", "--max-size", "1.1MB", "--no-speed")
+    assert result.code == 0 and result.out.count("--max-size") == len(points) and result.out.count("asked for") == 1
+    assert "tokens/s" not in result.out
+    refusal = call("plan", tiny, "--method", "rtn", "--max-size", "10KB", "--no-speed")
+    assert refusal.code == 2 and "the smallest artifact of this model" in refusal.err
+    next((tmp_path / "cache" / "costs").iterdir()).write_text("{}")
+    with pytest.raises(TypeError):  # damaged: measured anew
+        frontier(Artifact.load(tiny), options)
+
+
+def test_what_was_measured_is_what_is_expected() -> None:
+    """Of the artifacts that were measured; others lie between them, and more bytes of the same bits take longer."""
+    for form in FORMS:
+        exact = fit(COSTS, sum(item.bytes[form] for item in COSTS.items) + COSTS.ends.bytes(8, 64) + COSTS.ends.rest)
+        uniform = dataclasses.replace(exact, forms=[form] * len(COSTS.items), head_bits=8, size=exact.size)
+        same = dataclasses.replace(uniform, size=speed_module._size(COSTS, form))
+        found = SPEEDS.of(COSTS, same)
+        wanted = SPEEDS.costs[str(form.bits)]
+        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(wanted))
+    half = [Form(4, 64), Form(8, 64)] * 10
+    middle = (speed_module._size(COSTS, Form(4, 64)) + speed_module._size(COSTS, Form(8, 64))) // 2
+    between = SPEEDS.of(COSTS, dataclasses.replace(exact, forms=half, size=middle))
+    assert dataclasses.astuple(between) == pytest.approx((0.0065, 0.060, 150e6), rel=1e-3)
+    longer = SPEEDS.of(COSTS, dataclasses.replace(exact, forms=half, size=middle + 10_000))
+    assert longer.decode_s > between.decode_s and longer.memory is not None and longer.memory > (between.memory or 0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "figure"),
+    [
+        ({"min_speed": 150}, lambda cost: cost.decode_s <= 1 / 150),
+        ({"max_memory": "150MB"}, lambda cost: (cost.memory or 0) <= 150e6),
+        ({"max_ttft": 60}, lambda cost: cost.ttft_s <= 0.060),
+        ({"max_memory": "170MB", "min_speed": 130}, lambda cost: (cost.memory or 0) <= 170e6 and cost.decode_s <= 1 / 130),
+    ],
+)
+def test_the_least_loss_that_keeps_to_the_bounds(known: None, tiny: Path, bounds: dict, figure: Callable) -> None:
+    found = frontier(Artifact.load(tiny), PlanOptions(method="rtn", **bounds))
+    asked = found.asked
+    assert asked is not None and asked.cost is not None and figure(asked.cost)
+    better = [point for point in found.points if point.growth < asked.growth]
+    assert all(point.cost is not None and not figure(point.cost) for point in better)
+    assert bool(better) != ("max_ttft" in bounds)  # 8 bits read prompts fastest here
+
+
+def test_a_size_and_a_bound(known: None, tiny: Path) -> None:
+    """Both are kept to."""
+    for size, bound in (("900KB", {"min_speed": 130}), ("1.4MB", {"min_speed": 200})):
+        asked = frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_size=size, **bound)).asked
+        assert asked is not None and asked.cost is not None
+        assert asked.size <= float(size[:-2]) * (1e6 if "MB" in size else 1e3) and 1 / asked.cost.decode_s >= bound["min_speed"]
+
+
+def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is named, with what comes nearest."""
+    for bounds, named in (
+        ({"min_speed": 900}, "--min-speed"),
+        ({"max_memory": "20MB"}, "--max-memory"),
+        ({"max_ttft": 5}, "--max-ttft"),
+        ({"min_speed": 240, "max_ttft": 52}, "--m"),
+    ):
+        with pytest.raises(OptionError, match=f"keeps to {named}.*nearest is one of .* MB: .*tokens/s.*ask for less"):
+            frontier(Artifact.load(tiny), PlanOptions(method="rtn", **bounds))
+    silent = dataclasses.replace(SPEEDS, costs={k: dataclasses.replace(c, memory=None) for k, c in SPEEDS.costs.items()})
+    monkeypatch.setattr(frontier_module, "speeds_of", lambda *_: silent)
+    with pytest.raises(OptionError, match="does not report the memory"):
+        frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_memory="150MB"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--min-speed", "30", "--bits", "4"), "--min-speed chooses the bits of every matrix itself; leave --bits out"),
+        (("--max-memory", "1GB", "--max-growth", "0.1"), "--max-memory chooses the bits of every matrix itself"),
+        (("--max-ttft", "100", "--target", "cuda"), "--max-ttft is of this machine's CPU"),
+        (("--max-memory", "lots"), "--max-memory takes a size"),
+        (("--min-speed", "0"), "--min-speed must be above 0"),
+        (("--min-speed", "30", "--method", "nf4"), "--max-size"),
+    ],
+)
+def test_bounds_that_contradict(tiny: Path, tmp_path: Path, call: Callable, flags: tuple[str, ...], reason: str) -> None:
+    result = call("build", tiny, tmp_path / "out", *flags)
+    assert result.code == 2 and reason in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_speed_and_a_bound() -> None:
+    with pytest.raises(OptionError, match="--no-speed measures nothing"):
+        PlanOptions(min_speed=30, speed=False)
+    assert not BoundOptions().given and BoundOptions(max_ttft=1.0).given
+
+
+@pytest.mark.families
+def test_a_build_that_keeps_to_a_bound(
+    tiny: Path, text: Path, tmp_path: Path, call: Callable, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three artifacts are measured once; what is chosen stands in plan.json, and the same command keeps all that is done."""
+    monkeypatch.setattr(speed_module, "ROUNDS", 1)
+    given = ("build", tiny, tmp_path / "out", "--min-speed", "1", "--method", "rtn", "--remove-count", "1", "--no-baseline",
+             "--minutes", "0.01", "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text)  # fmt: skip
+    first = call(*given)
+    assert first.code == 0, first.err
+    assert "plan: --max-size" in first.err and "measured" in first.err
+    assert len(list((tmp_path / "cache" / "speeds").iterdir())) == 1
+    monkeypatch.setattr(speed_module, "_measure", None)
+    again = call(*given)
+    assert again.code == 0 and again.err.count("already done") >= 4 and "what every matrix costs" not in again.err
+    result = call("plan", tiny, "--method", "rtn", "--calibration", text, "--text", text, "--min-speed", "1")
+    assert result.code == 0 and "tokens/s" in result.out and result.out.count("asked for") == 1
+
+
+def test_sizes_are_bounds_of_what_is_tried() -> None:
+    assert least_size(COSTS) < speed_module._size(COSTS, Form(4, 64)) < largest_size(COSTS)
