@@ -11,6 +11,7 @@ import onnx_ir
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
+from edgepress.exporters.int8_cache import MOST, quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
@@ -22,7 +23,7 @@ from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
-from edgepress.pipeline.options import NODE, ExportOptions
+from edgepress.pipeline.options import INT8, NODE, ExportOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.text.reading import read_text
 from edgepress.pipeline.text.windows import same_tokens
@@ -57,6 +58,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         loss = mean_loss_of(reference.windows, map(reference.logits, reference.windows))
         warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
+        kept = quantize_cache(reference, checkpoint, out, choice.proof or exact) if options.cache == INT8 else None
     if options.layout == NODE:
         lay_out(out, dtype_of(graph, half), reference.windows[0][:64])
     if half:
@@ -70,7 +72,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         "proven_on": "CPUExecutionProvider",
         "batch": graph.metadata_props["edgepress.batch"],
         **choice.facts(),
-        "parity": [asdict(proof) for proof in (exact, choice.proof) if proof is not None],
+        "parity": [asdict(proof) for proof in (exact, kept.proof if kept else choice.proof) if proof is not None],
         "parameters": parameters_left(checkpoint.meta_model(), checkpoint.silent),
         "weight_bytes_per_token": weight_bytes_per_token(graph),
         "bytes": [folder_bytes(source.path), folder_bytes(out)],
@@ -78,6 +80,8 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
     if imported := checkpoint.weights.imported:
         log.info("export: already quantized (%s), so its integers are exported as they are", ", ".join(map(str, imported.values())))
         facts["imported"] = imported
+    if kept:
+        facts |= kept.facts() | {"max_added_kl": (choice.limit or 0.0) + MOST}
     if changes:
         facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
@@ -99,6 +103,9 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
         raise ModelError("no layer of this model has attention any more, so nothing would see the text; remove fewer parts")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
+    if options.cache == INT8 and not is_fused:
+        why = f" ({obstacle})" if obstacle else ""
+        raise OptionError(f"--cache int8 is of the fused graph, and this model gets the portable one{why}; leave --cache out")
     # A trace needs all weights at once; a comparison reads one matrix at a time.
     model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
     half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU

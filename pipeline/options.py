@@ -56,6 +56,11 @@ LAYOUTS = {
     PLAIN: "model.onnx and its weights beside it",
     NODE: "the weights below onnx/, where transformers.js under node finds them too; all others read the same folder",
 }
+INT8 = "int8"
+CACHES = {
+    "float": "as the activations",
+    INT8: "a quarter of the memory, and faster where the text is long; for the CPU, edgepress and plain onnxruntime",
+}
 TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16"}
 
 
@@ -605,6 +610,7 @@ class ExportOptions(Options):
         "keep at float activations, and 4 fails (default: a tenth of what was lost since --reference, at least 0.01)",
         at_least=0,
     )  # fmt: skip
+    cache: str = option("float", "numbers of the key-value cache", CACHES)
     layout: str = option(PLAIN, "where the files lie", LAYOUTS)
     reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()
@@ -613,6 +619,9 @@ class ExportOptions(Options):
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
+        if self.cache == INT8 and (self.target == "cuda" or self.layout == NODE):
+            given = "--target cuda" if self.target == "cuda" else f"--layout {NODE}"
+            raise OptionError(f"--cache int8 is for onnxruntime on the CPU; leave it or {given} out")
         if self.target == "cuda" and self.accuracy_level == "4":
             raise OptionError("int8 activations are CPU-only, and the target is cuda; leave --accuracy-level out")
         if self.target == "cuda" and self.exact_layers is not None:

@@ -21,6 +21,7 @@ from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_p
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory, release_memory
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     BLOCKS,
@@ -329,6 +330,8 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
     if not isinstance(quantize, QuantizeOptions) or "export" not in given:
         raise OptionError("a recipe that keeps to a bound must have quantize and export among its stages")
     assert isinstance(bench, BenchOptions)
+    if not METHODS[quantize.method].adjustable:
+        raise OptionError(f"a bound chooses the bits of every matrix, and {quantize.method} has none to choose; leave --method out")
     known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}
     plan = PlanOptions(
         **{**vars(bounds), **{name: getattr(quantize, name) for name in known}, "tuned": "tune" in given, "threads": bench.threads}

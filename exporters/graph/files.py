@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
+from edgepress.exporters.graph.cache import to_float
 
 SMALL = 256  # bytes; shorter constants stay in the graph's own file
 # Operators that read a few rows of a constant (an embedding, rotary tables), or only reshape it.
@@ -71,12 +72,21 @@ def level_0(node: str) -> int:
     return 0
 
 
-def save_variant(model: Path, out: Path, level_of: Callable[[str], int] = level_0, outputs: Sequence[str] = ()) -> None:
+def save_variant(
+    model: Path,
+    out: Path,
+    level_of: Callable[[str], int] = level_0,
+    outputs: Sequence[str] = (),
+    *,
+    float_cache: bool = False,
+) -> None:
     """Write a graph with other accuracy levels, over the same external weights; ``out`` may be ``model``.
 
-    level_of: node name -> accuracy level. outputs: values inside the graph that become outputs too.
+    level_of: node name -> accuracy level. outputs: values inside the graph that become outputs too. float_cache: whatever it was.
     """
     graph = ir.load(model)
+    if float_cache:
+        to_float(graph)
     for node in graph.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level_of(node.name or ""))

@@ -75,13 +75,16 @@ def _proven(artifact: Artifact, source: Checkpoint, windows: list[np.ndarray]) -
             f"equals {name} at float activations "
             f"(logits within {exact.difference:.1g} standard deviations over {exact.tokens} tokens)"
         )
-        if not step.facts.get("accuracy_level"):
+        level = step.facts.get("accuracy_level") or 0
+        if not level and "cache" not in step.facts:
             return proof
-        shipped = parity.measure(reference, lambda: Decoder(artifact.path), step.facts["accuracy_level"])
+        shipped = parity.measure(reference, lambda: Decoder(artifact.path), level)
     limit = step.facts.get("max_added_kl")
     added = f"KL {shipped.kl_mean:.2g} as it ships, {100 * shipped.top1_agreement:.1f} % of the most likely tokens the same"
     if limit is not None and shipped.kl_mean > SLACK * limit:
-        raise ProofError(f"{proof}, but adds {added} (its export allowed KL {limit:.2g}); export with --accuracy-level 0")
+        raise ProofError(
+            f"{proof}, but adds {added} (its export allowed KL {limit:.2g}); export with --accuracy-level 0 and a float cache"
+        )
     return f"{proof}, adds {added}"
 
 
@@ -92,8 +95,8 @@ def _scratch() -> Iterator[Path]:
 
 
 def at_level_0(folder: Path, scratch: Path, target: str = "cpu") -> Decoder:
-    """The artifact with float activations: another graph over the same weights, in a folder of its own."""
-    save_variant(folder / "model.onnx", scratch / "model.onnx")
+    """The artifact with float activations and a float cache: another graph over the same weights, in a folder of its own."""
+    save_variant(folder / "model.onnx", scratch / "model.onnx", float_cache=True)
     shutil.copyfile(folder / "genai_config.json", scratch / "genai_config.json")
     for data in graph_files(folder):  # onnxruntime refuses links that lead out of the folder
         place = scratch / data.relative_to(folder)

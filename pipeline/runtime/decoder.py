@@ -69,8 +69,9 @@ class Decoder:
                 f"{folder / model} is not a graph that edgepress wrote: {error}; give a folder that edgepress export wrote"
             ) from error
         self._shapes = {name: (1, heads, 0, size) for name, (heads, size) in signature.caches.items()}
-        # Activations, cache and logits: float16 in what is exported for a GPU.
+        # Activations and logits, and the cache unless it is int8: float16 in what is exported for a GPU.
         self.dtype: type[np.float16] | type[np.float32] = np.float16 if signature.half else np.float32
+        self._kept: type[np.generic] = np.int8 if signature.int8 else self.dtype
         self.shared = metadata.get("edgepress.shared_cache") == "1"
         self.left_padding = metadata.get("edgepress.batch") == "left-padded"  # the side of padding that it supports
         self.context = read_genai_config(folder).context_length
@@ -90,7 +91,11 @@ class Decoder:
 
     def cache_bytes(self, tokens: int) -> int:
         """Memory of the cache of so many tokens."""
-        return sum(heads * size for _, heads, _, size in self._shapes.values()) * tokens * np.dtype(self.dtype).itemsize
+        return sum(heads * size for _, heads, _, size in self._shapes.values()) * tokens * np.dtype(self._kept).itemsize
+
+    def cached(self) -> dict[str, np.ndarray]:
+        """Keys and values (heads, tokens, head size) of the sequence, by the name of the graph's input."""
+        return {name: value.numpy()[0, :, : self.length] for name, value in self._cache.items()}
 
     @property
     def held(self) -> int:
@@ -277,10 +282,10 @@ class Decoder:
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         """An empty cache for a batch."""
-        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self.dtype) for name, shape in self._shapes.items()}
+        return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=self._kept) for name, shape in self._shapes.items()}
 
     def _empty(self, shape: tuple[int, int, int, int], length: int) -> onnxruntime.OrtValue:
-        array = np.zeros((1, shape[1], length, shape[3]), dtype=self.dtype)
+        array = np.zeros((1, shape[1], length, shape[3]), dtype=self._kept)
         return self._filled(array)
 
     def _filled(self, array: np.ndarray) -> onnxruntime.OrtValue:

@@ -13,16 +13,20 @@ if TYPE_CHECKING:
 
 CACHE = "past_key_values."
 _LARGEST_SIDE = 1 << 20  # heads, or the width of one
-_IDS, _FLOATS = "tensor(int64)", ("tensor(float)", "tensor(float16)")
+_IDS, _FLOATS, _INT8 = "tensor(int64)", ("tensor(float)", "tensor(float16)"), "tensor(int8)"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """caches: name of each input of the cache -> heads and head size. half: whether activations are float16."""
+    """caches: name of each input of the cache -> heads and head size. half: whether activations are float16.
+
+    int8: whether the cache is.
+    """
 
     caches: dict[str, tuple[int, int]]
     vocabulary: int
     half: bool
+    int8: bool
 
 
 def signature_of(session: onnxruntime.InferenceSession) -> Signature:
@@ -35,21 +39,23 @@ def signature_of(session: onnxruntime.InferenceSession) -> Signature:
     logits = outputs["logits"]
     if next(iter(outputs)) != "logits" or len(logits.shape) != 3 or not _is_side(logits.shape[2]):
         raise ValueError(f"its first output must be logits (batch, tokens, vocabulary), not {shown(logits.shape)}")
-    caches = {}
+    caches: dict[str, tuple[int, int]] = {}
+    int8 = any(name.startswith(CACHE) and node.type == _INT8 for name, node in inputs.items())
+    kept = _INT8 if int8 else logits.type
     for name, node in inputs.items():
         if not name.startswith(CACHE):
             if name not in ("input_ids", "attention_mask", "logits_to_keep", "position_ids"):
                 raise ValueError(f"it has an input {shown(name)}, which nothing feeds")
             continue
-        _check_kind(inputs, name, (logits.type,))
-        _check_kind(outputs, name.replace("past_key_values", "present"), (logits.type,))
+        _check_kind(inputs, name, (kept,))
+        _check_kind(outputs, name.replace("past_key_values", "present"), (kept,))
         if len(node.shape) != 4 or not (_is_side(node.shape[1]) and _is_side(node.shape[3])):
             raise ValueError(f"{name} must be (batch, heads, past, head size), not {shown(node.shape)}")
         caches[name] = (node.shape[1], node.shape[3])
     presents = [name.replace("past_key_values", "present") for name in caches]
     if not caches or list(outputs)[1 : 1 + len(caches)] != presents:
         raise ValueError("behind logits must come one output for each input of the cache, in their order")
-    return Signature(caches, logits.shape[2], logits.type == "tensor(float16)")
+    return Signature(caches, logits.shape[2], logits.type == "tensor(float16)", int8)
 
 
 def _check_kind(nodes: dict[str, onnxruntime.NodeArg], name: str, kinds: Iterable[str]) -> None:

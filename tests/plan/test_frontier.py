@@ -135,7 +135,7 @@ def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pyte
         (("--max-ttft", "100", "--target", "cuda"), "--max-ttft is of this machine's CPU"),
         (("--max-memory", "lots"), "--max-memory takes a size"),
         (("--min-speed", "0"), "--min-speed must be above 0"),
-        (("--min-speed", "30", "--method", "nf4"), "--max-size"),
+        (("--min-speed", "30", "--method", "nf4"), "nf4 has none to choose; leave --method out"),
     ],
 )
 def test_bounds_that_contradict(tiny: Path, tmp_path: Path, call: Callable, flags: tuple[str, ...], reason: str) -> None:
