@@ -59,7 +59,7 @@ LAYOUTS = {
 INT8 = "int8"
 CACHES = {
     "float": "as the activations",
-    INT8: "a quarter of the memory, and faster where the text is long; for the CPU, edgepress and plain onnxruntime",
+    INT8: "a quarter of the memory, and faster where the text is long; on the CPU, not for optimum and transformers.js",
 }
 TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16"}
 
@@ -621,7 +621,7 @@ class ExportOptions(Options):
     def __post_init__(self) -> None:
         if self.cache == INT8 and (self.target == "cuda" or self.layout == NODE):
             given = "--target cuda" if self.target == "cuda" else f"--layout {NODE}"
-            raise OptionError(f"--cache int8 is for onnxruntime on the CPU; leave it or {given} out")
+            raise OptionError(f"--cache int8 is for the CPU, and not for transformers.js; leave it or {given} out")
         if self.target == "cuda" and self.accuracy_level == "4":
             raise OptionError("int8 activations are CPU-only, and the target is cuda; leave --accuracy-level out")
         if self.target == "cuda" and self.exact_layers is not None:

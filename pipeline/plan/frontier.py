@@ -62,8 +62,9 @@ def frontier(source: Artifact, options: PlanOptions) -> Frontier:
     Losses are expected of the sum of what every matrix costs. Raises OptionError where no artifact keeps to the bounds.
     """
     given = options.quantize()
-    costs = costs_of(source, given)
+    # Speeds first: what comes before keeps the processor busy.
     speeds = speeds_of(source, given, options.text, options.text_key, options.threads) if options.speed else None
+    costs = costs_of(source, given)
     left = CALIBRATED if given.method == "gptq" and not quantized_before(source) else 1.0
     left *= TUNED_MIX if given.tuned else 1.0
 

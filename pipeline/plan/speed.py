@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 from edgepress.exporters.stage import draft
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.bench.environment import machine
+from edgepress.pipeline.bench.environment import environment, machine
 from edgepress.pipeline.bench.jobs import SpeedJob, SpeedSample
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -91,10 +91,16 @@ def speeds_of(source: Artifact, options: QuantizeOptions, text: Path, text_key: 
     """As they were measured on this machine before, or now. Raises WorkerError where a measuring process dies."""
     parts = [source.identity(), machine("cpu"), threads, options.symmetric, FORMS, ROUNDS, version("edgepress")]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
-    with suppress(InputError):
+    with suppress(InputError, ValueError):
         return typed(Speeds, read_json(kept))
+    run = environment("cpu", threads)
+    busy = run.load_average is not None and run.load_average > run.cores
+    if busy:
+        log.warning("warning: other programs are busy, so speeds will look slower than they are; they are not kept for next time")
     speeds = _measure(source, options, text, text_key, threads)
     with suppress(OSError, OutputError):  # measured again next time
+        if busy:
+            return speeds
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, object_of(speeds))
     return speeds

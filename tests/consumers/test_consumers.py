@@ -196,22 +196,41 @@ def test_verify_and_chat_in_the_light_environment(name: str, artifacts: dict[str
         assert light("run", artifacts[name], "--chat", "--max-new-tokens", 8, said="Good day\nAnd now?\n").strip()
 
 
-@pytest.mark.parametrize("name", ["reference", "llama", "qwen2"])
-def test_genai(name: str, artifacts: dict[str, Path], prompts: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    """onnxruntime-genai, for the families that it knows."""
-    model = og.Model(str(artifacts[name]))
+def _by_genai(model: og.Model, prompt: list[int]) -> list[int]:
+    """COUNT greedy tokens."""
     parameters = og.GeneratorParams(model)
-    length = len(prompts[name]) + COUNT
+    length = len(prompt) + COUNT
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(prompts[name], dtype=np.int32))
+    generator.append_tokens(np.array(prompt, dtype=np.int32))
     found = []
     while not generator.is_done():
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["reference", "llama", "qwen2"])
+def test_genai(name: str, artifacts: dict[str, Path], prompts: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """onnxruntime-genai, for the families that it knows."""
+    model = og.Model(str(artifacts[name]))
+    found = _by_genai(model, prompts[name])
     ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_length forbids it the end token
     assert found[: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
     assert og.Tokenizer(model).encode(PROMPT).tolist() in (prompts[name], prompts[name][1:])  # with BOS or without
+
+
+def test_a_cache_of_int8(artifacts: dict[str, Path], prompts: dict[str, list[int]], text: Path, tmp_path: Path) -> None:
+    """In edgepress' light environment and in onnxruntime-genai, which makes the cache of the type that the graph says."""
+    options = ExportOptions(text=text, accuracy_level="0", cache="int8")
+    folder = stages.run("export", Artifact.load(artifacts["reference"].parent / "packed"), tmp_path / "int8", options).path
+    decoder, prompt = Decoder(folder), prompts["reference"]
+    wanted = list(decoder.greedy(np.array(prompt), COUNT))
+    assert decoder.cached()["past_key_values.0.key"].dtype == np.int8
+    assert (
+        _by_genai(og.Model(str(folder)), prompt)[: wanted.index(0) if 0 in wanted else COUNT] == wanted[: (wanted + [0]).index(0)]
+    )
+    assert light("run", folder, PROMPT, "--max-new-tokens", COUNT).strip()
 
 
 @pytest.mark.parametrize("name", MODELS)

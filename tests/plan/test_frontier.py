@@ -157,7 +157,7 @@ def test_a_build_that_keeps_to_a_bound(
     """Three artifacts are measured once; what is chosen stands in plan.json, and the same command keeps all that is done."""
     monkeypatch.setattr(speed_module, "ROUNDS", 1)
     given = ("build", tiny, tmp_path / "out", "--min-speed", "1", "--method", "rtn", "--remove-count", "1", "--no-baseline",
-             "--minutes", "0.01", "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text)  # fmt: skip
+             "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text)  # fmt: skip
     first = call(*given)
     assert first.code == 0, first.err
     assert "plan: --max-size" in first.err and "measured" in first.err
