@@ -227,9 +227,8 @@ def test_a_cache_of_int8(artifacts: dict[str, Path], prompts: dict[str, list[int
     decoder, prompt = Decoder(folder), prompts["reference"]
     wanted = list(decoder.greedy(np.array(prompt), COUNT))
     assert decoder.cached()["past_key_values.0.key"].dtype == np.int8
-    assert (
-        _by_genai(og.Model(str(folder)), prompt)[: wanted.index(0) if 0 in wanted else COUNT] == wanted[: (wanted + [0]).index(0)]
-    )
+    end = [*wanted, 0].index(0)  # GenAI may not stop there
+    assert _by_genai(og.Model(str(folder)), prompt)[:end] == wanted[:end]
     assert light("run", folder, PROMPT, "--max-new-tokens", COUNT).strip()
 
 
