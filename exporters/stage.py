@@ -11,7 +11,7 @@ import onnx_ir
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
-from edgepress.exporters.int8_cache import MOST, quantize_cache
+from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
 from edgepress.exporters.proof.reference import ReferenceLogits, reference_logits
@@ -81,10 +81,22 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         log.info("export: already quantized (%s), so its integers are exported as they are", ", ".join(map(str, imported.values())))
         facts["imported"] = imported
     if kept:
-        facts |= kept.facts() | {"max_added_kl": (choice.limit or 0.0) + MOST}
+        facts |= kept.facts()
     if changes:
         facts["rotary_switches"] = list(changes)
     return facts | ({"not_fused_because": obstacle} if obstacle else {})
+
+
+def foresee(source: Path, options: ExportOptions, removed: int) -> None:
+    """Raise OptionError for a cache that the graph of the model in ``source`` cannot have."""
+    if options.cache == INT8:
+        _check_cache(*choose_exporter(options.exporter, Checkpoint(source, options.trust_remote_code)))
+
+
+def _check_cache(exporter: str, obstacle: str | None) -> None:
+    if exporter != "fused":
+        why = f" ({obstacle})" if obstacle else ""
+        raise OptionError(f"--cache int8 is of the fused graph, and this model gets the portable one{why}; leave --cache out")
 
 
 @dataclass(frozen=True)
@@ -103,9 +115,8 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
         raise ModelError("no layer of this model has attention any more, so nothing would see the text; remove fewer parts")
     exporter, obstacle = choose_exporter(options.exporter, checkpoint)
     is_fused = exporter == "fused"
-    if options.cache == INT8 and not is_fused:
-        why = f" ({obstacle})" if obstacle else ""
-        raise OptionError(f"--cache int8 is of the fused graph, and this model gets the portable one{why}; leave --cache out")
+    if options.cache == INT8:
+        _check_cache(exporter, obstacle)
     # A trace needs all weights at once; a comparison reads one matrix at a time.
     model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
     half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU

@@ -549,7 +549,7 @@ class SensitivityOptions(Options):
 class BoundOptions(Options):
     """What the artifact must keep to on this machine, besides its size: of those that do, the one of least loss is made."""
 
-    max_memory: str | None = option(None, "peak memory of a process that runs the artifact, at most, as 500MB")
+    max_memory: str | None = option(None, "peak memory, at most, of a process that runs a prompt of 128 tokens, as 500MB")
     min_speed: float | None = option(None, "tokens a second, at least, that one sequence is decoded at", at_least=0)
     max_ttft: float | None = option(None, "milliseconds, at most, to the first token after a prompt of 128", at_least=0)
 
@@ -561,9 +561,15 @@ class BoundOptions(Options):
                 raise OptionError(f"{flag(name)} must be above 0")
 
     @property
+    def first(self) -> str:
+        """The flag of the first that is given, "" where none is."""
+        names = (item.name for item in dataclasses.fields(BoundOptions))
+        return next((flag(name) for name in names if getattr(self, name) is not None), "")
+
+    @property
     def given(self) -> bool:
         """Whether there is any."""
-        return any(getattr(self, item.name) is not None for item in dataclasses.fields(BoundOptions))
+        return bool(self.first)
 
 
 @dataclass(frozen=True)
@@ -575,6 +581,7 @@ class PlanOptions(BoundOptions):
     threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
+    symmetric: bool = option(False, "reckon without zero points")
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()
     calibration_skip: int = _calibration_skip()

@@ -49,7 +49,8 @@ Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives
 Plan = list[tuple[str, Options]]
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
 PLAN = "plan.json"  # what it was expected to give, where it has bounds to keep to
-UNBOUNDED = BoundOptions()
+UNBOUNDED, _USUAL = BoundOptions(), QuantizeOptions()
+_SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head_bits", "embedding_bits"}
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
@@ -240,12 +241,8 @@ def split_bounds(flags: Mapping[str, object]) -> tuple[BoundOptions, dict[str, o
     names = {item.name for item in dataclasses.fields(BoundOptions)}
     bounds = make(BoundOptions, {name: value for name, value in flags.items() if name in names})
     rest = {name: value for name, value in flags.items() if name not in names}
-    if bounds.given:
-        asked = next(flag(name) for name in flags if name in names)
-        if clash := sorted({"bits", "bits_for", "target_bits", "max_growth", "group_size"} & rest.keys()):
-            raise OptionError(f"{asked} chooses the bits of every matrix itself; leave {flag(clash[0])} out")
-        if rest.get("target", "cpu") != "cpu":
-            raise OptionError(f"{asked} is of this machine's CPU, and the target is {rest['target']}; leave one of them out")
+    if bounds.given and (clash := sorted(_SETTLED & rest.keys())):
+        raise OptionError(f"{bounds.first} chooses the bits of every matrix itself; leave {flag(clash[0])} out")
     return bounds, rest
 
 
@@ -293,7 +290,11 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
         raise OutputError(f"{stale[0]} belongs to another recipe; delete it, or choose another output folder")
     found = None
     if bounds.given:
+        for folder in folders:
+            check_free(folder)
         steps, found = _keeping_to(bounds, original, out, steps)
+    else:
+        (out / PLAN).unlink(missing_ok=True)
     ahead = _ahead(original, steps, folders)
     if ahead:  # a finished build may lie on a disk that is read-only
         check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
@@ -316,7 +317,7 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     else:
         discard_part(out / COST)
     if found is not None and done[-1].format == "report":
-        load("edgepress.pipeline.plan.bounds:compare")(found, done[-1].path / "report.json")
+        load("edgepress.pipeline.plan.bounds:compare")(found, bounds, done[-1].path / "report.json")
     return done
 
 
@@ -325,21 +326,22 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
 
     It is looked for among those of the whole model: what a stage removes before makes it faster at equal size, not slower.
     """
-    given = dict(steps)
-    quantize, bench = given.get("quantize"), given.get("bench", BenchOptions())
-    if not isinstance(quantize, QuantizeOptions) or "export" not in given:
-        raise OptionError("a recipe that keeps to a bound must have quantize and export among its stages")
+    given, asked = dict(steps), bounds.first
+    quantize, export, bench = given.get("quantize"), given.get("export"), given.get("bench", BenchOptions())
+    if not isinstance(quantize, QuantizeOptions) or not isinstance(export, ExportOptions):
+        raise OptionError(f"{asked} is for a recipe with quantize and export among its stages; leave it out")
     assert isinstance(bench, BenchOptions)
+    if export.target != "cpu":
+        raise OptionError(f"{asked} is of this machine's CPU, and the target is {export.target}; leave one of them out")
     if not METHODS[quantize.method].adjustable:
-        raise OptionError(f"a bound chooses the bits of every matrix, and {quantize.method} has none to choose; leave --method out")
+        raise OptionError(f"{asked} chooses the bits of every matrix, and {quantize.method} has none to choose; leave --method out")
+    if settled := [name for name in sorted(_SETTLED - {"max_growth"}) if getattr(quantize, name) != getattr(_USUAL, name)]:
+        raise OptionError(f"{asked} chooses the bits of every matrix, and the recipe gives {settled[0]}; leave one of them out")
     known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}
-    plan = PlanOptions(
-        **{**vars(bounds), **{name: getattr(quantize, name) for name in known}, "tuned": "tune" in given, "threads": bench.threads}
-    )
-    found = load("edgepress.pipeline.plan.bounds:planned")(original, plan, out / PLAN)
-    sized = dataclasses.replace(
-        quantize, bits=None, group_size=None, bits_for=(), max_growth=None, target_bits=None, max_size=found.max_size
-    )
+    values = {name: getattr(quantize, name) for name in known}
+    options = PlanOptions(**{**vars(bounds), **values, "tuned": "tune" in given, "threads": bench.threads})
+    found = load("edgepress.pipeline.plan.bounds:planned")(original, options, export, out / PLAN)
+    sized = dataclasses.replace(quantize, max_growth=None, max_size=found.max_size)
     return [(name, sized if name == "quantize" else options) for name, options in steps], found
 
 

@@ -105,6 +105,7 @@ STAGES: dict[str, Stage] = {
         "onnx",
         (*_BUILD, "onnx", "onnx_ir", "onnxruntime"),
         2.2,
+        "edgepress.exporters.stage:foresee",
     ),
     "bench": Stage(
         BenchOptions,

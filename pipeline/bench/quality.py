@@ -137,15 +137,15 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
             name += "'"
         steps[name] = checkpoint.steps
         rows.append(Row(name, "torch", folder, checkpoint.identity()))
-    level = subject.accuracy_level
+    rounds = bool(subject.accuracy_level) or subject.int8_cache  # what the checkpoint does not
     exported_from = next((name for name, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
     failed = None
     if "speed" in subject.failed:
         failed = f"not tried because the measurement of speed failed: {subject.failed['speed']}"
-    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), exported_from if level == 0 else None, failed)
-    if rows and level and subject.wide:
+    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), None if rounds else exported_from, failed)
+    if rows and rounds and subject.wide:
         subject.missing["stages.onnx_level_0"] = "left out: slow with 8-bit weights, and proven by the export"
-    elif rows and level:
+    elif rows and rounds:
         rows.append(replace(shipped, name="onnx_level_0", kind="onnx_level_0", exact=exported_from))
     return [*rows, shipped]
 

@@ -56,6 +56,11 @@ class Subject:
         return level if isinstance(level, int) else None
 
     @property
+    def int8_cache(self) -> bool:
+        """Whether its keys and values are int8."""
+        return self._fact("cache") == "int8"
+
+    @property
     def wide(self) -> bool:
         """Whether its blocks have 8-bit weights: with float activations such a graph takes minutes where others take seconds."""
         bits = self._fact("bits")

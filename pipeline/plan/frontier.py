@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.options import PlanOptions, size_in_bytes
-from edgepress.pipeline.plan.speed import Cost, Speeds, speeds_of
+from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
+from edgepress.pipeline.plan.speed import Cost, Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of, quantized_before
 from edgepress.pipeline.quantize.mix import mean_bits
 
-log = logging.getLogger("edgepress")
 POINTS = 12
 HALVINGS = 5  # between a size that keeps to the bounds and a larger one that does not: to a thirtieth of a step
 USELESS = 1.0  # growth of perplexity from which on the smaller ones are left out
@@ -27,9 +25,11 @@ MARGIN = 1.002  # on a size that is proposed, which is rounded
 class Point:
     """One artifact: its size in bytes, bits of a block weight, bits of the head, and how much perplexity grows, a share.
 
-    cost: what running it is expected to take, None where that is not asked for. asked: whether it was asked for.
+    within: bytes that it was found by, at least its size. cost: what running it is expected to take, None where that is not asked
+    for. asked: whether it was asked for.
     """
 
+    within: int
     size: int
     bits: float
     head_bits: int
@@ -45,10 +45,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points by size. prompt: tokens before the first one of a point's cost."""
+    """Points by size. prompt: tokens before the first one of a point's cost. lasting: whether nothing disturbed the measurement."""
 
     points: tuple[Point, ...]
     prompt: int = 0
+    lasting: bool = True
 
     @property
     def asked(self) -> Point | None:
@@ -56,74 +57,90 @@ class Frontier:
         return next((point for point in self.points if point.asked), None)
 
 
-def frontier(source: Artifact, options: PlanOptions) -> Frontier:
+def frontier(source: Artifact, options: PlanOptions, export: ExportOptions = ExportOptions()) -> Frontier:  # noqa: B008
     """The best artifact of each of a dozen sizes, and the one of least loss that keeps to all bounds, where some are given.
 
-    Losses are expected of the sum of what every matrix costs. Raises OptionError where no artifact keeps to the bounds.
+    Losses are expected of the sum of what every matrix costs. export: how they would be exported, which decides their speed.
+    Raises OptionError where no artifact keeps to the bounds.
     """
-    given = options.quantize()
-    # Speeds first: what comes before keeps the processor busy.
-    speeds = speeds_of(source, given, options.text, options.text_key, options.threads) if options.speed else None
+    given, disturbed = options.quantize(), options.speed and busy()  # before this is what keeps the processor busy
     costs = costs_of(source, given)
+    speeds = speeds_of(source, options, export, disturbed) if options.speed else None
     left = CALIBRATED if given.method == "gptq" and not quantized_before(source) else 1.0
     left *= TUNED_MIX if given.tuned else 1.0
 
-    def point(size: float, asked: bool = False) -> Point:
-        return _point(costs, fit(costs, round(size)), left, speeds, asked)
+    def point(within: float) -> Point:
+        return _point(costs, round(within), left, speeds)
 
     least, largest = least_size(costs) + 1, largest_size(costs)
-    points = sorted({point(size) for size in np.geomspace(least, largest, POINTS)}, key=lambda one: one.size)
-    useful = [one for one in points if one.growth < USELESS] or points[-1:]
+    points = [point(within) for within in np.geomspace(least, largest, POINTS)]
+    shown = {one.size: one for one in points if one.growth < USELESS} or {points[-1].size: points[-1]}
     if options.max_size is not None or options.given:
         size = math.inf if options.max_size is None else size_in_bytes(options.max_size, "--max-size")
         if size < largest:
-            points = [one for one in points if one.size < size] + [point(size)]
-        kept = [one for one in points if _keeps(one, options)]
-        if not kept:
-            raise OptionError(_nearest(points, options))
-        best = max(kept, key=lambda one: (-one.growth, -one.size))
-        larger = [one for one in points if one.size > best.size]
-        low, high = best.size, larger[0].size if larger else best.size
-        for _ in range(HALVINGS if low < high else 0):
-            middle = (low + high) // 2
-            if _keeps(point(middle), options):
-                low = middle
-            else:
-                high = middle
-        useful = [one for one in useful if one.size != low] + [point(low, asked=True)]
-    return Frontier(tuple(sorted(useful, key=lambda one: one.size)), speeds.prompt if speeds else 0)
+            points = [one for one in points if one.within < size] + [point(size)]
+        best = _best(points, options, point)
+        shown[best.size] = replace(best, asked=True)
+    return Frontier(tuple(shown[size] for size in sorted(shown)), speeds.prompt if speeds else 0, not disturbed)
 
 
-def _point(costs: Costs, found: Fit, left: float, speeds: Speeds | None, asked: bool) -> Point:
+def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float], Point]) -> Point:
+    """The one of least loss that keeps to the bounds. points: by size. point: the best within so many bytes."""
+
+    def keeps(one: Point) -> bool:
+        return all(excess <= 1 for _, excess in _of(one, options))
+
+    kept = [one for one in points if keeps(one)]
+    if not kept:  # two bounds that pull apart may be kept to between two points
+        near = min(range(len(points)), key=lambda number: _worst(points[number], options))
+        ends = points[max(0, near - 1)].within, points[min(len(points) - 1, near + 1)].within
+        points = [point(within) for within in np.geomspace(*ends, POINTS)]
+        kept = [one for one in points if keeps(one)]
+    if not kept:
+        raise OptionError(_nearest(points, options))
+    best = min(kept, key=lambda one: (one.growth, one.size))
+    low, high = best.within, next((one.within for one in points if one.within > best.within), best.within)
+    for _ in range(HALVINGS if low < high else 0):
+        middle = point((low + high) // 2)
+        if keeps(middle):
+            best, low = min(best, middle, key=lambda one: (one.growth, one.size)), middle.within
+        else:
+            high = middle.within
+    return best
+
+
+def _point(costs: Costs, within: int, left: float, speeds: Speeds | None) -> Point:
+    found: Fit = fit(costs, within)
     head = costs.head[found.head_bits]
     growth = math.expm1(min(left * (found.cost - head) + head, 50.0))
     cost = speeds.of(costs, found) if speeds else None
-    return Point(found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, cost, asked)
+    return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, cost)
 
 
-def _excesses(point: Point, options: PlanOptions) -> Iterator[tuple[str, float]]:
-    """The flag of each bound that is given, and by what factor a point exceeds it: above 1 where it does not keep to it."""
-    cost = point.cost
-    if cost is None:
-        return
-    if options.max_memory is not None:
+def excesses(cost: Cost, bounds: BoundOptions) -> Iterator[tuple[str, float]]:
+    """The flag of each bound that is given, and by what factor a cost exceeds it: above 1 where it is not kept to."""
+    if bounds.max_memory is not None:
         if cost.memory is None:
             raise OptionError("this system does not report the memory of a process; leave --max-memory out")
-        yield "--max-memory", cost.memory / size_in_bytes(options.max_memory, "--max-memory")
-    if options.min_speed is not None:
-        yield "--min-speed", options.min_speed * cost.decode_s
-    if options.max_ttft is not None:
-        yield "--max-ttft", 1000 * cost.ttft_s / options.max_ttft
+        yield "--max-memory", cost.memory / size_in_bytes(bounds.max_memory, "--max-memory")
+    if bounds.min_speed is not None:
+        yield "--min-speed", bounds.min_speed * cost.decode_s
+    if bounds.max_ttft is not None:
+        yield "--max-ttft", 1000 * cost.ttft_s / bounds.max_ttft
 
 
-def _keeps(point: Point, options: PlanOptions) -> bool:
-    return all(excess <= 1 for _, excess in _excesses(point, options))
+def _of(point: Point, bounds: BoundOptions) -> list[tuple[str, float]]:
+    return [] if point.cost is None else list(excesses(point.cost, bounds))
+
+
+def _worst(point: Point, bounds: BoundOptions) -> float:
+    return max(excess for _, excess in _of(point, bounds))
 
 
 def _nearest(points: Sequence[Point], options: PlanOptions) -> str:
     """Why nothing keeps to the bounds, and what comes nearest."""
-    best = min(points, key=lambda point: max(excess for _, excess in _excesses(point, options)))
-    missed = " and ".join(name for name, excess in _excesses(best, options) if excess > 1)
+    best = min(points, key=lambda point: _worst(point, options))
+    missed = " and ".join(name for name, excess in _of(best, options) if excess > 1)
     within = "" if options.max_size is None else f" of at most {options.max_size}"
     assert best.cost is not None
     return (

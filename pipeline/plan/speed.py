@@ -6,13 +6,13 @@ takes lies between those of the same bits everywhere, by their shares of the wei
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -20,20 +20,21 @@ import numpy as np
 from edgepress.exporters.stage import draft
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.environment import environment, machine
-from edgepress.pipeline.bench.jobs import SpeedJob, SpeedSample
+from edgepress.pipeline.bench.jobs import ColdJob, ColdSample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.launch import measured
+from edgepress.pipeline.bench.worker import WARM_UP_TOKENS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.documents import typed
-from edgepress.pipeline.errors import InputError, OutputError
+from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.files import check_disk, folder_bytes, read_json, write_json
 from edgepress.pipeline.machine import release_memory
-from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions
+from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import Costs, Fit
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form
+from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form, most_common
 from edgepress.pipeline.quantize.pack import quantize_checkpoint
-from edgepress.pipeline.registry import version
+from edgepress.pipeline.registry import require, version
 from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
@@ -41,7 +42,7 @@ log = logging.getLogger("edgepress")
 FORMS = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
 HEAD_BITS = 8
 ROUNDS = 3
-PROMPT = 128
+PROMPT, SHORTEST = 128, 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -70,61 +71,73 @@ class Speeds:
             form: sum(n for n, taken in zip(weights, found.forms, strict=True) if taken.bits == form.bits) / sum(weights)
             for form in FORMS
         }
-        mixed = sum(share * _size(costs, form) for form, share in shares.items())
-        more = found.size - mixed  # blocks of another length, a head of other bits
+        blocks = sum(item.bytes[form] for item, form in zip(costs.items, found.forms, strict=True))
+        group = most_common(found.forms, costs.items).group_size
 
-        def mean(figure: Callable[[Cost], float]) -> float:
+        def mean(figure: Callable[[Cost], float], ends: Callable[[int, int], int]) -> float:
+            """A figure, and how it grows with the bytes beyond those of the shares: other blocks, a head of other bits."""
             known = {form: figure(self.costs[str(form.bits)]) for form in FORMS}
-            slope = max(0.0, known[EIGHT] - known[BASE]) / (_size(costs, EIGHT) - _size(costs, BASE))
+            size = {form: sum(i.bytes[form] for i in costs.items) + ends(HEAD_BITS, form.group_size) for form in FORMS}
+            more = blocks + ends(found.head_bits, group) - sum(share * size[form] for form, share in shares.items())
+            slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
             return sum(share * known[form] for form, share in shares.items()) + slope * more
 
-        memory = None if any(cost.memory is None for cost in self.costs.values()) else mean(lambda cost: cost.memory or 0.0)
-        return Cost(mean(lambda cost: cost.decode_s), mean(lambda cost: cost.ttft_s), memory)
+        head = replace(costs.ends, shapes=costs.ends.shapes[-1:]).bytes  # of an embedding of its own a step reads one row
+        memory = None if any(c.memory is None for c in self.costs.values()) else mean(lambda c: c.memory or 0.0, costs.ends.bytes)
+        return Cost(mean(lambda c: c.decode_s, head), mean(lambda c: c.ttft_s, head), memory)
 
 
-def _size(costs: Costs, form: Form) -> int:
-    """Bytes of the artifact with one form everywhere."""
-    return sum(item.bytes[form] for item in costs.items) + costs.ends.bytes(HEAD_BITS, form.group_size) + costs.ends.rest
+def busy() -> bool:
+    """Whether other programs kept the processor busy in the last minute; said, if so."""
+    run = environment("cpu", 0)
+    if run.load_average is None or run.load_average <= run.cores:
+        return False
+    log.warning("warning: other programs are busy, so speeds will look slower than they are; they are not kept for the next time")
+    return True
 
 
-def speeds_of(source: Artifact, options: QuantizeOptions, text: Path, text_key: str, threads: int) -> Speeds:
-    """As they were measured on this machine before, or now. Raises WorkerError where a measuring process dies."""
-    parts = [source.identity(), machine("cpu"), threads, options.symmetric, FORMS, ROUNDS, version("edgepress")]
+def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, disturbed: bool = False) -> Speeds:
+    """As they were measured on this machine before, or now. disturbed: not to be kept.
+
+    Raises WorkerError where a measuring process dies.
+    """
+    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, FORMS, ROUNDS]
+    parts = [source.identity(), machine("cpu"), *how, version("edgepress")]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
     with suppress(InputError, ValueError):
         return typed(Speeds, read_json(kept))
-    run = environment("cpu", threads)
-    busy = run.load_average is not None and run.load_average > run.cores
-    if busy:
-        log.warning("warning: other programs are busy, so speeds will look slower than they are; they are not kept for next time")
-    speeds = _measure(source, options, text, text_key, threads)
-    with suppress(OSError, OutputError):  # measured again next time
-        if busy:
-            return speeds
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, object_of(speeds))
+    speeds = _measure(source, options, export)
+    if not disturbed:
+        with suppress(OSError, OutputError):  # measured again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, object_of(speeds))
     return speeds
 
 
-def _measure(source: Artifact, options: QuantizeOptions, text: Path, text_key: str, threads: int) -> Speeds:
-    room = Checkpoint(source.path, options.trust_remote_code).context
-    usual = BenchOptions()
-    prompt = min(PROMPT, max(1, room - usual.new_tokens - 8))
-    ids = np.concatenate(text_windows(text, source.path, budget=prompt, length=prompt, key=text_key))[:prompt]
+def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> Speeds:
+    require("onnxruntime")
+    room, usual = Checkpoint(source.path, options.trust_remote_code).context, BenchOptions()
+    prompt, new = min(PROMPT, room // 2), min(usual.new_tokens, room // 2 - WARM_UP_TOKENS)
+    if prompt < SHORTEST or new < 2:
+        raise OptionError(f"a context of {room} tokens is too short to measure speed in; give --no-speed")
+    ids = np.concatenate(text_windows(options.text, source.path, budget=prompt, length=prompt, key=options.text_key))[:prompt]
+    given = replace(options.quantize(), method="rtn", max_size=None, head_bits=HEAD_BITS)
     samples: dict[Form, list[SpeedSample]] = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory(prefix="edgepress-plan-") as scratch:
+        check_disk(Path(scratch), len(FORMS) * folder_bytes(source.path))
         folders = {form: Path(scratch) / str(form.bits) for form in FORMS}
         for form in progress(FORMS, "artifacts to measure", "artifact"):
-            _write(source, folders[form], dataclasses.replace(options, method="rtn", act_order=False, bits=form.bits,
-                   group_size=form.group_size, max_size=None, head_bits=HEAD_BITS))  # fmt: skip
+            _write(source, folders[form], replace(given, bits=form.bits, group_size=form.group_size), export)
         for number in progress(range(ROUNDS), "speed", "round"):
             for form in FORMS if number % 2 == 0 else FORMS[::-1]:
-                job = SpeedJob(str(folders[form]), tuple(ids.tolist()), (prompt,), usual.new_tokens, threads)
+                # As bench does: what was just written lies in memory in larger pieces than what is read, and counts for more.
+                measured("cold", ColdJob(str(folders[form]), options.threads), ColdSample)
+                job = SpeedJob(str(folders[form]), tuple(ids.tolist()), (len(ids),), new, options.threads)
                 samples[form].append(measured("speed", job, SpeedSample))
-    return Speeds({str(form.bits): _cost(rows, prompt) for form, rows in samples.items()}, prompt)
+    return Speeds({str(form.bits): _cost(rows, len(ids)) for form, rows in samples.items()}, len(ids))
 
 
-def _write(source: Artifact, out: Path, options: QuantizeOptions) -> None:
+def _write(source: Artifact, out: Path, options: QuantizeOptions, export: ExportOptions) -> None:
     """An artifact to be measured and thrown away: not proven, for only what it takes is asked of it."""
     packed = out.with_name(f"{out.name}-packed")
     packed.mkdir()
@@ -133,9 +146,10 @@ def _write(source: Artifact, out: Path, options: QuantizeOptions) -> None:
     log.setLevel(logging.WARNING)  # what it says of blocks and exporters is for the stages that ship something
     try:
         quantize_checkpoint(source, packed, options, out)
-        draft(Checkpoint(packed, options.trust_remote_code), out, ExportOptions(trust_remote_code=options.trust_remote_code))
+        draft(Checkpoint(packed, options.trust_remote_code), out, replace(export, trust_remote_code=options.trust_remote_code))
     finally:
         log.setLevel(level)
+    shutil.rmtree(packed)
     release_memory()
 
 

@@ -57,5 +57,6 @@ def _suspicion(before: StageRow, row: StageRow, must_equal: bool) -> str | None:
         return None
     if not row.perplexity <= ACTIVATION_TOLERANCE * before.perplexity:
         growth = 100 * (row.perplexity / before.perplexity - 1)
-        return f"int8 activations raise perplexity by {growth:.1f} %; export with --accuracy-level 0"
+        raised = f"int8 activations (or a cache of int8) raise perplexity by {growth:.1f} %"
+        return f"{raised}; export with --accuracy-level 0 (without --cache)"
     return None

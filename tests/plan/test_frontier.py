@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.options import BoundOptions, PlanOptions
+from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions
+from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
 from edgepress.pipeline.plan import speed as speed_module
-from edgepress.pipeline.plan.frontier import frontier
+from edgepress.pipeline.plan.bounds import Planned
+from edgepress.pipeline.plan.frontier import Point, frontier
 from edgepress.pipeline.plan.speed import FORMS, Cost, Speeds
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize.budget import Costs, Ends, fit, largest_size, least_size
+from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.mix import FORMS as ALL_FORMS
 from edgepress.pipeline.quantize.mix import Form, Item, bytes_of
+from edgepress.pipeline.report.model import read
+from families import TINY
+from transformers import LlamaConfig
 
 
 @pytest.fixture
@@ -70,19 +75,21 @@ def test_a_plan_shows_what_could_be_made(
 
 def test_what_was_measured_is_what_is_expected() -> None:
     """Of the artifacts that were measured; others lie between them, and more bytes of the same bits take longer."""
+
+    def of(forms: list[Form], head_bits: int = 8, costs: Costs = COSTS) -> Cost:
+        return SPEEDS.of(costs, Fit(head_bits, forms, 0.0, 0))
+
     for form in FORMS:
-        exact = fit(COSTS, sum(item.bytes[form] for item in COSTS.items) + COSTS.ends.bytes(8, 64) + COSTS.ends.rest)
-        uniform = dataclasses.replace(exact, forms=[form] * len(COSTS.items), head_bits=8, size=exact.size)
-        same = dataclasses.replace(uniform, size=speed_module._size(COSTS, form))
-        found = SPEEDS.of(COSTS, same)
-        wanted = SPEEDS.costs[str(form.bits)]
-        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(wanted))
-    half = [Form(4, 64), Form(8, 64)] * 10
-    middle = (speed_module._size(COSTS, Form(4, 64)) + speed_module._size(COSTS, Form(8, 64))) // 2
-    between = SPEEDS.of(COSTS, dataclasses.replace(exact, forms=half, size=middle))
+        assert dataclasses.astuple(of([form] * 20)) == pytest.approx(dataclasses.astuple(SPEEDS.costs[str(form.bits)]))
+    between = of([Form(4, 64), Form(8, 64)] * 10)
     assert dataclasses.astuple(between) == pytest.approx((0.0065, 0.060, 150e6), rel=1e-3)
-    longer = SPEEDS.of(COSTS, dataclasses.replace(exact, forms=half, size=middle + 10_000))
-    assert longer.decode_s > between.decode_s and longer.memory is not None and longer.memory > (between.memory or 0)
+    longer = of([Form(4, 32), Form(8, 64)] * 10)
+    assert longer.decode_s > between.decode_s and (longer.memory or 0) > (between.memory or 0)
+    # of an embedding of its own a step reads one row, but all of it is there
+    apart = dataclasses.replace(COSTS, ends=dataclasses.replace(COSTS.ends, shapes=COSTS.ends.shapes * 2))
+    tied, untied = (of([Form(4, 64)] * 20, 4, costs) for costs in (COSTS, apart))
+    assert tied.decode_s < of([Form(4, 64)] * 20).decode_s
+    assert (untied.memory or 0) < (tied.memory or 0)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,7 @@ def test_the_least_loss_that_keeps_to_the_bounds(known: None, tiny: Path, bounds
     asked = found.asked
     assert asked is not None and asked.cost is not None and figure(asked.cost)
     better = [point for point in found.points if point.growth < asked.growth]
+    assert all(asked.growth <= point.growth for point in found.points if point.cost and figure(point.cost))
     assert all(point.cost is not None and not figure(point.cost) for point in better)
     assert bool(better) != ("max_ttft" in bounds)  # 8 bits read prompts fastest here
 
@@ -133,6 +141,7 @@ def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pyte
         (("--min-speed", "30", "--bits", "4"), "--min-speed chooses the bits of every matrix itself; leave --bits out"),
         (("--max-memory", "1GB", "--max-growth", "0.1"), "--max-memory chooses the bits of every matrix itself"),
         (("--max-ttft", "100", "--target", "cuda"), "--max-ttft is of this machine's CPU"),
+        (("--max-ttft", "100", "--head-bits", "4"), "--max-ttft chooses the bits of every matrix itself; leave --head-bits out"),
         (("--max-memory", "lots"), "--max-memory takes a size"),
         (("--min-speed", "0"), "--min-speed must be above 0"),
         (("--min-speed", "30", "--method", "nf4"), "nf4 has none to choose; leave --method out"),
@@ -142,6 +151,88 @@ def test_bounds_that_contradict(tiny: Path, tmp_path: Path, call: Callable, flag
     result = call("build", tiny, tmp_path / "out", *flags)
     assert result.code == 2 and reason in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_contradicts_a_bound(tiny: Path, tmp_path: Path, call: Callable) -> None:
+    """As a flag would."""
+    for stage, reason in (
+        ("quantize: {bits: 8}\nexport: {}", "the recipe gives bits"),
+        ("quantize: {}\nexport: {target: cuda}", "the target is cuda"),
+        ("export: {}", "a recipe with quantize and export"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(stage)
+        result = call("build", tiny, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--min-speed", "1")
+        assert result.code == 2 and reason in result.err, result.err
+
+
+def test_a_narrow_band_between_two_bounds(known: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none of the dozen keeps to both, those between the nearest are tried; and the best of them all is taken."""
+    monkeypatch.setattr(frontier_module, "POINTS", 3)
+    asked = frontier(Artifact.load(tiny), PlanOptions(method="rtn", min_speed=148, max_ttft=62)).asked
+    assert asked is not None and asked.cost is not None
+    assert asked.cost.decode_s <= 1 / 148 and asked.cost.ttft_s <= 0.062
+    monkeypatch.setattr(frontier_module, "POINTS", 12)
+    sizes: dict[int, list[int]] = {}
+    for halvings in (0, 5):  # bytes that a bound leaves are used
+        monkeypatch.setattr(frontier_module, "HALVINGS", halvings)
+        asked = [frontier(Artifact.load(tiny), PlanOptions(min_speed=speed)).asked for speed in (130, 140, 160, 180)]
+        sizes[halvings] = [point.size for point in asked if point]
+    assert all(fine >= coarse for fine, coarse in zip(sizes[5], sizes[0], strict=True)) and sum(sizes[5]) > sum(sizes[0])
+
+
+def test_what_was_planned_is_found_again() -> None:
+    """The quantize stage is given the bytes that a point was found within, and gets the same forms."""
+    for within in range(least_size(COSTS) + 1, largest_size(COSTS), 41_000):
+        assert fit(COSTS, within) == fit(COSTS, within)
+        assert fit(COSTS, within).size <= within
+
+
+@pytest.mark.parametrize("context", [32, 512])
+def test_three_artifacts_are_measured(
+    context: int, random_model: Callable, text: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own, once; a model of a short context is read a shorter prompt."""
+    source = Artifact.load(random_model(LlamaConfig(**TINY | {"max_position_embeddings": context}), tmp_path / "model"))
+    monkeypatch.setattr(speed_module, "ROUNDS", 1)
+    options = PlanOptions(method="rtn", text=text)
+    speeds = speed_module.speeds_of(source, options, ExportOptions())
+    assert set(speeds.costs) == {"2", "4", "8"} and speeds.prompt == min(128, context // 2)
+    assert all(cost.decode_s > 0 and cost.ttft_s > 0 and (cost.memory or 1e9) > 1e7 for cost in speeds.costs.values())
+    monkeypatch.setattr(speed_module, "_measure", None)
+    assert speed_module.speeds_of(source, options, ExportOptions()) == speeds
+    with pytest.raises(TypeError):  # another graph has other speeds
+        speed_module.speeds_of(source, options, ExportOptions(accuracy_level="0"))
+
+
+def test_what_is_measured_beside_other_work_is_not_kept(
+    tiny: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not for the next plan; a build goes on with it as long as the other work does, and chooses anew once that is over."""
+    measured: list[int] = []
+    monkeypatch.setattr(speed_module, "_measure", lambda *_: measured.append(1) or SPEEDS)
+    monkeypatch.setattr(frontier_module, "costs_of", lambda *_: COSTS)
+    options = PlanOptions(method="rtn", min_speed=130)
+    for load, times, kept in ((99.0, 1, False), (99.0, 1, False), (0.1, 2, True), (99.0, 2, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        found = bounds_module.planned(Artifact.load(tiny), options, ExportOptions(), tmp_path / "plan.json")
+        assert found.point.asked and len(measured) == times and found.lasting == kept
+        assert (tmp_path / "cache" / "speeds").exists() == kept
+    assert caplog.text.count("not kept for the next time") == 2
+
+
+def test_a_bound_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By how much, as measured; nothing is said of those that are kept to."""
+    report = Path(__file__).parents[2] / "docs" / "example" / "report.json"
+    figures = read(report).first.figures
+    speed = figures["speed.decode_tokens_per_s"].median
+    point = Point(10**7, 10**7, 5.0, 8, 0.01, Cost(1 / speed, 0.05, 9e7), asked=True)
+    caplog.set_level("INFO", "edgepress")
+    bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=0.5 * speed), report)
+    assert "plan: expected" in caplog.text and "warning" not in caplog.text
+    bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=2 * speed, max_memory="900GB"), report)
+    assert "misses --min-speed by 100 %" in caplog.text and "--max-memory" not in caplog.text
+    bounds_module.compare(Planned("", point, 77), BoundOptions(min_speed=2 * speed), report)
+    assert "no bound could be checked" in caplog.text
 
 
 def test_no_speed_and_a_bound() -> None:
@@ -156,6 +247,7 @@ def test_a_build_that_keeps_to_a_bound(
 ) -> None:
     """Three artifacts are measured once; what is chosen stands in plan.json, and the same command keeps all that is done."""
     monkeypatch.setattr(speed_module, "ROUNDS", 1)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
     given = ("build", tiny, tmp_path / "out", "--min-speed", "1", "--method", "rtn", "--remove-count", "1", "--no-baseline",
              "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text)  # fmt: skip
     first = call(*given)
@@ -167,7 +259,3 @@ def test_a_build_that_keeps_to_a_bound(
     assert again.code == 0 and again.err.count("already done") >= 4 and "what every matrix costs" not in again.err
     result = call("plan", tiny, "--method", "rtn", "--calibration", text, "--text", text, "--min-speed", "1")
     assert result.code == 0 and "tokens/s" in result.out and result.out.count("asked for") == 1
-
-
-def test_sizes_are_bounds_of_what_is_tried() -> None:
-    assert least_size(COSTS) < speed_module._size(COSTS, Form(4, 64)) < largest_size(COSTS)
