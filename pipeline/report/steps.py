@@ -122,6 +122,7 @@ class Export:
     accuracy_level: int
     not_fused_because: str | None = None
     exact_layers: tuple[str, ...] = ()
+    cache: str = "float"
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def describe(step: Step) -> str:
         made = step.export
         because = f" ({made.not_fused_because})" if made.not_fused_because else ""
         exact = f" but for {len(made.exact_layers)} matrices at 0" if made.exact_layers else ""
-        return f"export: {made.exporter} graph{because}, accuracy level {made.accuracy_level}{exact}"
+        cache = "" if made.cache == "float" else f", cache of {made.cache}"
+        return f"export: {made.exporter} graph{because}, accuracy level {made.accuracy_level}{exact}{cache}"
     return step.stage
 
 

@@ -15,7 +15,9 @@ from edgepress.models.families import FAMILIES
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError, ProofError
-from edgepress.pipeline.options import ExportOptions, VerifyOptions
+from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions, VerifyOptions
+from edgepress.pipeline.report.model import read
+from edgepress.pipeline.report.tables import made_by
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import text_windows
 from edgepress.pipeline.verify.checks import verify
@@ -96,10 +98,30 @@ def test_the_way_back_is_exact(both: tuple[Path, Path], text: Path, tmp_path: Pa
     assert np.array_equal(at_level_0(both[1], tmp_path).feed(ids, keep=0), Decoder(both[0]).feed(ids, keep=0))
 
 
+def test_bench_holds_it_to_its_own_promise(both: tuple[Path, Path], reference: Path, text: Path, tmp_path: Path) -> None:
+    """What int8 keys and values cost is no damage; with float ones the same weights reproduce the checkpoint."""
+    options = BenchOptions(reference=reference, text=text, text_tokens=256, repeats=1, prompt_lengths=(16,), new_tokens=8)
+    report = read(stages.run("bench", Artifact.load(both[1]), tmp_path / "bench", options).path / "report.json").first
+    rows = {row.name: row for row in report.stages}
+    assert list(rows) == ["original", "onnx_level_0", "onnx"] and not any(row.suspect for row in rows.values())
+    assert (rows["onnx_level_0"].token_change_nats or 0) < 1e-4 < (rows["onnx"].token_change_nats or 0)
+    assert any(line.endswith("accuracy level 0, cache of int8") for line in made_by(report))
+
+
 def test_verify_proves_it_against_the_checkpoint(both: tuple[Path, Path], reference: Path, text: Path) -> None:
     checks = {check.name: check for check in verify(both[1], VerifyOptions(original=reference, text=text))}
     assert all(check.state != "failed" for check in checks.values()), checks
     assert any("as it ships" in check.detail for check in checks.values())
+
+
+@pytest.mark.families
+def test_what_int8_activations_add_is_allowed_as_well(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """At level 4, forced or not: verify holds the artifact to what its export found and the cache's own limit."""
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="rtn", bits=4, group_size=32))
+    made = stages.run("export", packed, tmp_path / "out", ExportOptions(accuracy_level="4", cache="int8", text=text))
+    facts = made.steps[-1].facts
+    assert facts["max_added_kl"] == pytest.approx(facts["parity"][1]["kl_mean"] - facts["cache_added_kl"] + 0.01)
+    assert all(check.state != "failed" for check in verify(made.path, VerifyOptions(original=packed.path, text=text)))
 
 
 def test_too_much_loss_is_no_artifact(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +162,9 @@ def test_every_fused_family_has_it(name: str, random_model: Callable[..., Path],
         tmp_path / "out",
         ExportOptions(cache="int8", text=text),
     )
-    assert artifact.steps[-1].facts["cache"] == "int8"
+    exact, shipped = artifact.steps[-1].facts["parity"]
+    assert artifact.steps[-1].facts["cache"] == "int8" and exact["difference_whole"] < 1e-3 < shipped["difference_whole"] < 1
+    assert max(shipped[f"difference_{way}"] for way in ("chunks", "steps", "batch")) < 1
 
 
 def test_a_word_that_is_no_cache() -> None:
