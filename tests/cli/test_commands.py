@@ -120,6 +120,7 @@ def test_table_of_verbs_is_whole() -> None:
     """The lists in this file are complete: a new verb or option class is tested as well."""
     assert set(VERBS) == set(cli.STAGES) | set(cli.COMMANDS)
     assert {stage.options for stage in cli.STAGES.values()} | {
+        options.BoundOptions,
         options.PlanOptions,
         options.RunOptions,
         options.SensitivityOptions,
@@ -133,6 +134,7 @@ def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
     """Of build and of the verb of its own, with what it means and which values there are."""
     verbs = [name for name, stage in cli.STAGES.items() if stage.options is cls]
     alone = {
+        options.BoundOptions: "build",
         options.PlanOptions: "plan",
         options.RunOptions: "run",
         options.SensitivityOptions: "sensitivity",

@@ -35,7 +35,7 @@ def session(**changes: Node | None) -> SimpleNamespace:
 
 def test_what_edgepress_exports() -> None:
     caches = {"past_key_values.0.key": (2, 16), "past_key_values.0.value": (2, 16)}
-    assert signature_of(session()) == Signature(caches, 512, half=False)
+    assert signature_of(session()) == Signature(caches, 512, half=False, int8=False)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_what_edgepress_exports() -> None:
         ({"key": ("past_key_values.0.key", "tensor(float)", ["batch", 2, "past"])}, "must be"),
         ({"key": ("past_key_values.0.key", "tensor(float)", ["batch", 1 << 40, "past", 16])}, "must be"),
         ({"key": ("past_key_values.0.key", "tensor(float16)", CACHE)}, "past_key_values.0.key is tensor"),
+        ({"key": ("past_key_values.0.key", "tensor(int8)", CACHE)}, "present.0.key is tensor.float., not tensor.int8."),
         ({"key": ("memory", "tensor(float)", CACHE)}, "nothing feeds"),
         ({"present_key": None}, "no present.0.key"),
     ],
