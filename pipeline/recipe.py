@@ -261,6 +261,7 @@ def build(source: Path, out: Path, steps: Plan, bounds: BoundOptions = UNBOUNDED
 def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[Artifact]:
     begun = time.monotonic()
     original, importing = Artifact.load(source), ImportOptions()
+    file = original.path if original.format == "gguf" else None
     if isinstance(given := steps[0][1], ImportOptions):
         importing, steps = given, steps[1:]
     if original.format == "gguf":
@@ -312,6 +313,8 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
             options = _with_comparisons(original, out, steps, done, options)
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
+    if file is not None:
+        _compare_with(file, shipped_artifact(done))
     if expected:
         _record_cost(out, expected, time.monotonic() - begun)
     else:
@@ -380,6 +383,17 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
     if isinstance(options, QuantizeOptions) and (options.max_growth is not None or options.max_size is not None):
         return dataclasses.replace(options, tuned=options.tuned or "tune" in dict(steps))
     return options
+
+
+def _compare_with(file: Path, artifact: Artifact) -> None:
+    """Say so where what is shipped is larger than the GGUF file that it was made from."""
+    had, has = file.stat().st_size, folder_bytes(artifact.path)
+    if artifact.format == "onnx" and has > had and "-of-" not in file.name:  # or its parts are several files
+        log.info(
+            "build: %.1f MB, and %s has %.1f: its weights have few bits already, and others lose more; --max-size %.0fMB makes one "
+            "no larger (edgepress plan says what that loses)",
+            has / 1e6, file.name, had / 1e6, had // 1e6,
+        )  # fmt: skip
 
 
 def _record_cost(out: Path, expected: Expectation, seconds: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgepress.pipeline import interrupt
+from edgepress.pipeline import interrupt, recipe
 from edgepress.pipeline import stages as pipeline_stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.cli import commands as cli
@@ -168,6 +168,18 @@ def test_a_kill_while_the_cost_is_written_leaves_nothing_for_good(built: Path, t
     """All stages are done then, and the next build has no cost to write."""
     (left := built / ".build.json.part").write_text("{")
     assert cli.main(build_arguments(tiny, built, text)) == 0 and not left.exists()
+
+
+@pytest.mark.parametrize(("size", "said"), [(1000, True), (10**9, False)])
+def test_an_artifact_larger_than_its_gguf_is_said(
+    size: int, said: bool, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody expects that of a tool that makes models smaller."""
+    with (tmp_path / "model.gguf").open("wb") as file:
+        file.truncate(size)
+    caplog.set_level("INFO", "edgepress")
+    recipe._compare_with(tmp_path / "model.gguf", Artifact.load(built / "03-export"))
+    assert ("makes one no larger" in caplog.text) == said
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,9 @@ class Parser(argparse.ArgumentParser):
             if flag(old) in given and old != "method":  # which is quantize's still
                 of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
                 message = f"{flag(old)} is now {flag(new)}{of}"
+        if verb := re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
+            verbs = [name.strip("' ") for name in verb[2].split(",")]
+            message = f"there is no command '{verb[1]}'{suggestion(verb[1], verbs)}; there are: {', '.join(verbs)}"
         unknown = next((word for word in sorted(given) if word.startswith("--")), "")
         message += suggestion(unknown, self._option_string_actions) if unknown and "is now" not in message else ""
         self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")

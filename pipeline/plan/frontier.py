@@ -39,7 +39,9 @@ class Point:
 
     @property
     def proposal(self) -> str:
-        """What --max-size makes it."""
+        """What --max-size makes it: what was asked for, where that is a round number."""
+        if self.asked and self.within % 100_000 == 0:
+            return f"{self.within / 1e6:g}MB"
         return f"{math.ceil(MARGIN * self.size / 1e5) / 10:g}MB"
 
 

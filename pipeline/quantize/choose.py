@@ -245,6 +245,8 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     left = CALIBRATED if options.method == "gptq" and not before else 1.0
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
+    if before and options.method == "gptq" and options.target_bits is None:
+        log.info("quantize: rounded to nearest: GPTQ wins nothing on weights that were quantized before, as these were")
     if options.max_size is not None:
         return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left, before)
     if options.target_bits is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from edgepress.pipeline.documents import DocumentError, typed
-from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.files import read_json, write_json
 from edgepress.pipeline.model_files import read_tokenizer_config
 from edgepress.pipeline.options import RunOptions
@@ -83,7 +83,12 @@ class Conversation:
         return f"{', '.join([f'temperature {sampling.temperature:g}', *shown])}{penalty}"
 
     def save(self, file: Path) -> None:
-        """Write the messages. Raises OutputError."""
+        """Write the messages, over those of a conversation that was kept there. Raises OutputError for any other file."""
+        if file.exists():
+            try:
+                typed(_Saved, read_json(file), "conversation")
+            except (DocumentError, InputError) as error:
+                raise OutputError(f"{file} is there already, and no conversation; give another name") from error
         write_json(file, {"messages": self.messages})
 
     def load(self, file: Path) -> None:

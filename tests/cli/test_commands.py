@@ -94,6 +94,12 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_command_that_is_not_there(call: Call) -> None:
+    """Mistyped: the nearest is named."""
+    result = call("buidl", "reference")
+    assert result.code == 2 and "there is no command 'buidl' (did you mean 'build'?)" in result.err and result.err.count("\n") == 1
+
+
 def test_help_looks_up_no_version() -> None:
     """Reading a package's metadata imports parsers of mail: a tenth of the time that --help takes."""
     code = "import sys; from edgepress.pipeline.cli import main\ntry: main(['--help'])\nfinally: print('email' in sys.modules)"

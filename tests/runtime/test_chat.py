@@ -295,6 +295,9 @@ def test_commands_of_a_conversation(artifact: Path, call: Callable, monkeypatch:
     assert out + rest == plain
     turns(call, artifact, "Good day", "/system Be brief.", "Good day", f"/save {file}", monkeypatch=monkeypatch)
     assert [m["content"] for m in read_json(file)["messages"]][:2] == ["Be brief.", "Good day"]
+    (notes := tmp_path / "notes.txt").write_text("mine")
+    assert "is there already, and no conversation" in turns(call, artifact, f"/save {notes}", monkeypatch=monkeypatch)[1]
+    assert notes.read_text() == "mine"
     write_json(file, {"messages": [{"role": "wizard", "content": "x"}]})
     for line in (f"/load {file}", "/load /nowhere/at/all", "/save /nowhere/at/all", "/set heat 3", "/set top_p 5", "/set seed x"):
         out, said = turns(call, artifact, line, monkeypatch=monkeypatch)
