@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
-from edgepress.exporters.graph.files import rows_in_place, save, weight_bytes_per_token
+from edgepress.exporters.graph.files import give_all_logits, rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
@@ -124,6 +124,8 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
     graph = fused.build(checkpoint, level, half) if is_fused else portable.build(checkpoint, model, level, half)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
+    if options.logits == "all":
+        graph = give_all_logits(out / "model.onnx")
     write_configs(checkpoint, out, options.target, shared_cache=is_fused)
     return Draft(graph, exporter, obstacle, model)
 

@@ -56,6 +56,10 @@ LAYOUTS = {
     PLAIN: "model.onnx and its weights beside it",
     NODE: "the weights below onnx/, where transformers.js under node finds them too; all others read the same folder",
 }
+LOGITS = {
+    "last": "those of the last position, unless a consumer asks for more",
+    "all": "those of every position, which n-gram decoding of onnxruntime-genai needs; its prompts take more memory",
+}
 INT8 = "int8"
 CACHES = {
     "float": "as the activations",
@@ -618,6 +622,7 @@ class ExportOptions(Options):
         at_least=0,
     )  # fmt: skip
     cache: str = option("float", "numbers of the key-value cache", CACHES)
+    logits: str = option("last", "what the graph gives who asks for nothing", LOGITS)
     layout: str = option(PLAIN, "where the files lie", LAYOUTS)
     reference: Path | None = option(None, "the original checkpoint, to know how much was lost before int8 activations add to it")
     text: Path = _text()

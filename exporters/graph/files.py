@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.cache import to_float
 
@@ -63,6 +64,17 @@ def rows_in_place(file: Path) -> ir.Model:
         if only_use:
             del model.graph.initializers[matrix.name]
         model.graph.register_initializer(value)
+    save(model, file)
+    return model
+
+
+def give_all_logits(file: Path) -> ir.Model:
+    """Let a saved model give the logits of every position where ``logits_to_keep`` is not fed, and declare them so."""
+    model = ir.load(file)
+    model.graph.initializers["logits_to_keep"].const_value = ir.Tensor(np.array([0], dtype=np.int64), name="logits_to_keep")
+    logits, ids = model.graph.outputs[0], model.graph.inputs[0]
+    assert logits.shape is not None and ids.shape is not None
+    logits.shape = ir.Shape([*ids.shape[:2], logits.shape[2]])
     save(model, file)
     return model
 

@@ -196,9 +196,11 @@ def test_verify_and_chat_in_the_light_environment(name: str, artifacts: dict[str
         assert light("run", artifacts[name], "--chat", "--max-new-tokens", 8, said="Good day\nAnd now?\n").strip()
 
 
-def _by_genai(model: og.Model, prompt: list[int]) -> list[int]:
-    """COUNT greedy tokens."""
+def _by_genai(model: og.Model, prompt: list[int], **guessing: int) -> list[int]:
+    """COUNT greedy tokens. guessing: settings of n-gram decoding."""
     parameters = og.GeneratorParams(model)
+    if guessing:
+        parameters.set_speculative_options(**guessing)
     length = len(prompt) + COUNT
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, parameters)
@@ -218,6 +220,18 @@ def test_genai(name: str, artifacts: dict[str, Path], prompts: dict[str, list[in
     ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_length forbids it the end token
     assert found[: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
     assert og.Tokenizer(model).encode(PROMPT).tolist() in (prompts[name], prompts[name][1:])  # with BOS or without
+
+
+def test_tokens_that_genai_guesses(artifacts: dict[str, Path], prompts: dict[str, list[int]], text: Path, tmp_path: Path) -> None:
+    """N-gram decoding needs the logits of all positions, and gives the tokens that one after the other gives."""
+    source, found = Artifact.load(artifacts["reference"].parent / "packed"), {}
+    prompt = prompts["reference"] * 2  # something to look up
+    for logits in ("last", "all"):
+        options = ExportOptions(text=text, accuracy_level="0", logits=logits)
+        found[logits] = og.Model(str(stages.run("export", source, tmp_path / logits, options).path))
+    with pytest.raises(RuntimeError, match="logits for every verified token"):
+        _by_genai(found["last"], prompt, ngram_size=3, max_draft_tokens=4)
+    assert _by_genai(found["all"], prompt, ngram_size=3, max_draft_tokens=4) == _by_genai(found["last"], prompt)
 
 
 def test_a_cache_of_int8(artifacts: dict[str, Path], prompts: dict[str, list[int]], text: Path, tmp_path: Path) -> None:
