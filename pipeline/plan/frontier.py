@@ -59,15 +59,15 @@ class Frontier:
         return next((point for point in self.points if point.asked), None)
 
 
-def frontier(source: Artifact, options: PlanOptions, export: ExportOptions = ExportOptions()) -> Frontier:  # noqa: B008
+def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | None = None) -> Frontier:
     """The best artifact of each of a dozen sizes, and the one of least loss that keeps to all bounds, where some are given.
 
-    Losses are expected of the sum of what every matrix costs. export: how they would be exported, which decides their speed.
-    Raises OptionError where no artifact keeps to the bounds.
+    Losses are expected of the sum of what every matrix costs. export: how they would be exported, which decides their speed
+    (default: as with no flags). Raises OptionError where no artifact keeps to the bounds.
     """
     given, disturbed = options.quantize(), options.speed and busy()  # before this is what keeps the processor busy
     costs = costs_of(source, given)
-    speeds = speeds_of(source, options, export, disturbed) if options.speed else None
+    speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
     left = CALIBRATED if given.method == "gptq" and not quantized_before(source) else 1.0
     left *= TUNED_MIX if given.tuned else 1.0
 
