@@ -165,7 +165,8 @@ class PruneOptions(Options):
     remove_fraction: float | None = option(None, "share of the blocks or parts that are left, rounded down, at least one")
     max_loss: float | None = option(
         None,
-        "remove only as long as the loss on held-out text, healed where that chooses, grows by at most so many nats a token",
+        "remove only as long as the loss on held-out text, and on what the model itself would write (KL), grows by at most so many "
+        "nats a token, healed where that chooses",
         at_least=0,
     )
     remove_layers: tuple[int, ...] = option((), "which blocks to remove: indices from 0, separated by commas", at_least=0)

@@ -45,11 +45,13 @@ class Round:
 class PathStep:
     """A set of blocks tried against a limit, and by how many nats a token the held-out loss grows without them.
 
-    Of two kinds of text the greater growth; by ``healed`` that of the healed model.
+    Of two kinds of text the greater growth; by ``healed`` that of the healed model. kl: KL(original || model without them) of the
+    trial, None where the criterion measures none.
     """
 
     layers: list[int]
     loss_growth: float
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def choose(
     removed, path = list[int](), list[PathStep]()
     with closing(CRITERIA[criterion](search, amount)) as sets:
         if options.max_loss is not None:
-            removed, path = _within(options.max_loss, sets, blocks, judged, criterion == "healed")
+            removed, path = _within(options.max_loss, sets, search, judged, criterion == "healed")
         else:
             *_, removed = [], *sets  # the last is the set of ``amount`` blocks
     if options.max_loss is None and criterion == "greedy" and amount > 1:
@@ -150,17 +152,26 @@ def _judging_and_fitting(
 
 
 def _within(
-    limit: float, sets: Iterable[list[int]], blocks: Blocks, texts: list[list[np.ndarray]], healed: bool
+    limit: float, sets: Iterable[list[int]], search: Search, texts: list[list[np.ndarray]], healed: bool
 ) -> tuple[list[int], list[PathStep]]:
-    """The last of the growing ``sets`` that keeps the loss on each text within ``limit`` nats a token, and the sets tried."""
-    removed, path = list[int](), list[PathStep]()
+    """The last of the growing ``sets`` that keeps what it costs within ``limit`` nats a token, and the sets tried.
+
+    What it costs is the growth of the loss on each text, and the KL divergence where the criterion measures it: by that the loss
+    grows on what the model itself writes. A text that the model knows badly can hide that it predicts otherwise: Qwen2.5-Coder-0.5B
+    without layer 10, healed, loses 0.007 on prose, and its predictions move by 0.060.
+    """
+    blocks, removed, path = search.blocks, list[int](), list[PathStep]()
     before = [mean_loss(blocks, windows) for windows in texts]
     for layers in sets:
         with blocks.without(layers):
             growth = max(mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True))
-        path.append(PathStep(layers, growth))
-        log.info("without %s%s the held-out loss grows by %.4f nats", listed(layers), " and healed" if healed else "", growth)
-        if growth > limit:
+        kl = search.rounds[-1].kl[search.rounds[-1].removed] if search.rounds else None
+        path.append(PathStep(layers, growth, kl))
+        moved = "" if kl is None else f", that of its own text by {kl:.4f} (KL)"
+        log.info(
+            "without %s%s the held-out loss grows by %.4f nats%s", listed(layers), " and healed" if healed else "", growth, moved
+        )
+        if max(growth, kl or 0.0) > limit:
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break
         removed = layers

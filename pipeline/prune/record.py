@@ -36,7 +36,14 @@ def write_influence(out: Path, facts: JsonObject, influence: Influence, choice: 
         "layers": rows,
         "angular_distance": {str(n): influence.angular_distance(n).round(6).tolist() for n in influence.angles},
         "rounds": [_round(one) for one in choice.rounds] + _sets(choice.sets),
-        "held_out_path": [{"layers": s.layers, "held_out_loss_growth": round(s.loss_growth, 6)} for s in choice.path],
+        "held_out_path": [
+            {
+                "layers": step.layers,
+                "held_out_loss_growth": round(step.loss_growth, 6),
+                **({} if step.kl is None else {"kl": round(step.kl, 6)}),
+            }
+            for step in choice.path
+        ],
     }
     write_json(out / "influence.json", content)
     _draw(out / "influence.png", influences, choice.removed)

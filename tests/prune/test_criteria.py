@@ -104,14 +104,31 @@ def test_a_limit_is_kept_on_held_out_text(criterion: str, setting: Setting) -> N
     influence = measure_influence(setting.blocks, setting.ranking, range(1, 16))
     options = replace(OPTIONS, remove_count=None, max_loss=0.06, criterion=criterion, shortlist=2)
     choice = choose(options, options.amount(16), setting.blocks, influence, setting.ranking, setting.held_out)
-    *within, beyond = choice.path
+    *within, _ = choice.path
     assert within and choice.removed == within[-1].layers
     before = mean_loss(setting.blocks.model, setting.held_out)
     for step in choice.path:
         with setting.blocks.without(step.layers):
             growth = mean_loss(setting.blocks.model, setting.held_out) - before
         assert step.loss_growth == pytest.approx(growth, abs=1e-5)
-    assert all(step.loss_growth <= 0.06 for step in within) and beyond.loss_growth > 0.06
+    costs = [max(step.loss_growth, step.kl or 0.0) for step in choice.path]
+    assert max(costs[:-1]) <= 0.06 < costs[-1]
+    assert [step.kl is not None for step in choice.path] == [criterion == "greedy"] * len(choice.path)
+
+
+def test_a_text_that_the_model_knows_badly_hides_nothing(setting: Setting) -> None:
+    """Of what it cannot predict it loses little without a layer; that it predicts otherwise counts as well."""
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(5, 400, len(row)) for row in setting.held_out]
+    options = replace(OPTIONS, remove_count=1, criterion="greedy", shortlist=2)
+
+    def limited(limit: float) -> Choice:
+        return choose(replace(options, max_loss=limit), 1, setting.blocks, setting.influence, setting.ranking, noise)
+
+    (step,) = limited(9.0).path
+    assert step.kl is not None and step.kl > max(0.0, step.loss_growth) + 1e-3
+    between = (max(0.0, step.loss_growth) + step.kl) / 2
+    assert limited(between).removed == [] and limited(step.kl + 1e-3).removed == step.layers
 
 
 def test_a_limit_too_tight_removes_nothing(setting: Setting) -> None:
