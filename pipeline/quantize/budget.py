@@ -113,8 +113,16 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     taken |= {id(parameter) for name, parameter in model.named_parameters() if within(checkpoint.silent, name)}  # left out
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
     files = _carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
-    graph = _GRAPH + _GRAPH_LAYER * checkpoint.layers
+    graph = _GRAPH + (_GRAPH_LAYER + _scales(model)) * checkpoint.layers
     return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph)
+
+
+def _scales(model: PreTrainedModel) -> int:
+    """Bytes of a layer's scales of an int8 cache, in case that it gets one (exporters/int8_cache.py)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    return int(2 * 4 * (getattr(config, "num_key_value_heads", None) or heads) * size)
 
 
 def _shapes_of_ends(model: PreTrainedModel) -> dict[int, tuple[int, int]]:

@@ -5,9 +5,12 @@ An integer program, the multiple-choice knapsack problem (Kellerer et al. 2004, 
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,16 +102,36 @@ def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = 
     count, width = costs.shape
     once = np.kron(np.eye(count), np.ones(width))
     scale = wanted.max()
-    result = milp(
-        (wanted / scale).ravel(),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(bounded.ravel()[None] / bound, -np.inf, 1)],
-        bounds=Bounds(0, 1),
-        integrality=np.ones(costs.size),
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with _nothing_printed():
+        result = milp(
+            (wanted / scale).ravel(),
+            constraints=[LinearConstraint(once, 1, 1), LinearConstraint(bounded.ravel()[None] / bound, -np.inf, 1)],
+            bounds=Bounds(0, 1),
+            integrality=np.ones(costs.size),
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if result.x is None:  # out of time before any answer
         return [forms[index] for index in bounded.argmin(1)]
     return [forms[index] for index in result.x.reshape(count, width).argmax(1)]
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Within the context, what native code writes to standard output goes nowhere: HiGHS has lines that no option turns off."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def rules_of(forms: Mapping[str, Form], usual: Form) -> tuple[str, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
+import scipy.optimize
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
 from edgepress.pipeline.quantize.mix import BASE, EIGHT, FORMS, Form, Item, by_matrix, bytes_of, mean_bits, rules_of, solve
 from edgepress.pipeline.quantize.plan import exceptions_of
@@ -77,3 +79,18 @@ def test_mean_bits_counts_scales_and_zero_points() -> None:
     made = items()
     assert mean_bits(made, [EIGHT] * 6) == pytest.approx(8 + (32 + 8) / 64)
     assert by_matrix(made, [EIGHT] * 6) == {name: EIGHT for item in made for name in item.names}
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS writes lines about its solutions that no option turns off; what a command prints is for other programs."""
+    solve_once = scipy.optimize.milp
+
+    def loud(*given: object, **options: object) -> object:
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
+        return solve_once(*given, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", loud)
+    rows = [Item(("a",), 1, {form: 1.0 / form.bits for form in FORMS}, {form: form.bits for form in FORMS})] * 3
+    assert len(solve(rows, FORMS, size=14)) == 3
+    print("after")
+    assert capfd.readouterr().out == "after\n"
