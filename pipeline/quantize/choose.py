@@ -245,10 +245,12 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     left = CALIBRATED if options.method == "gptq" and not before else 1.0
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
-    if before and options.method == "gptq" and options.target_bits is None:
-        log.info("quantize: rounded to nearest: GPTQ wins nothing on weights that were quantized before, as these were")
+    if before and options.target_bits is None:  # GPTQ loses no less there, and takes minutes
+        settled = _by_rounding(settled)
+        if options.method == "gptq":
+            log.info("quantize: rounded to nearest: GPTQ wins nothing on weights that were quantized before, as these were")
     if options.max_size is not None:
-        return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left, before)
+        return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left)
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
@@ -258,8 +260,6 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
         )
         return Chosen(_mixed(settled, items, forms), f"{because} of perplexity", trial.growth)
-    if before:
-        settled = _by_rounding(settled)  # GPTQ loses no less there, and takes minutes
     limit = options.max_growth or 0.0
     uniform = Form(options.weight_bits, options.group)
     if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform, limit) <= limit:
@@ -276,7 +276,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
 
 
-def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float, before: bool) -> Chosen:
+def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
     costs = costs_of(trial.source, trial.options, trial)
     items, found = costs.items, fit(costs, size)
@@ -284,7 +284,7 @@ def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float, b
     growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)
     growth = round(math.expm1(math.log1p(growth) + costs.head[found.head_bits]), 5)
     eight = set(mixed.values()) == {EIGHT}
-    chosen = _mixed(_by_rounding(settled) if eight or before else settled, items, found.forms)
+    chosen = _mixed(_by_rounding(settled) if eight else settled, items, found.forms)
     because = (
         f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "
         f"{100 * growth:+.1f} % of perplexity"
