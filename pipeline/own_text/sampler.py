@@ -109,6 +109,7 @@ def _written(
         if not bool(torch.isfinite(sums[:, -1]).all()):
             raise ModelError("the model's logits are not finite (NaN or Inf), so it cannot write; the checkpoint is broken")
         chances = torch.tensor([[row.chance()] for row in rows]).to(model.device) * sums[:, -1:]
-        likely = torch.searchsorted(sums, sums[:, -1:])  # the last id of any probability: a chance may be rounded up to 1
+        # The last id of any probability: a chance may be rounded up to 1.
+        likely = torch.searchsorted(sums, sums[:, -1:].contiguous())
         drawn = torch.minimum(torch.searchsorted(sums, chances, right=True), likely)[:, 0].tolist()
     return list(ids.numpy())
