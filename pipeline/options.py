@@ -439,7 +439,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def size_in_bytes(text: str, name: str) -> int:
     """Bytes of a size, as ``90MB`` or ``1.2 GB``. Raises OptionError that names the flag."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or (unit := found[2].upper()) not in _UNITS or not (size := int(float(found[1]) * _UNITS[unit])):
+    if found is None or (unit := found[2].upper()) not in _UNITS or not (size := round(float(found[1]) * _UNITS[unit])):
         raise OptionError(f"{name} takes a size, as 90MB or 1.2GB, not '{text}'")
     if not unit and size < _UNITS["MB"]:
         raise OptionError(f"{name} {text} would be {size} bytes; give the unit, as {text.strip()}MB")

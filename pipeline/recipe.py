@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ _SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
@@ -340,10 +342,11 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
         raise OptionError(f"{asked} chooses the bits of every matrix, and {quantize.method} has none to choose; leave --method out")
     if settled := [name for name in sorted(_SETTLED - {"max_growth"}) if getattr(quantize, name) != getattr(_USUAL, name)]:
         raise OptionError(f"{asked} chooses the bits of every matrix, and the recipe gives {settled[0]}; leave one of them out")
+    _check_ahead(original.path, steps)  # before minutes of measuring
     known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}
     values = {name: getattr(quantize, name) for name in known}
-    options = PlanOptions(**{**vars(bounds), **values, "tuned": "tune" in given, "threads": bench.threads})
-    found = load("edgepress.pipeline.plan.bounds:planned")(original, options, export, out / PLAN)
+    wish = PlanOptions(**{**vars(bounds), **values, "tuned": "tune" in given, "threads": bench.threads})
+    found = load("edgepress.pipeline.plan.bounds:planned")(original, wish, export, out / PLAN)
     sized = dataclasses.replace(quantize, max_growth=None, max_size=found.max_size)
     return [(name, sized if name == "quantize" else options) for name, options in steps], found
 
@@ -386,13 +389,15 @@ def _informed(options: Options, original: Artifact, steps: Plan) -> Options:
 
 
 def _compare_with(file: Path, artifact: Artifact) -> None:
-    """Say so where what is shipped is larger than the GGUF file that it was made from."""
+    """Say so where what is shipped is larger than the GGUF file of few bits that it was made from, and no size was asked for."""
     had, has = file.stat().st_size, folder_bytes(artifact.path)
-    if artifact.format == "onnx" and has > had and "-of-" not in file.name:  # or its parts are several files
+    quantized = next((step.facts for step in artifact.steps if step.stage == "quantize"), None)
+    if quantized is None or "max_bytes" in quantized or _PART_OF_GGUF.search(file.name):
+        return
+    if artifact.format == "onnx" and has > had and load("edgepress.pipeline.quantize.choose:quantized_before")(artifact):
         log.info(
-            "build: %.1f MB, and %s has %.1f: its weights have few bits already, and others lose more; --max-size %.0fMB makes one "
-            "no larger (edgepress plan says what that loses)",
-            has / 1e6, file.name, had / 1e6, had // 1e6,
+            "build: %.1f MB, and %s has %.1f: its weights have few bits already; edgepress plan says what a smaller artifact loses",
+            has / 1e6, file.name, had / 1e6,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,16 +171,31 @@ def test_a_kill_while_the_cost_is_written_leaves_nothing_for_good(built: Path, t
     assert cli.main(build_arguments(tiny, built, text)) == 0 and not left.exists()
 
 
-@pytest.mark.parametrize(("size", "said"), [(1000, True), (10**9, False)])
+@pytest.mark.parametrize(
+    ("name", "size", "types", "facts", "said"),
+    [
+        ("model.gguf", 1000, ["Q4_K"], {}, True),
+        ("best-of-breed.gguf", 1000, ["Q4_K"], {}, True),
+        ("model.gguf", 10**9, ["Q4_K"], {}, False),
+        ("model-00001-of-00002.gguf", 1000, ["Q4_K"], {}, False),  # one of several files
+        ("model.gguf", 1000, ["Q8_0"], {}, False),
+        ("model.gguf", 1000, [], {}, False),
+        ("model.gguf", 1000, ["Q4_K"], {"max_bytes": 5}, False),  # as large as it was asked to be
+    ],
+)
 def test_an_artifact_larger_than_its_gguf_is_said(
-    size: int, said: bool, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, size: int, types: list[str], facts: dict, said: bool, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody expects that of a tool that makes models smaller."""
-    with (tmp_path / "model.gguf").open("wb") as file:
+    with (tmp_path / name).open("wb") as file:
         file.truncate(size)
     caplog.set_level("INFO", "edgepress")
-    recipe._compare_with(tmp_path / "model.gguf", Artifact.load(built / "03-export"))
-    assert ("makes one no larger" in caplog.text) == said
+    artifact = Artifact.load(built / "03-export")
+    first, *others = artifact.steps
+    given = [replace(step, facts=step.facts | (facts if step.stage == "quantize" else {})) for step in others]
+    artifact = replace(artifact, steps=[replace(first, facts={"quantized_types": types}), *given])
+    recipe._compare_with(tmp_path / name, artifact)
+    assert ("its weights have few bits already" in caplog.text) == said
 
 
 @pytest.mark.parametrize("stage", STAGES)

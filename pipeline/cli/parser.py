@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
             if flag(old) in given and old != "method":  # which is quantize's still
                 of = " of edgepress heal and build" if old == "heal" else ""  # prune had it once
                 message = f"{flag(old)} is now {flag(new)}{of}"
-        if verb := re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
+        if verb := re.fullmatch(r"argument COMMAND: invalid choice: ['\"](.*)['\"] \(choose from (.*)\)", message):
             verbs = [name.strip("' ") for name in verb[2].split(",")]
             message = f"there is no command '{verb[1]}'{suggestion(verb[1], verbs)}; there are: {', '.join(verbs)}"
         unknown = next((word for word in sorted(given) if word.startswith("--")), "")

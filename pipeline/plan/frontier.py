@@ -10,7 +10,7 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
-from edgepress.pipeline.plan.speed import Cost, Speeds, busy, speeds_of
+from edgepress.pipeline.plan.speed import Speeds, Usage, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of, quantized_before
 from edgepress.pipeline.quantize.mix import mean_bits
@@ -25,7 +25,7 @@ MARGIN = 1.002  # on a size that is proposed, which is rounded
 class Point:
     """One artifact: its size in bytes, bits of a block weight, bits of the head, and how much perplexity grows, a share.
 
-    within: bytes that it was found by, at least its size. cost: what running it is expected to take, None where that is not asked
+    within: bytes that it was found by, at least its size. usage: what running it is expected to take, None where that is not asked
     for. asked: whether it was asked for.
     """
 
@@ -34,20 +34,20 @@ class Point:
     bits: float
     head_bits: int
     growth: float
-    cost: Cost | None = None
+    usage: Usage | None = None
     asked: bool = False
 
     @property
     def proposal(self) -> str:
-        """What --max-size makes it: what was asked for, where that is a round number."""
-        if self.asked and self.within % 100_000 == 0:
-            return f"{self.within / 1e6:g}MB"
+        """What --max-size makes it: what was asked for to the byte, for more would be another artifact; else a round number."""
+        if self.asked:
+            return f"{self.within / 1e6:.6f}".rstrip("0").rstrip(".") + "MB"
         return f"{math.ceil(MARGIN * self.size / 1e5) / 10:g}MB"
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points by size. prompt: tokens before the first one of a point's cost. lasting: whether nothing disturbed the measurement."""
+    """Points by size. prompt: tokens before the first one of a point's usage. lasting: whether nothing disturbed the measuring."""
 
     points: tuple[Point, ...]
     prompt: int = 0
@@ -65,7 +65,7 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     Losses are expected of the sum of what every matrix costs. export: how they would be exported, which decides their speed
     (default: as with no flags). Raises OptionError where no artifact keeps to the bounds.
     """
-    given, disturbed = options.quantize(), options.speed and busy()  # before this is what keeps the processor busy
+    given, disturbed = options.quantize(), options.speed and busy()  # asked now: soon this process keeps the processor busy
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
     left = CALIBRATED if given.method == "gptq" and not quantized_before(source) else 1.0
@@ -83,7 +83,8 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
             points = [one for one in points if one.within < size] + [point(size)]
         best = _best(points, options, point)
         shown[best.size] = replace(best, asked=True)
-    return Frontier(tuple(shown[size] for size in sorted(shown)), speeds.prompt if speeds else 0, not disturbed)
+    ordered = tuple(shown[size] for size in sorted(shown))
+    return Frontier(ordered, speeds.prompt, speeds.lasting) if speeds else Frontier(ordered)
 
 
 def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float], Point]) -> Point:
@@ -115,24 +116,24 @@ def _point(costs: Costs, within: int, left: float, speeds: Speeds | None) -> Poi
     found: Fit = fit(costs, within)
     head = costs.head[found.head_bits]
     growth = math.expm1(min(left * (found.cost - head) + head, 50.0))
-    cost = speeds.of(costs, found) if speeds else None
-    return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, cost)
+    usage = speeds.of(costs, found) if speeds else None
+    return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)
 
 
-def excesses(cost: Cost, bounds: BoundOptions) -> Iterator[tuple[str, float]]:
-    """The flag of each bound that is given, and by what factor a cost exceeds it: above 1 where it is not kept to."""
+def excesses(usage: Usage, bounds: BoundOptions) -> Iterator[tuple[str, float]]:
+    """The flag of each bound that is given, and by what factor a usage exceeds it: above 1 where it is not kept to."""
     if bounds.max_memory is not None:
-        if cost.memory is None:
+        if usage.memory is None:
             raise OptionError("this system does not report the memory of a process; leave --max-memory out")
-        yield "--max-memory", cost.memory / size_in_bytes(bounds.max_memory, "--max-memory")
+        yield "--max-memory", usage.memory / size_in_bytes(bounds.max_memory, "--max-memory")
     if bounds.min_speed is not None:
-        yield "--min-speed", bounds.min_speed * cost.decode_s
+        yield "--min-speed", bounds.min_speed * usage.decode_s
     if bounds.max_ttft is not None:
-        yield "--max-ttft", 1000 * cost.ttft_s / bounds.max_ttft
+        yield "--max-ttft", 1000 * usage.ttft_s / bounds.max_ttft
 
 
 def _of(point: Point, bounds: BoundOptions) -> list[tuple[str, float]]:
-    return [] if point.cost is None else list(excesses(point.cost, bounds))
+    return [] if point.usage is None else list(excesses(point.usage, bounds))
 
 
 def _worst(point: Point, bounds: BoundOptions) -> float:
@@ -144,17 +145,17 @@ def _nearest(points: Sequence[Point], options: PlanOptions) -> str:
     best = min(points, key=lambda point: _worst(point, options))
     missed = " and ".join(name for name, excess in _of(best, options) if excess > 1)
     within = "" if options.max_size is None else f" of at most {options.max_size}"
-    assert best.cost is not None
+    assert best.usage is not None
     return (
         f"no artifact of this model{within} keeps to {missed} on this machine; nearest is one of {best.size / 1e6:.1f} MB: "
-        f"{said(best.cost)}; ask for less, or make the model smaller first (--remove-count, --remove-channels, edgepress trim)"
+        f"{said(best.usage)}; ask for less, or build from a model that was made smaller before (edgepress prune, narrow or trim)"
     )
 
 
-def said(cost: Cost) -> str:
+def said(usage: Usage) -> str:
     """``207 tokens/s, 61 ms to the first token, 254 MB of memory``."""
-    memory = "" if cost.memory is None else f", {cost.memory / 1e6:.0f} MB of memory"
-    return f"{1 / cost.decode_s:.0f} tokens/s, {1000 * cost.ttft_s:.0f} ms to the first token{memory}"
+    memory = "" if usage.memory is None else f", {usage.memory / 1e6:.0f} MB of memory"
+    return f"{1 / usage.decode_s:.0f} tokens/s, {1000 * usage.ttft_s:.0f} ms to the first token{memory}"
 
 
 def table(found: Frontier) -> str:
@@ -164,9 +165,9 @@ def table(found: Frontier) -> str:
     lines = [head + (f"  tokens/s  first of {found.prompt}  peak MB" if timed else "") + "  build with"]
     for point in found.points:
         row = f"{point.size / 1e6:>8.1f}  {point.bits:>13.2f}  {point.head_bits:>4}  {f'{100 * point.growth:+.1f} %':>20}"
-        if timed and (cost := point.cost):
-            memory = "" if cost.memory is None else f"{cost.memory / 1e6:.0f}"
-            first = f"{1000 * cost.ttft_s:.0f} ms"
-            row += f"  {1 / cost.decode_s:>8.0f}  {first:>{len(f'first of {found.prompt}')}}  {memory:>7}"
+        if timed and (usage := point.usage):
+            memory = "" if usage.memory is None else f"{usage.memory / 1e6:.0f}"
+            first = f"{1000 * usage.ttft_s:.0f} ms"
+            row += f"  {1 / usage.decode_s:>8.0f}  {first:>{len(f'first of {found.prompt}')}}  {memory:>7}"
         lines.append(f"{row}  --max-size {point.proposal}" + ("  <- asked for" if point.asked else ""))
     return "\n".join(lines)

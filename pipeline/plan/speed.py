@@ -39,14 +39,14 @@ from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
-FORMS = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
+MEASURED = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
 HEAD_BITS = 8
 ROUNDS = 3
 PROMPT, SHORTEST = 128, 8  # tokens
 
 
 @dataclass(frozen=True)
-class Cost:
+class Usage:
     """What running an artifact takes: seconds a token, seconds to the first token of the prompt, bytes of memory at the peak.
 
     memory: None where the system does not report it.
@@ -59,58 +59,63 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speeds:
-    """costs: of the artifacts with the bits of ``FORMS`` everywhere, by bits. prompt: tokens before the first one."""
+    """usages: of the artifacts with the bits of ``MEASURED`` everywhere, by bits. prompt: tokens before the first one.
 
-    costs: dict[str, Cost]
+    lasting: whether nothing disturbed the measurement.
+    """
+
+    usages: dict[str, Usage]
     prompt: int
+    lasting: bool = True
 
-    def of(self, costs: Costs, found: Fit) -> Cost:
+    def of(self, costs: Costs, found: Fit) -> Usage:
         """What the artifact that ``fit`` found is expected to take."""
         weights = [item.weights for item in costs.items]
         shares = {
             form: sum(n for n, taken in zip(weights, found.forms, strict=True) if taken.bits == form.bits) / sum(weights)
-            for form in FORMS
+            for form in MEASURED
         }
         blocks = sum(item.bytes[form] for item, form in zip(costs.items, found.forms, strict=True))
         group = most_common(found.forms, costs.items).group_size
 
-        def mean(figure: Callable[[Cost], float], ends: Callable[[int, int], int]) -> float:
+        def mean(figure: Callable[[Usage], float], ends: Callable[[int, int], int]) -> float:
             """A figure, and how it grows with the bytes beyond those of the shares: other blocks, a head of other bits."""
-            known = {form: figure(self.costs[str(form.bits)]) for form in FORMS}
-            size = {form: sum(i.bytes[form] for i in costs.items) + ends(HEAD_BITS, form.group_size) for form in FORMS}
+            known = {form: figure(self.usages[str(form.bits)]) for form in MEASURED}
+            size = {form: sum(i.bytes[form] for i in costs.items) + ends(HEAD_BITS, form.group_size) for form in MEASURED}
             more = blocks + ends(found.head_bits, group) - sum(share * size[form] for form, share in shares.items())
             slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
             return sum(share * known[form] for form, share in shares.items()) + slope * more
 
         head = replace(costs.ends, shapes=costs.ends.shapes[-1:]).bytes  # of an embedding of its own a step reads one row
-        memory = None if any(c.memory is None for c in self.costs.values()) else mean(lambda c: c.memory or 0.0, costs.ends.bytes)
-        return Cost(mean(lambda c: c.decode_s, head), mean(lambda c: c.ttft_s, head), memory)
+        memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0, costs.ends.bytes)
+        return Usage(mean(lambda c: c.decode_s, head), mean(lambda c: c.ttft_s, head), memory)
 
 
 def busy() -> bool:
-    """Whether other programs kept the processor busy in the last minute; said, if so."""
+    """Whether other programs kept the processor busy in the last minute."""
     run = environment("cpu", 0)
-    if run.load_average is None or run.load_average <= run.cores:
-        return False
-    log.warning("warning: other programs are busy, so speeds will look slower than they are; they are not kept for the next time")
-    return True
+    return run.load_average is not None and run.load_average > run.cores
 
 
 def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, disturbed: bool = False) -> Speeds:
-    """As they were measured on this machine before, or now. disturbed: not to be kept.
+    """As they were measured on this machine before, or now. disturbed: by other programs, so that what is measured is not kept.
 
     Raises WorkerError where a measuring process dies.
     """
-    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, FORMS, ROUNDS]
+    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, MEASURED, ROUNDS]
     parts = [source.identity(), machine("cpu"), *how, version("edgepress")]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
     with suppress(InputError, ValueError):
         return typed(Speeds, read_json(kept))
+    if disturbed:
+        log.warning(
+            "warning: other programs are busy, so speeds will look slower than they are; they are not kept for the next time"
+        )
+        return replace(_measure(source, options, export), lasting=False)
     speeds = _measure(source, options, export)
-    if not disturbed:
-        with suppress(OSError, OutputError):  # measured again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, object_of(speeds))
+    with suppress(OSError, OutputError):  # measured again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, object_of(speeds))
     return speeds
 
 
@@ -122,19 +127,19 @@ def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> S
         raise OptionError(f"a context of {room} tokens is too short to measure speed in; give --no-speed")
     ids = np.concatenate(text_windows(options.text, source.path, budget=prompt, length=prompt, key=options.text_key))[:prompt]
     given = replace(options.quantize(), method="rtn", max_size=None, head_bits=HEAD_BITS)
-    samples: dict[Form, list[SpeedSample]] = {form: [] for form in FORMS}
+    samples: dict[Form, list[SpeedSample]] = {form: [] for form in MEASURED}
     with tempfile.TemporaryDirectory(prefix="edgepress-plan-") as scratch:
-        check_disk(Path(scratch), len(FORMS) * folder_bytes(source.path))
-        folders = {form: Path(scratch) / str(form.bits) for form in FORMS}
-        for form in progress(FORMS, "artifacts to measure", "artifact"):
+        check_disk(Path(scratch), len(MEASURED) * folder_bytes(source.path))
+        folders = {form: Path(scratch) / str(form.bits) for form in MEASURED}
+        for form in progress(MEASURED, "artifacts to measure", "artifact"):
             _write(source, folders[form], replace(given, bits=form.bits, group_size=form.group_size), export)
         for number in progress(range(ROUNDS), "speed", "round"):
-            for form in FORMS if number % 2 == 0 else FORMS[::-1]:
+            for form in MEASURED if number % 2 == 0 else MEASURED[::-1]:
                 # As bench does: what was just written lies in memory in larger pieces than what is read, and counts for more.
                 measured("cold", ColdJob(str(folders[form]), options.threads), ColdSample)
                 job = SpeedJob(str(folders[form]), tuple(ids.tolist()), (len(ids),), new, options.threads)
                 samples[form].append(measured("speed", job, SpeedSample))
-    return Speeds({str(form.bits): _cost(rows, len(ids)) for form, rows in samples.items()}, len(ids))
+    return Speeds({str(form.bits): _usage(rows, len(ids)) for form, rows in samples.items()}, len(ids))
 
 
 def _write(source: Artifact, out: Path, options: QuantizeOptions, export: ExportOptions) -> None:
@@ -153,9 +158,9 @@ def _write(source: Artifact, out: Path, options: QuantizeOptions, export: Export
     release_memory()
 
 
-def _cost(samples: Sequence[SpeedSample], prompt: int) -> Cost:
+def _usage(samples: Sequence[SpeedSample], prompt: int) -> Usage:
     memory = [value for sample in samples if (value := sample.values["memory.peak_rss_bytes"]) is not None]
-    return Cost(
+    return Usage(
         median(sum(sample.inter_token_ms) / len(sample.inter_token_ms) / 1000 for sample in samples),
         median(sample.prefill[str(prompt)] for sample in samples),
         median(memory) if memory else None,

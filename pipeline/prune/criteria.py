@@ -164,14 +164,15 @@ def _within(
     before = [mean_loss(blocks, windows) for windows in texts]
     for layers in sets:
         with blocks.without(layers):
-            growth = max(mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True))
+            growths = [mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True)]
+        growth = float(np.max(growths))  # not a number where one of them is none, which Python's max may hide
         kl = search.rounds[-1].kl[search.rounds[-1].removed] if search.rounds else None
         path.append(PathStep(layers, growth, kl))
-        moved = "" if kl is None else f", that of its own text by {kl:.4f} (KL)"
+        moved = "" if kl is None else f", and its predictions move by {kl:.4f} (KL)"
         log.info(
             "without %s%s the held-out loss grows by %.4f nats%s", listed(layers), " and healed" if healed else "", growth, moved
         )
-        if max(growth, kl or 0.0) > limit:
+        if not (growth <= limit and (kl is None or kl <= limit)):
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break
         removed = layers

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from edgepress.models.families import head_size
 from edgepress.pipeline.checkpoint.blocks import block_matrices, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.parts import within
@@ -30,6 +31,8 @@ _LONG_TABLE, _STEP = 2**22, 256
 _GRAPH, _GRAPH_LAYER = 16_000, 5_000
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
+# Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
+COUNTING = 2
 _TRIES = 4
 Number = TypeVar("Number", int, float)
 HEADS = (8, 4)  # bits of the head that are tried
@@ -112,7 +115,7 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     codes = sum(linear.nbytes for name in kept.values() if (linear := checkpoint.weights.packed(name)) is not None)
     taken |= {id(parameter) for name, parameter in model.named_parameters() if within(checkpoint.silent, name)}  # left out
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
-    files = _carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
+    files = carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
     graph = _GRAPH + (_GRAPH_LAYER + _scales(model)) * checkpoint.layers
     return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph)
 
@@ -120,9 +123,8 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
 def _scales(model: PreTrainedModel) -> int:
     """Bytes of a layer's scales of an int8 cache, in case that it gets one (exporters/int8_cache.py)."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    return int(2 * 4 * (getattr(config, "num_key_value_heads", None) or heads) * size)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    return 2 * 4 * heads * head_size(config) if heads else 0
 
 
 def _shapes_of_ends(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
@@ -133,7 +135,7 @@ def _shapes_of_ends(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
     return {id(module.weight): (module.weight.shape[0], module.weight.shape[1]) for module in modules}
 
 
-def _carried(checkpoint: Checkpoint) -> int:
+def carried(checkpoint: Checkpoint) -> int:
     """Bytes of the files that go with the model: tokenizer, template, licence and the like, its config and its manifest so far."""
     with tempfile.TemporaryDirectory() as folder:
         carry_files(checkpoint.path, Path(folder), checkpoint.trust_remote_code)

@@ -29,7 +29,7 @@ from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.budget import HEADS, Costs, check_possible, ends_of, fit
+from edgepress.pipeline.quantize.budget import COUNTING, HEADS, Costs, carried, check_possible, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -209,8 +209,9 @@ def _with_text(source: Artifact, options: QuantizeOptions) -> QuantizeOptions:
 
 
 def _kept(source: Artifact, options: QuantizeOptions) -> Path:
-    """The file that keeps the costs, by what decides them: the weights, and the text."""
+    """The file that keeps the costs, by what decides them: the weights, the text, and the bytes of what is copied with a model."""
     parts = [source.identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
+    parts += [carried(Checkpoint(source.path, options.trust_remote_code)), COUNTING]
     name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
 

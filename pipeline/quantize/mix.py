@@ -5,6 +5,7 @@ An integer program, the multiple-choice knapsack problem (Kellerer et al. 2004, 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -118,8 +119,7 @@ def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = 
 @contextmanager
 def _nothing_printed() -> Iterator[None]:
     """Within the context, what native code writes to standard output goes nowhere: HiGHS has lines that no option turns off."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
+    _flush()
     try:
         kept = os.dup(1)
     except OSError:  # closed
@@ -130,8 +130,17 @@ def _nothing_printed() -> Iterator[None]:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
+        _flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush() -> None:
+    """Both buffers of standard output: Python's, and the C library's, which holds what native code wrote to a pipe or a file."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, TypeError, AttributeError):  # no C library under that name
+        ctypes.CDLL(None).fflush(None)
 
 
 def rules_of(forms: Mapping[str, Form], usual: Form) -> tuple[str, ...]:

@@ -35,6 +35,16 @@ class _Saved:
     messages: tuple[_Message, ...]
 
 
+def _is_saved(file: Path) -> bool:
+    """Whether a file holds what ``save`` writes, and nothing else that would be lost."""
+    try:
+        content = read_json(file)
+        typed(_Saved, content, "conversation")
+    except (DocumentError, InputError):
+        return False
+    return set(content) == {"messages"} and all(set(message) == {"role", "content"} for message in content["messages"])
+
+
 class Conversation:
     """The turns so far, and the cache of their tokens.
 
@@ -84,11 +94,8 @@ class Conversation:
 
     def save(self, file: Path) -> None:
         """Write the messages, over those of a conversation that was kept there. Raises OutputError for any other file."""
-        if file.exists():
-            try:
-                typed(_Saved, read_json(file), "conversation")
-            except (DocumentError, InputError) as error:
-                raise OutputError(f"{file} is there already, and no conversation; give another name") from error
+        if file.is_file() and not _is_saved(file):
+            raise OutputError(f"{file} is there already, and no conversation; give another name")
         write_json(file, {"messages": self.messages})
 
     def load(self, file: Path) -> None:

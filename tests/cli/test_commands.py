@@ -98,6 +98,7 @@ def test_a_command_that_is_not_there(call: Call) -> None:
     """Mistyped: the nearest is named."""
     result = call("buidl", "reference")
     assert result.code == 2 and "there is no command 'buidl' (did you mean 'build'?)" in result.err and result.err.count("\n") == 1
+    assert "there is no command 'plan's'" in call("plan's").err
 
 
 def test_help_looks_up_no_version() -> None:

@@ -14,8 +14,10 @@ from edgepress.exporters.proof.recheck import at_level_0
 from edgepress.models.families import FAMILIES
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.options import BenchOptions, ExportOptions, QuantizeOptions, VerifyOptions
+from edgepress.pipeline.quantize.budget import _scales
 from edgepress.pipeline.report.model import read
 from edgepress.pipeline.report.tables import made_by
 from edgepress.pipeline.runtime.decoder import Decoder
@@ -64,6 +66,8 @@ def test_codes_are_rounded_by_their_channel(both: tuple[Path, Path], text: Path)
         decoder.feed(ids)
     scales = {name: value.const_value.numpy() for name, value in ir.load(both[1] / "model.onnx").graph.initializers.items()
               if name.endswith(".scale")}  # fmt: skip
+    layer, count = _scales(Checkpoint(both[1]).meta_model()), Checkpoint(both[1]).layers  # what --max-size counts
+    assert layer * count == sum(scale.nbytes for scale in scales.values())
     name = "past_key_values.0.{}"  # of the first layer, whose inputs are the same in both
     for part in ("key", "value"):
         scale = scales[name.format(part) + ".scale"][0]
@@ -74,7 +78,7 @@ def test_codes_are_rounded_by_their_channel(both: tuple[Path, Path], text: Path)
 
 
 def test_a_rotated_pair_has_one_scale(both: tuple[Path, Path]) -> None:
-    """Further on in a text either channel may hold what both do together: of what calibration never saw, nothing is clipped."""
+    """Further on in a text either channel may hold what both do together: a later position clips no more than an earlier one."""
     largest = int8_cache._largest(both[0], {})  # as if nothing were rotated
     graph = ir.load(both[1] / "model.onnx").graph
     keys = [value.const_value.numpy()[0, :, 0] for name, value in graph.initializers.items() if name.endswith("key.scale")]

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions
+from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
 from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
 from edgepress.pipeline.plan import speed as speed_module
 from edgepress.pipeline.plan.bounds import Planned
-from edgepress.pipeline.plan.frontier import Point, frontier
-from edgepress.pipeline.plan.speed import FORMS, Cost, Speeds
+from edgepress.pipeline.plan.frontier import Point, frontier, table
+from edgepress.pipeline.plan.speed import MEASURED, Speeds, Usage
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit, largest_size, least_size
-from edgepress.pipeline.quantize.mix import FORMS as ALL_FORMS
-from edgepress.pipeline.quantize.mix import Form, Item, bytes_of
+from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit
+from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of
 from edgepress.pipeline.report.model import read
 from families import TINY
 from transformers import LlamaConfig
@@ -36,13 +35,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def an_item(cost: float) -> Item:
-    costs = {form: cost * 4.0 ** (4 - form.bits) for form in ALL_FORMS}
-    return Item(("a",), 256 * 256, costs, {form: bytes_of(256, 256, form, symmetric=False) for form in ALL_FORMS})
+    costs = {form: cost * 4.0 ** (4 - form.bits) for form in FORMS}
+    return Item(("a",), 256 * 256, costs, {form: bytes_of(256, 256, form, symmetric=False) for form in FORMS})
 
 
 COSTS = Costs(tuple(an_item(0.001 * (n + 1)) for n in range(20)), Ends(((1024, 256),), 10_000), {8: 0.0, 4: 0.1})
 # 2 bits are slower than their bytes promise, 8 bits read prompts faster than 4, as kernels do
-SPEEDS = Speeds({"2": Cost(0.004, 0.060, 100e6), "4": Cost(0.005, 0.070, 120e6), "8": Cost(0.008, 0.050, 180e6)}, 128)
+SPEEDS = Speeds({"2": Usage(0.004, 0.060, 100e6), "4": Usage(0.005, 0.070, 120e6), "8": Usage(0.008, 0.050, 180e6)}, 128)
 
 
 @pytest.fixture
@@ -76,11 +75,11 @@ def test_a_plan_shows_what_could_be_made(
 def test_what_was_measured_is_what_is_expected() -> None:
     """Of the artifacts that were measured; others lie between them, and more bytes of the same bits take longer."""
 
-    def of(forms: list[Form], head_bits: int = 8, costs: Costs = COSTS) -> Cost:
+    def of(forms: list[Form], head_bits: int = 8, costs: Costs = COSTS) -> Usage:
         return SPEEDS.of(costs, Fit(head_bits, forms, 0.0, 0))
 
-    for form in FORMS:
-        assert dataclasses.astuple(of([form] * 20)) == pytest.approx(dataclasses.astuple(SPEEDS.costs[str(form.bits)]))
+    for form in MEASURED:
+        assert dataclasses.astuple(of([form] * 20)) == pytest.approx(dataclasses.astuple(SPEEDS.usages[str(form.bits)]))
     between = of([Form(4, 64), Form(8, 64)] * 10)
     assert dataclasses.astuple(between) == pytest.approx((0.0065, 0.060, 150e6), rel=1e-3)
     longer = of([Form(4, 32), Form(8, 64)] * 10)
@@ -95,19 +94,19 @@ def test_what_was_measured_is_what_is_expected() -> None:
 @pytest.mark.parametrize(
     ("bounds", "figure"),
     [
-        ({"min_speed": 150}, lambda cost: cost.decode_s <= 1 / 150),
-        ({"max_memory": "150MB"}, lambda cost: (cost.memory or 0) <= 150e6),
-        ({"max_ttft": 60}, lambda cost: cost.ttft_s <= 0.060),
-        ({"max_memory": "170MB", "min_speed": 130}, lambda cost: (cost.memory or 0) <= 170e6 and cost.decode_s <= 1 / 130),
+        ({"min_speed": 150}, lambda usage: usage.decode_s <= 1 / 150),
+        ({"max_memory": "150MB"}, lambda usage: (usage.memory or 0) <= 150e6),
+        ({"max_ttft": 60}, lambda usage: usage.ttft_s <= 0.060),
+        ({"max_memory": "170MB", "min_speed": 130}, lambda usage: (usage.memory or 0) <= 170e6 and usage.decode_s <= 1 / 130),
     ],
 )
 def test_the_least_loss_that_keeps_to_the_bounds(known: None, tiny: Path, bounds: dict, figure: Callable) -> None:
     found = frontier(Artifact.load(tiny), PlanOptions(method="rtn", **bounds))
     asked = found.asked
-    assert asked is not None and asked.cost is not None and figure(asked.cost)
+    assert asked is not None and asked.usage is not None and figure(asked.usage)
     better = [point for point in found.points if point.growth < asked.growth]
-    assert all(asked.growth <= point.growth for point in found.points if point.cost and figure(point.cost))
-    assert all(point.cost is not None and not figure(point.cost) for point in better)
+    assert all(asked.growth <= point.growth for point in found.points if point.usage and figure(point.usage))
+    assert all(point.usage is not None and not figure(point.usage) for point in better)
     assert bool(better) != ("max_ttft" in bounds)  # 8 bits read prompts fastest here
 
 
@@ -115,8 +114,8 @@ def test_a_size_and_a_bound(known: None, tiny: Path) -> None:
     """Both are kept to."""
     for size, bound in (("900KB", {"min_speed": 130}), ("1.4MB", {"min_speed": 200})):
         asked = frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_size=size, **bound)).asked
-        assert asked is not None and asked.cost is not None
-        assert asked.size <= float(size[:-2]) * (1e6 if "MB" in size else 1e3) and 1 / asked.cost.decode_s >= bound["min_speed"]
+        assert asked is not None and asked.usage is not None
+        assert asked.size <= float(size[:-2]) * (1e6 if "MB" in size else 1e3) and 1 / asked.usage.decode_s >= bound["min_speed"]
 
 
 def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +128,7 @@ def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pyte
     ):
         with pytest.raises(OptionError, match=f"keeps to {named}.*nearest is one of .* MB: .*tokens/s.*ask for less"):
             frontier(Artifact.load(tiny), PlanOptions(method="rtn", **bounds))
-    silent = dataclasses.replace(SPEEDS, costs={k: dataclasses.replace(c, memory=None) for k, c in SPEEDS.costs.items()})
+    silent = dataclasses.replace(SPEEDS, usages={k: dataclasses.replace(c, memory=None) for k, c in SPEEDS.usages.items()})
     monkeypatch.setattr(frontier_module, "speeds_of", lambda *_: silent)
     with pytest.raises(OptionError, match="does not report the memory"):
         frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_memory="150MB"))
@@ -145,6 +144,7 @@ def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pyte
         (("--max-memory", "lots"), "--max-memory takes a size"),
         (("--min-speed", "0"), "--min-speed must be above 0"),
         (("--min-speed", "30", "--method", "nf4"), "nf4 has none to choose; leave --method out"),
+        (("--min-speed", "30", "--exporter", "portable", "--cache", "int8"), "--cache int8 is of the fused graph"),
     ],
 )
 def test_bounds_that_contradict(tiny: Path, tmp_path: Path, call: Callable, flags: tuple[str, ...], reason: str) -> None:
@@ -169,8 +169,8 @@ def test_a_narrow_band_between_two_bounds(known: None, tiny: Path, monkeypatch: 
     """Where none of the dozen keeps to both, those between the nearest are tried; and the best of them all is taken."""
     monkeypatch.setattr(frontier_module, "POINTS", 3)
     asked = frontier(Artifact.load(tiny), PlanOptions(method="rtn", min_speed=148, max_ttft=62)).asked
-    assert asked is not None and asked.cost is not None
-    assert asked.cost.decode_s <= 1 / 148 and asked.cost.ttft_s <= 0.062
+    assert asked is not None and asked.usage is not None
+    assert asked.usage.decode_s <= 1 / 148 and asked.usage.ttft_s <= 0.062
     monkeypatch.setattr(frontier_module, "POINTS", 12)
     sizes: dict[int, list[int]] = {}
     for halvings in (0, 5):  # bytes that a bound leaves are used
@@ -180,11 +180,16 @@ def test_a_narrow_band_between_two_bounds(known: None, tiny: Path, monkeypatch: 
     assert all(fine >= coarse for fine, coarse in zip(sizes[5], sizes[0], strict=True)) and sum(sizes[5]) > sum(sizes[0])
 
 
-def test_what_was_planned_is_found_again() -> None:
-    """The quantize stage is given the bytes that a point was found within, and gets the same forms."""
-    for within in range(least_size(COSTS) + 1, largest_size(COSTS), 41_000):
-        assert fit(COSTS, within) == fit(COSTS, within)
-        assert fit(COSTS, within).size <= within
+@pytest.mark.parametrize("speed", [126, 129, 140, 155, 171, 200, 222, 243])
+def test_what_was_planned_is_found_again(speed: float, known: None, tiny: Path, tmp_path: Path) -> None:
+    """The size that is said and that quantize is given makes the artifact that keeps to the bound, to the byte."""
+    options = PlanOptions(method="rtn", min_speed=speed)
+    for _ in range(2):  # chosen, and read back
+        found = bounds_module.planned(Artifact.load(tiny), options, ExportOptions(), tmp_path / "plan.json")
+    again = fit(COSTS, size_in_bytes(found.max_size, "--max-size"))
+    assert again.size == found.point.size and SPEEDS.of(COSTS, again) == found.point.usage
+    line = next(line for line in table(frontier(Artifact.load(tiny), options)).splitlines() if "asked for" in line)
+    assert f"--max-size {found.max_size} " in line
 
 
 @pytest.mark.parametrize("context", [32, 512])
@@ -196,8 +201,8 @@ def test_three_artifacts_are_measured(
     monkeypatch.setattr(speed_module, "ROUNDS", 1)
     options = PlanOptions(method="rtn", text=text)
     speeds = speed_module.speeds_of(source, options, ExportOptions())
-    assert set(speeds.costs) == {"2", "4", "8"} and speeds.prompt == min(128, context // 2)
-    assert all(cost.decode_s > 0 and cost.ttft_s > 0 and (cost.memory or 1e9) > 1e7 for cost in speeds.costs.values())
+    assert set(speeds.usages) == {"2", "4", "8"} and speeds.prompt == min(128, context // 2)
+    assert all(cost.decode_s > 0 and cost.ttft_s > 0 and (cost.memory or 1e9) > 1e7 for cost in speeds.usages.values())
     monkeypatch.setattr(speed_module, "_measure", None)
     assert speed_module.speeds_of(source, options, ExportOptions()) == speeds
     with pytest.raises(TypeError):  # another graph has other speeds
@@ -207,17 +212,20 @@ def test_three_artifacts_are_measured(
 def test_what_is_measured_beside_other_work_is_not_kept(
     tiny: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not for the next plan; a build goes on with it as long as the other work does, and chooses anew once that is over."""
+    """Not for the next plan; a build goes on with it, and says how to choose anew. What was kept stays as good."""
     measured: list[int] = []
     monkeypatch.setattr(speed_module, "_measure", lambda *_: measured.append(1) or SPEEDS)
     monkeypatch.setattr(frontier_module, "costs_of", lambda *_: COSTS)
-    options = PlanOptions(method="rtn", min_speed=130)
-    for load, times, kept in ((99.0, 1, False), (99.0, 1, False), (0.1, 2, True), (99.0, 2, True)):
+    options, source = PlanOptions(method="rtn", min_speed=130), Artifact.load(tiny)
+    for number, (load, file, times, lasting) in enumerate((
+        (99.0, "one", 1, False), (0.1, "one", 1, False), (0.1, "two", 2, True), (99.0, "two", 2, True), (99.0, "three", 2, True),
+    )):  # fmt: skip
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
-        found = bounds_module.planned(Artifact.load(tiny), options, ExportOptions(), tmp_path / "plan.json")
-        assert found.point.asked and len(measured) == times and found.lasting == kept
-        assert (tmp_path / "cache" / "speeds").exists() == kept
-    assert caplog.text.count("not kept for the next time") == 2
+        found = bounds_module.planned(source, options, ExportOptions(), tmp_path / f"{file}.json")
+        assert found.point.asked and len(measured) == times and found.lasting == lasting
+        assert (tmp_path / "cache" / "speeds").exists() == (number > 1)
+    assert caplog.text.count("not kept for the next time") == 1
+    assert caplog.text.count("one.json to make it anew") == 1
 
 
 def test_a_bound_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -225,14 +233,16 @@ def test_a_bound_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     report = Path(__file__).parents[2] / "docs" / "example" / "report.json"
     figures = read(report).first.figures
     speed = figures["speed.decode_tokens_per_s"].median
-    point = Point(10**7, 10**7, 5.0, 8, 0.01, Cost(1 / speed, 0.05, 9e7), asked=True)
+    point = Point(10**7, 10**7, 5.0, 8, 0.01, Usage(1 / speed, 0.05, 9e7), asked=True)
     caplog.set_level("INFO", "edgepress")
     bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=0.5 * speed), report)
     assert "plan: expected" in caplog.text and "warning" not in caplog.text
     bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=2 * speed, max_memory="900GB"), report)
     assert "misses --min-speed by 100 %" in caplog.text and "--max-memory" not in caplog.text
-    bounds_module.compare(Planned("", point, 77), BoundOptions(min_speed=2 * speed), report)
-    assert "no bound could be checked" in caplog.text
+    caplog.clear()
+    bounds_module.compare(Planned("", point, 77), BoundOptions(min_speed=2 * speed, max_ttft=1.0, max_memory="1MB"), report)
+    assert "misses --min-speed" in caplog.text and "nothing measured what --max-ttft bounds" in caplog.text
+    assert "misses --max-memory" in caplog.text and "of prompts of up to" in caplog.text
 
 
 def test_no_speed_and_a_bound() -> None:

@@ -13,7 +13,8 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.prune.criteria import Choice, choose, kl_without
+from edgepress.pipeline.prune import criteria
+from edgepress.pipeline.prune.criteria import Choice, Search, choose, kl_without
 from edgepress.pipeline.prune.influence import measure_influence
 from edgepress.pipeline.text.windows import text_windows
 
@@ -129,6 +130,17 @@ def test_a_text_that_the_model_knows_badly_hides_nothing(setting: Setting) -> No
     assert step.kl is not None and step.kl > max(0.0, step.loss_growth) + 1e-3
     between = (max(0.0, step.loss_growth) + step.kl) / 2
     assert limited(between).removed == [] and limited(step.kl + 1e-3).removed == step.layers
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_is_no_number_keeps_to_no_limit(bad: int, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of either text."""
+    texts = [setting.held_out[:1], setting.held_out[1:2]]
+    losses = {id(windows): float("nan") if number == bad else 1.0 for number, windows in enumerate(texts)}
+    monkeypatch.setattr(criteria, "mean_loss", lambda _, windows: losses[id(windows)])
+    search = Search(setting.blocks, setting.influence, setting.ranking, [], 1)
+    removed, path = criteria._within(9.0, iter([[3]]), search, texts, healed=False)
+    assert removed == [] and len(path) == 1
 
 
 def test_a_limit_too_tight_removes_nothing(setting: Setting) -> None:

@@ -298,6 +298,9 @@ def test_commands_of_a_conversation(artifact: Path, call: Callable, monkeypatch:
     (notes := tmp_path / "notes.txt").write_text("mine")
     assert "is there already, and no conversation" in turns(call, artifact, f"/save {notes}", monkeypatch=monkeypatch)[1]
     assert notes.read_text() == "mine"
+    write_json(others := tmp_path / "others.json", more := {"model": "x", "messages": [{"role": "user", "content": "mine"}]})
+    assert "no conversation" in turns(call, artifact, f"/save {others}", monkeypatch=monkeypatch)[1] and read_json(others) == more
+    assert "0 messages saved" in turns(call, artifact, "/save /dev/null", monkeypatch=monkeypatch)[1]
     write_json(file, {"messages": [{"role": "wizard", "content": "x"}]})
     for line in (f"/load {file}", "/load /nowhere/at/all", "/save /nowhere/at/all", "/set heat 3", "/set top_p 5", "/set seed x"):
         out, said = turns(call, artifact, line, monkeypatch=monkeypatch)
