@@ -9,6 +9,7 @@ OUT      ?=
 RECIPE   ?=
 TARGET   ?= cpu
 PROMPT   ?=
+FILE     ?= sweep.yaml
 ARGS     ?=
 
 NAME     := $(notdir $(patsubst %/,%,$(MODEL)))
@@ -22,7 +23,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report plan sensitivity \
+.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report plan sweep sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -36,6 +37,7 @@ help:
 		'  RECIPE          a YAML file, or the name of a shipped recipe' \
 		'  TARGET          cpu (the default) or cuda' \
 		'  PROMPT          text for run to continue' \
+		'  FILE            models, recipes and budgets of a sweep (default: sweep.yaml)' \
 		"  ARGS            further flags of the command, as ARGS='--remove-count 4'; of test: flags of pytest" \
 		"  PIP_ARGS        flags for pip install (README, Install: the CPU build of torch)" \
 		'  PYTHON          the interpreter that makes .venv (default: python3.11)'
@@ -45,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not there or older than 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,gguf,report,tasks,serve,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[cpu,build,gguf,report,tasks,serve,sweep,dev]'
 	@touch $@
 
 ##@ Use
@@ -103,6 +105,9 @@ report: $(READY) ## finished benchmarks on one page: [MODEL='DIR DIR ...' or OUT
 
 plan: $(READY) ## sizes that an artifact could have, and what each loses: MODEL=... [ARGS='--max-size 90MB']
 	$(PRESS) plan "$(MODEL)" $(ARGS)
+
+sweep: $(READY) ## many builds from one file: FILE=sweep.yaml [OUT=...] [ARGS='--cores 2']
+	$(PRESS) sweep "$(FILE)" "$(or $(OUT),out/sweep)" $(ARGS)
 
 sensitivity: $(READY) ## which matrices need more bits: MODEL=... [OUT=file.json]
 	$(PRESS) sensitivity "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -24,6 +24,7 @@ from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
 from edgepress.pipeline.options import INT8, NODE, ExportOptions
+from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.text.reading import read_text
 from edgepress.pipeline.text.windows import same_tokens
@@ -149,7 +150,7 @@ def _lost(reference: ReferenceLogits, out: Path, options: ExportOptions, is_fuse
         return accuracy_level.Lost()
     original, quality = Checkpoint(options.reference, options.trust_remote_code), Quality()
     with reference_logits(original.offloaded_model() if is_fused else original.model(), reference.windows, out) as truth:
-        for ids in reference.windows:
+        for ids in progress(reference.windows, "the original's logits", "text"):
             quality.add(ids, reference.logits(ids), truth.logits(ids))
     return accuracy_level.Lost(quality.figures()["kl_mean"], quality.loss_change()[0])
 

@@ -32,6 +32,7 @@ from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
+_OF_A_MODEL = (".safetensors", ".bin", "config.json", "tokenizer.json", ".index.json")
 Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report"]
 
 
@@ -168,16 +169,23 @@ class Artifact:
         """Hash of the content: for ours of what the manifest records, for a plain checkpoint of every file (read once)."""
         return self._identity
 
+    def model_identity(self) -> str:
+        """The same of what the model computes alone, so that what is known of a model is known of a copy of it, too."""
+        model = {name: hashed for name, hashed in self._hashes.items() if name.endswith(_OF_A_MODEL)}
+        return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
     @cached_property
     def _identity(self) -> str:
+        return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
         if self.files:
-            content = {name: known["sha256"] for name, known in self.files.items()}
-        elif self.path.is_file():
-            content = {self.path.name: sha256(self.path)}
-        else:
-            files = (p for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith("."))
-            content = {p.name: sha256(p) for p in files if not is_sensitivity(p)}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            return {name: known["sha256"] for name, known in self.files.items()}
+        if self.path.is_file():
+            return {self.path.name: sha256(self.path)}
+        files = (p for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith("."))
+        return {p.name: sha256(p) for p in files if not is_sensitivity(p)}
 
 
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:

@@ -47,7 +47,8 @@ class Options:
 class Setting:
     """What is known of an option beside its type and default: help, allowed values (with their help), least and greatest value.
 
-    rules: of an option that takes several texts, whether a comma may be part of one, as in a regular expression.
+    rules: of an option that takes several texts, whether a comma may be part of one, as in a regular expression. metavar: what
+    stands for its value in the help, where the type does not say it.
     """
 
     help: str
@@ -56,6 +57,7 @@ class Setting:
     at_most: float | None = None
     rules: bool = False
     optional: bool = False
+    metavar: str = ""
 
 
 def option(
@@ -65,9 +67,10 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     rules: bool = False,
+    metavar: str = "",
 ) -> Value:
     """A dataclass field that is also a flag and a recipe key; typed as its default, as dataclasses.field is."""
-    setting = Setting(help, choices, at_least, at_most, rules, optional=default is None)
+    setting = Setting(help, choices, at_least, at_most, rules, optional=default is None, metavar=metavar)
     return field(default=default, metadata={"setting": setting})
 
 
@@ -128,6 +131,7 @@ def _add_flag(
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action="append", metavar=metavar)
     else:
         metavar = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind.type] + (",..." if kind.many else "")
+        metavar = setting_of(item).metavar or metavar
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, metavar=metavar)
 
 

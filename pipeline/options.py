@@ -346,7 +346,7 @@ class QuantizeOptions(Options):
     )  # fmt: skip
     max_size: str | None = option(
         None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2, 4 or 8 bits, and the head 4 or "
-        "8, so that the measured loss is least",
+        "8, so that the measured loss is least", metavar="SIZE",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
@@ -554,7 +554,9 @@ class SensitivityOptions(Options):
 class BoundOptions(Options):
     """What the artifact must keep to on this machine, besides its size: of those that do, the one of least loss is made."""
 
-    max_memory: str | None = option(None, "peak memory, at most, of a process that runs a prompt of 128 tokens, as 500MB")
+    max_memory: str | None = option(
+        None, "peak memory, at most, of a process that runs a prompt of 128 tokens, as 500MB", metavar="SIZE"
+    )
     min_speed: float | None = option(None, "tokens a second, at least, that one sequence is decoded at", at_least=0)
     max_ttft: float | None = option(None, "milliseconds, at most, to the first token after a prompt of 128", at_least=0)
 
@@ -581,7 +583,9 @@ class BoundOptions(Options):
 class PlanOptions(BoundOptions):
     """Show what could be made of a model: sizes, what each loses, its speed and memory here. Figures are kept for the next time."""
 
-    max_size: str | None = option(None, "a size to show as well, as 90MB; refused where the model has no artifact so small")
+    max_size: str | None = option(
+        None, "a size to show as well, as 90MB; refused where the model has no artifact so small", metavar="SIZE"
+    )
     speed: bool = option(True, "measure speed and memory of three artifacts, made for that, and reckon those of the others")
     threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
@@ -684,6 +688,29 @@ class BenchOptions(Options):
                 f"{min(lengths)} prompt and {self.new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
             )
         return lengths
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """Build many models, recipes and budgets, as a file says, on this machine or a cluster, and measure them on one page.
+
+    FILE is YAML: models (what build takes), and, if you like, recipes (names or files; default: default), budgets (each the flags
+    of a build, as {max_size: 90MB} or {remove_count: 2}) and bench (flags of bench). Ray runs the builds; each model's artifacts
+    are then measured in turn, alone on a node. OUT must be where all nodes can write. The same command goes on with a sweep that
+    was stopped.
+    """
+
+    cores: int = option(0, "processor cores of a build; 0 gives it a whole node", at_least=0)
+    memory: str | None = option(
+        None, "memory of a build, as 3GB: no more run at a time on a node than it has memory for", metavar="SIZE"
+    )
+    ray_address: str | None = option(
+        None, "of a Ray cluster (default: a Ray of this machine, for as long as the sweep takes)", metavar="HOST:PORT"
+    )
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            size_in_bytes(self.memory, "--memory")
 
 
 @dataclass(frozen=True)

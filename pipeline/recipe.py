@@ -191,7 +191,7 @@ def _check_ahead(source: Path, ahead: Plan) -> None:
         if isinstance(options, PruneOptions):
             counted = options.max_loss is None and options.parts == BLOCKS
             removed = options.amount(layers) if counted else 0
-            stay = layers - removed if counted else 1  # at least
+            stay = layers - removed if counted else layers - layers // 2  # at least; nobody has lost half within a limit yet
         if isinstance(options, QuantizeOptions) and options.max_size is not None and not made_smaller:
             load("edgepress.pipeline.quantize.budget:check_possible")(source, options, stay)
         if foresee := STAGES[name].foresee:

@@ -28,6 +28,7 @@ PACKAGES = {
     "lm_eval": ("lm-eval", "tasks"),
     "starlette": ("starlette", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "ray": ("ray", "sweep"),
     "prometheus_client": ("prometheus-client", "serve"),
 }
 

@@ -200,7 +200,7 @@ def _run(name: str, source: Artifact, out: Path, options: Options) -> Artifact:
     check_free(out)
     check_disk(out, int(folder_bytes(source.path) * stage.disk))
     function = load(stage.run)
-    log.info("%s: %s -> %s", name, source.path, out)
+    log.info("%s: %s -> %s%s", name, source.path, out, ", in place of what was there" if (out / MANIFEST).is_file() else "")
     begun = time.monotonic()
     with atomic_folder(out) as folder:
         facts = function(source, folder, options)

@@ -36,6 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("pipeline.stages",),
     ("pipeline.plan",),
     ("pipeline.recipe",),
+    ("pipeline.sweep",),
     ("pipeline",),
     ("pipeline.cli",),
 )

@@ -16,6 +16,7 @@ from edgepress.exporters.proof.reference import ROWS, ReferenceLogits
 from edgepress.exporters.proof.switch import crossings, logits_as_read
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.metrics.scores import Quality
+from edgepress.pipeline.progress import progress
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
 from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import GREEDY_TOKENS, PROOF_TOKENS, proof_window, text_windows
@@ -127,13 +128,13 @@ def measure(reference: ReferenceLogits, open_decoder: Callable[[], Decoder], lev
     The torch model runs only before the decoder is opened and after it is closed.
     """
     first = reference.windows[0]
-    for ids in (*reference.windows, *_unequal(first)):
+    for ids in progress((*reference.windows, *_unequal(first)), "the checkpoint's logits", "text"):
         reference.logits(ids)
     across = crossings(reference) if level == 0 else []
     decoder, quality, singles = open_decoder(), Quality(), STEPS
     whole = chunks = steps = switch = 0.0
     flipped = 0 if level == 0 and decoder.dtype == np.float32 else None
-    for ids in reference.windows:
+    for ids in progress(reference.windows, f"the graph's logits, level {level}", "text"):
         truth = reference.logits(ids)
         decoder.reset()
         logits = decoder.feed(ids, keep=0)

@@ -34,7 +34,7 @@ from edgepress.pipeline.cli.terminal import (
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make, parts
-from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
+from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, SweepOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
 from edgepress.pipeline.stages import STAGES
@@ -62,7 +62,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         log_to_terminal()
     except KeyboardInterrupt:  # before there is a command to end
         return 130
-    own = ("verb", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
+    own = ("verb", "file", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     try:
@@ -228,6 +228,19 @@ def _plan(options: argparse.Namespace, flags: Flags) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace, flags: Flags) -> int:
+    from edgepress.pipeline.sweep.builds import read
+    from edgepress.pipeline.sweep.run import PAGE, run, table
+
+    done, content = run(read(options.file), options.out, make(SweepOptions, flags))
+    print(table(content, done))
+    if content:
+        print(f"\nreport:   {options.out / PAGE}")
+    if failed := [name for name, end in done.items() if end.failed]:
+        raise InputError(f"{len(failed)} of {len(done)} failed, {failed[0]} for one: {done[failed[0]].failed}")
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: Flags) -> int:
     folder = folder_of(expanded(options.source))
     if not folder.is_dir():
@@ -268,6 +281,7 @@ COMMANDS = {
     "sensitivity": _sensitivity,
     "serve": _serve,
     "show": _show,
+    "sweep": _sweep,
     "verify": _verify,
 }
 

@@ -127,7 +127,7 @@ def _new(talk: Conversation, _: str) -> None:
 
 def _system(talk: Conversation, text: str) -> None:
     if not text:
-        say(talk.options.system or "the model is told nothing first; /system TEXT changes that")
+        say(talk.options.system or "nothing but what the model's own template says; /system TEXT changes that")
         return
     talk.set(system=text)
     talk.forget()

@@ -13,7 +13,15 @@ from edgepress.pipeline.effort import DEFAULT
 from edgepress.pipeline.effort import HELP as EFFORT_HELP
 from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
-from edgepress.pipeline.options import BoundOptions, PlanOptions, RunOptions, SensitivityOptions, ServeOptions, VerifyOptions
+from edgepress.pipeline.options import (
+    BoundOptions,
+    PlanOptions,
+    RunOptions,
+    SensitivityOptions,
+    ServeOptions,
+    SweepOptions,
+    VerifyOptions,
+)
 from edgepress.pipeline.recipe import given_by
 from edgepress.pipeline.registry import suggestion, version
 from edgepress.pipeline.stages import STAGES
@@ -133,6 +141,11 @@ def parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="sizes that an artifact could have", description=PlanOptions.__doc__)
     plan.add_argument("source", metavar="SRC", help=SOURCE)
     add_flags(plan, PlanOptions)
+
+    sweep = verbs.add_parser("sweep", help="many builds from one file, measured on one page", description=SweepOptions.__doc__)
+    sweep.add_argument("file", metavar="FILE", type=expanded, help="YAML: models, recipes, budgets, bench")
+    sweep.add_argument("out", metavar="OUT", type=expanded, help="output folder")
+    add_flags(sweep, SweepOptions)
 
     run = verbs.add_parser(
         "run", help="generate text on the CPU", description="Continue a prompt with onnxruntime, or --chat; tokens are streamed."

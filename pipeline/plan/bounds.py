@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions
 from edgepress.pipeline.plan.frontier import Point, excesses, frontier, said
 from edgepress.pipeline.plan.speed import Usage
 from edgepress.pipeline.registry import version
+from edgepress.pipeline.report.attribution import WORRYING
 from edgepress.pipeline.report.model import read
 from edgepress.pipeline.stages import record
 
+_NOISE = 0.01  # of a bound: two measurements of one artifact differ by more
 log = logging.getLogger("edgepress")
 _DECODE, _TTFT, _MEMORY = "speed.decode_tokens_per_s", "speed.ttft_ms.", "memory.peak_rss_bytes"
 
@@ -71,6 +74,8 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
         "plan: --max-size %s, %.2f bits a weight and %d in the head; expected: %s, %+.1f %% of perplexity",
         found.max_size, point.bits, point.head_bits, said(point.usage), 100 * point.growth,
     )  # fmt: skip
+    if point.growth > WORRYING - 1:
+        log.warning("warning: an artifact that loses so much is of little use; give a looser bound (edgepress plan shows which)")
     return found
 
 
@@ -82,16 +87,16 @@ def compare(found: Planned, bounds: BoundOptions, report: Path) -> None:
     expected = found.point.usage
     assert expected is not None
     log.info(
-        "plan: expected%s %.1f MB, %s; measured %.1f MB, %s",
-        " of the whole model" if first.removed else "", found.point.size / 1e6, said(expected),
-        first.figures["size.total_bytes"].median / 1e6, _measured(speed, wait, memory),
+        "plan: expected%s %.1f MB, %s, %+.1f %% of perplexity; measured %.1f MB, %s",
+        " of the whole model" if first.removed else "", found.point.size / 1e6, said(expected), 100 * found.point.growth,
+        first.figures["size.total_bytes"].median / 1e6, _measured(speed, wait, memory, first.perplexities),
     )  # fmt: skip
     longest = max((int(name.removeprefix(_TTFT)) for name in first.figures if name.startswith(_TTFT)), default=found.prompt)
     taken = Usage(1 / speed if speed else 0.0, wait / 1000 if wait else 0.0, memory or 0.0)
     for flag, excess in excesses(taken, bounds):
         if not excess:
             log.warning("warning: nothing measured what %s bounds", flag)
-        elif excess > 1:
+        elif excess > 1 + _NOISE:
             longer = f" (of prompts of up to {longest} tokens, and planned for {found.prompt})" if longest > found.prompt else ""
             log.warning(
                 "warning: the artifact misses %s by %.0f %% as measured%s; give a tighter bound, or try again when nothing "
@@ -100,11 +105,14 @@ def compare(found: Planned, bounds: BoundOptions, report: Path) -> None:
             )  # fmt: skip
 
 
-def _measured(speed: float | None, wait: float | None, memory: float | None) -> str:
+def _measured(speed: float | None, wait: float | None, memory: float | None, perplexities: Mapping[str, float]) -> str:
     """What there is of it, as ``said`` says it."""
     parts = (
         f"{speed:.0f} tokens/s" if speed else "",
         f"{wait:.0f} ms to the first token" if wait else "",
         f"{memory / 1e6:.0f} MB of memory" if memory else "",
+        f"{100 * (perplexities['onnx'] / perplexities['original'] - 1):+.1f} % of perplexity"
+        if {"onnx", "original"} <= perplexities.keys()
+        else "",
     )
-    return ", ".join(filter(None, parts)) or "neither speed nor memory"
+    return ", ".join(filter(None, parts)) or "nothing else"

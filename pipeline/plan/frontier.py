@@ -148,7 +148,8 @@ def _nearest(points: Sequence[Point], options: PlanOptions) -> str:
     assert best.usage is not None
     return (
         f"no artifact of this model{within} keeps to {missed} on this machine; nearest is one of {best.size / 1e6:.1f} MB: "
-        f"{said(best.usage)}; ask for less, or build from a model that was made smaller before (edgepress prune, narrow or trim)"
+        f"{said(best.usage)}, {100 * best.growth:+.0f} % of perplexity; ask for less, or build from a model that was made smaller "
+        "before (edgepress prune, narrow or trim)"
     )
 
 

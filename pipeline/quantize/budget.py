@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,6 +64,10 @@ class Costs:
     items: tuple[Item, ...]
     ends: Ends
     head: dict[int, float]
+
+    def beside(self, files: int) -> Costs:
+        """The same with so many more bytes of other files in the artifact."""
+        return replace(self, ends=replace(self.ends, rest=self.ends.rest + files))
 
     def to_json(self) -> JsonObject:
         """For the cache folder."""

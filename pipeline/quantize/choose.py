@@ -209,23 +209,26 @@ def _with_text(source: Artifact, options: QuantizeOptions) -> QuantizeOptions:
 
 
 def _kept(source: Artifact, options: QuantizeOptions) -> Path:
-    """The file that keeps the costs, by what decides them: the weights, the text, and the bytes of what is copied with a model."""
-    parts = [source.identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
-    parts += [carried(Checkpoint(source.path, options.trust_remote_code)), COUNTING]
+    """The file that keeps the costs, by what decides them: the weights, and the text."""
+    parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
+    parts += [options.trust_remote_code, COUNTING]
     name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
 
 
 def costs_of(source: Artifact, options: QuantizeOptions, trial: _Trial | None = None) -> Costs:
-    """What there is to choose from, as it was measured before, or now, by ``trial`` where there is one already."""
-    kept = _kept(source, _with_text(source, options))
+    """What there is to choose from, as it was measured before, or now, by ``trial`` where there is one already.
+
+    It is kept for every copy of the model; what is copied with it, and its manifest, are counted anew.
+    """
+    kept, files = _kept(source, _with_text(source, options)), carried(Checkpoint(source.path, options.trust_remote_code))
     with suppress(InputError, KeyError, TypeError, ValueError):
-        return Costs.from_json(read_json(kept))
+        return Costs.from_json(read_json(kept)).beside(files)
     with large_blocks_given_back():
         costs = (trial or _Trial(source, options)).costs()
     with suppress(OSError, OutputError):  # measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, costs.to_json())
+        write_json(kept, costs.beside(-files).to_json())
     return costs
 
 

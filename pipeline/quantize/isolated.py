@@ -24,7 +24,7 @@ from pathlib import Path
 from edgepress.pipeline.errors import EdgepressError, ProofError
 from edgepress.pipeline.files import remove
 from edgepress.pipeline.lock import descriptors
-from edgepress.pipeline.progress import bar
+from edgepress.pipeline.progress import Bar, Mirror, bar, show_elsewhere
 from edgepress.pipeline.registry import load
 from edgepress.pipeline.search_path import child_environment
 
@@ -106,13 +106,16 @@ class _Listener:
         self._messages, self._rest = (shared / MESSAGES).open("rb"), b""
         self._shared, self._label = shared, label
         self.begun: Begun | None = None
-        self._bar = bar(label, None, "matrix")
+        self._bar: Bar | None = None
+        self._inner = Mirror()
 
     def __enter__(self) -> _Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._inner.close()
+        if self._bar is not None:
+            self._bar.close()
         self._messages.close()
 
     def receive(self) -> None:
@@ -123,10 +126,13 @@ class _Listener:
                 log.info("%s", message["log"])
             if "begun" in message:
                 self.begun = Begun(**message["begun"])
-                self._bar.total = self.begun.matrices
-            if "step" in message:
-                self._bar.set_description(f"  {self._label}, {message['step']}", refresh=False)
-            self._bar.update(message.get("finished", 0))
+                self._bar = bar(self._label, self.begun.matrices, "matrix")
+            if self._bar is not None:
+                if "step" in message:
+                    self._bar.set_description(f"  {self._label}, {message['step']}", refresh=False)
+                self._bar.update(message.get("finished", 0))
+            elif "bar" in message:  # of work that has no long part of its own
+                self._inner.show(tuple(message["bar"]))
 
     def answer(self, code: int) -> object:
         """The result of a child that ended. Raises its error, or ProofError when it left none."""
@@ -196,6 +202,7 @@ def child(shared: str) -> None:
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent decides
     log.addHandler(_Relay())
+    show_elsewhere(lambda shown: _send(bar=shown))
     log.setLevel(logging.INFO)
     function, arguments = pickle.loads((_shared / CALL).read_bytes())
     try:

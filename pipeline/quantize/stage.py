@@ -57,7 +57,8 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
     chosen = run_isolated(work, (source, options), "choosing the bits", scratch_of(out, "bits"))
     assert isinstance(chosen, Chosen)
     settled = chosen.options
-    others = f" but for {len(settled.bits_for)} kinds of matrices" if settled.bits_for else ""
+    kinds = len(settled.bits_for)
+    others = f" but for {kinds} kind{'s'[: kinds != 1]} of matrices" if kinds else ""
     log.info(
         "quantize: %s, %d bits, groups of %d%s; %s", settled.method, settled.weight_bits, settled.group, others, chosen.because
     )

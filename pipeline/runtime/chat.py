@@ -100,6 +100,8 @@ class Conversation:
 
     def load(self, file: Path) -> None:
         """Go on with the messages of a file. Raises InputError."""
+        if not file.is_file():
+            raise InputError(f"no such file: {file}; give one that /save wrote")
         try:
             messages = typed(_Saved, read_json(file), "conversation").messages
         except DocumentError as error:

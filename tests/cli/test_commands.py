@@ -46,6 +46,7 @@ VERBS = [
     "sensitivity",
     "serve",
     "show",
+    "sweep",
     "trim",
     "tune",
     "verify",
@@ -132,6 +133,7 @@ def test_table_of_verbs_is_whole() -> None:
         options.RunOptions,
         options.SensitivityOptions,
         options.ServeOptions,
+        options.SweepOptions,
         options.VerifyOptions,
     } == set(CLASSES)
 
@@ -146,6 +148,7 @@ def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
         options.RunOptions: "run",
         options.SensitivityOptions: "sensitivity",
         options.ServeOptions: "serve",
+        options.SweepOptions: "sweep",
         options.VerifyOptions: "verify",
     }
     for shown in [call(verb, "--help") for verb in (["build", *verbs] if verbs else [alone[cls]])]:

@@ -17,6 +17,7 @@ from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.lock import descriptors, writing
 from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.progress import ENDED, Mirror
 from edgepress.pipeline.quantize import gptq, isolated
 from edgepress.pipeline.stages import run
 from quantizing import GptqRun, job_of
@@ -38,6 +39,7 @@ import sys
 from pathlib import Path
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.progress import ENDED, Mirror
 from edgepress.pipeline.stages import run
 source, out, text = map(Path, sys.argv[1:])
 options = QuantizeOptions(method="gptq", calibration=text, calibration_tokens=2048, bits=4, group_size=64)
@@ -160,3 +162,38 @@ def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, 
     for name, linear in quantized.linears.items():
         for part in ("codes", "scales", "zeros"):
             assert np.array_equal(getattr(resumed[name], part), getattr(linear, part)), (name, part)
+
+
+COUNTING = """
+import time
+from edgepress.pipeline.progress import progress
+
+def count(most):
+    for _ in progress(range(most), "counting", "number"):
+        time.sleep(0.6)
+    return most
+"""
+
+
+def test_a_bar_of_the_isolated_process_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing bits takes minutes: what it counts there is counted on the terminal here, and taken away at its end."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    told: list[tuple] = []
+    monkeypatch.setattr(isolated.Mirror, "show", lambda self, shown: told.append(shown))
+    assert isolated.run_isolated("counting:count", (3,), "work", tmp_path / "scratch") == 3
+    assert [told[0][index] for index in (0, 2, 3)] == ["counting", 3, "number"] and told[-1] == ENDED
+    assert max(done for _, done, *_ in told) >= 2
+
+
+def test_a_mirror_follows() -> None:
+    """One bar at a time, as long as there is something to show."""
+    mirror = Mirror()
+    mirror.show(("counting", 2, 3, "number"))
+    first = mirror._bar
+    mirror.show(("counting", 3, 3, "number"))
+    assert first is not None and mirror._bar is first and first.total == 3
+    mirror.show(("weighing", 0, None, "gram"))
+    assert mirror._bar is not first and mirror._bar is not None
+    mirror.show(ENDED)
+    assert mirror._bar is None

@@ -1,0 +1,72 @@
+"""What runs in a worker: one build, or the measuring of all artifacts of a model. No word of Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepress.pipeline import recipe, stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.errors import EdgepressError
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.lock import writing
+from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.sweep.builds import Build, Flags
+from edgepress.pipeline.visible import one_line
+
+
+@dataclass(frozen=True)
+class Done:
+    """How it ended: what was written, or why not in one line; seconds that it took."""
+
+    seconds: float
+    wrote: Path | None = None
+    failed: str = ""
+
+
+def build(wanted: Build, out: Path, log: Path) -> Done:
+    """Build into ``out``; stages that are done already are kept. What it says goes to the end of ``log``."""
+    begun = time.monotonic()
+    try:
+        with _logged(log), writing(out, build=True, wait=True):  # children of a worker that was killed need a moment to see it
+            steps, bounds = wanted.plan()
+            artifact = recipe.shipped_artifact(recipe.build(wanted.model, out, steps, bounds))
+    except EdgepressError as error:
+        return Done(time.monotonic() - begun, failed=one_line(str(error)))
+    return Done(time.monotonic() - begun, artifact.path)
+
+
+def measure(model: Path, artifacts: tuple[Path, ...], bench: Flags, out: Path, log: Path) -> Done:
+    """Measure the artifacts of a model in turn, and compare each with the model; an interrupted run goes on."""
+    begun = time.monotonic()
+    first, *others = artifacts
+    try:
+        with _logged(log):
+            options = make(BenchOptions, {**bench, "reference": model, "compare_with": tuple(others)})
+            report = stages.run("bench", Artifact.load(first), out, options, wait=True)
+    except EdgepressError as error:
+        return Done(time.monotonic() - begun, failed=one_line(str(error)))
+    return Done(time.monotonic() - begun, report.path)
+
+
+@contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """Within the context, what edgepress says goes to the end of a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    logger, handler = logging.getLogger("edgepress"), logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    former = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(former[0])
+        logger.propagate = former[1]
