@@ -586,7 +586,7 @@ class PlanOptions(BoundOptions):
     max_size: str | None = option(
         None, "a size to show as well, as 90MB; refused where the model has no artifact so small", metavar="SIZE"
     )
-    speed: bool = option(True, "measure speed and memory of three artifacts, made for that, and reckon those of the others")
+    speed: bool = option(True, "measure speed and memory of four artifacts, made for that, and reckon those of the others")
     threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")

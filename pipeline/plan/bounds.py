@@ -62,7 +62,7 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
         if not found.lasting:
             log.warning("warning: other programs were busy when this plan was made; delete %s to make it anew", kept)
     else:
-        log.info("plan: what every matrix costs, and how fast three artifacts of this model are here (kept for the next time)")
+        log.info("plan: what every matrix costs, and how fast four artifacts of this model are here (kept for the next time)")
         line = frontier(source, options, export)
         assert line.asked is not None
         found = Planned(key, line.asked, line.prompt, line.lasting)

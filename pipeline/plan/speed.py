@@ -1,4 +1,4 @@
-"""How fast the artifacts of a model are on this machine, and what memory they take: measured on three, reckoned for the others.
+"""How fast the artifacts of a model are on this machine, and what memory they take: measured on four, reckoned for the others.
 
 A step of decoding reads every matrix once, and a matrix takes as long as one of its bits takes: what an artifact of mixed bits
 takes lies between those of the same bits everywhere, by their shares of the weights.
@@ -32,7 +32,7 @@ from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import Costs, Fit
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form, most_common
+from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form
 from edgepress.pipeline.quantize.pack import quantize_checkpoint
 from edgepress.pipeline.registry import require, version
 from edgepress.pipeline.report.plain import object_of
@@ -40,7 +40,9 @@ from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
 MEASURED = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
-HEAD_BITS = 8
+HEAD_BITS, FEW_BITS = 8, 4
+# One more has BASE and a head of few bits, which moves as many bytes as all blocks where the vocabulary is large.
+OF_HEAD = "head"
 ROUNDS = 3
 PROMPT, SHORTEST = 128, 8  # tokens
 
@@ -59,9 +61,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Speeds:
-    """usages: of the artifacts with the bits of ``MEASURED`` everywhere, by bits. prompt: tokens before the first one.
+    """usages: of the artifacts with the bits of ``MEASURED`` everywhere, by bits, and of ``OF_HEAD``.
 
-    lasting: whether nothing disturbed the measurement.
+    prompt: tokens before the first one. lasting: whether nothing disturbed the measurement.
     """
 
     usages: dict[str, Usage]
@@ -76,19 +78,18 @@ class Speeds:
             for form in MEASURED
         }
         blocks = sum(item.bytes[form] for item, form in zip(costs.items, found.forms, strict=True))
-        group = most_common(found.forms, costs.items).group_size
 
-        def mean(figure: Callable[[Usage], float], ends: Callable[[int, int], int]) -> float:
-            """A figure, and how it grows with the bytes beyond those of the shares: other blocks, a head of other bits."""
+        def mean(figure: Callable[[Usage], float]) -> float:
+            """A figure, how it grows with the bytes of blocks beyond those of the shares, and what a head of few bits does."""
             known = {form: figure(self.usages[str(form.bits)]) for form in MEASURED}
-            size = {form: sum(i.bytes[form] for i in costs.items) + ends(HEAD_BITS, form.group_size) for form in MEASURED}
-            more = blocks + ends(found.head_bits, group) - sum(share * size[form] for form, share in shares.items())
+            size = {form: sum(item.bytes[form] for item in costs.items) for form in MEASURED}
+            more = blocks - sum(share * size[form] for form, share in shares.items())
             slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
-            return sum(share * known[form] for form, share in shares.items()) + slope * more
+            head = figure(self.usages[OF_HEAD]) - known[BASE] if found.head_bits == FEW_BITS else 0.0
+            return sum(share * known[form] for form, share in shares.items()) + slope * more + head
 
-        head = replace(costs.ends, shapes=costs.ends.shapes[-1:]).bytes  # of an embedding of its own a step reads one row
-        memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0, costs.ends.bytes)
-        return Usage(mean(lambda c: c.decode_s, head), mean(lambda c: c.ttft_s, head), memory)
+        memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0)
+        return Usage(mean(lambda c: c.decode_s), mean(lambda c: c.ttft_s), memory)
 
 
 def busy() -> bool:
@@ -102,7 +103,7 @@ def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, dis
 
     Raises WorkerError where a measuring process dies.
     """
-    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, MEASURED, ROUNDS]
+    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, MEASURED, OF_HEAD, ROUNDS]
     parts = [source.identity(), machine("cpu"), *how, version("edgepress")]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
     with suppress(InputError, ValueError):
@@ -126,20 +127,22 @@ def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> S
     if prompt < SHORTEST or new < 2:
         raise OptionError(f"a context of {room} tokens is too short to measure speed in; give --no-speed")
     ids = np.concatenate(text_windows(options.text, source.path, budget=prompt, length=prompt, key=options.text_key))[:prompt]
-    given = replace(options.quantize(), method="rtn", max_size=None, head_bits=HEAD_BITS)
-    samples: dict[Form, list[SpeedSample]] = {form: [] for form in MEASURED}
+    given = replace(options.quantize(), method="rtn", max_size=None)
+    made = {str(form.bits): replace(given, bits=form.bits, group_size=form.group_size, head_bits=HEAD_BITS) for form in MEASURED}
+    made[OF_HEAD] = replace(made[str(BASE.bits)], head_bits=FEW_BITS)
+    samples: dict[str, list[SpeedSample]] = {name: [] for name in made}
     with tempfile.TemporaryDirectory(prefix="edgepress-plan-") as scratch:
-        check_disk(Path(scratch), len(MEASURED) * folder_bytes(source.path))
-        folders = {form: Path(scratch) / str(form.bits) for form in MEASURED}
-        for form in progress(MEASURED, "artifacts to measure", "artifact"):
-            _write(source, folders[form], replace(given, bits=form.bits, group_size=form.group_size), export)
+        check_disk(Path(scratch), len(made) * folder_bytes(source.path))
+        folders = {name: Path(scratch) / name for name in made}
+        for name, wanted in progress(made.items(), "artifacts to measure", "artifact"):
+            _write(source, folders[name], wanted, export)
         for number in progress(range(ROUNDS), "speed", "round"):
-            for form in MEASURED if number % 2 == 0 else MEASURED[::-1]:
+            for name in list(made) if number % 2 == 0 else reversed(made):
                 # As bench does: what was just written lies in memory in larger pieces than what is read, and counts for more.
-                measured("cold", ColdJob(str(folders[form]), options.threads), ColdSample)
-                job = SpeedJob(str(folders[form]), tuple(ids.tolist()), (len(ids),), new, options.threads)
-                samples[form].append(measured("speed", job, SpeedSample))
-    return Speeds({str(form.bits): _usage(rows, len(ids)) for form, rows in samples.items()}, len(ids))
+                measured("cold", ColdJob(str(folders[name]), options.threads), ColdSample)
+                job = SpeedJob(str(folders[name]), tuple(ids.tolist()), (len(ids),), new, options.threads)
+                samples[name].append(measured("speed", job, SpeedSample))
+    return Speeds({name: _usage(rows, len(ids)) for name, rows in samples.items()}, len(ids))
 
 
 def _write(source: Artifact, out: Path, options: QuantizeOptions, export: ExportOptions) -> None:

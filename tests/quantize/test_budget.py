@@ -13,7 +13,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize.budget import Costs, ends_of, fit
+from edgepress.pipeline.quantize.budget import Costs, carried, ends_of, fit
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item
 from families import TINY
 from gguf import GGMLQuantizationType
@@ -135,3 +135,23 @@ def test_codes_that_are_kept_weigh_what_they_do(tiny: Path, text: Path, tmp_path
     checkpoint = Checkpoint(made.path)
     ends = ends_of(checkpoint, checkpoint.model(), [])
     assert not ends.shapes and 0 <= ends.rest - whole_bytes(exported) <= SLACK
+
+
+def test_costs_are_known_of_a_copy(tiny: Path, text: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that prunes nothing quantizes a copy of what was planned, with another manifest; what ships beside is counted."""
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    options = QuantizeOptions(method="rtn", calibration=text)
+    planned = choose.costs_of(Artifact.load(tiny), options)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    (copy / "influence.json").write_text("{}")
+    before = carried(Checkpoint(copy))
+    (copy / "LICENSE").write_text("All rights reserved.\n")
+    monkeypatch.setattr(choose, "_Trial", None)
+    found = choose.costs_of(Artifact.load(copy), options)
+    assert found.items == planned.items and found.head == planned.head
+    assert found.ends.rest - planned.ends.rest == carried(Checkpoint(copy)) - carried(Checkpoint(tiny)) >= 21
+    assert before == carried(Checkpoint(tiny))
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(TypeError):  # another model, for all that is known
+        choose.costs_of(Artifact.load(copy), options)
