@@ -31,7 +31,7 @@ def main() -> None:
     for size in options.size:
         line = frontier(source, PlanOptions(method=options.method, max_size=size))
         asked = line.asked
-        assert asked is not None and asked.cost is not None
+        assert asked is not None and asked.usage is not None
         folder = options.scratch / size
         packed = stages.run("quantize", source, folder / "packed", QuantizeOptions(method=options.method, max_size=size))
         shipped = stages.run("export", packed, folder / "onnx", ExportOptions(accuracy_level="4"))
@@ -42,9 +42,9 @@ def main() -> None:
         growth = perplexities["onnx"] / perplexities["original"] - 1
         pairs = [
             (asked.size / 1e6, figures["size.total_bytes"] / 1e6, "{:.1f}"),
-            (1 / asked.cost.decode_s, figures["speed.decode_tokens_per_s"], "{:.0f}"),
-            (1000 * asked.cost.ttft_s, figures[f"speed.ttft_ms.{line.prompt}"], "{:.0f}"),
-            ((asked.cost.memory or 0) / 1e6, figures["memory.peak_rss_bytes"] / 1e6, "{:.0f}"),
+            (1 / asked.usage.decode_s, figures["speed.decode_tokens_per_s"], "{:.0f}"),
+            (1000 * asked.usage.ttft_s, figures[f"speed.ttft_ms.{line.prompt}"], "{:.0f}"),
+            ((asked.usage.memory or 0) / 1e6, figures["memory.peak_rss_bytes"] / 1e6, "{:.0f}"),
         ]
         cells = [f"{form.format(a)} / {form.format(b)} ({100 * (a / b - 1):+.1f} %)" for a, b, form in pairs]
         print(f"| {size} | {' | '.join(cells)} | {100 * asked.growth:+.1f} % / {100 * growth:+.1f} % |", flush=True)
