@@ -20,6 +20,7 @@ __all__ = [
     "graph_files", "journal_of", "read_bytes", "read_json", "remove", "sha256", "write_json",
 ]  # fmt: skip
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # in the folder of a build: what it was expected to give, where it has bounds to keep to
 WEIGHTS_BELOW = "onnx"  # where transformers.js looks for graphs
 
 

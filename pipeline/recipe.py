@@ -18,7 +18,7 @@ from edgepress.pipeline.documents import MAX_YAML, DocumentError, parse_yaml
 from edgepress.pipeline.effort import DEFAULT, settings
 from edgepress.pipeline.errors import OptionError, OutputError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
-from edgepress.pipeline.files import MANIFEST, JsonObject, check_disk, discard_part, expanded, folder_bytes, real, write_json
+from edgepress.pipeline.files import MANIFEST, PLAN, JsonObject, check_disk, discard_part, expanded, folder_bytes, real, write_json
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import peak_memory, release_memory
@@ -49,7 +49,6 @@ log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
-PLAN = "plan.json"  # what it was expected to give, where it has bounds to keep to
 UNBOUNDED, _USUAL = BoundOptions(), QuantizeOptions()
 _SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head_bits", "embedding_bits"}
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
@@ -322,7 +321,7 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     else:
         discard_part(out / COST)
     if found is not None and done[-1].format == "report":
-        load("edgepress.pipeline.plan.bounds:compare")(found, bounds, done[-1].path / "report.json")
+        load("edgepress.pipeline.plan.bounds:compare")(found, done[-1].path / "report.json")
     return done
 
 

@@ -11,11 +11,13 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.jobs import TaskNames, TaskNamesJob
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import MANIFEST, real
-from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.files import MANIFEST, PLAN, read_json, real
+from edgepress.pipeline.options import BenchOptions, size_in_bytes
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
+from edgepress.pipeline.report.forecast import Forecast
 from edgepress.pipeline.report.model import Answer, Environment, Figure, Report, StageRow
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.runtime import targets
@@ -88,7 +90,23 @@ class Subject:
             failed=self.failed,
             environment=environment,
             run=run,
+            forecast=self._forecast(),
         )
+
+    def _forecast(self) -> Forecast | None:
+        """Of the build that it lies in, if that had bounds and made it within the bytes that were planned."""
+        try:
+            kept = typed(_Planned, read_json(real(self.path).parent / PLAN)).forecast
+        except (InputError, ValueError):
+            return None
+        return kept if kept.asked and size_in_bytes(kept.asked.proposal, PLAN) == self._fact("max_bytes") else None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a report shows of plan.json."""
+
+    forecast: Forecast
 
 
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:

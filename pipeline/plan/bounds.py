@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,30 +14,30 @@ from edgepress.pipeline.bench.environment import machine
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import read_json, write_json
-from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions
-from edgepress.pipeline.plan.frontier import Point, excesses, frontier, said
-from edgepress.pipeline.plan.speed import Usage
+from edgepress.pipeline.options import ExportOptions, PlanOptions
+from edgepress.pipeline.plan.frontier import frontier, said
 from edgepress.pipeline.registry import version
 from edgepress.pipeline.report.attribution import WORRYING
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE, TTFT, Forecast, Point
 from edgepress.pipeline.report.model import read
 from edgepress.pipeline.stages import record
 
-_NOISE = 0.01  # of a bound: two measurements of one artifact differ by more
 log = logging.getLogger("edgepress")
-_DECODE, _TTFT, _MEMORY = "speed.decode_tokens_per_s", "speed.ttft_ms.", "memory.peak_rss_bytes"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """chosen_for: hash of model, machine and options. prompt: tokens before the first one of the point's usage.
-
-    lasting: whether nothing disturbed the measurement.
-    """
+    """chosen_for: hash of model, machine and options. lasting: whether nothing disturbed the measurement."""
 
     chosen_for: str
-    point: Point
-    prompt: int
+    forecast: Forecast
     lasting: bool = True
+
+    @property
+    def point(self) -> Point:
+        """The one that was chosen."""
+        assert self.forecast.asked is not None
+        return self.forecast.asked
 
     @property
     def max_size(self) -> str:
@@ -64,8 +63,7 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
     else:
         log.info("plan: what every matrix costs, and how fast four artifacts of this model are here (kept for the next time)")
         line = frontier(source, options, export)
-        assert line.asked is not None
-        found = Planned(key, line.asked, line.prompt, line.lasting)
+        found = Planned(key, Forecast(line.points, line.prompt, line.bounds), line.lasting)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, asdict(found))
     point = found.point
@@ -79,40 +77,28 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
     return found
 
 
-def compare(found: Planned, bounds: BoundOptions, report: Path) -> None:
+def compare(found: Planned, report: Path) -> None:
     """Say what a report measured of what was planned, and warn of a bound that is not kept to, or that nothing measured."""
     first = read(report).first
-    names = {"--min-speed": _DECODE, "--max-ttft": f"{_TTFT}{found.prompt}", "--max-memory": _MEMORY}
-    speed, wait, memory = (first.figures[name].median if name in first.figures else None for name in names.values())
+    names = (DECODE, f"{TTFT}{found.forecast.prompt}", MEMORY)
+    speed, wait, memory = (first.figures[name].median if name in first.figures else None for name in names)
     expected = found.point.usage
     assert expected is not None
     log.info(
         "plan: expected%s %.1f MB, %s, %+.1f %% of perplexity; measured %.1f MB, %s",
         " of the whole model" if first.removed else "", found.point.size / 1e6, said(expected), 100 * found.point.growth,
-        first.figures["size.total_bytes"].median / 1e6, _measured(speed, wait, memory, first.perplexities),
+        first.figures[SIZE].median / 1e6, _measured(speed, wait, memory, first.growth),
     )  # fmt: skip
-    longest = max((int(name.removeprefix(_TTFT)) for name in first.figures if name.startswith(_TTFT)), default=found.prompt)
-    taken = Usage(1 / speed if speed else 0.0, wait / 1000 if wait else 0.0, memory or 0.0)
-    for flag, excess in excesses(taken, bounds):
-        if not excess:
-            log.warning("warning: nothing measured what %s bounds", flag)
-        elif excess > 1 + _NOISE:
-            longer = f" (of prompts of up to {longest} tokens, and planned for {found.prompt})" if longest > found.prompt else ""
-            log.warning(
-                "warning: the artifact misses %s by %.0f %% as measured%s; give a tighter bound, or try again when nothing "
-                "else runs",
-                flag, 100 * (excess - 1), longer if flag == "--max-memory" else "",
-            )  # fmt: skip
+    for finding in first.missed(found.forecast):
+        log.warning("warning: %s; give a tighter bound, or try again when nothing else runs", finding)
 
 
-def _measured(speed: float | None, wait: float | None, memory: float | None, perplexities: Mapping[str, float]) -> str:
+def _measured(speed: float | None, wait: float | None, memory: float | None, growth: float | None) -> str:
     """What there is of it, as ``said`` says it."""
     parts = (
         f"{speed:.0f} tokens/s" if speed else "",
         f"{wait:.0f} ms to the first token" if wait else "",
         f"{memory / 1e6:.0f} MB of memory" if memory else "",
-        f"{100 * (perplexities['onnx'] / perplexities['original'] - 1):+.1f} % of perplexity"
-        if {"onnx", "original"} <= perplexities.keys()
-        else "",
+        f"{100 * growth:+.1f} % of perplexity" if growth is not None else "",
     )
     return ", ".join(filter(None, parts)) or "nothing else"

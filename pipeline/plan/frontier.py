@@ -10,53 +10,22 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
-from edgepress.pipeline.plan.speed import Speeds, Usage, busy, speeds_of
+from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of, quantized_before
 from edgepress.pipeline.quantize.mix import mean_bits
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
 POINTS = 12
 HALVINGS = 5  # between a size that keeps to the bounds and a larger one that does not: to a thirtieth of a step
 USELESS = 1.0  # growth of perplexity from which on the smaller ones are left out
-MARGIN = 1.002  # on a size that is proposed, which is rounded
 
 
 @dataclass(frozen=True)
-class Point:
-    """One artifact: its size in bytes, bits of a block weight, bits of the head, and how much perplexity grows, a share.
+class Frontier(Forecast):
+    """A forecast; lasting: whether nothing disturbed the measuring."""
 
-    within: bytes that it was found by, at least its size. usage: what running it is expected to take, None where that is not asked
-    for. asked: whether it was asked for.
-    """
-
-    within: int
-    size: int
-    bits: float
-    head_bits: int
-    growth: float
-    usage: Usage | None = None
-    asked: bool = False
-
-    @property
-    def proposal(self) -> str:
-        """What --max-size makes it: what was asked for to the byte, for more would be another artifact; else a round number."""
-        if self.asked:
-            return f"{self.within / 1e6:.6f}".rstrip("0").rstrip(".") + "MB"
-        return f"{math.ceil(MARGIN * self.size / 1e5) / 10:g}MB"
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """Points by size. prompt: tokens before the first one of a point's usage. lasting: whether nothing disturbed the measuring."""
-
-    points: tuple[Point, ...]
-    prompt: int = 0
     lasting: bool = True
-
-    @property
-    def asked(self) -> Point | None:
-        """The one that was asked for."""
-        return next((point for point in self.points if point.asked), None)
 
 
 def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | None = None) -> Frontier:
@@ -84,7 +53,7 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
         best = _best(points, options, point)
         shown[best.size] = replace(best, asked=True)
     ordered = tuple(shown[size] for size in sorted(shown))
-    return Frontier(ordered, speeds.prompt, speeds.lasting) if speeds else Frontier(ordered)
+    return Frontier(ordered, speeds.prompt, bounds_of(options, speeds.prompt), speeds.lasting) if speeds else Frontier(ordered)
 
 
 def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float], Point]) -> Point:
@@ -120,20 +89,30 @@ def _point(costs: Costs, within: int, left: float, speeds: Speeds | None) -> Poi
     return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)
 
 
-def excesses(usage: Usage, bounds: BoundOptions) -> Iterator[tuple[str, float]]:
+def bounds_of(options: BoundOptions, prompt: int) -> tuple[Bound, ...]:
+    """Those that are given. prompt: tokens before the first one."""
+    bounds = []
+    if options.max_memory is not None:
+        bounds.append(Bound("--max-memory", options.max_memory, MEMORY, size_in_bytes(options.max_memory, "--max-memory")))
+    if options.min_speed is not None:
+        bounds.append(Bound("--min-speed", f"{options.min_speed:g}", DECODE, options.min_speed, at_least=True))
+    if options.max_ttft is not None:
+        bounds.append(Bound("--max-ttft", f"{options.max_ttft:g}", f"{TTFT}{prompt}", options.max_ttft))
+    return tuple(bounds)
+
+
+def _excesses(usage: Usage, options: BoundOptions) -> Iterator[tuple[str, float]]:
     """The flag of each bound that is given, and by what factor a usage exceeds it: above 1 where it is not kept to."""
-    if bounds.max_memory is not None:
-        if usage.memory is None:
+    expected = {DECODE: 1 / usage.decode_s, TTFT: 1000 * usage.ttft_s, MEMORY: usage.memory}
+    for bound in bounds_of(options, 0):
+        value = expected[TTFT if bound.figure.startswith(TTFT) else bound.figure]
+        if value is None:
             raise OptionError("this system does not report the memory of a process; leave --max-memory out")
-        yield "--max-memory", usage.memory / size_in_bytes(bounds.max_memory, "--max-memory")
-    if bounds.min_speed is not None:
-        yield "--min-speed", bounds.min_speed * usage.decode_s
-    if bounds.max_ttft is not None:
-        yield "--max-ttft", 1000 * usage.ttft_s / bounds.max_ttft
+        yield bound.flag, bound.excess(value)
 
 
 def _of(point: Point, bounds: BoundOptions) -> list[tuple[str, float]]:
-    return [] if point.usage is None else list(excesses(point.usage, bounds))
+    return [] if point.usage is None else list(_excesses(point.usage, bounds))
 
 
 def _worst(point: Point, bounds: BoundOptions) -> float:

@@ -35,6 +35,7 @@ from edgepress.pipeline.quantize.budget import Costs, Fit
 from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form
 from edgepress.pipeline.quantize.pack import quantize_checkpoint
 from edgepress.pipeline.registry import require, version
+from edgepress.pipeline.report.forecast import Usage
 from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
@@ -45,18 +46,6 @@ HEAD_BITS, FEW_BITS = 8, 4
 OF_HEAD = "head"
 ROUNDS = 3
 PROMPT, SHORTEST = 128, 8  # tokens
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What running an artifact takes: seconds a token, seconds to the first token of the prompt, bytes of memory at the peak.
-
-    memory: None where the system does not report it.
-    """
-
-    decode_s: float
-    ttft_s: float
-    memory: float | None
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ def decision(reports: Sequence[Report]) -> str:
     if not good:
         least = min(fit, key=growth)
         others = "; all others lose more" if len(scored) > 1 else ""
-        return f"Ship {least.artifact} only where size or speed matter more than quality: {_figures(least)}{others}"
+        where = _where(least) or " only where size or speed matter more than quality"
+        return f"Ship {least.artifact}{where}: {_figures(least)}{others}"
     best = min(good, key=lambda report: report.figures[SIZE].median)
-    line = f"Ship {best.artifact}: {_figures(best)}"
+    line = f"Ship {best.artifact}{_where(best)}: {_figures(best)}"
     if len(scored) > 1:
         line += f"; the smallest here that loses at most {100 * (LITTLE - 1):.0f} %"
     faster = [(ratio.value, report, ratio) for report in good if (ratio := compare(report, best, DECODE)) and ratio.low > 1]
@@ -40,6 +41,12 @@ def decision(reports: Sequence[Report]) -> str:
         _, report, ratio = max(faster, key=lambda row: row[0])
         line += f". {report.artifact} where speed matters more: decode {times(ratio)}, {_figures(report)}"
     return line
+
+
+def _where(report: Report) -> str:
+    """Nobody who can run the file that it was made from wins by one that is larger and loses more."""
+    size = report.smaller_source
+    return "" if size is None else f" where ONNX is needed (the GGUF file, which is the original here, has {shown(size, 'byte')})"
 
 
 def growth(report: Report) -> float:

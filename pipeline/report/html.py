@@ -32,11 +32,13 @@ def html(content: ReportFile) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     content = for_people(content)
     reports = content.reports
+    planned = text.forecast_rows(reports)
     plots, influences, compared = _plots(reports), _influences(reports), comparison_rows(content.comparisons)
     sections = {
         "frontier": ("Size, speed and quality", plots["frontier"]),
         "compared": (f"Compared with {content.first.artifact}", compared),
         "answers": ("Asked the same", text.answer_rows(reports)),
+        "planned": ("What was planned", planned),
         "loss": ("Loss by stage", reports), "influence": ("Influence of each layer", influences),
         "latency": ("Memory and latency", plots["distributions"]), "shipped": ("As shipped", reports),
         "environment": ("Environment", reports),
@@ -52,6 +54,7 @@ def html(content: ReportFile) -> str:
         plots=plots,
         influences=influences,
         answers=text.answer_rows(reports),
+        planned=planned,
         reports=[
             {
                 "name": r.artifact,
@@ -81,6 +84,14 @@ def _plots(reports: Sequence[Report]) -> dict[str, list[tuple[str, str]]]:
     boxes += [(f"Time to first token, prompt of {n}.", f"speed.ttft_ms.{n}", f"TTFT @{n}, ms", 1.0) for n in _lengths(reports)]
     sections = {
         "frontier": [sizes, speeds],
+        "forecast": [
+            (
+                f"{r.artifact}: size against the growth of perplexity, as expected (line), chosen (ring) and measured (cross).",
+                plots.forecast(r),
+            )
+            for r in reports
+            if r.forecast
+        ],
         "losses": [("What each stage added to the loss, from the original to the shipped files.", plots.losses(reports))],
         "distributions": [(caption, plots.spread(reports, name, label, scale)) for caption, name, label, scale in boxes],
     }

@@ -12,6 +12,7 @@ import numpy as np
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.files import JsonObject, read_json, write_json
+from edgepress.pipeline.report.forecast import MEMORY, TTFT, Forecast
 from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.report.steps import Quantization, Step
 from edgepress.pipeline.visible import one_line
@@ -21,6 +22,7 @@ SCHEMA = 3
 _POSITIVE = ("size.total_bytes", "load.", "memory.", "speed.")
 # Samples from which on percentiles are given.
 MANY = 20
+NOISE = 0.01  # of a bound: two measurements of one artifact differ by more
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Report:
 
     identity: hash of its files. figures: by flat dotted name. missing: figure -> why it could not be measured.
     failed: kind of measurement -> how its process died. run: shared by artifacts that were measured in interleaved rounds.
+    forecast: what was expected before it was made, where a build planned it.
     """
 
     artifact: str
@@ -153,6 +156,7 @@ class Report:
     environment: Environment
     run: str
     answers: tuple[Answer, ...] = ()
+    forecast: Forecast | None = None
 
     def __post_init__(self) -> None:
         """Size, speed, time and memory are compared as ratios."""
@@ -200,6 +204,32 @@ class Report:
     def perplexities(self) -> dict[str, float]:
         """Of each stage that was scored."""
         return {row.name: row.perplexity for row in self.stages if row.perplexity is not None and row.failed is None}
+
+    @property
+    def smaller_source(self) -> int | None:
+        """Bytes of the GGUF file of few bits that it was made from, where that is smaller than it is."""
+        sources = (step.imported for step in self.steps if step.imported and step.imported.few_bits)
+        size = next((found.file_bytes for found in sources), 0)
+        return size if 0 < size < self.figures["size.total_bytes"].median else None
+
+    @property
+    def growth(self) -> float | None:
+        """Of the perplexity, from the original to the shipped files, a share; None where either was not scored."""
+        scored = self.perplexities
+        return scored["onnx"] / scored["original"] - 1 if {"onnx", "original"} <= scored.keys() else None
+
+    def missed(self, forecast: Forecast) -> list[str]:
+        """A line for each bound that it does not keep to, or that nothing measured."""
+        lines = []
+        lengths = [int(name.removeprefix(TTFT)) for name in self.figures if name.startswith(TTFT)]
+        for bound in forecast.bounds:
+            if bound.figure not in self.figures:
+                lines.append(f"nothing measured what {bound.flag} {bound.given} bounds")
+            elif (excess := bound.excess(self.figures[bound.figure].median)) > 1 + NOISE:
+                longer = bound.figure == MEMORY and max(lengths, default=0) > forecast.prompt
+                of = f" (of prompts of up to {max(lengths)} tokens, and planned for {forecast.prompt})" if longer else ""
+                lines.append(f"{self.artifact} misses {bound.flag} {bound.given} by {100 * (excess - 1):.0f} % as measured{of}")
+        return lines
 
 
 @dataclass(frozen=True)

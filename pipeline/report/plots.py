@@ -57,6 +57,23 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
     return _svg(figure, f"{kind} against quality")
 
 
+def forecast(report: Report) -> str:
+    """Sizes that were planned against the growth of perplexity that was expected, and what was made; "" without a plan."""
+    if report.forecast is None:
+        return ""
+    figure, axes = _figure(2.6)
+    shown = [(point.size / 1e6, 100 * point.growth) for point in report.forecast.points]
+    axes.plot([x for x, _ in shown], [y for _, y in shown], ".-", color=_COLOURS[0], linewidth=1)
+    if asked := report.forecast.asked:
+        axes.plot(asked.size / 1e6, 100 * asked.growth, "o", markersize=10, markerfacecolor="none", color=_COLOURS[1])
+    if report.growth is not None:
+        axes.plot(report.figures["size.total_bytes"].median / 1e6, 100 * report.growth, "x", markersize=8, color=_COLOURS[2])
+    axes.set_xlabel("size on disk, MB")
+    axes.set_ylabel("growth of perplexity, %")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    return _svg(figure, "what was planned")
+
+
 def influences(values: Sequence[float], removed: Sequence[int]) -> str:
     """The picture of ``influence_figure``."""
     return _svg(influence_figure(values, removed), "influence of each layer")

@@ -39,6 +39,19 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Bytes of a GGUF file, and its types of fewer than 8 bits, if any."""
+
+    file_bytes: int = 0
+    quantized_types: tuple[str, ...] = ()
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether some of its weights have fewer than 8."""
+        return any(not name.startswith("Q8") for name in self.quantized_types)
+
+
+@dataclass(frozen=True)
 class Trimming:
     """Tokens kept: ``vocabulary`` is their number before and after, ``bits_per_byte`` of a text that judged."""
 
@@ -141,7 +154,13 @@ class Step:
     facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.trimming, self.removal, self.healing, self.quantization, self.head, self.tuning, self.export, self.narrowing
+        _ = self.imported, self.trimming, self.removal, self.healing, self.narrowing
+        _ = self.quantization, self.head, self.tuning, self.export
+
+    @cached_property
+    def imported(self) -> Import | None:
+        """Of an import step."""
+        return typed(Import, self.facts, "import") if self.stage == "import" else None
 
     @cached_property
     def trimming(self) -> Trimming | None:
@@ -198,8 +217,8 @@ CHOSEN = {
 
 def describe(step: Step) -> str:
     """What a stage did, in one line."""
-    if step.stage == "import" and (size := step.facts.get("file_bytes")):
-        return f"import: a GGUF file of {size / 1e6:.1f} MB, dequantized"
+    if step.imported and step.imported.file_bytes:
+        return f"import: a GGUF file of {step.imported.file_bytes / 1e6:.1f} MB, dequantized"
     if step.trimming:
         (rows, kept), (before, after) = step.trimming.vocabulary, step.trimming.bits_per_byte
         return f"trim: {kept:,} of {rows:,} tokens kept, bits a byte {before:.4f} -> {after:.4f} in float"

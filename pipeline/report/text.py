@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from edgepress.pipeline.report import forecast
 from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.model import Environment, Report, ReportFile, for_people
 from edgepress.pipeline.report.steps import Removal
@@ -29,6 +30,7 @@ def terminal(content: ReportFile) -> str:
     parts = [decision(reports)]
     parts += ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
     parts.append("\n".join(f"{who}: {said}" for who, said in answer_rows(reports)))
+    parts += [f"what was planned of {artifact}:\n" + table(rows) for artifact, rows in forecast_rows(reports)]
     parts.append(table([STAGE_HEADER, *stage_rows(first)]))
     if rows := comparison_rows(content.comparisons):
         parts.append(f"compared with {first.artifact}:\n" + table([COMPARISON_HEADER, *rows]))
@@ -65,6 +67,8 @@ def markdown(content: ReportFile) -> str:
         lines += [NOTES["comparisons"], ""]
     if answers := answer_rows(reports):
         lines += ["## Asked the same", "", *(f"- {escaped(who)}: {escaped(said)}" for who, said in answers), ""]
+    for artifact, planned in forecast_rows(reports):
+        lines += [f"## What was planned of {escaped(artifact)}", "", *_markdown_table(planned), "", NOTES["forecast"], ""]
     lines += ["## Loss by stage", ""]
     for report in reports:
         lines += [f"### {escaped(report.artifact)}", "", *(f"- {escaped(line)}" for line in made_by(report)), ""]
@@ -89,6 +93,8 @@ NOTES = {
     "TTFT @N: time to first token of a prompt of N tokens.",
     "comparisons": "Ratios of samples from fresh processes in interleaved rounds, paired by round; a verdict is given only where "
     "the whole interval lies on one side of 1.",
+    "forecast": "Expected on this machine before anything was made: the artifacts of least loss of several sizes, and the one that "
+    "keeps to the bounds. Perplexity: its growth from the original.",
     "stages": "All rows read the same tokens. Change: perplexity against the original. KL (nats per token) and top-1 agreement "
     "are against the original. Share of loss: of the whole rise of the loss, in nats per token, from the original to the "
     "shipped files.",
@@ -115,6 +121,17 @@ def influence_lines(reports: Sequence[Report]) -> list[str]:
         )
         lines.append(f"{escaped(artifact)}: {', '.join(cells)}")
     return lines
+
+
+def forecast_rows(reports: Sequence[Report]) -> list[tuple[str, Rows]]:
+    """(artifact, what was expected of it and of others, and what was measured) of those that a build planned."""
+    tables = []
+    for report in reports:
+        if report.forecast:
+            medians = {name: figure.median for name, figure in report.figures.items()}
+            body = forecast.rows(report.forecast, medians, report.growth)
+            tables.append((report.artifact, [forecast.header(report.forecast), *body]))
+    return tables
 
 
 def answer_rows(reports: Sequence[Report]) -> list[tuple[str, str]]:

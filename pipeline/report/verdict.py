@@ -27,12 +27,22 @@ LOSS_NAMES = {"quality.kl_mean": "KL", "quality.perplexity": "perplexity"}
 
 def verdict(reports: Sequence[Report]) -> list[str]:
     """One line a finding, the worst first."""
-    findings = (_failures, _suspects, _hurt, _busy, _slow, _pruning, _pressed)
+    findings = (_failures, _suspects, _hurt, _bounds, _busy, _slow, _pruning, _pressed)
     return [line for find in findings for line in find(reports)]
 
 
 def _failures(reports: Sequence[Report]) -> list[str]:
     return [f"{r.artifact} could not be measured ({what}): {why}" for r in reports for what, why in r.failed.items()]
+
+
+def _bounds(reports: Sequence[Report]) -> list[str]:
+    """Whether what a build was asked to keep to is kept to."""
+    lines = []
+    for report in reports:
+        if report.forecast and report.forecast.bounds:
+            given = " and ".join(f"{bound.flag} {bound.given}" for bound in report.forecast.bounds)
+            lines += report.missed(report.forecast) or [f"{report.artifact} keeps to {given}, as measured"]
+    return lines
 
 
 def _busy(reports: Sequence[Report]) -> list[str]:

@@ -14,12 +14,15 @@ from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
 from edgepress.pipeline.plan import speed as speed_module
 from edgepress.pipeline.plan.bounds import Planned
-from edgepress.pipeline.plan.frontier import Point, frontier, table
-from edgepress.pipeline.plan.speed import MEASURED, Speeds, Usage
+from edgepress.pipeline.plan.frontier import bounds_of, frontier, table
+from edgepress.pipeline.plan.speed import MEASURED, Speeds
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of
-from edgepress.pipeline.report.model import read
+from edgepress.pipeline.report.forecast import Forecast, Point, Usage
+from edgepress.pipeline.report.model import ReportFile, read
+from edgepress.pipeline.report.text import markdown
+from edgepress.pipeline.report.verdict import verdict
 from families import TINY
 from transformers import LlamaConfig
 
@@ -230,21 +233,33 @@ def test_what_is_measured_beside_other_work_is_not_kept(
     assert caplog.text.count("one.json to make it anew") == 1
 
 
-def test_a_bound_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By how much, as measured; nothing is said of those that are kept to."""
-    report = Path(__file__).parents[2] / "docs" / "example" / "report.json"
-    figures = read(report).first.figures
-    speed = figures["speed.decode_tokens_per_s"].median
+def test_a_bound_that_is_missed_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """By how much, as measured, on the terminal and in the report's first lines; and that what is kept to is kept to."""
+    file = Path(__file__).parents[2] / "docs" / "example" / "report.json"
+    first = read(file).first
+    speed = first.figures["speed.decode_tokens_per_s"].median
     point = Point(10**7, 10**7, 5.0, 8, 0.01, Usage(1 / speed, 0.05, 9e7), asked=True)
     caplog.set_level("INFO", "edgepress")
-    bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=0.5 * speed), report)
-    assert "plan: expected" in caplog.text and "warning" not in caplog.text
-    bounds_module.compare(Planned("", point, 128), BoundOptions(min_speed=2 * speed, max_memory="900GB"), report)
-    assert "misses --min-speed by 100 %" in caplog.text and "--max-memory" not in caplog.text
-    caplog.clear()
-    bounds_module.compare(Planned("", point, 77), BoundOptions(min_speed=2 * speed, max_ttft=1.0, max_memory="1MB"), report)
-    assert "misses --min-speed" in caplog.text and "nothing measured what --max-ttft bounds" in caplog.text
-    assert "misses --max-memory" in caplog.text and "of prompts of up to" in caplog.text
+
+    def said(prompt: int = 128, **bounds: object) -> str:
+        forecast = Forecast((point,), prompt, bounds_of(BoundOptions(**bounds), prompt))
+        caplog.clear()
+        bounds_module.compare(Planned("", forecast), file)
+        shown = dataclasses.replace(first, forecast=forecast)
+        findings = [line for line in verdict([shown]) if "--m" in line]
+        assert findings and all((line in caplog.text) == ("keeps to" not in line) for line in findings)
+        page = markdown(ReportFile((shown,)))
+        assert page.count("| expected, chosen | 10.0 MB | 5.00 | 8 | +1.0 % |") == 1 and "| measured |" in page
+        return caplog.text + " ".join(findings)
+
+    assert "+1.0 % of perplexity; measured" in (kept := said(min_speed=0.5 * speed, max_memory="900GB"))
+    assert "warning" not in kept and f"keeps to --max-memory 900GB and --min-speed {0.5 * speed:g}" in kept
+    assert "warning" not in said(min_speed=1.009 * speed)  # two measurements differ by more
+    assert "misses --min-speed" in (missed := said(min_speed=2 * speed, max_memory="900GB")) and "by 100 %" in missed
+    assert "misses --max-memory" not in missed
+    unmeasured = said(77, min_speed=2 * speed, max_ttft=1.0, max_memory="1MB")
+    assert "misses --min-speed" in unmeasured and "nothing measured what --max-ttft 1 bounds" in unmeasured
+    assert "misses --max-memory 1MB" in unmeasured and "of prompts of up to" in unmeasured
 
 
 def test_no_speed_and_a_bound() -> None:
@@ -266,6 +281,10 @@ def test_a_build_that_keeps_to_a_bound(
     assert first.code == 0, first.err
     assert "plan: --max-size" in first.err and "measured" in first.err
     assert len(list((tmp_path / "cache" / "speeds").iterdir())) == 1
+    report = read(tmp_path / "out" / "05-bench" / "report.json").first
+    assert report.forecast is not None and report.forecast.asked is not None and len(report.forecast.points) > 3
+    page = (tmp_path / "out" / "05-bench" / "report.html").read_text()
+    assert "keeps to --min-speed 1" in page and 'id="planned"' in page and "expected, chosen" in page
     monkeypatch.setattr(speed_module, "_measure", None)
     again = call(*given)
     assert again.code == 0 and again.err.count("already done") >= 4 and "what every matrix costs" not in again.err

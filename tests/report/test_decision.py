@@ -7,6 +7,7 @@ from dataclasses import replace
 from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.html import html
 from edgepress.pipeline.report.model import Report
+from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.report.text import markdown, terminal
 from made_up import PRUNED, WHOLE, a_report, content_of
 
@@ -40,6 +41,16 @@ def test_where_all_lose_much_the_best_is_named_with_its_price() -> None:
         "Ship pruned only where size or speed matter more than quality: 7.00 MB, perplexity +6.2 %; all others lose more"
     )
     assert decision([POOR]).endswith("5.00 MB, perplexity +22.1 %")
+
+
+def test_who_can_run_the_file_that_it_was_made_from_is_told() -> None:
+    """One of few bits that is smaller loses nothing, being the original; one of 8 bits or a larger one is no rival."""
+    for size, types, told in ((6_000_000, ["Q4_K"], True), (9_000_000, ["Q4_K"], False), (6_000_000, ["Q8_0"], False)):
+        made = Step("import", facts={"file_bytes": size, "quantized_types": types})
+        for report, otherwise in ((WHOLE, "Ship whole: 8.00 MB"), (PRUNED, "Ship pruned only where size")):
+            said = decision([replace(report, steps=(made, *report.steps))])
+            assert (" where ONNX is needed (the GGUF file, which is the original here, has 6.00 MB): " in said) == told
+            assert said.startswith(otherwise) != told
 
 
 def test_what_was_pruned_in_vain_is_not_shipped() -> None:
