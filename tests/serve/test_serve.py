@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import random
@@ -517,3 +518,72 @@ def test_the_command(artifact: Path, tmp_path: Path) -> None:
         process.kill()
     absent = subprocess.run([*start[:-2], str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
     assert absent.returncode == 2 and absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
+
+
+BAD: dict[str, list[object]] = {
+    "messages": [
+        [], "hi", None, 5, [{}], [{"role": "wizard", "content": "x"}], [{"content": "x"}], [[]], [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"text": "x"}]}], [{"role": "user", "content": [{"type": "image_url"}]}],
+    ],
+    "max_tokens": [0, -1, 1.5, "many", [], 1 << 40], "max_completion_tokens": [0, "x"], "temperature": [-1, 101, "hot", []],
+    "top_p": [-0.1, 1.1, "x"], "top_k": [-1, 0.5, {}], "min_p": [2, "x"], "repetition_penalty": [0, "x", 1e9],
+    "presence_penalty": [3, "x"], "frequency_penalty": [-3, []], "logit_bias": [[], {"x": 1}, {"1": 500}, {"1": "x"}, {"-1": 1}],
+    "stop": [5, {}, [5], ["x"] * 50, ["x" * 5000]], "seed": [1.5, "x", 1 << 70], "stream": ["yes", 1], "n": [2, "x"],
+    "tools": [[{"type": "function"}]], "response_format": [{"type": "json_object"}, 5], "logprobs": ["yes", 5],
+    "top_logprobs": [-1, 21, "x"], "stream_options": [5, {"include_usage": "x"}], "model": [5, []],
+}  # fmt: skip
+PATHS = ["/", "/v1", "/v1/models", "/v1/embeddings", "/v1/chat", "/../../etc/passwd", "/%00", "/v1/chat/completions/x"]
+KINDS = ["text/plain", "", "application/xml", "multipart/form-data"]
+STRANGE = [
+    b"[" * 100_000, b'{"a":' * 50_000, b'"' + b"\\u0000" * 1000, b'{"messages": NaN}', b'{"prompt": "\xff"}', b"null", b"1e999",
+]  # fmt: skip
+
+
+def malformed(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
+    """Method, path, body and headers of a request that nobody can answer."""
+    good = {"messages": [{"role": "user", "content": "No"}], "max_tokens": 2}
+    kind = rng.randrange(9)
+    if kind < 4:  # what is asked for cannot be
+        field = rng.choice(list(BAD))
+        return "POST", "/v1/chat/completions", json.dumps(good | {field: rng.choice(BAD[field])}).encode(), JSON
+    whole = json.dumps(good).encode()
+    if kind == 4:  # cut
+        return "POST", "/v1/chat/completions", whole[: rng.randrange(len(whole))], JSON
+    if kind == 5:  # noise
+        return "POST", "/v1/completions", rng.randbytes(rng.randrange(200)), JSON
+    if kind == 6:  # not where or how
+        return rng.choice(["POST", "PUT", "DELETE", "PATCH"]), rng.choice(PATHS), whole, JSON
+    if kind == 7:  # not said to be JSON
+        return "POST", "/v1/chat/completions", whole, {"Content-Type": rng.choice(KINDS)}
+    return "POST", rng.choice(["/v1/completions", "/v1/chat/completions"]), rng.choice(STRANGE), JSON
+
+
+def test_a_thousand_malformed_requests(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is refused in OpenAI's shape; nothing breaks, and the next good one is answered."""
+    rng = random.Random(0)
+    for number in range(1000):
+        method, path, body, headers = malformed(rng)
+        status, content = server.ask(method, path, body, headers)
+        assert 400 <= status < 500, (number, method, path, body[:200], status, content)
+        assert content["error"]["message"] and "Traceback" not in str(content), (number, content)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err
+    good = json.dumps({"messages": [{"role": "user", "content": "No"}], "max_tokens": 2}).encode()
+    assert server.ask("POST", "/v1/chat/completions", good)[0] == 200 and server.idle()
+
+
+@pytest.mark.parametrize("sent", [b"\x00\x01\x02", b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+                                  b"POST /v1/completions HTTP/1.1\r\nContent-Length: 999\r\n\r\n{", b"GET / HTTP/9.9\r\n\r\n",
+                                  b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n"])  # fmt: skip
+def test_what_is_hardly_http(sent: bytes, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    """Refused or cut off, and the server goes on."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+        line.sendall(sent)
+        line.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while part := line.recv(1 << 16):
+                answer += part
+    assert not answer or answer.split(b" ", 2)[1].startswith(b"4"), answer[:200]
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert server.ask("GET", "/health")[0] == 200
