@@ -17,7 +17,7 @@ from edgepress.pipeline.files import WEIGHTS_BELOW, read_json, write_json
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
 
 # What transformers.js calls a type of weights -> what it appends to a file's name (its DEFAULT_DTYPE_SUFFIX_MAPPING).
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16", "bnb4": "_bnb4"}
 
 
 def lay_out(folder: Path, dtype: str, window: np.ndarray) -> None:
@@ -44,6 +44,8 @@ def dtype_of(graph: ir.Model, half: bool) -> str:
     """What transformers.js calls the weights: by the fewest bits of a matrix."""
     bits = [node.attributes["bits"].as_int() for node in graph.graph if node.op_type == "MatMulNBits"]
     if not bits:
+        if any(node.op_type == "MatMulBnb4" for node in graph.graph):
+            return "bnb4"
         return "fp16" if half else "fp32"
     return ("q4f16" if half else "q4") if min(bits) < 8 or half else "q8"
 

@@ -122,7 +122,7 @@ def artifact_rows(reports: Sequence[Report]) -> Rows:
         f"TTFT @{prompt_length(prompt)}": prompt,
         "peak RSS": "memory.peak_rss_bytes",
     }
-    best = {kind: set(best_of(reports, kind)) for kind in ("size", "speed")}
+    best = {kind: set(best_of(reports, kind)) for kind in ("size", "speed") if len(reports) > 1}  # one alone is always the best
     narrowed = any(report.channels_removed or report.parts_removed for report in reports)
     rows = [["#", "artifact", "removed" if narrowed else "layers removed", "quantization", *columns, "Pareto-optimal in"]]
     original = next((r.stages[0] for r in reports if r.stages and r.stages[0].name == "original"), None)

@@ -89,15 +89,16 @@ def markdown(content: ReportFile) -> str:
 
 
 NOTES = {
-    "artifacts": "Pareto-optimal in size (or speed): nothing else here is as small (or as fast) and loses less. "
-    "TTFT @N: time to first token of a prompt of N tokens.",
+    "artifacts": "Size on disk: all files of the folder; of the original, its weights alone. Bits/weight: graph and weights over "
+    "the model's parameters, scales, embedding and head counted. Pareto-optimal in size (or speed): nothing else here is as small "
+    "(or as fast) and loses less. TTFT @N: time to first token of a prompt of N tokens.",
     "comparisons": "Ratios of samples from fresh processes in interleaved rounds, paired by round; a verdict is given only where "
     "the whole interval lies on one side of 1.",
     "forecast": "Expected on this machine before anything was made: the artifacts of least loss of several sizes, and the one that "
     "keeps to the bounds. Perplexity: its growth from the original.",
-    "stages": "All rows read the same tokens. Change: perplexity against the original. KL (nats per token) and top-1 agreement "
-    "are against the original. Share of loss: of the whole rise of the loss, in nats per token, from the original to the "
-    "shipped files.",
+    "stages": "All rows read the same tokens. Weights: bytes of the tensors, each in the type that it is stored in. Change: "
+    "perplexity against the original. KL (nats per token) and top-1 agreement are against the original. Share of loss: of the "
+    "whole rise of the loss, in nats per token, from the original to the shipped files.",
 }
 
 

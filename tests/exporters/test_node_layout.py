@@ -91,6 +91,14 @@ def test_the_name_says_the_bits(bits: int, name: str, tiny: Path, tmp_path: Path
     assert (laid / "onnx" / name).is_file() and (laid / "onnx" / f"{name}_data").is_file()
 
 
+def test_nf4_has_a_name_of_its_own(tiny: Path, tmp_path: Path, text: Path) -> None:
+    """Not fp32, which it was called, for its matrices are in another operator."""
+    packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="nf4", head_bits=16))
+    laid = stages.run("export", packed, tmp_path / "laid", ExportOptions(text=text, layout=NODE))
+    assert (laid.path / "onnx" / "model_bnb4.onnx").is_file()
+    assert read_json(laid.path / "config.json")["transformers.js_config"]["dtype"] == "bnb4"
+
+
 def test_a_layout_that_computes_something_else_is_not_written(
     packed: Artifact, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
