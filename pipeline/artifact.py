@@ -216,6 +216,8 @@ def check_free(out: Path) -> None:
         known = Artifact.load(out).files
     except InputError:
         known = {}
+    if not known and (inside := next(iter(sorted(out.glob(f"[0-9][0-9]-*/{MANIFEST}"))), None)):
+        raise OutputError(f"{out} is the folder of a build, with {inside.parent.name} in it; choose another output folder")
     names = (str(p.relative_to(out)) for p in files_below(out) if not p.name.startswith("."))  # .DS_Store and its like
     foreign = next((name for name in names if name not in known), None)
     if not known or foreign:

@@ -32,7 +32,7 @@ def resolve(source: str) -> Path:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
     if looks_local:
         raise InputError(
-            f"no such folder: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
+            f"no such {'file' if path.suffix == '.gguf' else 'folder'}: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
         )
     return _checked(_download(source))
 

@@ -147,7 +147,8 @@ def _set(talk: Conversation, text: str) -> None:
         raise OptionError(f"there is no setting '{name}'{suggestion(name, SETTINGS)}; there are: {', '.join(SETTINGS)}")
     given = dataclasses.asdict(talk.options) | {name: value.strip() or getattr(RunOptions, name)}  # the default
     talk.set(**{name: getattr(make(RunOptions, given), name)})
-    say(talk.drawing)
+    chosen = getattr(talk.options, name)
+    say(f"{name.replace('_', '-')} {'as the model has it' if chosen is None else chosen}: {talk.drawing}")
 
 
 def _save(talk: Conversation, text: str) -> None:

@@ -302,3 +302,11 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files.read_json(file) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["job.json"]
+
+
+def test_the_folder_of_a_build_is_no_output_of_a_stage(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """What lies in it is ours, and stays."""
+    (stage := tmp_path / "out" / "04-export").mkdir(parents=True)
+    (stage / "manifest.json").write_text("{}")
+    says = ("is the folder of a build, with 04-export in it", "choose another output folder")
+    refused(*command("quantize", tiny, tmp_path / "out"), says=says)
