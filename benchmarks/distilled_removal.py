@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--task-limit", type=int, default=500)
     options = parser.parse_args()
+    if options.own_tokens < CHOICE_TOKENS + WINDOW or options.batch < WINDOW:
+        parser.error(f"--own-tokens must be at least {CHOICE_TOKENS + WINDOW}, and --batch {WINDOW}")
     options.scratch.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = True
     checkpoint, device = Checkpoint(stages.source_of(options.model).path), training_device()

@@ -32,7 +32,7 @@ from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
-_OF_A_MODEL = (".safetensors", ".bin", "config.json", "tokenizer.json", ".index.json")
+RECORDS = {"influence.json", "influence.png", "training.json"}  # of what stages did, beside a model
 Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report"]
 
 
@@ -170,8 +170,8 @@ class Artifact:
         return self._identity
 
     def model_identity(self) -> str:
-        """The same of what the model computes alone, so that what is known of a model is known of a copy of it, too."""
-        model = {name: hashed for name, hashed in self._hashes.items() if name.endswith(_OF_A_MODEL)}
+        """The same without what stages record beside a model, so that what is known of one is known of a copy of it, too."""
+        model = {name: hashed for name, hashed in self._hashes.items() if name not in RECORDS}
         return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
     @cached_property

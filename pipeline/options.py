@@ -659,6 +659,7 @@ class BenchOptions(Options):
     text_tokens: int = _text_tokens()
     reference: Path | None = option(None, "the original checkpoint: adds KL divergence and top-1 agreement")
     stages: tuple[Path, ...] = option((), "checkpoints in between, measured on the same tokens to show where quality went")
+    plans: tuple[Path, ...] = option((), "plan.json of builds, to show what was planned of their artifacts (a build knows it)")
     compare_with: tuple[Path, ...] = option((), "more artifact folders, measured in turn with the first and compared with it")
     baseline: bool = option(
         True, "in a build that removes layers or channels: build the same without removal too, and measure it beside"

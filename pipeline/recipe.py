@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,8 @@ _SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head
 _BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
-_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_MANY_TEXTS = ("keep_text", "task_files")
+_TIGHT = 0.1  # nats a token
 _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
@@ -79,7 +79,7 @@ def read(name: str) -> Recipe:
         raise OptionError(f"{file} must map each stage to its options, as in 'quantize: {{method: gptq}}'")
     if not content:
         raise OptionError(f"{file} names no stage; give at least one of: {', '.join(STAGES)}")
-    return {str(stage): _resolve_texts(file, options or {}) for stage, options in content.items()}
+    return {str(stage): resolve_texts(file.parent, options or {}) for stage, options in content.items()}
 
 
 def given_by(name: str) -> str:
@@ -87,13 +87,14 @@ def given_by(name: str) -> str:
     return "; ".join(" ".join([stage, *(f"{flag(k)} {v}" for k, v in options.items())]) for stage, options in read(name).items())
 
 
-def _resolve_texts(file: Path, options: dict[object, object]) -> dict[str, object]:
-    """A recipe travels with its texts: their paths are relative to it."""
-    named = {str(key).replace("-", "_"): value for key, value in options.items()}
+def resolve_texts(folder: Path, options: Mapping[str, object] | dict[object, object]) -> dict[str, object]:
+    """Options as a file in ``folder`` gives them: it travels with its texts, whose paths are relative to it."""
+    named = {str(key).removeprefix("--").replace("-", "_"): value for key, value in options.items()}
     texts = {key for key in _TEXTS if isinstance(named.get(key), str) and (key, named[key]) != ("calibration", str(SELF))}
-    beside = {key: str(file.parent / expanded(str(value))) if key in texts else value for key, value in named.items()}
-    if kept := beside.get("keep_text"):
-        beside["keep_text"] = [str(file.parent / expanded(str(text))) for text in (kept if isinstance(kept, list) else [kept])]
+    beside = {key: str(folder / expanded(str(value))) if key in texts else value for key, value in named.items()}
+    for key in _MANY_TEXTS:
+        if kept := beside.get(key):
+            beside[key] = [str(folder / expanded(str(text))) for text in (kept if isinstance(kept, list) else [kept])]
     return beside
 
 
@@ -190,7 +191,8 @@ def _check_ahead(source: Path, ahead: Plan) -> None:
         if isinstance(options, PruneOptions):
             counted = options.max_loss is None and options.parts == BLOCKS
             removed = options.amount(layers) if counted else 0
-            stay = layers - removed if counted else layers - layers // 2  # at least; nobody has lost half within a limit yet
+            # At least. A limit may take all but one; below this one nobody has lost half.
+            stay = layers - removed if counted else layers - layers // 2 if (options.max_loss or 1.0) <= _TIGHT else 1
         if isinstance(options, QuantizeOptions) and options.max_size is not None and not made_smaller:
             load("edgepress.pipeline.quantize.budget:check_possible")(source, options, stay)
         if foresee := STAGES[name].foresee:
@@ -311,7 +313,8 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     for (name, options), folder in zip(steps, folders, strict=True):
         release_memory()  # of the stage before
         if isinstance(options, BenchOptions):
-            options = _with_comparisons(original, out, steps, done, options)
+            plans = (out / PLAN,) if found is not None else ()
+            options = _with_comparisons(original, out, steps, done, dataclasses.replace(options, plans=plans))
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
     if file is not None:
@@ -391,7 +394,7 @@ def _compare_with(file: Path, artifact: Artifact) -> None:
     """Say so where what is shipped is larger than the GGUF file of few bits that it was made from, and no size was asked for."""
     had, has = file.stat().st_size, folder_bytes(artifact.path)
     quantized = next((step.facts for step in artifact.steps if step.stage == "quantize"), None)
-    if quantized is None or "max_bytes" in quantized or _PART_OF_GGUF.search(file.name):
+    if quantized is None or "max_bytes" in quantized:
         return
     if artifact.format == "onnx" and has > had and load("edgepress.pipeline.quantize.choose:quantized_before")(artifact):
         log.info(

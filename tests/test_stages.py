@@ -175,9 +175,7 @@ def test_a_kill_while_the_cost_is_written_leaves_nothing_for_good(built: Path, t
     ("name", "size", "types", "facts", "said"),
     [
         ("model.gguf", 1000, ["Q4_K"], {}, True),
-        ("best-of-breed.gguf", 1000, ["Q4_K"], {}, True),
         ("model.gguf", 10**9, ["Q4_K"], {}, False),
-        ("model-00001-of-00002.gguf", 1000, ["Q4_K"], {}, False),  # one of several files
         ("model.gguf", 1000, ["Q8_0"], {}, False),
         ("model.gguf", 1000, [], {}, False),
         ("model.gguf", 1000, ["Q4_K"], {"max_bytes": 5}, False),  # as large as it was asked to be

@@ -13,8 +13,8 @@ from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import MANIFEST, PLAN, read_json, real
-from edgepress.pipeline.options import BenchOptions, size_in_bytes
+from edgepress.pipeline.files import MANIFEST, read_json, real
+from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
 from edgepress.pipeline.report.forecast import Forecast
@@ -38,6 +38,7 @@ class Subject:
     failed: dict[str, str] = field(default_factory=dict)
     rows: tuple[StageRow, ...] = ()
     answers: tuple[Answer, ...] = ()
+    forecast: Forecast | None = None
 
     @property
     def path(self) -> Path:
@@ -90,16 +91,8 @@ class Subject:
             failed=self.failed,
             environment=environment,
             run=run,
-            forecast=self._forecast(),
+            forecast=self.forecast,
         )
-
-    def _forecast(self) -> Forecast | None:
-        """Of the build that it lies in, if that had bounds and made it within the bytes that were planned."""
-        try:
-            kept = typed(_Planned, read_json(real(self.path).parent / PLAN)).forecast
-        except (InputError, ValueError):
-            return None
-        return kept if kept.asked and size_in_bytes(kept.asked.proposal, PLAN) == self._fact("max_bytes") else None
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,14 @@ class _Planned:
     """What a report shows of plan.json."""
 
     forecast: Forecast
+
+
+def _forecast(plan: Path) -> Forecast:
+    """Raises InputError for a file that is none."""
+    try:
+        return typed(_Planned, read_json(plan)).forecast
+    except ValueError as error:
+        raise InputError(f"{plan} is no plan of a build ({error}); leave --plans out") from error
 
 
 def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
@@ -131,6 +132,8 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     ]
     if options.stages:
         subjects[0].stages = options.stages
+    for subject in subjects:
+        subject.forecast = next((_forecast(plan) for plan in options.plans if real(plan).parent == real(subject.path).parent), None)
     if options.reference or any(s.stages for s in subjects):
         require("torch")
         require("transformers")

@@ -31,8 +31,9 @@ def resolve(source: str) -> Path:
         check_file(path)  # a pipe, or a device
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or (os.sep != "/" and os.sep in source)
     if looks_local:
+        kind = "file" if path.suffix == ".gguf" else "folder"
         raise InputError(
-            f"no such {'file' if path.suffix == '.gguf' else 'folder'}: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
+            f"no such {kind}: {source}; give a folder with config.json, a .gguf file, a hub id (name/model), or 'reference'"
         )
     return _checked(_download(source))
 

@@ -81,7 +81,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if options.verb == "run":
         with contextlib.suppress(OSError):
             print()  # after the words so far
-    building = options.verb == "build"
+    building = options.verb in ("build", "sweep")
     say(interrupt.message(writes=building or options.verb in STAGES, resumes=building))
     return 130
 

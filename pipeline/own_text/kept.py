@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from edgepress.pipeline.artifact import RECORDS
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
@@ -39,7 +40,7 @@ Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, Qua
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.
-_RECORDS = {MANIFEST, "influence.json", "training.json"}
+_RECORDS = {MANIFEST, *RECORDS}
 
 
 def with_text(options: Calibrated, model: Path) -> Calibrated:

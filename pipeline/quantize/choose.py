@@ -20,6 +20,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.parts import within
+from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
@@ -47,6 +48,7 @@ from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
 from edgepress.pipeline.quantize.stage import Chosen
 from edgepress.pipeline.registry import version
+from edgepress.pipeline.report.steps import Import
 from edgepress.pipeline.text.windows import IDS, text_windows
 from transformers.pytorch_utils import Conv1D
 
@@ -325,8 +327,7 @@ def _mixed(settled: QuantizeOptions, items: Sequence[Item], forms: list[Form]) -
 
 def quantized_before(source: Artifact) -> bool:
     """Whether the checkpoint came from a GGUF file that holds weights in fewer than 8 bits."""
-    types = {name for step in source.steps[:1] for name in step.facts.get("quantized_types") or ()}
-    return bool(types - {"Q8_0", "Q8_1", "Q8_K"})
+    return any(typed(Import, step.facts, "import").few_bits for step in source.steps[:1] if step.stage == "import")
 
 
 def _because(growth: dict[str, float], limit: float, taken: str) -> str:

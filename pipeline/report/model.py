@@ -207,7 +207,9 @@ class Report:
 
     @property
     def smaller_source(self) -> int | None:
-        """Bytes of the GGUF file of few bits that it was made from, where that is smaller than it is."""
+        """Bytes of the GGUF file of few bits that it was made from, where that is smaller than it is, and has the same tokens."""
+        if any(step.trimming for step in self.steps):
+            return None
         sources = (step.imported for step in self.steps if step.imported and step.imported.few_bits)
         size = next((found.file_bytes for found in sources), 0)
         return size if 0 < size < self.figures["size.total_bytes"].median else None

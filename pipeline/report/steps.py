@@ -40,14 +40,14 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Import:
-    """Bytes of a GGUF file, and its types of fewer than 8 bits, if any."""
+    """Bytes of a GGUF file, and its types that are no floats."""
 
     file_bytes: int = 0
     quantized_types: tuple[str, ...] = ()
 
     @property
     def few_bits(self) -> bool:
-        """Whether some of its weights have fewer than 8."""
+        """Whether some of its weights have fewer than 8 bits."""
         return any(not name.startswith("Q8") for name in self.quantized_types)
 
 

@@ -215,8 +215,8 @@ def _pressed(reports: Sequence[Report]) -> list[str]:
         if {"original", "onnx"} <= set(scored):
             before, after = scored["original"], scored["onnx"]
             sizes = {row.name: shown(row.bytes, "byte") for row in report.stages}
-            file = next((step.facts.get("file_bytes") for step in report.steps if step.stage == "import"), None)
-            given = f"{sizes['original']} in float" + (f" (a GGUF file of {shown(file, 'byte')})" if isinstance(file, int) else "")
+            file = next((step.imported.file_bytes for step in report.steps if step.imported), 0)
+            given = f"{sizes['original']} in float" + (f" (a GGUF file of {shown(file, 'byte')})" if file else "")
             lines.append(
                 f"{report.artifact}: weights {given} to {sizes['onnx']}, "
                 f"perplexity {before:.4g} to {after:.4g} ({100 * (after / before - 1):+.1f} %)"

@@ -1,4 +1,4 @@
-"""The driver: hands builds to Ray, which places them, retries what a lost worker did, and shows them on its dashboard."""
+"""The driver: hands builds to Ray, which places them, and runs again what a lost worker did."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 from edgepress.pipeline import interrupt
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import folder_bytes
+from edgepress.pipeline.files import folder_bytes, real
 from edgepress.pipeline.options import SweepOptions, size_in_bytes
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.files import gather, save
 from edgepress.pipeline.report.model import ReportFile
 from edgepress.pipeline.sweep.builds import Sweep
 from edgepress.pipeline.sweep.work import Done, build, measure
+from edgepress.pipeline.visible import one_line
 
 log = logging.getLogger("edgepress")
 RETRIES = 3  # of a task whose worker died
@@ -35,11 +36,12 @@ def run(sweep: Sweep, out: Path, options: SweepOptions) -> tuple[dict[str, Done]
     MissingPackageError, InputError for an address where no Ray answers, OptionError for a build that no node is large enough for.
     """
     require("ray")
+    out = real(out)  # workers have another current folder
     with _ray(options):
         cores = _cores_of_a_node()
         each = options.cores or cores
         memory = size_in_bytes(options.memory, "--memory") if options.memory else 0
-        _check_fits(each, memory)
+        _check_fits(cores if any(wanted.alone for wanted in sweep.builds) else each, memory)
         log.info("sweep: %d builds, %d cores each; what they say stands in %s", len(sweep.builds), each, out / LOGS)
         tasks = {}
         for wanted in sweep.builds:
@@ -47,13 +49,13 @@ def run(sweep: Sweep, out: Path, options: SweepOptions) -> tuple[dict[str, Done]
             tasks[wanted.name] = _submit(build, taken, memory, wanted, out / BUILDS / wanted.name, log_file)
         done = _all(tasks)
         measuring = {}
-        for title, builds in sweep.models.items():
+        for name, builds in sweep.sets.items():
             if artifacts := tuple(path for wanted in builds if (path := done[wanted.name].wrote) is not None):
-                measuring[title] = _submit(
-                    measure, cores, 0, builds[0].model, artifacts, sweep.bench, out / MEASURED / title, out / LOGS / f"{title}.log"
-                )
+                original = out / BUILDS / builds[0].name / "00-trim" if builds[0].trimmed else builds[0].original
+                log_file = out / LOGS / f"{name}-measured.log"
+                measuring[name] = _submit(measure, cores, 0, original, artifacts, sweep.bench, out / MEASURED / name, log_file)
         if measuring:
-            log.info("sweep: measuring %d models, each alone on its node", len(measuring))
+            log.info("sweep: measuring %s, each set alone on a node", ", ".join(measuring))
         measured = _all(measuring)
     reports = [end.wrote for end in measured.values() if end.wrote is not None]
     content = gather(reports) if reports else None
@@ -70,6 +72,7 @@ def _ray(options: SweepOptions) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -137,8 +140,10 @@ def _all(tasks: dict[str, Any]) -> dict[str, Done]:
         name = names[task]
         try:
             done[name] = ray.get(task)
+        except ray.exceptions.RayTaskError as error:  # of Ray's own work around ours, which returns what failed
+            done[name] = Done(0.0, failed=one_line(f"{type(error.cause).__name__}: {error.cause}"))
         except ray.exceptions.RayError as error:
-            done[name] = Done(0.0, failed=f"its worker died {RETRIES + 1} times ({str(error).splitlines()[0]})")
+            done[name] = Done(0.0, failed=f"its worker died {RETRIES + 1} times ({type(error).__name__})")
         rest = (time.monotonic() - begun) * (len(names) - len(done)) / len(done)
         said = done[name].failed or _size(done[name])
         log.info("sweep: %s: %s (%d of %d, about %d min left)", name, said, len(done), len(names), round(rest / 60))

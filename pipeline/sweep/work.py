@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import EdgepressError
+from edgepress.pipeline.files import PLAN
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.lock import writing
 from edgepress.pipeline.options import BenchOptions
@@ -34,23 +36,33 @@ def build(wanted: Build, out: Path, log: Path) -> Done:
     try:
         with _logged(log), writing(out, build=True, wait=True):  # children of a worker that was killed need a moment to see it
             steps, bounds = wanted.plan()
-            artifact = recipe.shipped_artifact(recipe.build(wanted.model, out, steps, bounds))
-    except EdgepressError as error:
-        return Done(time.monotonic() - begun, failed=one_line(str(error)))
+            artifact = recipe.shipped_artifact(recipe.build(wanted.source, out, steps, bounds))
+    except Exception as error:
+        return Done(time.monotonic() - begun, failed=_reason(error, log))
     return Done(time.monotonic() - begun, artifact.path)
 
 
-def measure(model: Path, artifacts: tuple[Path, ...], bench: Flags, out: Path, log: Path) -> Done:
-    """Measure the artifacts of a model in turn, and compare each with the model; an interrupted run goes on."""
+def measure(original: Path, artifacts: tuple[Path, ...], bench: Flags, out: Path, log: Path) -> Done:
+    """Measure artifacts in turn, and compare each with the original; an interrupted run goes on."""
     begun = time.monotonic()
     first, *others = artifacts
+    plans = tuple(plan for path in artifacts if (plan := path.parent / PLAN).is_file())
     try:
         with _logged(log):
-            options = make(BenchOptions, {**bench, "reference": model, "compare_with": tuple(others)})
+            options = make(BenchOptions, {**bench, "reference": original, "compare_with": tuple(others), "plans": plans})
             report = stages.run("bench", Artifact.load(first), out, options, wait=True)
-    except EdgepressError as error:
-        return Done(time.monotonic() - begun, failed=one_line(str(error)))
+    except Exception as error:
+        return Done(time.monotonic() - begun, failed=_reason(error, log))
     return Done(time.monotonic() - begun, report.path)
+
+
+def _reason(error: Exception, log: Path) -> str:
+    """In one line; the whole of what nobody expected goes to the end of ``log``, for the driver has none of it."""
+    if isinstance(error, EdgepressError):
+        return one_line(str(error))
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    return one_line(f"{type(error).__name__}: {error}; {log} has more")
 
 
 @contextmanager

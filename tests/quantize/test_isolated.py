@@ -39,7 +39,6 @@ import sys
 from pathlib import Path
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.progress import ENDED, Mirror
 from edgepress.pipeline.stages import run
 source, out, text = map(Path, sys.argv[1:])
 options = QuantizeOptions(method="gptq", calibration=text, calibration_tokens=2048, bits=4, group_size=64)

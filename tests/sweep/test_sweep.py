@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from edgepress.pipeline.files import read_json, sha256
+from edgepress.pipeline.report.comparison import labels
 from edgepress.pipeline.report.model import read as read_report
 from edgepress.pipeline.sweep.builds import read
 from edgepress.pipeline.sweep.work import build, measure
+from gguf import GGMLQuantizationType
+from gguf_files import write_gguf
 
 REFUSED = [
     ("recipes: [default]", "must name models"),
@@ -29,7 +35,12 @@ REFUSED = [
     ("models: [reference]\nbudgets: [{min_speed: 9, bits: 4}]", "--min-speed chooses the bits"),
     ("models: [reference]\nbudgets: [{colour: red}]", "colour"),
     ("models: [reference]\nbench: {repeats: 0}", "repeats"),
-    ("models: [reference, reference]", "twice"),
+    ("models: [reference]\nbudgets: [{bits: 4}, {bits: 4}]", "twice"),
+    ("models: [reference]\nbudgets: [{repeats: 9}]", "takes repeats"),
+    ("models: [reference]\nbench: {reference: x}", "itself tells bench reference"),
+    ("models: [reference]\nbench: {text: no-such.txt}", "no-such.txt"),
+    ("models: [reference]\nbench: {threads: 1}\nbudgets: [{max_ttft: 90}]", "planned with all threads"),
+    ("models: [reference]\nrecipes: [half.yaml]", "has no export"),
     ("models: [{a: 1}]", "correct"),
     ("{", "correct it"),
 ]
@@ -38,6 +49,7 @@ REFUSED = [
 @pytest.mark.parametrize(("text", "reason"), REFUSED, ids=[text for text, _ in REFUSED])
 def test_a_file_that_says_nothing_sensible(text: str, reason: str, tmp_path: Path, call: Callable) -> None:
     """Refused before anything is built, in one line."""
+    (tmp_path / "half.yaml").write_text("quantize: {method: rtn}")
     (tmp_path / "sweep.yaml").write_text(text)
     result = call("sweep", tmp_path / "sweep.yaml", tmp_path / "out")
     assert result.code == 2 and reason in result.err and result.err.count("\n") == 1, result.err
@@ -75,13 +87,48 @@ def test_every_model_by_every_recipe_within_every_budget(tmp_path: Path, tiny: P
         "budgets: [{}, {max-size: 9MB, method: rtn}, {min_speed: 30}]\nbench: {repeats: 2}"
     )
     sweep = read(tmp_path / "sweep.yaml")
-    assert len({wanted.name for wanted in sweep.builds}) == 12 and list(sweep.models) == ["reference", tiny.name]
+    assert len({wanted.name for wanted in sweep.builds}) == 12 and list(sweep.sets) == ["reference", tiny.name]
+    assert sweep.builds[3].recipe == str(tmp_path / "mine.yaml") and all(wanted.original.is_absolute() for wanted in sweep.builds)
     assert [wanted.name for wanted in sweep.builds[:3]] == [
         "reference-default", "reference-default-max-size-9MB-method-rtn", "reference-default-min-speed-30",
     ]  # fmt: skip
     assert [wanted.alone for wanted in sweep.builds[:3]] == [False, False, True]
     assert [name for name, _ in sweep.builds[3].plan()[0]] == ["quantize", "export"] and sweep.bench == {"repeats": 2}
     assert all(name != "bench" for wanted in sweep.builds for name, _ in wanted.plan()[0])
+
+
+def test_names_are_those_of_folders(tmp_path: Path, tiny: Path, copy_of: Callable) -> None:
+    """Short, all different, unlike a stage's; and what has other tokens is measured apart."""
+    models = [tmp_path / name for name in ("a_b", "a-b", "01-prune", "x" * 150)]
+    for model in models:
+        shutil.copytree(tiny, model)
+    (tmp_path / "sweep.yaml").write_text("models: [a_b, a-b, ./01-prune, " + "x" * 150 + "]\nbudgets: [{}, {keep_tokens: 300}]")
+    sweep = read(tmp_path / "sweep.yaml")
+    names = [wanted.name for wanted in sweep.builds]
+    assert len(set(names)) == 8 and all(len(name) < 120 for name in names) and names[4] == "model-01-prune-default"
+    assert labels([tmp_path / "out" / name / "04-export" for name in names]) == names
+    assert len(sweep.sets) == 8 and [len(builds) for builds in sweep.sets.values()] == [1] * 8
+    assert [wanted.trimmed for wanted in sweep.builds] == [False, True] * 4
+
+
+def test_a_gguf_whose_codes_are_kept_is_built_itself(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its import is, once for all builds; it is compared with that in either case."""
+    monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    write_gguf(tiny, tmp_path / "small.gguf", GGMLQuantizationType.Q4_0)
+    (tmp_path / "sweep.yaml").write_text("models: [small.gguf]\nrecipes: [codes, default]")
+    codes, plain = read(tmp_path / "sweep.yaml").builds
+    assert codes.source == tmp_path / "small.gguf" and plain.source == plain.original == codes.original
+    assert "imports" in plain.original.parts
+
+
+def test_where_nothing_could_be_built(tiny: Path, tmp_path: Path, edgepress: Callable) -> None:
+    """By Ray, from another folder than its workers': each build says why, and nobody waits for a measuring."""
+    (tmp_path / "sweep.yaml").write_text(f"models: [{tiny}]\nbudgets: [{{max_size: 1KB, method: rtn, remove_count: 0}}]")
+    result = edgepress("sweep", "sweep.yaml", "out", cwd=tmp_path)
+    assert result.code == 2, result.err
+    assert "--max-size 1KB" in result.out and result.err.splitlines()[-1].startswith("error: 1 of 1 failed")
+    assert (tmp_path / "out" / "logs" / f"{tiny.name}-default-max-size-1KB-method-rtn-remove-count-0.log").is_file()
+    assert "Traceback" not in result.err + result.out
 
 
 def test_what_a_worker_does(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -127,9 +174,13 @@ def two_nodes() -> Iterator[str]:
 
 
 def workers() -> list[int]:
-    """Process ids of the Ray workers that build."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in listed if "ray::build" in line]
+    """Process ids of the workers that build, of the Ray that this process began."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray::build" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 @pytest.mark.families
@@ -156,6 +207,7 @@ def test_a_worker_and_the_driver_are_killed(two_nodes: str, tmp_path: Path) -> N
     deadline = time.monotonic() + 60  # Ray ends the workers of a driver that is gone
     while workers() and time.monotonic() < deadline:
         time.sleep(0.5)
+    assert not workers()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert all(sha256(file) == hashed for file, hashed in finished.items())  # kept, not made anew
