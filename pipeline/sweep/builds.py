@@ -111,7 +111,7 @@ def read(file: Path) -> Sweep:
 
 def _builds(folder: Path, model: str, given: SweepFile) -> list[Build]:
     beside = folder / expanded(model)
-    named = str(beside) if beside.exists() else model
+    named = str(beside) if beside.exists() and model != "reference" else model
     original, title = stages.source_of(named).path, recipe.default_out(named).name.removesuffix(".gguf")
     made = []
     for chosen in given.recipes:
