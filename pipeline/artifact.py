@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict
@@ -32,7 +33,12 @@ from edgepress.pipeline.model_files import read_config
 
 # Format of the manifest itself; a reader refuses a newer one.
 MANIFEST_VERSION = 1
-RECORDS = {"influence.json", "influence.png", "training.json"}  # of what stages did, beside a model
+RECORDS = {"influence.json", "training.json"}  # of what stages did, beside a model
+# Files that decide what a model computes, and of which text.
+_OF_A_MODEL = (
+    "*.safetensors", "*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "modeling_*.py", "configuration_*.py",
+    "tokenization_*.py",
+)  # fmt: skip
 Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report"]
 
 
@@ -170,8 +176,10 @@ class Artifact:
         return self._identity
 
     def model_identity(self) -> str:
-        """The same without what stages record beside a model, so that what is known of one is known of a copy of it, too."""
-        model = {name: hashed for name, hashed in self._hashes.items() if name not in RECORDS}
+        """The same of what decides what a model computes, so that what is known of one is known of a copy of it, too."""
+        model = {name: hashed for name, hashed in self._hashes.items() if any(fnmatch(name, kind) for kind in _OF_A_MODEL)}
+        model = {name: hashed for name, hashed in model.items() if name not in RECORDS}
+        assert model, "a GGUF file is imported before anything is known of its model"
         return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
     @cached_property
