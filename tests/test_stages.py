@@ -172,27 +172,27 @@ def test_a_kill_while_the_cost_is_written_leaves_nothing_for_good(built: Path, t
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "types", "facts", "said"),
+    ("size", "types", "facts", "said"),
     [
-        ("model.gguf", 1000, ["Q4_K"], {}, True),
-        ("model.gguf", 10**9, ["Q4_K"], {}, False),
-        ("model.gguf", 1000, ["Q8_0"], {}, False),
-        ("model.gguf", 1000, [], {}, False),
-        ("model.gguf", 1000, ["Q4_K"], {"max_bytes": 5}, False),  # as large as it was asked to be
+        (1000, ["Q4_K"], {}, True),
+        (10**9, ["Q4_K"], {}, False),
+        (1000, ["Q8_0"], {}, False),
+        (1000, [], {}, False),
+        (1000, ["Q4_K"], {"max_bytes": 5}, False),  # as large as it was asked to be
     ],
 )
 def test_an_artifact_larger_than_its_gguf_is_said(
-    name: str, size: int, types: list[str], facts: dict, said: bool, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    size: int, types: list[str], facts: dict, said: bool, built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody expects that of a tool that makes models smaller."""
-    with (tmp_path / name).open("wb") as file:
+    with (tmp_path / "model.gguf").open("wb") as file:
         file.truncate(size)
     caplog.set_level("INFO", "edgepress")
     artifact = Artifact.load(built / "03-export")
     first, *others = artifact.steps
     given = [replace(step, facts=step.facts | (facts if step.stage == "quantize" else {})) for step in others]
     artifact = replace(artifact, steps=[replace(first, stage="import", facts={"quantized_types": types}), *given])
-    recipe._compare_with(tmp_path / name, artifact)
+    recipe._compare_with(tmp_path / "model.gguf", artifact)
     assert ("its weights have few bits already" in caplog.text) == said
 
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepress.pipeline.files import real
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
 from edgepress.pipeline.report.model import Comparison, Report
 from edgepress.pipeline.report.stats import LEVEL, Ratio, ratio
 
 # Figure -> the words for more and for less of it.
 WORDS = {
-    "speed.decode_tokens_per_s": ("faster", "slower"),
+    DECODE: ("faster", "slower"),
     "speed.prefill_tokens_per_s": ("faster", "slower"),
     "load.warm_s": ("slower", "faster"),
-    "memory.peak_rss_bytes": ("larger", "smaller"),
+    MEMORY: ("larger", "smaller"),
 }
-DECODE, SIZE = "speed.decode_tokens_per_s", "size.total_bytes"
 # Files of this much difference in size count as equal.
 EQUAL_SIZE = 1.02
 # A speed-up counts as none when even the upper end of its interval is no more than this.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgepress.pipeline.report.comparison import DECODE, SIZE, compare, losing
+from edgepress.pipeline.report.comparison import compare, losing
+from edgepress.pipeline.report.forecast import DECODE, SIZE
 from edgepress.pipeline.report.model import Report
 from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.report.verdict import times, unfit

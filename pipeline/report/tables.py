@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from edgepress.pipeline.report.comparison import DECODE, SIZE
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
 from edgepress.pipeline.report.model import Comparison, Figure, Report, StageRow
 from edgepress.pipeline.report.stats import WIDEST, frontier
 from edgepress.pipeline.report.steps import describe
@@ -16,7 +16,7 @@ FIGURES = {
     "size.bits_per_weight": "bits per weight",
     "load.cold_s": "cold load time",
     "load.warm_s": "warm load time",
-    "memory.peak_rss_bytes": "peak RSS",
+    MEMORY: "peak RSS",
     "memory.peak_pss_bytes": "peak PSS",
     "memory.gpu_bytes": "GPU memory",
     "speed.ttft_ms": "TTFT",
@@ -120,7 +120,7 @@ def artifact_rows(reports: Sequence[Report]) -> Rows:
         "top-1 agreement": "quality.top1_agreement",
         "decode, tokens/s": DECODE,
         f"TTFT @{prompt_length(prompt)}": prompt,
-        "peak RSS": "memory.peak_rss_bytes",
+        "peak RSS": MEMORY,
     }
     best = {kind: set(best_of(reports, kind)) for kind in ("size", "speed") if len(reports) > 1}  # one alone is always the best
     narrowed = any(report.channels_removed or report.parts_removed for report in reports)

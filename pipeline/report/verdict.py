@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgepress.pipeline.report.attribution import WORRYING
-from edgepress.pipeline.report.comparison import DECODE, SIZE, compare, losing, loss
+from edgepress.pipeline.report.comparison import compare, losing, loss
+from edgepress.pipeline.report.forecast import DECODE, SIZE
 from edgepress.pipeline.report.model import Report
 from edgepress.pipeline.report.stats import WIDEST, Ratio
 from edgepress.pipeline.report.tables import shown

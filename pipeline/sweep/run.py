@@ -17,7 +17,9 @@ from edgepress.pipeline.files import folder_bytes, real
 from edgepress.pipeline.options import SweepOptions, size_in_bytes
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.files import gather, save
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
 from edgepress.pipeline.report.model import ReportFile
+from edgepress.pipeline.report.text import table as aligned
 from edgepress.pipeline.sweep.builds import Sweep
 from edgepress.pipeline.sweep.work import Done, build, measure
 from edgepress.pipeline.visible import one_line
@@ -157,25 +159,20 @@ def _size(end: Done) -> str:
 
 # Title of a column, its figure, its unit in that of the figure, and its form.
 _COLUMNS = (
-    ("MB", "size.total_bytes", 1e6, ".1f"),
-    ("perplexity", "quality.perplexity", 1, ".2f"),
-    ("KL", "quality.kl_mean", 1, ".4f"),
-    ("tokens/s", "speed.decode_tokens_per_s", 1, ".1f"),
-    ("peak MB", "memory.peak_rss_bytes", 1e6, ".0f"),
-)
+    ("MB", SIZE, 1e6, ".1f"), ("perplexity", "quality.perplexity", 1, ".2f"), ("KL", "quality.kl_mean", 1, ".4f"),
+    ("tokens/s", DECODE, 1, ".1f"), ("peak MB", MEMORY, 1e6, ".0f"),
+)  # fmt: skip
 
 
 def table(content: ReportFile | None, done: dict[str, Done]) -> str:
     """A row for each build: bytes, loss, speed and memory, or why there is none."""
     measured = {report.artifact: report.figures for report in content.reports} if content else {}
-    width = max(map(len, done))
-    lines = [f"{'build':<{width}}" + "".join(f"  {title:>10}" for title, *_ in _COLUMNS)]
-    for name, end in done.items():
-        figures = measured.get(name)
-        cells = [
-            "" if key not in figures or (value := figures[key].median) is None else format(value / unit, form)
-            for _, key, unit, form in _COLUMNS
-        ] if figures else []  # fmt: skip
-        row = "".join(f"  {cell:>10}" for cell in cells) or f"  {end.failed or 'not measured'}"
-        lines.append(f"{name:<{width}}{row}")
-    return "\n".join(lines)
+    rows = [["build", *(title for title, *_ in _COLUMNS)]]
+    for name in done:
+        figures = measured.get(name, {})
+        rows.append(
+            [name, *(format(figures[key].median / unit, form) if key in figures else "" for _, key, unit, form in _COLUMNS)]
+        )
+    head, *lines = aligned(rows).splitlines()
+    missing = ("" if name in measured else f"  {end.failed or 'not measured'}" for name, end in done.items())
+    return "\n".join([head, *(line + why for line, why in zip(lines, missing, strict=True))])

@@ -97,7 +97,7 @@ def test_every_model_by_every_recipe_within_every_budget(tmp_path: Path, tiny: P
     assert all(name != "bench" for wanted in sweep.builds for name, _ in wanted.plan()[0])
 
 
-def test_names_are_those_of_folders(tmp_path: Path, tiny: Path, copy_of: Callable) -> None:
+def test_names_are_those_of_folders(tmp_path: Path, tiny: Path) -> None:
     """Short, all different, unlike a stage's; and what has other tokens is measured apart."""
     models = [tmp_path / name for name in ("a_b", "a-b", "01-prune", "x" * 150)]
     for model in models:
