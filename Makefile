@@ -23,7 +23,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run serve verify show import trim prune heal narrow quantize tune export bench report plan sweep sensitivity \
+.PHONY: help demo real artifact run serve page verify show import trim prune heal narrow quantize tune export bench report plan sweep sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -66,6 +66,9 @@ run: $(READY) ## generate text: [MODEL=artifact] PROMPT='...' or ARGS=--chat
 
 serve: $(READY) ## OpenAI's interface and a page to chat: [MODEL=artifact] [ARGS='--port 8080']
 	$(PRESS) serve "$(ARTIFACT)" $(ARGS)
+
+page: $(READY) ## a folder that chats in a browser: MODEL=artifact [OUT=...] (the artifact built with TARGET=web)
+	$(PRESS) page "$(ARTIFACT)" "$(FOLDER)" $(ARGS)
 
 verify: $(READY) ## check an artifact: [MODEL=artifact] [ARGS='--original SRC']
 	$(PRESS) verify "$(ARTIFACT)" $(ARGS)

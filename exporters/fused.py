@@ -22,22 +22,22 @@ INT64, INT32 = ir.DataType.INT64, ir.DataType.INT32
 PADDED_ON_THE_LEFT = "pad_on_the_right__this_graph_cannot_be_padded_on_the_left"  # onnxruntime names it in its error
 
 
-def build(checkpoint: Checkpoint, accuracy_level: int, half: bool = False) -> ir.Model:
+def build(checkpoint: Checkpoint, accuracy_level: int, builder: Builder) -> ir.Model:
     """The whole model as ONNX: input_ids, attention_mask, past -> logits, present.
 
-    half: activations, cache and scales in float16 instead of float32.
+    builder: an empty one, of the type that activations, cache and scales have, float32 or float16.
     """
-    return _Graph(checkpoint, accuracy_level, half).model()
+    return _Graph(checkpoint, accuracy_level, builder).model()
 
 
 class _Graph:
     """Writes one model. Hidden states are (batch, tokens, hidden); the residual stream is what blocks add to."""
 
-    def __init__(self, checkpoint: Checkpoint, accuracy_level: int, half: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, accuracy_level: int, builder: Builder) -> None:
         self.config, self.weights, self.matrix = checkpoint.config, checkpoint.weights, checkpoint.matrix
         self.accuracy_level = accuracy_level
         self.family, self.silent = FAMILIES[self.config.model_type], checkpoint.silent
-        self.b = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+        self.b = builder
 
     def model(self) -> ir.Model:
         b, config, count = self.b, self.config, self.config.num_hidden_layers

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.files import save
+from edgepress.exporters.graph.web import INTEGERS
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import WEIGHTS_BELOW, read_json, write_json
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
@@ -42,6 +43,8 @@ def lay_out(folder: Path, dtype: str, window: np.ndarray) -> None:
 
 def dtype_of(graph: ir.Model, half: bool) -> str:
     """What transformers.js calls the weights: by the fewest bits of a matrix."""
+    if any(node.op_type == INTEGERS for node in graph.graph):
+        return "q8"
     bits = [node.attributes["bits"].as_int() for node in graph.graph if node.op_type == "MatMulNBits"]
     if not bits:
         if any(node.op_type == "MatMulBnb4" for node in graph.graph):

@@ -71,13 +71,13 @@ class _Flat(torch.nn.Module):
         return output.logits, *present, *self.outputs
 
 
-def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, half: bool = False) -> ir.Model:
+def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, builder: Builder) -> ir.Model:
     """Trace the checkpoint's float32 model and put the packed weights in.
 
-    half: weights, activations and cache in float16; a copy of the model is traced. Raises ModelError for what cannot be
-    traced, or when the traced graph does not read a packed matrix.
+    builder: an empty one, of the type that weights, activations and cache have; for float16 a copy of the
+    model is traced. Raises ModelError for what cannot be traced, or when the traced graph does not read a packed matrix.
     """
-    if half:
+    if builder.float == ir.DataType.FLOAT16:
         model = copy.deepcopy(model)
         for parameter in model.parameters():  # buffers stay: rotary frequencies lose too much in half precision
             parameter.data = parameter.data.half()
@@ -87,7 +87,7 @@ def build(checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, h
         past = _sample_cache(model, bool(checkpoint.silent))
         traced = _trace(_Flat(model), past)
     _keep_last_positions(traced.graph)
-    _put_packed_in(traced.graph, checkpoint, model, accuracy_level, half)
+    _put_packed_in(traced.graph, checkpoint, model, accuracy_level, builder)
     onnxscript.optimizer.optimize_ir(traced)
     del traced.graph.outputs[1 + len(past) :]  # the blocks' outputs keep their names, for exporters/proof/mismatch.py
     # The tracer notes the Python stack on every node: on a small model that outweighs the weights.
@@ -218,7 +218,7 @@ def _one_line_errors() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _put_packed_in(graph: ir.Graph, checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, half: bool) -> None:
+def _put_packed_in(graph: ir.Graph, checkpoint: Checkpoint, model: PreTrainedModel, accuracy_level: int, builder: Builder) -> None:
     """Let every MatMul, Gemm (GPT-2's Conv1D) and Gather over a packed weight read its codes instead."""
     weights = checkpoint.weights
     packed_names, done = {name for name in weights.matrices if not within(checkpoint.silent, name)}, set[str]()
@@ -226,7 +226,6 @@ def _put_packed_in(graph: ir.Graph, checkpoint: Checkpoint, model: PreTrainedMod
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     names = {module: name for name, module in model.named_modules()}
     alias = {names[head]: names[embedding]} if head.weight is embedding.weight else {}
-    builder = Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
     for node in list(graph):
         if node.op_type not in ("MatMul", "Gemm", "Gather"):
             continue

@@ -7,10 +7,12 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import onnx_ir
+import onnx_ir as ir
 from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
+from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import give_all_logits, rows_in_place, save, weight_bytes_per_token
+from edgepress.exporters.graph.web import WebBuilder
 from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
@@ -23,7 +25,7 @@ from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.scores import Quality, mean_loss_of
-from edgepress.pipeline.options import INT8, NODE, ExportOptions
+from edgepress.pipeline.options import INT8, NODE, WEB, ExportOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.text.reading import read_text
@@ -31,6 +33,7 @@ from edgepress.pipeline.text.windows import same_tokens
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
+_ACTIVATIONS = {"cpu": "float32", "cuda": "float16", WEB: "int16"}
 
 
 def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
@@ -60,7 +63,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         warn_unless_readable(loss, checkpoint.config.vocab_size, options.text)
         choice = accuracy_level.choose(reference, out, graph, options, lambda: _lost(reference, out, options, is_fused))
         kept = quantize_cache(reference, checkpoint, out, choice.proof or exact) if options.cache == INT8 else None
-    if options.layout == NODE:
+    if options.layout == NODE or options.target == WEB:
         lay_out(out, dtype_of(graph, half), reference.windows[0][:64])
     if half:
         log.info("export: float16 for CUDA, proven with onnxruntime's CPU kernels; bench --target cuda measures it on the GPU")
@@ -69,7 +72,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         "source": source.identity(),
         "exporter": exporter,
         "target": options.target,
-        "activations": "float16" if half else "float32",
+        "activations": _ACTIVATIONS[options.target],
         "proven_on": "CPUExecutionProvider",
         "batch": graph.metadata_props["edgepress.batch"],
         **choice.facts(),
@@ -104,7 +107,7 @@ def _check_cache(exporter: str, obstacle: str | None) -> None:
 class Draft:
     """A graph as it was written, by which exporter, why not by the fused one, and the model in torch to compare it with."""
 
-    graph: onnx_ir.Model
+    graph: ir.Model
     exporter: str
     obstacle: str | None
     model: PreTrainedModel
@@ -120,9 +123,10 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
         _check_cache(exporter, obstacle)
     # A trace needs all weights at once; a comparison reads one matrix at a time.
     model = checkpoint.offloaded_model() if is_fused else checkpoint.model()
-    half = options.target == "cuda"  # its GroupQueryAttention has no float32, and int8 activations are for the CPU
-    level = 0 if half or options.accuracy_level == "0" else 4
-    graph = fused.build(checkpoint, level, half) if is_fused else portable.build(checkpoint, model, level, half)
+    half = options.target == "cuda"  # its GroupQueryAttention has no float32
+    level = 0 if options.target != "cpu" or options.accuracy_level == "0" else 4  # int8 activations are for the CPU
+    builder = WebBuilder() if options.target == WEB else Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    graph = fused.build(checkpoint, level, builder) if is_fused else portable.build(checkpoint, model, level, builder)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
     if options.logits == "all":

@@ -39,7 +39,7 @@ _OF_A_MODEL = (
     "*.safetensors", "*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "modeling_*.py", "configuration_*.py",
     "tokenization_*.py",
 )  # fmt: skip
-Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report"]
+Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report", "page"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Artifact:
 
     format: "gguf" (a file, the only one that is no directory), "hf" (Hugging Face checkpoint), "packed" (the same with
     packed.safetensors for its matrices), "codes" (packed as far as a GGUF's codes were kept, the rest yet to be quantized), "onnx"
-    (model.onnx and what runs it), "report" (figures of one).
+    (model.onnx and what runs it), "report" (figures of one), "page" (one for browsers, with all that runs it there).
     steps: the stages behind it, first to last. fingerprint: what went in; "" for a directory we did not write.
     """
 

@@ -65,7 +65,12 @@ CACHES = {
     "float": "as the activations",
     INT8: "a quarter of the memory, and faster where the text is long; on the CPU, not for optimum and transformers.js",
 }
-TARGETS = {"cpu": "onnxruntime on the CPU", "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16"}
+WEB = "web"
+TARGETS = {
+    "cpu": "onnxruntime on the CPU",
+    "cuda": "onnxruntime-gpu on an NVIDIA GPU, in float16",
+    WEB: "browsers, by transformers.js: 8 bits and one scale a row; measured by onnxruntime on the CPU",
+}
 
 
 def _calibration() -> Path:
@@ -413,6 +418,15 @@ class QuantizeOptions(Options):
                 raise OptionError("--max-size chooses the bits of head and embedding; leave --head-bits and --embedding-bits out")
 
     @property
+    def fits_web(self) -> bool:
+        """Whether every matrix gets 8 bits and one scale a row, or stays float, which is what a browser runs."""
+        chosen = any(x is not None for x in (self.max_growth, self.target_bits, self.max_size)) or self.act_order
+        other = {self.head_bits, self.embedding_bits, *(rule.bits for rule in bits_rules(self.bits_for))} - {8, 16, None}
+        if chosen or other or any(rule.bits == 8 for rule in bits_rules(self.bits_for)):
+            return False
+        return self.method in ("int8", "none") or (METHODS[self.method].adjustable and self.bits == 8 and self.group_size == -1)
+
+    @property
     def chooses(self) -> bool:
         """Whether the stage settles the bits itself."""
         return any(given is not None for given in (self.max_growth, self.target_bits, self.max_size))
@@ -636,13 +650,15 @@ class ExportOptions(Options):
     trust_remote_code: bool = _trust()
 
     def __post_init__(self) -> None:
-        if self.cache == INT8 and (self.target == "cuda" or self.layout == NODE):
-            given = "--target cuda" if self.target == "cuda" else f"--layout {NODE}"
+        if self.cache == INT8 and (self.target != "cpu" or self.layout == NODE):
+            given = f"--target {self.target}" if self.target != "cpu" else f"--layout {NODE}"
             raise OptionError(f"--cache int8 is for the CPU, and not for transformers.js; leave it or {given} out")
-        if self.target == "cuda" and self.accuracy_level == "4":
-            raise OptionError("int8 activations are CPU-only, and the target is cuda; leave --accuracy-level out")
-        if self.target == "cuda" and self.exact_layers is not None:
-            raise OptionError("--exact-layers is for int8 activations, which are CPU-only; leave it out for --target cuda")
+        if self.target != "cpu" and self.accuracy_level == "4":
+            raise OptionError(f"int8 activations are CPU-only, and the target is {self.target}; leave --accuracy-level out")
+        if self.target != "cpu" and self.exact_layers is not None:
+            raise OptionError(
+                f"--exact-layers is for int8 activations, which are CPU-only; leave it out for --target {self.target}"
+            )
         if self.exact_layers is not None:
             if self.accuracy_level == "0":
                 raise OptionError("--exact-layers is for int8 activations, and --accuracy-level 0 has none; leave one of them out")
@@ -689,6 +705,20 @@ class BenchOptions(Options):
                 f"{min(lengths)} prompt and {self.new_tokens} new tokens exceed the context of {room}; give fewer --new-tokens"
             )
         return lengths
+
+
+@dataclass(frozen=True)
+class PageOptions(Options):
+    """Write a folder of static files that chats with an artifact for browsers (export --target web) without a server.
+
+    Any web server can send it. The first visit loads the model; later ones need no network. transformers.js and onnxruntime's
+    WebAssembly build are downloaded once, by npm.
+    """
+
+    title: str | None = option(None, "what the page calls the model (default: the name of its folder)")
+    modules: str | None = option(
+        None, "a node_modules folder to take the libraries from (default: npm downloads them)", metavar="DIR"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     BLOCKS,
     SELF,
+    WEB,
     BenchOptions,
     BoundOptions,
     ExportOptions,
@@ -136,8 +137,23 @@ def plan(recipe: Mapping[str, Mapping[str, object]], flags: Mapping[str, object]
         format = stages.format_of(*planned[-1])
     if unused:
         raise OptionError(f"no stage of this recipe ({', '.join(recipe)}) takes {min(unused).replace('_', '-')}")
+    _check_web(dict(planned))
     heals = any(isinstance(options, HealOptions) and options.healer != "none" for _, options in planned)
     return [(name, _with_criterion(options, heals)) for name, options in planned]
+
+
+def _check_web(steps: Mapping[str, Options]) -> None:
+    """Raise OptionError where what a browser shall run would not have 8 bits and one scale a row."""
+    export, quantize = steps.get("export"), steps.get("quantize")
+    if not isinstance(export, ExportOptions) or export.target != WEB:
+        return
+    if "tune" in steps:
+        raise OptionError(f"--target {WEB} needs one scale a row, and tune trains more; leave tune or the target out")
+    if isinstance(quantize, QuantizeOptions) and not quantize.fits_web:
+        raise OptionError(
+            f"--target {WEB} needs 8 bits and one scale a row, and quantize would give others; leave its options out, or give "
+            "--method rtn --bits 8 --group-size -1"
+        )
 
 
 def _with_criterion(options: Options, heals: bool) -> Options:
@@ -225,6 +241,8 @@ def recipe_for(source: str, flags: Mapping[str, object]) -> str:
     """The name of the shipped recipe that a source is built by where none is given."""
     if flags.get("keep_codes"):
         return "codes"
+    if flags.get("target") == WEB:
+        return "web"
     return "reference" if source == "reference" else "default"
 
 

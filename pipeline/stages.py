@@ -39,6 +39,7 @@ from edgepress.pipeline.options import (
     HealOptions,
     ImportOptions,
     NarrowOptions,
+    PageOptions,
     PruneOptions,
     QuantizeOptions,
     TrimOptions,
@@ -116,6 +117,7 @@ STAGES: dict[str, Stage] = {
         0.0,
         "edgepress.pipeline.bench.subject:foresee",
     ),
+    "page": Stage(PageOptions, "edgepress.pipeline.page.stage:page", ("onnx",), "page", (), 1.2),
 }
 
 

@@ -16,5 +16,5 @@ PARTS = {"blocks": "", "attention": "attention", "feed-forward": "feed-forward p
 # What a stage takes and leaves, in words.
 FORMATS = {
     "gguf": "a GGUF file", "hf": "a float checkpoint", "codes": "a checkpoint with the integers of its GGUF file",
-    "packed": "a quantized checkpoint", "onnx": "an ONNX artifact", "report": "a benchmark",
+    "packed": "a quantized checkpoint", "onnx": "an ONNX artifact", "report": "a benchmark", "page": "a page",
 }  # fmt: skip

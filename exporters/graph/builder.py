@@ -62,7 +62,7 @@ class Builder:
         name: str,
         outputs: Sequence[str] | None = None,
         domain: str = "",
-        **attributes: int | float | str,
+        **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """Add a node. outputs: names of all its outputs, "" for an unused one; default: one, named after the node."""
         values = [ir.Value(name=output or "") for output in (outputs or [name])]

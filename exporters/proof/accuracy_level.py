@@ -122,7 +122,7 @@ def choose(
     names = matrix_names(graph)
     reasons = {
         "asked for": options.accuracy_level == "0",
-        "int8 is the CPU's": options.target == "cuda",
+        "int8 is the CPU's": options.target != "cpu",
         "no matrix has integer weights": not names,
     }
     if options.exact_layers is not None and not names:

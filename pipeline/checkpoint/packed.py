@@ -118,6 +118,12 @@ class PackedLinear:
         scales = np.ascontiguousarray(scales, dtype=np.float32)
         return cls(name, (rows, columns), bits, group_size, packed, scales, zeros, permutation=permutation)
 
+    def in_blocks(self, block: int) -> PackedLinear:
+        """The same codes in other blocks, for a matrix whose rows have one scale each. block: must divide its width."""
+        scales, zeros = (x if x is None else x[:, :1].repeat(self.shape[1] // block, 1) for x in (self.scales, self.zeros))
+        assert scales is not None
+        return self.from_codes(self.name, self.unpacked(), scales, zeros, self.bits, block)
+
     def unpacked(self) -> np.ndarray:
         """The integer codes, uint8 (out, in), columns in the order in which they are stored."""
         rows, columns = self.shape

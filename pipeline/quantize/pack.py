@@ -98,7 +98,9 @@ def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: Quant
         if group is None or weight is None:
             log.info("quantize: %s stays float (no group size divides its width)", name)
             continue
-        ends[name] = round_to_nearest(name, weight, bits, group, symmetric=bits == 8)
+        ends[name] = round_to_nearest(name, weight, bits, group if options.group > 0 else -1, symmetric=bits == 8)
+        if ends[name].group_size != group:
+            ends[name] = ends[name].in_blocks(group)
     return ends
 
 

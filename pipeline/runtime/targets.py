@@ -28,6 +28,7 @@ class Target:
 TARGETS = {
     "cpu": Target("CPUExecutionProvider", "cpu"),
     "cuda": Target("CUDAExecutionProvider", "cuda"),
+    "web": Target("CPUExecutionProvider", "cpu"),  # of which a browser has another build
 }
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
-from pathlib import Path
 
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.page.html import chat_page, script_hash
 from edgepress.pipeline.serve import answers
 from edgepress.pipeline.serve.answers import Answer
 from edgepress.pipeline.serve.bodies import BadRequest, ChatBody, TextBody, chat_messages, job, parsed, prompt_ids
@@ -29,7 +27,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 log = logging.getLogger("edgepress")
-PAGE = Path(__file__).with_name("page.html")
 LARGEST_BODY = 4 << 20  # bytes
 LOCAL = ("127.0.0.1", "[::1]", "localhost")  # names that a browser on this machine may call the server by
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
@@ -73,13 +70,11 @@ class _Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.metrics = Metrics(engine)
-        self._page = PAGE.read_text(encoding="utf-8")
-        script = self._page.partition("<script>")[2].partition("</script>")[0]
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        self._page = chat_page("server.js")
         # All of the page is in its file: nothing is loaded from elsewhere, no other script runs, and no other site may frame it.
         self._policy = (
-            f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-            "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+            f"default-src 'none'; script-src {script_hash(self._page)}; style-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
         )
 
     async def chat(self, request: Request) -> Response:

@@ -37,6 +37,7 @@ VERBS = [
     "prune",
     "heal",
     "narrow",
+    "page",
     "quantize",
     "export",
     "bench",

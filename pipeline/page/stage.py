@@ -1,0 +1,56 @@
+"""The page stage: an artifact for browsers, what runs it, and a page to chat with it, as a folder that any web server can send."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+from edgepress.pipeline.artifact import Artifact, called
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.files import JsonObject, expanded, folder_bytes, link_or_copy
+from edgepress.pipeline.options import WEB, PageOptions
+from edgepress.pipeline.page.html import chat_page, script_hash
+from edgepress.pipeline.page.libraries import PACKAGES, libraries
+
+log = logging.getLogger("edgepress")
+MODEL, LIBRARIES = "model", "lib"
+_HERE = Path(__file__).parent
+_VERSION = "/* the version */"
+_OF_OTHERS = ("model.onnx", "genai_config.json", "manifest.json")  # which a browser does not read
+
+
+def page(source: Artifact, out: Path, options: PageOptions) -> JsonObject:
+    """Write the page into ``out``; returns the facts for the manifest.
+
+    Raises InputError for an artifact that was not exported for browsers, and where the libraries cannot be had.
+    """
+    if (target := source.steps[-1].facts.get("target") if source.steps else None) != WEB:
+        raise InputError(
+            f"{source.path} was exported for {target or 'something else'}, not for browsers; export it with --target web"
+        )
+    files = libraries(None if options.modules is None else expanded(options.modules))
+    (out / LIBRARIES).mkdir()
+    for file in files:
+        shutil.copyfile(file, out / LIBRARIES / file.name)
+    for name in source.files:
+        if name not in _OF_OTHERS:
+            (place := out / MODEL / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source.path / name, place)
+    title = options.title or called(source.path)
+    text = chat_page("browser.js", title)
+    policy = (
+        f"default-src 'none'; script-src {script_hash(text)} 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; "
+        "connect-src 'self' blob: data:; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    charset = '<meta charset="utf-8">\n'
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+    (out / "index.html").write_text(text.replace(charset, charset + meta), encoding="utf-8")
+    shutil.copyfile(_HERE / "worker.js", out / "worker.js")
+    versions = {package.name: package.version for package in PACKAGES}
+    version = hashlib.sha256(repr((source.identity(), versions, text)).encode()).hexdigest()[:16]
+    kept = (_HERE / "keep.js").read_text(encoding="utf-8").replace(_VERSION, version)
+    (out / "keep.js").write_text(kept, encoding="utf-8")
+    log.info("page: to try it: python3 -m http.server -b 127.0.0.1 in that folder, and open http://localhost:8000")
+    return {"libraries": versions, "bytes": [folder_bytes(source.path), folder_bytes(out)]}

@@ -1,0 +1,67 @@
+// Runs the model: takes {messages, temperature, limit} or {stop}, answers {loading}, {ready}, {piece}, {end} or {failed}.
+import { AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria, TextStreamer, env } from "./lib/transformers.min.js";
+
+const here = new URL("./", self.location.href).href;
+const LONGEST = 1024;  // tokens of an answer where nothing else is said
+env.allowRemoteModels = false;
+env.allowLocalModels = true;
+env.localModelPath = new URL(here).pathname;
+env.useBrowserCache = false;  // the service worker keeps the files
+env.backends.onnx.wasm.wasmPaths = { mjs: `${here}lib/ort-wasm-simd-threaded.mjs`, wasm: `${here}lib/ort-wasm-simd-threaded.wasm` };
+const cores = navigator.hardwareConcurrency || 2;
+env.backends.onnx.wasm.numThreads = self.crossOriginIsolated ? Math.min(cores, Math.max(2, cores / 2), 8) : 1;
+
+const stopping = new InterruptableStoppingCriteria();
+let tokenizer, model, kept = null;  // kept: ids that were read, and their cache
+
+async function load() {
+  const progress_callback = ({ status, progress }) => {
+    if (status === "progress_total") postMessage({ loading: Math.floor(progress) });
+  };
+  tokenizer = await AutoTokenizer.from_pretrained("model");
+  model = await AutoModelForCausalLM.from_pretrained("model", { device: "wasm", progress_callback });
+  postMessage({ ready: true });
+}
+
+// The ids of a conversation; of a model that has no chat template, of its texts.
+function inputsOf(messages) {
+  if (tokenizer.chat_template) return tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true });
+  return tokenizer(messages.map(({ content }) => content).join("\n"));
+}
+
+async function answer({ messages, temperature, limit }) {
+  const inputs = inputsOf(messages), ids = inputs.input_ids.tolist()[0];
+  const room = model.config.max_position_embeddings - ids.length;
+  if (room < 1) throw new Error("the conversation is longer than the model can read; begin a new one");
+  const most = Math.min(limit ?? LONGEST, room);
+  const goesOn = kept && kept.ids.length < ids.length && kept.ids.every((id, index) => id === ids[index]);
+  if (kept && !goesOn) await forget();
+  const choice = temperature === null ? {} : temperature > 0 ? { do_sample: true, temperature } : { do_sample: false };
+  let tokens = 0;
+  const streamer = new TextStreamer(tokenizer, {
+    skip_prompt: true, skip_special_tokens: true,
+    callback_function: piece => { if (piece) postMessage({ piece }) },
+    token_callback_function: () => { tokens += 1 },
+  });
+  stopping.reset();
+  const past = kept?.cache ?? null;
+  kept = null;
+  const found = await model.generate({
+    ...inputs, ...choice, max_new_tokens: most, streamer, stopping_criteria: stopping, return_dict_in_generate: true, past_key_values: past,
+  });
+  const whole = found.sequences.tolist()[0];
+  kept = { ids: whole.slice(0, -1), cache: found.past_key_values };  // the last token was not read
+  postMessage({ end: { tokens, reason: tokens >= most ? "length" : "stop" } });
+}
+
+async function forget() {
+  await kept.cache.dispose();
+  kept = null;
+}
+
+const loading = load().catch(error => postMessage({ failed: String(error.message ?? error) }));
+self.onmessage = async ({ data }) => {
+  if (data.stop) { stopping.interrupt(); return }
+  await loading;
+  try { await answer(data) } catch (error) { postMessage({ failed: String(error.message ?? error) }) }
+};
