@@ -129,7 +129,7 @@ test-real: $(READY) ## SmolLM2-135M-Instruct from the package registry, pressed 
 test-campaign: $(READY) ## bad inputs, kills and races from a seed for ten minutes: [ARGS='--seed 2 --seconds 3600']
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m campaign $(ARGS)
 
-test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready .node-consumer/.ready ## one artifact in the light base, onnxruntime-genai, optimum and transformers.js
+test-consumers: $(READY) .venv-light/.ready .venv-optimum/.ready .node-consumer/.ready ## one artifact in the light base, onnxruntime-genai, optimum, transformers.js and Chromium
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 -m consumers tests/consumers $(ARGS)
 
 .venv-light/.ready: pyproject.toml constraints.txt

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import edgepress.pipeline.bench
 import edgepress.pipeline.heal
 import edgepress.pipeline.narrow
+import edgepress.pipeline.page
 import edgepress.pipeline.prune
 import edgepress.pipeline.quantize
 import edgepress.pipeline.trim
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from edgepress.pipeline.runtime.generate import TextModel
     from edgepress.pipeline.verify.checks import Check
 
-__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "narrow", "prune", "quantize", "trim", "tune", "verify"]
+__all__ = ["Artifact", "bench", "build", "export", "heal", "load", "narrow", "page", "prune", "quantize", "trim", "tune", "verify"]
 
 
 def build(
@@ -100,6 +101,11 @@ def bench(source: str | Path, out: str | Path | None = None, **options: object) 
 
     folder = onnx_folder(_expanded(source))
     return _run("bench", folder, out or bench_folder(folder), options)
+
+
+def page(source: str | Path, out: str | Path, **options: object) -> Artifact:
+    """Write a folder of static files that chats with an artifact for browsers (``export`` with ``target="web"``)."""
+    return _run("page", source, out, options)
 
 
 def verify(source: str | Path, *, original: str | Path | None = None, **options: object) -> list[Check]:

@@ -67,7 +67,7 @@ def speed(subjects: list[Subject], jobs: list[SpeedJob], options: BenchOptions, 
 def _round(subjects: list[Subject], jobs: list[SpeedJob], order: list[int], options: BenchOptions) -> Round:
     """One sample of each subject in ``order``, and of the memory's bandwidth."""
     bandwidth = None
-    if options.target == "cpu":
+    if options.target != "cuda":
         with suppress(WorkerError):  # a small machine may not have the memory for it: one figure is missing then
             bandwidth = measured("bandwidth", BandwidthJob(options.threads), Bandwidth).bytes_per_s
     samples = {}
@@ -89,7 +89,7 @@ def _speed_figures(subject: Subject, samples: list[SpeedSample], options: BenchO
         if known := [value for sample in samples if (value := sample.values[name]) is not None]:
             figures[name] = Figure.of(_UNITS[name.rpartition("_")[2]], known)
         elif name == "memory.gpu_bytes":
-            missing[name] = "measured on the CPU" if options.target == "cpu" else "the driver does not report it"
+            missing[name] = "measured on the CPU" if options.target != "cuda" else "the driver does not report it"
         else:
             missing[name] = f"{platform.system()} does not report it" + (" (PSS is Linux only)" if "pss" in name else "")
     for length in samples[0].prefill:
@@ -112,7 +112,7 @@ def _bandwidth_figures(subject: Subject, bandwidths: list[float | None], options
     """By round: bytes read per token x decode rate / bandwidth."""
     figures, missing, read = subject.figures, subject.missing, subject.weight_bytes_per_token
     widths = [width for width in bandwidths if width is not None]
-    if options.target != "cpu":
+    if options.target == "cuda":
         missing["speed.bandwidth_fraction"] = "the bandwidth of a GPU's memory is not measured"
     elif len(widths) < len(bandwidths):
         missing["speed.bandwidth_fraction"] = "the process that measures memory bandwidth died, most likely out of memory"

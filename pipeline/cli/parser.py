@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("source", metavar="SRC", nargs="?", default="reference", help=SOURCE)
     build.add_argument("out", metavar="OUT", nargs="?", type=expanded, help="output folder (default: out/NAME)")
     build.add_argument(
-        "--recipe", metavar="FILE", help="YAML file, or the name of a shipped one (default: 'default', and 'reference' for it)"
+        "--recipe",
+        metavar="FILE",
+        help="YAML file, or the name of a shipped one (default: 'default'; 'web' for --target web, 'reference' for that model)",
     )
     build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
         "how much time choices and measurements may take, for what the recipe and flags leave open: "

@@ -5,8 +5,6 @@ edgepress run in an environment of the light base and onnxruntime alone, onnxrun
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 import pytest
+from consumers.programs import LIGHT, by_genai, by_node, by_optimum, light
 from edgepress.models import REFERENCE
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
@@ -25,9 +24,6 @@ from edgepress.pipeline.text.windows import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 pytestmark = pytest.mark.consumers
-ROOT = Path(__file__).parents[2]
-LIGHT, OPTIMUM = (ROOT / name / "bin" / "python" for name in (".venv-light", ".venv-optimum"))
-NODE_MODULES = ROOT / ".node-consumer" / "node_modules"
 IN_NODE = ("reference", "qwen2")  # a layout that all others read, too
 PROMPT, COUNT = "The old house stood at the end of the lane, and", 24
 MESSAGES = [
@@ -97,20 +93,11 @@ def node(
     artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What transformers.js answers under node, all models in one process. Skipped where there is no node."""
-    if shutil.which("node") is None:
-        pytest.skip("node is not installed, under which transformers.js is tried")
-    assert NODE_MODULES.is_dir(), "run make test-consumers, which installs transformers.js"
     jobs = [
         {"folder": str(artifacts[name]), "text": PROMPT, "messages": MESSAGES if MODELS[name] else None, "count": COUNT}
         for name in IN_NODE
     ]
-    file = tmp_path_factory.mktemp("node") / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    script = NODE_MODULES.parent / "node_side.mjs"
-    shutil.copy(Path(__file__).with_name("node_side.mjs"), script)  # node looks for packages beside the script
-    done = subprocess.run(["node", script, file], capture_output=True, text=True, timeout=300, cwd=file.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(IN_NODE, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(IN_NODE, by_node(jobs, tmp_path_factory.mktemp("node")), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +114,6 @@ def wanted(artifacts: dict[str, Path], prompts: dict[str, list[int]]) -> dict[st
 @pytest.fixture(scope="module")
 def optimum(artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What optimum and transformers 4 answer, all models in one process."""
-    assert OPTIMUM.is_file(), "run make test-consumers, which makes the environment"
     jobs = [
         {
             "folder": str(folder),
@@ -138,12 +124,7 @@ def optimum(artifacts: dict[str, Path], prompts: dict[str, list[int]], tmp_path_
         }
         for name, folder in artifacts.items()
     ]
-    file = tmp_path_factory.mktemp("jobs") / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    command = [str(OPTIMUM), str(Path(__file__).with_name("optimum_side.py")), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(artifacts, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(artifacts, by_optimum(jobs, tmp_path_factory.mktemp("jobs")), strict=True))
 
 
 @pytest.mark.parametrize("name", IN_NODE)
@@ -161,16 +142,6 @@ def test_transformers_js(
     if MODELS[name]:
         tokenizer = AutoTokenizer.from_pretrained(artifacts[name])
         assert node[name]["chat"] == tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-
-
-def light(*arguments: object, said: str = "") -> str:
-    """What the command line prints where torch, transformers and onnx are not installed."""
-    assert LIGHT.is_file(), "run make test-consumers, which makes the environment"
-    command = [str(LIGHT), "-m", "edgepress.pipeline.cli", *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONUTF8": "1"}
-    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, env=environment, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_light_environment_is_light() -> None:
@@ -196,27 +167,11 @@ def test_verify_and_chat_in_the_light_environment(name: str, artifacts: dict[str
         assert light("run", artifacts[name], "--chat", "--max-new-tokens", 8, said="Good day\nAnd now?\n").strip()
 
 
-def _by_genai(model: og.Model, prompt: list[int], **guessing: int) -> list[int]:
-    """COUNT greedy tokens. guessing: settings of n-gram decoding."""
-    parameters = og.GeneratorParams(model)
-    if guessing:
-        parameters.set_speculative_options(**guessing)
-    length = len(prompt) + COUNT
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(prompt, dtype=np.int32))
-    found = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    return found
-
-
 @pytest.mark.parametrize("name", ["reference", "llama", "qwen2"])
 def test_genai(name: str, artifacts: dict[str, Path], prompts: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     """onnxruntime-genai, for the families that it knows."""
     model = og.Model(str(artifacts[name]))
-    found = _by_genai(model, prompts[name])
+    found = by_genai(model, prompts[name], COUNT)
     ends = [index for index, token in enumerate(wanted[name]) if token == 0]  # min_length forbids it the end token
     assert found[: ends[0] if ends else COUNT] == wanted[name][: ends[0] if ends else COUNT]
     assert og.Tokenizer(model).encode(PROMPT).tolist() in (prompts[name], prompts[name][1:])  # with BOS or without
@@ -230,8 +185,8 @@ def test_tokens_that_genai_guesses(artifacts: dict[str, Path], prompts: dict[str
         options = ExportOptions(text=text, accuracy_level="0", logits=logits)
         found[logits] = og.Model(str(stages.run("export", source, tmp_path / logits, options).path))
     with pytest.raises(RuntimeError, match="logits for every verified token"):
-        _by_genai(found["last"], prompt, ngram_size=3, max_draft_tokens=4)
-    assert _by_genai(found["all"], prompt, ngram_size=3, max_draft_tokens=4) == _by_genai(found["last"], prompt)
+        by_genai(found["last"], prompt, COUNT, ngram_size=3, max_draft_tokens=4)
+    assert by_genai(found["all"], prompt, COUNT, ngram_size=3, max_draft_tokens=4) == by_genai(found["last"], prompt, COUNT)
 
 
 def test_a_cache_of_int8(artifacts: dict[str, Path], prompts: dict[str, list[int]], text: Path, tmp_path: Path) -> None:
@@ -242,7 +197,7 @@ def test_a_cache_of_int8(artifacts: dict[str, Path], prompts: dict[str, list[int
     wanted = list(decoder.greedy(np.array(prompt), COUNT))
     assert decoder.cached()["past_key_values.0.key"].dtype == np.int8
     end = [*wanted, 0].index(0)  # GenAI may not stop there
-    assert _by_genai(og.Model(str(folder)), prompt)[:end] == wanted[:end]
+    assert by_genai(og.Model(str(folder)), prompt, COUNT)[:end] == wanted[:end]
     assert light("run", folder, PROMPT, "--max-new-tokens", COUNT).strip()
 
 
