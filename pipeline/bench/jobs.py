@@ -118,6 +118,7 @@ class QualityFigures:
 
 
 @dataclass(frozen=True)
+    kl_standard_error: float | None = None
 class Scored:
     """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64.
 

@@ -196,10 +196,11 @@ def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -
         subject.failed["quality"] = answer.reason
     row = subject.rows[-1]
     matches = answer.figures.greedy_match_tokens if isinstance(answer, Scored) else None
+    errors = {"kl_mean": answer.figures.kl_standard_error} if isinstance(answer, Scored) else {}
     for name, unit in UNITS.items():
         values = matches if name == "greedy_match_tokens" else _present(getattr(row, name))
         if values:
-            subject.figures[f"quality.{name}"] = Figure.of(unit, values)
+            subject.figures[f"quality.{name}"] = Figure.of(unit, values, errors.get(name))
         elif name in COMPARED:
             subject.missing[f"quality.{name}"] = (
                 "no original was given (--reference)" if options.reference is None else "the original or the artifact failed"

@@ -20,11 +20,13 @@ class QualityFigures(_Losses, total=False):
     """Figures of one model over all scored tokens; the optional ones need an original.
 
     perplexity: exp of the mean loss. tokens: how many were scored. kl_mean, kl_p99: mean and 99th percentile of
-    KL(original || model), nats a token. top1_agreement: share of positions with the same most likely token.
+    KL(original || model), nats a token. kl_standard_error: of the mean, as of tokens that do not depend on each other.
+    top1_agreement: share of positions with the same most likely token.
     """
 
     kl_mean: float
     kl_p99: float
+    kl_standard_error: float
     top1_agreement: float
 
 
@@ -66,13 +68,19 @@ class Quality:
             divergences = np.concatenate(self.divergences)
             figures["kl_mean"] = float(divergences.mean())
             figures["kl_p99"] = float(np.percentile(divergences, 99))
+            figures["kl_standard_error"] = standard_error(divergences)
             figures["top1_agreement"] = float(np.concatenate(self.agreements).mean())
         return figures
 
     def loss_change(self) -> tuple[float, float]:
         """Mean change of the loss against the original's, nats a token, and its standard error."""
         changes = np.concatenate(self.changes)
-        return float(changes.mean()), float(changes.std() / np.sqrt(len(changes)))
+        return float(changes.mean()), standard_error(changes)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of values that do not depend on each other."""
+    return float(values.std() / np.sqrt(len(values)))
 
 
 def mean_loss_of(windows: Iterable[np.ndarray], logits: Iterable[np.ndarray]) -> float:

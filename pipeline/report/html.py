@@ -74,9 +74,13 @@ def _plots(reports: Sequence[Report]) -> dict[str, list[tuple[str, str]]]:
     """Section -> (caption, svg) of each plot that has something to show."""
     from edgepress.pipeline.report import plots
 
-    joined = "the line joins the artifacts that are Pareto-optimal in"
+    joined = "a line joins the artifacts that are Pareto-optimal in"
     sizes = (f"Size against quality. Better is down and to the left; {joined} size.", plots.against_quality(reports, "size"))
-    speeds = (f"Speed against quality. Better is down and to the right; {joined} speed.", plots.against_quality(reports, "speed"))
+    speeds = (
+        f"Speed against quality. Better is down and to the right; {joined} speed. Bars: from the slowest round to the fastest, and "
+        "a standard error of KL to either side.",
+        plots.against_quality(reports, "speed"),
+    )
     boxes = [
         ("Peak resident set size of the processes that ran the model.", "memory.peak_rss_bytes", "peak RSS, MB", 1e-6),
         ("Time between tokens while decoding.", "speed.inter_token_ms", "inter-token latency, ms", 1.0),

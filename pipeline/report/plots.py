@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-from edgepress.pipeline.report.model import Report
+from edgepress.pipeline.report.model import MANY, Report
 from edgepress.pipeline.report.tables import STAGE_LABELS, best_of, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH = 6.4  # inches, about the width of a column of text
+WIDTH = 5.2  # inches: letters are still read on a phone, to whose width the page brings a plot
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe and Ito, safe for colour blindness
 _MARKERS = "osD^vP*X"
+# What an axis shows at least: nats a token, and a share of the perplexity. Less between two artifacts is of no account.
+_LEAST_NATS, _LEAST_SHARE = 0.01, 0.1
+_THIN = 0.005  # of the longest bar: nobody sees a bar so thin
+_BEYOND = 1.05  # what an axis shows behind the last value
 _REMOVED, _KEPT = _COLOURS[1], "#9aa7b3"
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys of its settings one by one
     "svg.fonttype": "none",
@@ -27,32 +31,47 @@ _STYLE: dict[Any, Any] = {  # matplotlib types the keys of its settings one by o
 
 
 def against_quality(reports: Sequence[Report], kind: str) -> str:
-    """Size or speed against quality, a numbered point an artifact, the Pareto frontier as a line; "" without two points."""
+    """Size or speed against quality, a numbered point an artifact, the Pareto frontier as a line; "" without two points.
+
+    Bars: from the slowest round to the fastest, and a standard error of KL to either side.
+    """
     known = points(reports, kind)
     if len(known) < 2:
         return ""
     figure, axes = _figure(3.6)
-    methods = list(dict.fromkeys(r.quantization.label for r in reports))
-    amounts = sorted({(len(r.removed_layers), sum(r.parts_removed.values()), r.channels_removed, r.removed) for r in reports})
+    drawn = [reports[number] for number in known]
+    methods = list(dict.fromkeys(r.quantization.label for r in drawn))
+    amounts = sorted({(len(r.removed_layers), sum(r.parts_removed.values()), r.channels_removed, r.removed) for r in drawn})
     removals = [removed for *_, removed in amounts]
-    for number, (x, y) in known.items():
-        report = reports[number]
+    scale = 1e-6 if kind == "size" else 1.0
+    for number, (cost, quality) in known.items():
+        report, x, y = reports[number], scale * cost.median, quality.median
+        rounds = [[x - scale * min(cost.values)], [scale * max(cost.values) - x]]
         colour = _COLOURS[methods.index(report.quantization.label) % len(_COLOURS)]
         marker = _MARKERS[removals.index(report.removed) % len(_MARKERS)]
-        axes.plot(x, y, marker, color=colour, markersize=8)
+        axes.errorbar(x, y, quality.standard_error, rounds, marker, color=colour, markersize=8, elinewidth=1)
         axes.annotate(str(number + 1), (x, y), xytext=(6, 5), textcoords="offset points")
-    best = [known[number] for number in best_of(reports, kind)]
-    axes.plot([x for x, _ in best], [y for _, y in best], "-", color="#444444", linewidth=1, zorder=0)
-    kl = all("quality.kl_mean" in r.figures for r in reports)
-    axes.set_ylabel("KL from the original, nat" if kl else "perplexity")
+    best = [(scale * known[number][0].median, known[number][1].median) for number in best_of(reports, kind)]
     axes.set_xlabel("size on disk, MB" if kind == "size" else "decode, tokens/s")
     axes.margins(0.1)
+    axes.set_xlim(0, _BEYOND * axes.dataLim.x1)
+    low, high = axes.get_ylim()
+    if all("quality.kl_mean" in r.figures for r in reports):
+        axes.set_ylabel("KL from the original, nat")
+        high = max(high, _LEAST_NATS)
+        axes.set_ylim(-0.04 * high, high)  # room below for the marker of one that loses nothing
+    else:
+        axes.set_ylabel("perplexity")
+        more = max(0.0, _LEAST_SHARE * high - (high - low)) / 2
+        axes.set_ylim(low - more, high + more)
     handles = [axes.plot([], [], "o", color=_COLOURS[i % len(_COLOURS)], label=_literal(m))[0] for i, m in enumerate(methods)]
     handles += [
         axes.plot([], [], _MARKERS[i % len(_MARKERS)], color="#444444", label=_literal(f"{removed or 'no layer'} removed"))[0]
         for i, removed in enumerate(removals)
+        if len(removals) > 1 or removed
     ]
-    handles += [axes.plot([], [], "-", color="#444444", linewidth=1, label="Pareto frontier")[0]]
+    if len(best) > 1:
+        handles += axes.plot(*zip(*best, strict=True), "-", color="#444444", linewidth=1, zorder=0, label="Pareto frontier")
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _svg(figure, f"{kind} against quality")
 
@@ -70,7 +89,8 @@ def forecast(report: Report) -> str:
         axes.plot(report.figures["size.total_bytes"].median / 1e6, 100 * report.growth, "x", markersize=8, color=_COLOURS[2])
     axes.set_xlabel("size on disk, MB")
     axes.set_ylabel("growth of perplexity, %")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low), max(high, 100 * _LEAST_NATS))
     return _svg(figure, "what was planned")
 
 
@@ -89,19 +109,22 @@ def influence_figure(values: Sequence[float], removed: Sequence[int]) -> Figure:
     axes.set_xticks(range(0, len(values), max(1, len(values) // 16)))
     axes.set_xlabel("layer")
     axes.set_ylabel("influence")
-    axes.bar([0], [0], color=_REMOVED, label="removed")
-    axes.bar([0], [0], color=_KEPT, label="kept")
+    for label, colour in (("removed", _REMOVED), ("kept", _KEPT)):
+        if colour in colours:
+            axes.bar([0], [0], color=colour, label=label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 def losses(reports: Sequence[Report]) -> str:
     """What each stage added to the loss, nats a token, stacked; "" where no stages were measured."""
-    reports = [r for r in reports if any(row.change_nats is not None for row in r.stages)]
+    reports = [r for r in reports if any(row.change_nats for row in r.stages)]
     if not reports:
         return ""
     longest = sorted(reports, key=lambda r: -len(r.stages))  # it has the stages in their order
-    names = list(dict.fromkeys(row.name for r in longest for row in r.stages if row.change_nats is not None))
+    most = max(abs(row.change_nats or 0.0) for r in reports for row in r.stages)
+    seen = (row.name for r in longest for row in r.stages if abs(row.change_nats or 0.0) > _THIN * most)
+    names = list(dict.fromkeys(seen))
     figure, axes = _figure(0.9 + 0.32 * len(reports))
     for index, name in enumerate(names):
         for position, report in enumerate(reports):
@@ -114,22 +137,29 @@ def losses(reports: Sequence[Report]) -> str:
     _artifacts(axes, reports)
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_xlabel("loss added, nats per token")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, max(high, low + _LEAST_NATS))
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return _svg(figure, "loss by stage")
 
 
 def spread(reports: Sequence[Report], figure_name: str, label: str, scale: float = 1.0) -> str:
-    """Samples of a figure, a box an artifact: median, quartiles, whiskers at percentiles 1 and 99; "" where none has it."""
+    """Samples of a figure, a box an artifact: median, quartiles, whiskers over all of few samples, else from percentile 1 to 99.
+
+    "" where none has it.
+    """
     reports = [r for r in reports if figure_name in r.figures]
     if not reports:
         return ""
     figure, axes = _figure(0.8 + 0.32 * len(reports))
     samples = [[scale * v for v in r.figures[figure_name].values] for r in reports]
+    ends = (1, 99) if max(map(len, samples)) >= MANY else (0, 100)
     axes.boxplot(
-        samples, orientation="horizontal", positions=range(len(reports)), whis=(1, 99), widths=0.6, showfliers=False,
+        samples, orientation="horizontal", positions=range(len(reports)), whis=ends, widths=0.6, showfliers=False,
         medianprops={"color": _COLOURS[1], "linewidth": 2},
     )  # fmt: skip
     _artifacts(axes, reports)
+    axes.set_xlim(0, _BEYOND * axes.dataLim.x1)
     axes.set_xlabel(label)
     return _svg(figure, label)
 

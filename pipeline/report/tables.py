@@ -150,16 +150,11 @@ def _short(figure: Figure) -> str:
     return shown(figure.median, figure.unit if figure.unit.startswith(("byte", "millisecond")) else "bit/byte")
 
 
-def points(reports: Sequence[Report], kind: str) -> dict[int, tuple[float, float]]:
-    """Report number -> (size in MB or decode tokens/s, KL or else perplexity), for those that have both."""
+def points(reports: Sequence[Report], kind: str) -> dict[int, tuple[Figure, Figure]]:
+    """Report number -> (size or decode speed, KL or else perplexity), for those that have both."""
     quality = "quality.kl_mean" if all("quality.kl_mean" in r.figures for r in reports) else "quality.perplexity"
     name = {"size": SIZE, "speed": DECODE}[kind]
-    scale = {"size": 1e-6, "speed": 1.0}[kind]
-    return {
-        i: (scale * r.figures[name].median, r.figures[quality].median)
-        for i, r in enumerate(reports)
-        if {name, quality} <= set(r.figures)
-    }
+    return {i: (r.figures[name], r.figures[quality]) for i, r in enumerate(reports) if {name, quality} <= set(r.figures)}
 
 
 def best_of(reports: Sequence[Report], kind: str) -> list[int]:
@@ -167,7 +162,7 @@ def best_of(reports: Sequence[Report], kind: str) -> list[int]:
     known = points(reports, kind)
     sign = 1 if kind == "size" else -1
     numbers = list(known)
-    return [numbers[i] for i in frontier([(sign * known[n][0], known[n][1]) for n in numbers])]
+    return [numbers[i] for i in frontier([(sign * known[n][0].median, known[n][1].median) for n in numbers])]
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> Rows:

@@ -22,6 +22,7 @@ def test_numpy_and_torch_agree() -> None:
     assert np.concatenate(quality.divergences) == pytest.approx(kl.numpy(), abs=1e-5)
     figures = quality.figures()
     assert figures["tokens"] == 299 and figures["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert figures["kl_standard_error"] == pytest.approx(kl.numpy().std() / np.sqrt(299), rel=1e-4)
     assert figures["top1_agreement"] == np.mean(original[:-1].argmax(-1) == logits[:-1].argmax(-1))
 
 
