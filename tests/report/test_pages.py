@@ -47,6 +47,12 @@ def test_headers_are_the_fields_terms() -> None:
     assert {"peak RSS", "TTFT @32", "decode throughput", "inter-token latency"} <= {row[0] for row in figure_rows(PRUNED)}
 
 
+def test_cells_of_a_broad_table_know_their_column() -> None:
+    """On a phone each stands in a line of its own, where no header is above it."""
+    page = html(content_of(WHOLE))
+    assert '<td data-label="peak RSS">100.00 MB</td>' in page and '<td data-label="median">' not in page
+
+
 def test_labels_come_from_the_table_of_methods() -> None:
     """An unknown method, of another version's report, is shown by its name."""
     assert PRUNED.quantization.label == "gptq 4 bits/64"
