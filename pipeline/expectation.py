@@ -16,6 +16,7 @@ from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.options import (
     HEALED_TOKENS,
+    ORIGINAL_ROUNDS,
     PRUNE_TOKENS,
     BenchOptions,
     ExportOptions,
@@ -34,6 +35,7 @@ BYTES_A_TOKEN = 4.0
 MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
 MIX_PASSES = 40  # over the trial's text: what each matrix costs, and what a few mixes do
+STEP = 13  # a token that the original decodes by itself: it reads all weights
 SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
@@ -154,5 +156,10 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
     if isinstance(options, BenchOptions):
         text, rows = _scored(options, removing)
-        return rows * text, (rows + 1 + removing) * text, options.repeats * 4.0 * (1 + removing)
+        runs = (
+            min(options.repeats, ORIGINAL_ROUNDS) + 1
+        ) * options.original_speed  # of the original, in the first round of two types
+        by_torch = runs * (4 * sum(options.prompt_lengths) + STEP * options.new_tokens)
+        seconds = options.repeats * 4.0 * (1 + removing) + runs * START_S
+        return rows * text + by_torch, (rows + 1 + removing) * text + by_torch, seconds
     return 0.0, 0.0, 0.0

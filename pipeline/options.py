@@ -18,6 +18,7 @@ from edgepress.pipeline.registry import look_up
 # Of tune: parameters times tokens that two cores train on in a minute, and the longest text that is written for it.
 READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
+ORIGINAL_ROUNDS = 4  # in which the original's speed is measured, at most: it is slower than what is made of it
 HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is measured on
 SELF = Path("self")  # as calibration text: what the model itself writes
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before
@@ -680,6 +681,7 @@ class BenchOptions(Options):
     baseline: bool = option(
         True, "in a build that removes layers or channels: build the same without removal too, and measure it beside"
     )
+    original_speed: bool = option(True, "with an original: measure its speed and memory too, as plain transformers runs it")
     tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, by its names (arc_easy,lambada_openai) or as .yaml files")
     task_files: tuple[Path, ...] = option(
         (), "their documents in local .jsonl files, in the same order (default: it downloads them)"

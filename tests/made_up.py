@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from edgepress.pipeline.report.comparison import comparisons
-from edgepress.pipeline.report.model import Cpu, Environment, Figure, Report, ReportFile, StageRow
+from edgepress.pipeline.report.model import Cpu, Environment, Figure, Original, Report, ReportFile, StageRow
 from edgepress.pipeline.report.steps import Step
 
 
@@ -47,6 +47,20 @@ def a_report(name: str, *, removed: list[int], size: float, kl: float, decode: f
         missing={"memory.gpu_bytes": "measured on the CPU"},
         failed={},
     )  # fmt: skip
+
+
+def an_original(decode: list[float]) -> Original:
+    """As plain transformers ran it, in as many rounds as there are decode rates."""
+    rounds = len(decode)
+    return Original(
+        "bfloat16",
+        {
+            "load.warm_s": Figure.of("second", [0.2] * rounds),
+            "memory.peak_rss_bytes": Figure.of("byte", [5e8] * rounds),
+            "speed.ttft_ms.32": Figure.of("millisecond", [21.0] * rounds),
+            "speed.decode_tokens_per_s": Figure.of("token/second", decode),
+        },
+    )
 
 
 def content_of(*reports: Report) -> ReportFile:

@@ -1,11 +1,13 @@
-"""Memory that is given back."""
+"""Memory: what is given back, and what there is."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+from edgepress.pipeline import machine
 
 _CHILD = """
 import ctypes, resource, sys
@@ -37,3 +39,9 @@ def test_large_blocks_go_back_to_the_system() -> None:
     """Between blocks that stay glibc keeps what was freed: 160 MB here."""
     kept, given_back = (int(subprocess.check_output([sys.executable, "-c", _CHILD, word])) for word in ("no", "yes"))
     assert given_back < kept - 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_available_memory_is_a_part_of_all_there_is() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0.01 * total < (machine.available_memory() or 0) <= total

@@ -10,7 +10,10 @@ RowKind = Literal["torch", "onnx", "onnx_level_0"]
 
 @dataclass(frozen=True)
 class SpeedJob:
-    """ids: fixed token ids, at least as many as the longest prompt. threads: 0 leaves the choice to onnxruntime."""
+    """ids: fixed token ids, at least as many as the longest prompt. threads: 0 leaves the choice to onnxruntime, or to torch.
+
+    dtype: of a checkpoint that plain transformers runs, as torch calls it; None for an artifact.
+    """
 
     folder: str
     ids: tuple[int, ...]
@@ -18,6 +21,8 @@ class SpeedJob:
     new_tokens: int
     threads: int
     target: str = "cpu"
+    dtype: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,12 @@ class QualityFigures:
     tokens: int
     kl_mean: float | None = None
     kl_p99: float | None = None
+    kl_standard_error: float | None = None
     top1_agreement: float | None = None
     greedy_match_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
-    kl_standard_error: float | None = None
 class Scored:
     """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64.
 

@@ -11,6 +11,7 @@ import numpy as np
 from edgepress.pipeline.bench.jobs import Bandwidth, BandwidthJob, ColdJob, ColdSample, Round, Sample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import measured
+from edgepress.pipeline.bench.original import keep_fastest
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.errors import WorkerError
 from edgepress.pipeline.options import BenchOptions
@@ -43,11 +44,11 @@ def speed_jobs(subjects: list[Subject], options: BenchOptions) -> list[SpeedJob]
 def speed(subjects: list[Subject], jobs: list[SpeedJob], options: BenchOptions, journal: Journal) -> None:
     """Rounds over all subjects, A B B A: every sample has a partner of each other subject from the same minute.
 
-    A subject whose process dies takes no part in the rounds that follow.
+    A subject whose process dies takes no part in the rounds that follow; the original takes part in the first few alone.
     """
     rounds: list[Round] = []
     for number in progress(range(options.repeats), "speed", "round"):
-        alive = [i for i, s in enumerate(subjects) if "speed" not in s.failed]
+        alive = [i for i, s in enumerate(subjects) if "speed" not in s.failed and number < (s.rounds or options.repeats)]
         depends = [(subjects[i].artifact.identity(), replace(jobs[i], folder="")) for i in alive]
         key = journal.key("round", number, depends)
         known = journal.get(Round, key)
@@ -56,6 +57,8 @@ def speed(subjects: list[Subject], jobs: list[SpeedJob], options: BenchOptions, 
             if all(str(i) in known.samples for i in alive):
                 journal.put(key, known)
         rounds.append(known)
+        if number == 0:
+            keep_fastest(subjects, jobs, known)
     for i, subject in enumerate(subjects):
         taken = [(one.samples[str(i)], one.bandwidth) for one in rounds if str(i) in one.samples]
         if taken:
@@ -74,7 +77,9 @@ def _round(subjects: list[Subject], jobs: list[SpeedJob], order: list[int], opti
     for i in order:
         job = jobs[i]
         try:
-            cold = measured("cold", ColdJob(job.folder, job.threads, job.target), ColdSample)
+            cold = ColdSample(reason="of artifacts alone")
+            if job.dtype is None:
+                cold = measured("cold", ColdJob(job.folder, job.threads, job.target), ColdSample)
             samples[str(i)] = Sample(measured("speed", job, SpeedSample), cold)
         except WorkerError as error:
             subjects[i].failed["speed"] = str(error)

@@ -11,6 +11,7 @@ from edgepress.pipeline.bench.environment import environment, machine
 from edgepress.pipeline.bench.jobs import TaskFigures, TasksJob
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import measured
+from edgepress.pipeline.bench.original import original_jobs, result, subject_of
 from edgepress.pipeline.bench.quality import quality, texts
 from edgepress.pipeline.bench.speed import speed, speed_jobs
 from edgepress.pipeline.bench.subject import Subject, look_up_tasks, subjects_of
@@ -32,6 +33,8 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> JsonObject:
     """
     subjects = subjects_of(source, options)
     jobs, scored = speed_jobs(subjects, options), texts(subjects, options)
+    beside, reason = original_jobs(jobs[0], options)
+    originals = [subject_of(job) for job in beside]
     look_up_tasks(options)
     here = environment(options.target, options.threads)
     journal = Journal(journal_of(out), machine=machine(options.target))
@@ -39,8 +42,14 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> JsonObject:
         log.info("bench: resuming an interrupted run with %d finished measurements", journal.resumed)
     for subject in subjects:
         subject.figures |= size(subject)
-    speed(subjects, jobs, options, journal)
+    speed([*subjects, *originals], [*jobs, *beside], options, journal)
     _check_any_left(subjects)
+    original = result(originals, beside, reason)
+    for subject in subjects:
+        if isinstance(original, str):
+            subject.missing["original"] = original
+        else:
+            subject.original = original
     quality(subjects, scored, options, journal)
     tasks(subjects, options, journal)
     _check_any_left(subjects)

@@ -18,7 +18,7 @@ from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.comparison import labels
 from edgepress.pipeline.report.forecast import Forecast
-from edgepress.pipeline.report.model import Answer, Environment, Figure, Report, StageRow
+from edgepress.pipeline.report.model import Answer, Environment, Figure, Original, Report, StageRow
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.runtime import targets
 
@@ -27,7 +27,11 @@ log = logging.getLogger("edgepress")
 
 @dataclass
 class Subject:
-    """One artifact under measurement. stages: the checkpoints behind it. failed: which measurement -> why its process died."""
+    """One artifact, or the original, under measurement.
+
+    stages: the checkpoints behind it. failed: which measurement -> why its process died. original: what was measured of that.
+    rounds: of speed, that it takes part in at most; None for all.
+    """
 
     artifact: Artifact
     label: str
@@ -39,6 +43,8 @@ class Subject:
     rows: tuple[StageRow, ...] = ()
     answers: tuple[Answer, ...] = ()
     forecast: Forecast | None = None
+    original: Original | None = None
+    rounds: int | None = None
 
     @property
     def path(self) -> Path:
@@ -92,6 +98,7 @@ class Subject:
             environment=environment,
             run=run,
             forecast=self.forecast,
+            original=self.original,
         )
 
 

@@ -1,4 +1,4 @@
-"""One measurement in a process that does nothing else: speed and memory need numpy, onnxruntime and the shipped files alone.
+"""One measurement in a process that does nothing else: speed and memory of an artifact need numpy, onnxruntime and its files alone.
 
 python -m edgepress.pipeline.bench.worker KIND JOB.json      (what bench starts; prints JSON objects, one a line)
 """
@@ -12,8 +12,10 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from edgepress.pipeline.bench.jobs import (
@@ -37,6 +39,9 @@ from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.targets import gpu_memory
 
+if TYPE_CHECKING:
+    from edgepress.pipeline.bench.torch_decoder import TorchDecoder
+
 WARM_UP_TOKENS = 8
 PREFILLS = 3  # of each prompt in one process; their median is its sample
 BANDWIDTH_BYTES = 1 << 28  # larger than the caches of all but a few servers
@@ -49,9 +54,9 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
     Times are wall clock. The first token's time is the prefill of the whole prompt and its argmax; warm-up is not counted.
     Logits come back to the host, so no clock is read before the device is done.
     """
-    importlib.import_module("onnxruntime")  # before the clock: loading is the artifact's time, not the library's
+    load = _loader(job)  # before the clock: loading is the model's time, not the library's
     begun = time.perf_counter()
-    decoder = Decoder(Path(job.folder), threads=job.threads, target=job.target)
+    decoder = load()
     load_s = time.perf_counter() - begun
     prompt, prefill = np.array(job.ids, dtype=np.int64), {}
     sizes = [pss()]
@@ -77,14 +82,26 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
     )
 
 
-def _timed(decoder: Decoder, ids: np.ndarray) -> tuple[float, int]:
+def _loader(job: SpeedJob) -> Callable[[], Decoder | TorchDecoder]:
+    """What loads the model of a job; its libraries are loaded."""
+    if job.dtype is None:
+        importlib.import_module("onnxruntime")
+        return partial(Decoder, Path(job.folder), threads=job.threads, target=job.target)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # onnxruntime heeds neither: both have the same threads
+        os.environ.pop(name, None)
+    from edgepress.pipeline.bench.torch_decoder import loader
+
+    return loader(job)
+
+
+def _timed(decoder: Decoder | TorchDecoder, ids: np.ndarray) -> tuple[float, int]:
     """Seconds of one step, and the most likely next token."""
     start = time.perf_counter()
     token = int(decoder.feed(ids)[-1].argmax())
     return time.perf_counter() - start, token
 
 
-def _decode(decoder: Decoder, prompt: np.ndarray, count: int) -> list[float]:
+def _decode(decoder: Decoder | TorchDecoder, prompt: np.ndarray, count: int) -> list[float]:
     """Seconds of each of ``count`` greedy steps after the prompt and the warm-up."""
     decoder.reset()
     _, token = _timed(decoder, prompt)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgepress.pipeline.files import real
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
-from edgepress.pipeline.report.model import Comparison, Report
+from edgepress.pipeline.report.model import Comparison, Figure, Report
 from edgepress.pipeline.report.stats import LEVEL, Ratio, ratio
 
 # Figure -> the words for more and for less of it.
@@ -39,11 +39,20 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 def compare(report: Report, baseline: Report, figure: str) -> Ratio | None:
     """``report`` over ``baseline``, paired by round; None unless both were measured in the same interleaved run."""
-    ours, theirs = report.figures.get(figure), baseline.figures.get(figure)
-    if ours is None or theirs is None or report.run != baseline.run:
+    return _paired(report.figures, baseline.figures, figure) if report.run == baseline.run else None
+
+
+def against_original(report: Report, figure: str) -> Ratio | None:
+    """``report`` over the original that plain transformers ran, paired by round; None where either was not measured."""
+    return _paired(report.figures, report.original.figures, figure) if report.original else None
+
+
+def _paired(ours: Mapping[str, Figure], theirs: Mapping[str, Figure], figure: str) -> Ratio | None:
+    if figure not in ours or figure not in theirs:
         return None
-    rounds = min(len(ours.values), len(theirs.values))  # one that crashed has fewer
-    return ratio(ours.values[:rounds], theirs.values[:rounds])
+    first, second = ours[figure].values, theirs[figure].values
+    rounds = min(len(first), len(second))  # one that crashed has fewer, and so has the original
+    return ratio(first[:rounds], second[:rounds])
 
 
 def comparisons(reports: Sequence[Report]) -> tuple[Comparison, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgepress.pipeline.report.comparison import compare, losing
-from edgepress.pipeline.report.forecast import DECODE, SIZE
+from edgepress.pipeline.report.comparison import against_original, compare, losing
+from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
 from edgepress.pipeline.report.model import Report
 from edgepress.pipeline.report.tables import shown
-from edgepress.pipeline.report.verdict import times, unfit
+from edgepress.pipeline.report.verdict import interval, times, unfit
 
 LITTLE = 1.05  # of the original's perplexity: what the shipped recipes allow
 
@@ -32,9 +32,9 @@ def decision(reports: Sequence[Report]) -> str:
         least = min(fit, key=growth)
         others = "; all others lose more" if len(scored) > 1 else ""
         where = _where(least) or " only where size or speed matter more than quality"
-        return f"Ship {least.artifact}{where}: {_figures(least)}{others}"
+        return f"Ship {least.artifact}{where}: {_figures(least)}{_gain(least)}{others}"
     best = min(good, key=lambda report: report.figures[SIZE].median)
-    line = f"Ship {best.artifact}{_where(best)}: {_figures(best)}"
+    line = f"Ship {best.artifact}{_where(best)}: {_figures(best)}{_gain(best)}"
     if len(scored) > 1:
         line += f"; the smallest here that loses at most {100 * (LITTLE - 1):.0f} %"
     faster = [(ratio.value, report, ratio) for report in good if (ratio := compare(report, best, DECODE)) and ratio.low > 1]
@@ -53,6 +53,16 @@ def _where(report: Report) -> str:
 def growth(report: Report) -> float:
     """Perplexity of the shipped files over the original's."""
     return report.perplexities["onnx"] / report.perplexities["original"]
+
+
+def _gain(report: Report) -> str:
+    """What its user wins over who runs the original by plain transformers; "" where that was not measured."""
+    speed, memory = against_original(report, DECODE), against_original(report, MEMORY)
+    if speed is None:
+        return ""
+    proven = speed.rounds > 1 and not speed.low <= 1 <= speed.high
+    said = f"{speed.value:.3g} times {'as fast as' if proven else 'the decode rate of'} the original under transformers"
+    return f", {said} ({interval(speed, 3)})" + ("" if memory is None else f", at {100 * memory.value:.0f} % of its memory")
 
 
 def _figures(report: Report) -> str:

@@ -18,6 +18,7 @@ from edgepress.pipeline.report.tables import (
     comparison_rows,
     figure_rows,
     made_by,
+    originals,
     prompt_length,
     stage_rows,
 )
@@ -65,6 +66,7 @@ def html(content: ReportFile) -> str:
             }
             for r in reports
         ],
+        originals=[(one.label, [FIGURE_HEADER, *figure_rows(one)]) for one in originals(reports)],
         notes=text.NOTES,
         environments=text.environments(reports),
     )

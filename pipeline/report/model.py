@@ -92,6 +92,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Original:
+    """The original as plain transformers runs it on torch, in ``dtype``: figures of speed and memory, named as an artifact's."""
+
+    dtype: str
+    figures: dict[str, Figure]
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return f"original (torch, {self.dtype})"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """``artifact`` against ``than`` in one figure: their ratio, with an interval (of confidence ``level``) from two rounds on."""
 
@@ -143,7 +156,7 @@ class Report:
 
     identity: hash of its files. figures: by flat dotted name. missing: figure -> why it could not be measured.
     failed: kind of measurement -> how its process died. run: shared by artifacts that were measured in interleaved rounds.
-    forecast: what was expected before it was made, where a build planned it.
+    forecast: what was expected before it was made, where a build planned it. original: measured in the same run.
     """
 
     artifact: str
@@ -157,10 +170,12 @@ class Report:
     run: str
     answers: tuple[Answer, ...] = ()
     forecast: Forecast | None = None
+    original: Original | None = None
 
     def __post_init__(self) -> None:
         """Size, speed, time and memory are compared as ratios."""
-        wrong = (name for name, figure in self.figures.items() if name.startswith(_POSITIVE) and min(figure.values) <= 0)
+        compared = [*self.figures.items(), *(self.original.figures.items() if self.original else ())]
+        wrong = (name for name, figure in compared if name.startswith(_POSITIVE) and min(figure.values) <= 0)
         if (name := next(wrong, None)) is not None:
             raise ValueError(f"{name} is not above 0")
         if "size.total_bytes" not in self.figures:
@@ -290,7 +305,14 @@ def _printing(value: Any) -> Any:
 
 
 def _report_object(report: Report) -> JsonObject:
-    return object_of(report) | {"figures": {name: _figure_object(figure) for name, figure in report.figures.items()}}
+    made = object_of(report) | {"figures": _figure_objects(report.figures)}
+    if (original := report.original) is not None:
+        made["original"] = {"dtype": original.dtype, "figures": _figure_objects(original.figures)}
+    return made
+
+
+def _figure_objects(figures: dict[str, Figure]) -> JsonObject:
+    return {name: _figure_object(figure) for name, figure in figures.items()}
 
 
 def _figure_object(figure: Figure) -> JsonObject:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
-from edgepress.pipeline.report.model import Comparison, Figure, Report, StageRow
+from edgepress.pipeline.report.model import Comparison, Figure, Original, Report, StageRow
 from edgepress.pipeline.report.stats import WIDEST, frontier
 from edgepress.pipeline.report.steps import describe
 
@@ -56,7 +56,7 @@ def shown(value: float, unit: str) -> str:
     return text + _UNITS.get(unit, f" {unit}s" if unit == "token" else f" {unit}")
 
 
-def figure_rows(report: Report) -> Rows:
+def figure_rows(report: Report | Original) -> Rows:
     """[label, median, range of the samples] in the order of FIGURES; figures per prompt length one row each, tasks last."""
     rows = []
     for prefix in FIGURES:
@@ -67,6 +67,11 @@ def figure_rows(report: Report) -> Rows:
         if name.startswith("tasks."):
             rows.append([name.removeprefix("tasks."), shown(figure.median, figure.unit), _spread(figure)])
     return rows
+
+
+def originals(reports: Sequence[Report]) -> list[Original]:
+    """What plain transformers ran, one of each run."""
+    return list({report.run: report.original for report in reports if report.original}.values())
 
 
 def _label(figure: str) -> str:
@@ -125,10 +130,13 @@ def artifact_rows(reports: Sequence[Report]) -> Rows:
     best = {kind: set(best_of(reports, kind)) for kind in ("size", "speed") if len(reports) > 1}  # one alone is always the best
     narrowed = any(report.channels_removed or report.parts_removed for report in reports)
     rows = [["#", "artifact", "removed" if narrowed else "layers removed", "quantization", *columns, "Pareto-optimal in"]]
-    original = next((r.stages[0] for r in reports if r.stages and r.stages[0].name == "original"), None)
-    if original and original.failed is None:
-        known = {SIZE: shown(original.bytes, "byte"), "quality.perplexity": f"{original.perplexity:.4g}"}
-        rows.append(["", "original (weights)", "", "float", *(known.get(name, "") for name in columns.values()), ""])
+    original = next((r for r in reports if r.stages and r.stages[0].name == "original" and r.stages[0].failed is None), None)
+    if original:
+        weights, run = original.stages[0], original.original
+        known = {SIZE: shown(weights.bytes, "byte"), "quality.perplexity": f"{weights.perplexity:.4g}"}
+        known |= {name: _short(figure) for name, figure in run.figures.items()} if run else {}
+        label = run.label if run else "original (weights)"
+        rows.append(["", label, "", "float", *(known.get(name, "") for name in columns.values()), ""])
     for number, report in enumerate(reports):
         cells = [report.figures.get(name) for name in columns.values()]
         rows.append(

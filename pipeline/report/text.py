@@ -18,6 +18,7 @@ from edgepress.pipeline.report.tables import (
     comparison_rows,
     figure_rows,
     made_by,
+    originals,
     stage_rows,
 )
 from edgepress.pipeline.report.verdict import verdict
@@ -28,7 +29,8 @@ def terminal(content: ReportFile) -> str:
     content = for_people(content)
     reports, first = content.reports, content.first
     parts = [decision(reports)]
-    parts += ["\n".join(verdict(reports)), table(artifact_rows(reports))] if len(reports) > 1 else []
+    parts += ["\n".join(verdict(reports))] if len(reports) > 1 else []
+    parts += [table(artifact_rows(reports))] if len(reports) > 1 or first.original else []
     parts.append("\n".join(f"{who}: {said}" for who, said in answer_rows(reports)))
     parts += [f"what was planned of {artifact}:\n" + table(rows) for artifact, rows in forecast_rows(reports)]
     parts.append(table([STAGE_HEADER, *stage_rows(first)]))
@@ -62,6 +64,7 @@ def markdown(content: ReportFile) -> str:
     lines = [f"# Report on {escaped(title(reports))}", "", *([f"**{escaped(shipped)}**", ""] if shipped else [])]
     lines += [*(f"- {escaped(line)}" for line in verdict(reports)), ""]
     lines += [*_markdown_table(artifact_rows(reports)), "", NOTES["artifacts"], ""]
+    lines += [NOTES["original"], ""] if originals(reports) else []
     if rows := comparison_rows(content.comparisons):
         lines += [f"## Compared with {escaped(content.first.artifact)}", "", *_markdown_table([COMPARISON_HEADER, *rows]), ""]
         lines += [NOTES["comparisons"], ""]
@@ -77,8 +80,9 @@ def markdown(content: ReportFile) -> str:
     if influences := influence_lines(reports):
         lines += ["## Influence of each layer", "", *(f"- {line}" for line in influences), ""]
     lines += ["## As shipped", ""]
-    for report in reports:
-        lines += [f"### {escaped(report.artifact)}", "", *_markdown_table([FIGURE_HEADER, *figure_rows(report)]), ""]
+    shown = [(original.label, figure_rows(original)) for original in originals(reports)]
+    for name, rows in [*shown, *((report.artifact, figure_rows(report)) for report in reports)]:
+        lines += [f"### {escaped(name)}", "", *_markdown_table([FIGURE_HEADER, *rows]), ""]
     for report in reports:
         if report.missing:
             missing = (f"- {escaped(f'{name}: {why}')}" for name, why in report.missing.items())
@@ -92,6 +96,8 @@ NOTES = {
     "artifacts": "Size on disk: all files of the folder; of the original, its weights alone. Bits/weight: graph and weights over "
     "the model's parameters, scales, embedding and head counted. Pareto-optimal in size (or speed): nothing else here is as small "
     "(or as fast) and loses less. TTFT @N: time to first token of a prompt of N tokens.",
+    "original": "Original (torch): run by plain transformers in its own type or float32, whichever decodes faster, on the same "
+    "prompts; its memory has torch in it, as an artifact's has onnxruntime.",
     "comparisons": "Ratios of samples from fresh processes in interleaved rounds, paired by round; a verdict is given only where "
     "the whole interval lies on one side of 1.",
     "forecast": "Expected on this machine before anything was made: the artifacts of least loss of several sizes, and the one that "

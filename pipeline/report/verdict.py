@@ -193,10 +193,14 @@ def _times(report: Report, other: Report) -> str:
 
 def times(ratio: Ratio) -> str:
     """``1.12x, 1.05 to 1.20``."""
+    return f"{ratio.value:.4g}x, {interval(ratio)}"
+
+
+def interval(ratio: Ratio, digits: int = 4) -> str:
+    """``1.05 to 1.20``, or why there is none."""
     if ratio.rounds > 1 and ratio.high > WIDEST * ratio.low:
-        return f"{ratio.value:.4g}x, {ratio.rounds} rounds: too few for an interval"
-    interval = f", {ratio.low:.4g} to {ratio.high:.4g}" if ratio.rounds > 1 else ", one round: no interval"
-    return f"{ratio.value:.4g}x{interval}"
+        return f"{ratio.rounds} rounds: too few for an interval"
+    return f"{ratio.low:.{digits}g} to {ratio.high:.{digits}g}" if ratio.rounds > 1 else "one round: no interval"
 
 
 def _losses(first: Report, second: Report) -> str:

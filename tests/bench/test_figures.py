@@ -70,6 +70,20 @@ def test_figures_have_units_raw_samples_and_reasons(report: Path) -> None:
     assert (report / "report.md").read_text().count("|") > 20
 
 
+def test_the_original_is_measured_beside(report: Path) -> None:
+    """By plain transformers, in a process that holds torch, in as many rounds; in the table and in the first line."""
+    content = read_json(report / "report.json")
+    original, figures = content["original"], content["original"]["figures"]
+    assert original["dtype"] == "float32" and "original" not in content["missing"]
+    assert {"load.warm_s", "memory.peak_rss_bytes", "speed.ttft_ms.8", "speed.decode_tokens_per_s"} <= figures.keys()
+    assert all(len(figure["values"]) == 2 for figure in figures.values())
+    assert figures["memory.peak_rss_bytes"]["median"] > 2e8  # which the artifact's has not
+    assert content["figures"]["memory.peak_rss_bytes"]["median"] < 2e8
+    assert content["figures"]["quality.kl_mean"]["standard_error"] < 1e-6
+    page = (report / "report.md").read_text()
+    assert "| original (torch, float32) |" in page and " the original under transformers " in page.splitlines()[2]
+
+
 def test_kl_of_a_distribution_with_itself_is_zero_and_grows_with_noise() -> None:
     random = np.random.default_rng(0)
     ids, logits = random.integers(0, 50, 30), random.normal(size=(30, 50)).astype(np.float32)
@@ -87,4 +101,5 @@ def test_bench_without_an_original_says_what_is_missing(exported: Artifact, text
         "--repeats", 1, "--prompt-lengths", 8, "--new-tokens", 3,
     )  # fmt: skip
     assert result.code == 0 and "perplexity" in result.out
-    assert "--reference" in read_json(tmp_path / "b" / "report.json")["missing"]["quality.kl_mean"]
+    missing = read_json(tmp_path / "b" / "report.json")["missing"]
+    assert "--reference" in missing["quality.kl_mean"] and "--reference" in missing["original"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.html import html
 from edgepress.pipeline.report.model import Report
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.report.text import markdown, terminal
-from made_up import PRUNED, WHOLE, a_report, content_of
+from made_up import PRUNED, WHOLE, a_report, an_original, content_of
 
 LARGE = a_report("large", removed=[], size=9e6, kl=0.001, decode=80, bits=8)
 POOR = a_report("poor", removed=[2], size=5e6, kl=0.2, decode=150)
@@ -51,6 +52,24 @@ def test_who_can_run_the_file_that_it_was_made_from_is_told() -> None:
             said = decision([replace(report, steps=(made, *report.steps))])
             assert (" where ONNX is needed (the GGUF file, which is the original here, has 6.00 MB): " in said) == told
             assert said.startswith(otherwise) != told
+
+
+@pytest.mark.parametrize(
+    ("decode", "says"),
+    [
+        ([0.5], "200 times the decode rate of the original under transformers (one round: no interval), at 20 % of its memory"),
+        ([20.0, 20.2, 19.8], "5 times as fast as the original under transformers (4.99 to 5.02), at 20 % of its memory"),
+        ([20.0], "5 times the decode rate of the original under transformers (one round: no interval), at 20 % of its memory"),
+        ([200.0, 202.0, 198.0], "0.5 times as fast as the original under transformers (0.499 to 0.502), at 20 % of its memory"),
+        ([90.0, 101.0, 110.0], "1 times the decode rate of the original under transformers (0.549 to 1.82), at 20 % of its memory"),
+        ([3.0, 20.0], "times the decode rate of the original under transformers (2 rounds: too few for an interval), at"),
+    ],
+)
+def test_what_is_won_over_the_original_is_told(decode: list[float], says: str) -> None:
+    """Paired with the rounds that the original took part in; claimed only where the interval shows it."""
+    told = decision([replace(WHOLE, original=an_original(decode))])
+    assert told.startswith("Ship whole: 8.00 MB, perplexity +1.0 %, ") and says in told
+    assert decision([WHOLE]) == "Ship whole: 8.00 MB, perplexity +1.0 %"
 
 
 def test_what_was_pruned_in_vain_is_not_shipped() -> None:

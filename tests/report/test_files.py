@@ -14,7 +14,7 @@ from edgepress.pipeline.report import model
 from edgepress.pipeline.report.files import gather, save
 from edgepress.pipeline.report.influence import influence_table, read_influences
 from edgepress.pipeline.report.model import Figure
-from made_up import PRUNED, WHOLE, a_report, content_of
+from made_up import PRUNED, WHOLE, a_report, an_original, content_of
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example"
 
@@ -29,12 +29,18 @@ def test_figure_keeps_samples_and_derives_percentiles() -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    content = content_of(PRUNED, replace(WHOLE, failed={"speed": "killed"}))
+    content = content_of(replace(PRUNED, original=an_original([20.0, 22.0])), replace(WHOLE, failed={"speed": "killed"}))
     model.write(content, tmp_path / "report.json")
     assert model.read(tmp_path / "report.json") == content
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["schema"] == 3 and written["compared_with"][0]["artifact"] == "whole" and "null" not in json.dumps(written)
     assert written["figures"]["speed.inter_token_ms"]["p95"] == PRUNED.figures["speed.inter_token_ms"].percentiles[95]
+    assert written["original"]["dtype"] == "bfloat16" and "original" not in written["compared_with"][0]
+    assert written["original"]["figures"]["speed.decode_tokens_per_s"] == {
+        "unit": "token/second",
+        "values": [20.0, 22.0],
+        "median": 21.0,
+    }
     assert written["figures"]["tasks.arc_easy.acc"]["standard_error"] == 0.02
 
 
@@ -55,6 +61,7 @@ DAMAGES = {
     "a stage without perplexity": (lambda content: content["stages"][0].pop("perplexity"), "neither perplexity"),
     "a stage of no perplexity": (lambda content: content["stages"][0].update(perplexity=0), "has a perplexity of 0"),
     "no speed": (lambda content: content["figures"]["speed.decode_tokens_per_s"].update(values=[0] * 5), "is not above 0"),
+    "no load of the original": (lambda content: content["original"]["figures"]["load.warm_s"].update(values=[0]), "is not above 0"),
     "no size": (lambda content: content["figures"].pop("size.total_bytes"), "size.total_bytes is missing"),
     "no processor": (lambda content: content["environment"].pop("cpu"), "field `cpu`"),
     "a step without its facts": (lambda content: content["steps"][0]["facts"].pop("removed_layers"), "field `removed_layers`"),
@@ -69,7 +76,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "says"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_report_is_an_error_of_one_line(damage: Callable[[Any], object], says: str, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    model.write(content_of(PRUNED, WHOLE), file)
+    model.write(content_of(replace(PRUNED, original=an_original([20.0])), WHOLE), file)
     content = json.loads(file.read_text())
     damage(content)
     file.write_text(json.dumps(content))

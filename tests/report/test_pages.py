@@ -9,7 +9,7 @@ from edgepress.pipeline.report.html import html
 from edgepress.pipeline.report.steps import Step, describe
 from edgepress.pipeline.report.tables import artifact_rows, figure_rows, made_by
 from edgepress.pipeline.report.text import markdown, terminal
-from made_up import PRUNED, WHOLE, content_of
+from made_up import PRUNED, WHOLE, an_original, content_of
 
 
 def test_page_stands_alone() -> None:
@@ -45,6 +45,21 @@ def test_headers_are_the_fields_terms() -> None:
     assert header[-4:] == ["decode, tokens/s", "TTFT @32", "peak RSS", "Pareto-optimal in"]
     assert artifact_rows([PRUNED])[0][-1] == "peak RSS"  # one alone is the best of its kind, which says nothing
     assert {"peak RSS", "TTFT @32", "decode throughput", "inter-token latency"} <= {row[0] for row in figure_rows(PRUNED)}
+
+
+def test_the_original_stands_in_the_table_with_what_was_measured_of_it() -> None:
+    """Its weights alone where its speed was not."""
+    header, row, *_ = artifact_rows([WHOLE, PRUNED])
+    assert row[1] == "original (weights)" and dict(zip(header, row, strict=True))["peak RSS"] == ""
+    ran = replace(WHOLE, original=an_original([20.0, 22.0, 21.0]))
+    header, row, *_ = artifact_rows([ran])
+    cells = dict(zip(header, row, strict=True))
+    assert cells["artifact"] == "original (torch, bfloat16)" and cells["size on disk"] == "40.00 MB"
+    assert [cells[name] for name in ("decode, tokens/s", "TTFT @32", "peak RSS")] == ["21", "21 ms", "500.00 MB"]
+    content = content_of(ran)
+    assert "original (torch, bfloat16)" in terminal(content)
+    for page in (markdown(content), html(content)):
+        assert page.count("original (torch, bfloat16)") == 2 and "20 tokens/s to 22 tokens/s, 3 samples" in page
 
 
 def test_cells_of_a_broad_table_know_their_column() -> None:
