@@ -35,7 +35,8 @@ def main() -> None:
         folder = options.scratch / size
         packed = stages.run("quantize", source, folder / "packed", QuantizeOptions(method=options.method, max_size=size))
         shipped = stages.run("export", packed, folder / "onnx", ExportOptions(accuracy_level="4"))
-        bench = BenchOptions(reference=source.path, text=options.text, text_tokens=options.text_tokens, repeats=3)
+        texts = {"text": options.text, "text_tokens": options.text_tokens}
+        bench = BenchOptions(reference=source.path, original_speed=False, repeats=3, **texts)
         report = read(stages.run("bench", shipped, folder / "bench", bench).path / "report.json").first
         figures = {name: figure.median for name, figure in report.figures.items()}
         perplexities = report.perplexities

@@ -63,7 +63,7 @@ def result(subjects: Sequence[Subject], jobs: Sequence[SpeedJob], reason: str) -
     """What was measured of the original in its faster type, or why nothing was. reason: of ``original_jobs``."""
     known = [(s.figures[DECODE], s, job) for s, job in zip(subjects, jobs, strict=True) if DECODE in s.figures]
     if not known:
-        return reason or f"plain transformers could not run the original: {subjects[-1].failed['speed']}"
+        return reason or f"plain transformers did not run the original: {subjects[-1].failed['speed']}"
     _, subject, job = max(known, key=lambda row: (len(row[0].values), row[0].median))
     # of the time between tokens the rate is enough
     return Original(job.dtype or "", {name: figure for name, figure in subject.figures.items() if name != "speed.inter_token_ms"})

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from edgepress.pipeline.bench.jobs import SpeedJob
 from edgepress.pipeline.checkpoint.load import build_meta_model, quiet, read_config
+from edgepress.pipeline.errors import WorkerError
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+
+_UNDISTURBED = 0.8  # of the time; alone on a machine it is 0.99, beside one busy program 0.4
 
 
 class TorchDecoder:
@@ -33,6 +36,19 @@ class TorchDecoder:
             out = self._model(torch.from_numpy(ids)[None], past_key_values=self._cache, **self._settings)
         self._cache = out.past_key_values
         return np.asarray(out.logits[0].float().numpy())
+
+
+def check_undisturbed(share: float) -> None:
+    """Raise WorkerError where the thread that decodes had the processor for less than nearly all of the time.
+
+    share: of the time that it took. Torch's threads spin until the last of them is done: beside one busy program two of them were
+    40 times as slow as alone, where onnxruntime was half as fast. Such a figure would flatter what was made of the original.
+    """
+    if torch.get_num_threads() > 1 and share < _UNDISTURBED:
+        raise WorkerError(
+            f"other programs kept the processor busy ({100 * share:.0f} % of the time was left), which slows torch far more than "
+            "onnxruntime; run edgepress bench again on a quiet machine"
+        )
 
 
 def loader(job: SpeedJob) -> Callable[[], TorchDecoder]:

@@ -52,12 +52,13 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
     """One sample of each figure.
 
     Times are wall clock. The first token's time is the prefill of the whole prompt and its argmax; warm-up is not counted.
-    Logits come back to the host, so no clock is read before the device is done.
+    Logits come back to the host, so no clock is read before the device is done. Raises WorkerError for a disturbed original.
     """
     load = _loader(job)  # before the clock: loading is the model's time, not the library's
     begun = time.perf_counter()
     decoder = load()
     load_s = time.perf_counter() - begun
+    loaded, own = time.perf_counter(), time.thread_time()
     prompt, prefill = np.array(job.ids, dtype=np.int64), {}
     sizes = [pss()]
     for length in job.prompt_lengths:
@@ -70,6 +71,10 @@ def speed(job: SpeedJob) -> Iterator[SpeedSample]:
         prefill[str(length)] = float(np.median(seconds))
         sizes.append(pss())
     steps = _decode(decoder, prompt[: min(job.prompt_lengths)], job.new_tokens)
+    if job.dtype is not None:
+        from edgepress.pipeline.bench.torch_decoder import check_undisturbed
+
+        check_undisturbed((time.thread_time() - own) / (time.perf_counter() - loaded))
     yield SpeedSample(
         load_s=load_s,
         prefill=prefill,

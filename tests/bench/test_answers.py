@@ -75,7 +75,7 @@ def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, .
 @pytest.mark.families
 def test_a_report_has_them(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     options = BenchOptions(
-        reference=tiny, text=text, text_tokens=200, repeats=1, prompt_lengths=(8,), new_tokens=2, baseline=False
+        reference=tiny, text=text, text_tokens=200, repeats=1, prompt_lengths=(8,), new_tokens=2, original_speed=False,
     )  # fmt: skip
     bench(Artifact.load(build / "04-export"), tmp_path, options)
     (answer,) = read(tmp_path / "report.json").first.answers

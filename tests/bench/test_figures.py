@@ -28,7 +28,9 @@ def exported(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def report(exported: Artifact, tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = BenchOptions(text=text, text_tokens=1000, reference=tiny, prompt_lengths=(8, 300), new_tokens=5, repeats=2)
+    lengths = {"prompt_lengths": (8, 300), "new_tokens": 5, "repeats": 2}
+    # one thread: several of torch would have to be alone on the machine
+    options = BenchOptions(text=text, text_tokens=1000, reference=tiny, threads=1, **lengths)
     return stages.run("bench", exported, tmp_path_factory.mktemp("report") / "bench", options).path
 
 

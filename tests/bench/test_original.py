@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.bench import original, speed
+from edgepress.pipeline.bench import original, speed, worker
 from edgepress.pipeline.bench.jobs import ColdSample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.original import original_jobs, result, subject_of
@@ -48,6 +50,29 @@ def test_threads_are_those_that_were_asked_for(tiny: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+class _Waiting:
+    """A decoder that waits for something, and takes no time of the processor."""
+
+    def reset(self) -> None:
+        pass
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        time.sleep(0.005)
+        return np.zeros((1, 8), dtype=np.float32)
+
+
+@pytest.mark.parametrize(("dtype", "threads", "refused"), [("float32", 2, True), ("float32", 1, False), (None, 2, False)])
+def test_where_others_are_busy_it_has_no_speed(
+    dtype: str | None, threads: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads of torch wait for each other, and it would look far slower than it is; an artifact and one thread do not."""
+    monkeypatch.setattr(worker, "_loader", lambda job: _Waiting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with pytest.raises(WorkerError, match="kept the processor busy") if refused else nullcontext():
+        (sample,) = worker.speed(replace(JOB, dtype=dtype))
+        assert len(sample.inter_token_ms) == JOB.new_tokens
 
 
 def test_it_may_run_in_float32_and_in_the_type_of_its_weights(tiny: Path, reference: Path) -> None:
@@ -136,5 +161,5 @@ def test_one_that_dies_leaves_the_others(build: Path, reference: Path, tmp_path:
     found = result(originals, jobs, "")
     assert not isinstance(found, str) and found.dtype == "bfloat16"
     _, artifact, originals, jobs = in_rounds(build, reference, tmp_path / "both", monkeypatch, ms | {"bfloat16": None})
-    assert result(originals, jobs, "") == "plain transformers could not run the original: killed by the system"
+    assert result(originals, jobs, "") == "plain transformers did not run the original: killed by the system"
     assert not artifact.failed and len(artifact.figures["speed.decode_tokens_per_s"].values) == 5
