@@ -18,7 +18,7 @@ from edgepress.pipeline.registry import look_up
 # Of tune: parameters times tokens that two cores train on in a minute, and the longest text that is written for it.
 READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
-ORIGINAL_ROUNDS = 4  # in which the original's speed is measured, at most: it is slower than what is made of it
+ORIGINAL_ROUNDS = 3  # in which the original's speed is measured, at most: it is slower than what is made of it
 HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is measured on
 SELF = Path("self")  # as calibration text: what the model itself writes
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before

@@ -33,7 +33,7 @@ def build_arguments(tiny: Path, out: Path, text: Path, stages: list[str] = STAGE
         flags["text"] = text
     if len(stages) == 4:
         flags |= {"text-tokens": 256, "repeats": 1, "prompt-lengths": 8, "new-tokens": 4}
-    settings = {"bench": "{baseline: false}"}
+    settings = {"bench": "{baseline: false, original_speed: false}"}
     recipe = flags["recipe"] = out.parent / f"{len(stages)}.yaml"
     recipe.write_text("".join(f"{name[3:]}: {settings.get(name[3:], '{}')}\n" for name in stages))
     return ["build", str(tiny), str(out), *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
@@ -330,7 +330,7 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
 def test_politely_killed_in_the_background(built: Path, text: Path, tmp_path: Path) -> None:
     """A shell script starts `edgepress ... &` with SIGINT ignored: SIGTERM must end it all the same."""
     arguments = ["bench", str(built / "03-export"), "--out", str(tmp_path / "bench"), "--text", str(text)]
-    flags = ["--text-tokens", "64", "--repeats", "1", "--prompt-lengths", "8", "--new-tokens", "4"]
+    flags = ["--text-tokens", "64", "--repeats", "1", "--prompt-lengths", "8", "--new-tokens", "4", "--no-original-speed"]
     code, err = interrupted(tmp_path, "bench", signal.SIGTERM, arguments + flags, seconds=3, interrupt="SIG_IGN")
     assert code == 130, err
     assert [p.name for p in tmp_path.iterdir() if p.name != ".bench.measured.jsonl"] == []

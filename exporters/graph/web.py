@@ -1,9 +1,9 @@
 """The same graphs for browsers: operators that onnxruntime's WebAssembly build has, and runs fast.
 
-It lacks GatherBlockQuantized, and its MatMulNBits decodes a token or two a second. MatMulInteger is fast there, but has one scale
-for all columns of a row, and activations of 8 bits with one scale a token cost KL .03 on SmolLM2; one for all tokens, as
-DynamicQuantizeLinear gives, .47. So activations have 16 bits here: two bytes, which are two rows of one product. A product of
-two rows takes little longer than one of one row, and what rounding is left is that of floats (docs/generating.md, In a browser).
+It lacks GatherBlockQuantized, and its MatMulNBits has a fifth of the speed of MatMulInteger. That has one scale for all columns of
+a row, and activations of 8 bits with one scale a token cost KL 0.04 on SmolLM2; with one for all tokens, as DynamicQuantizeLinear
+makes them, 0.57. So activations have 16 bits here: two bytes, which are two rows of one product. A product of two rows takes
+little longer than one of one row, and hardly anything is lost (docs/generating.md, In a browser; benchmarks/browser.py).
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def test_bench_refuses(
     arguments: list[str], says: tuple[str, ...], refused: Refused, made: Path, text: Path, tmp_path: Path
 ) -> None:
     """Before minutes of measuring, where it can be known; and never in an endless loop."""
-    flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4]
+    flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4, "--no-original-speed"]
     with no_longer_than(20):
         refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, *arguments, says=says)
 
@@ -261,5 +261,19 @@ def test_reference_with_another_tokenizer(
     content = json.loads((other / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(content))
-    flags = ["--text", text, "--text-tokens", 64, "--repeats", 1, "--new-tokens", 4, "--prompt-lengths", 8, "--reference", other]
+    flags = [
+        "--text",
+        text,
+        "--text-tokens",
+        64,
+        "--repeats",
+        1,
+        "--new-tokens",
+        4,
+        "--no-original-speed",
+        "--prompt-lengths",
+        8,
+        "--reference",
+        other,
+    ]
     refused("bench", made / "onnx", "--out", tmp_path / "out", *flags, says=("different tokenizer", "give the checkpoint"))

@@ -108,7 +108,7 @@ def test_a_build_shows_what_narrowing_brought(tiny: Path, call: Callable[..., An
         "--calibration",
         CALIBRATION_TEXT,
     )
-    short = ("--repeats", 1, "--prompt-lengths", 8, "--new-tokens", 4, "--text-tokens", 256)
+    short = ("--repeats", 1, "--prompt-lengths", 8, "--new-tokens", 4, "--text-tokens", 256, "--no-original-speed")
     result = call("build", tiny, tmp_path / "out", *flags, *short, "--calibration-tokens", 256)
     assert result.code == 0, result.err
     rows = [line.split()[0] for line in result.out.splitlines() if line and line[0].isalpha()]

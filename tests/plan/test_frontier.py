@@ -276,7 +276,7 @@ def test_a_build_that_keeps_to_a_bound(
     monkeypatch.setattr(speed_module, "ROUNDS", 1)
     monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
     given = ("build", tiny, tmp_path / "out", "--min-speed", "1", "--method", "rtn", "--remove-count", "1", "--no-baseline",
-             "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text)  # fmt: skip
+             "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text, "--no-original-speed")  # fmt: skip
     first = call(*given)
     assert first.code == 0, first.err
     assert "plan: --max-size" in first.err and "measured" in first.err

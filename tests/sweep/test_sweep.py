@@ -136,7 +136,7 @@ def test_what_a_worker_does(tiny: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"quantize: {{method: rtn, group_size: 32}}\nexport: {{text: {text}}}")
     (tmp_path / "sweep.yaml").write_text(
         f"models: [{tiny}]\nrecipes: [mine.yaml]\nbudgets: [{{}}, {{bits: 8}}, {{max_size: 1KB}}]\n"
-        f"bench: {{repeats: 1, text: {text}, text_tokens: 128, new_tokens: 8, prompt_lengths: 16}}"
+        f"bench: {{repeats: 1, text: {text}, text_tokens: 128, new_tokens: 8, prompt_lengths: 16, original_speed: false}}"
     )
     sweep = read(tmp_path / "sweep.yaml")
     done = [build(wanted, tmp_path / "out" / wanted.name, tmp_path / "logs" / wanted.name) for wanted in sweep.builds]
@@ -156,7 +156,7 @@ models: [reference]
 recipes: [mine.yaml]
 budgets: [{bits: 4}, {bits: 8}, {bits: 4, group_size: 32}, {bits: 4, symmetric: true}, {bits: 8, head_bits: 16},
           {bits: 4, head_bits: 4}, {bits: 2, group_size: 64}, {max_size: 9MB}]
-bench: {repeats: 1, text_tokens: 512}
+bench: {repeats: 1, text_tokens: 512, original_speed: false}
 """
 
 
