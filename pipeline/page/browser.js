@@ -5,6 +5,7 @@ const engine = {
   failed: error => error.message,
 
   async name() {
+    if (location.protocol === "file:") throw new Error("open this page through a web server, such as python3 -m http.server");
     await isolated();
     worker = new Worker("worker.js", { type: "module" });
     return new Promise((resolve, reject) => {
@@ -39,7 +40,7 @@ const engine = {
 };
 
 // The service worker keeps all files for later visits without a network, and sends the headers that let the model use several
-// threads. It rules the page from its second load on, so the first visit loads twice.
+// threads. It rules the page from its second load on, so the first visit loads it again before the model.
 async function isolated() {
   if (!navigator.serviceWorker) return;
   try {

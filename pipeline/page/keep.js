@@ -7,7 +7,7 @@ const HEADERS = {
   "Cross-Origin-Resource-Policy": "same-origin",
 };
 
-self.addEventListener("install", () => self.skipWaiting());
+// A new version waits until the last tab of the former one is closed: a page never has files of both.
 self.addEventListener("activate", event => event.waitUntil((async () => {
   for (const name of await caches.keys()) if (name.startsWith(PLACE) && name !== CACHE) await caches.delete(name);
   await self.clients.claim();

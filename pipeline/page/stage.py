@@ -33,7 +33,8 @@ def page(source: Artifact, out: Path, options: PageOptions) -> JsonObject:
     files = libraries(None if options.modules is None else expanded(options.modules))
     (out / LIBRARIES).mkdir()
     for file in files:
-        shutil.copyfile(file, out / LIBRARIES / file.name)
+        shutil.copyfile(file, out / LIBRARIES / file.name.replace("LICENSE", "LICENSE-transformers.js.txt"))
+    shutil.copy(_HERE / "LICENSE-onnxruntime.txt", out / LIBRARIES)  # its package has none
     for name in source.files:
         if name not in _OF_OTHERS:
             (place := out / MODEL / name).parent.mkdir(parents=True, exist_ok=True)

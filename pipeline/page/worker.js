@@ -33,7 +33,7 @@ async function answer({ messages, temperature, limit }) {
   const inputs = inputsOf(messages), ids = inputs.input_ids.tolist()[0];
   const room = model.config.max_position_embeddings - ids.length;
   if (room < 1) throw new Error("the conversation is longer than the model can read; begin a new one");
-  const most = Math.min(limit ?? LONGEST, room);
+  const most = Math.min(Math.floor(limit) || LONGEST, room);
   const goesOn = kept && kept.ids.length < ids.length && kept.ids.every((id, index) => id === ids[index]);
   if (kept && !goesOn) await forget();
   const choice = temperature === null ? {} : temperature > 0 ? { do_sample: true, temperature } : { do_sample: false };
@@ -44,11 +44,9 @@ async function answer({ messages, temperature, limit }) {
     token_callback_function: () => { tokens += 1 },
   });
   stopping.reset();
-  const past = kept?.cache ?? null;
-  kept = null;
-  const found = await model.generate({
-    ...inputs, ...choice, max_new_tokens: most, streamer, stopping_criteria: stopping, return_dict_in_generate: true, past_key_values: past,
-  });
+  const past = kept?.cache ?? null, settings = { max_new_tokens: most, streamer, stopping_criteria: stopping };
+  kept = null;  // whatever becomes of it
+  const found = await model.generate({ ...inputs, ...choice, ...settings, return_dict_in_generate: true, past_key_values: past });
   const whole = found.sequences.tolist()[0];
   kept = { ids: whole.slice(0, -1), cache: found.past_key_values };  // the last token was not read
   postMessage({ end: { tokens, reason: tokens >= most ? "length" : "stop" } });

@@ -50,7 +50,7 @@ def test_the_folder_has_all_that_it_names(artifact: Artifact, modules: Path, tmp
     config = read_json(page.path / "model" / "config.json")["transformers.js_config"]
     (data,) = config["use_external_data_format"]
     model = {"model/tokenizer.json", "model/tokenizer_config.json", f"model/onnx/{data}", f"model/onnx/{data}_data"}
-    assert named | model | {"lib/LICENSE"} <= there
+    assert named | model | {"lib/LICENSE-transformers.js.txt", "lib/LICENSE-onnxruntime.txt"} <= there
     assert not any(name.endswith(("genai_config.json", "model.onnx")) for name in there)
     assert sha256(page.path / "model" / "onnx" / f"{data}_data") == sha256(artifact.path / "onnx" / f"{data}_data")
 
