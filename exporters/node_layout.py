@@ -1,8 +1,7 @@
 """The folder as transformers.js wants it: graph and weights below onnx/, by names that say the bits, and a config that says so.
 
 The weights lie there alone. ``model.onnx`` stays where everybody else looks for it and reads the same file, so one folder serves
-onnxruntime, onnxruntime-genai, optimum, edgepress and, under node, transformers.js. Not browsers: their WebAssembly build of
-onnxruntime lacks GatherBlockQuantized.
+onnxruntime, onnxruntime-genai, optimum, edgepress and, under node, transformers.js; and browsers, where graph/web.py wrote it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.files import save
-from edgepress.exporters.graph.web import INTEGERS
+from edgepress.exporters.graph.web import has_bytes
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.files import WEIGHTS_BELOW, read_json, write_json
 from edgepress.pipeline.runtime.decoder import MODEL, Decoder
@@ -43,7 +42,7 @@ def lay_out(folder: Path, dtype: str, window: np.ndarray) -> None:
 
 def dtype_of(graph: ir.Model, half: bool) -> str:
     """What transformers.js calls the weights: by the fewest bits of a matrix."""
-    if any(node.op_type == INTEGERS for node in graph.graph):
+    if has_bytes(graph.graph):
         return "q8"
     bits = [node.attributes["bits"].as_int() for node in graph.graph if node.op_type == "MatMulNBits"]
     if not bits:

@@ -12,7 +12,7 @@ from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import give_all_logits, rows_in_place, save, weight_bytes_per_token
-from edgepress.exporters.graph.web import WebBuilder
+from edgepress.exporters.graph.web import WebBuilder, has_bytes
 from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
 from edgepress.exporters.proof import accuracy_level, parity
@@ -33,7 +33,6 @@ from edgepress.pipeline.text.windows import same_tokens
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-_ACTIVATIONS = {"cpu": "float32", "cuda": "float16", WEB: "int16"}
 
 
 def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
@@ -72,7 +71,7 @@ def export(source: Artifact, out: Path, options: ExportOptions) -> JsonObject:
         "source": source.identity(),
         "exporter": exporter,
         "target": options.target,
-        "activations": _ACTIVATIONS[options.target],
+        "activations": "float16" if half else "int16" if has_bytes(graph.graph) else "float32",
         "proven_on": "CPUExecutionProvider",
         "batch": graph.metadata_props["edgepress.batch"],
         **choice.facts(),

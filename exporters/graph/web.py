@@ -14,10 +14,15 @@ from edgepress.exporters.graph.builder import Builder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.errors import OptionError
 
-INTEGERS = "MatMulInteger"
+_INTEGERS = "MatMulInteger"
 _BYTE = 256.0
 _MIDDLE = 128  # zero point of both bytes; unsigned, because signed ones have no fast kernel there
 _STEPS = 127 * 256 + 127  # the largest integer whose bytes both fit, low from -128 to 127
+
+
+def has_bytes(graph: ir.Graph) -> bool:
+    """Whether a matrix of the graph is multiplied by activations of two bytes."""
+    return any(node.op_type == _INTEGERS for node in graph)
 
 
 class WebBuilder(Builder):
@@ -39,7 +44,7 @@ class WebBuilder(Builder):
         codes, zeros, scales = self._rows_of(weight, weight_name or name)
         both, step = self._in_bytes(x)
         middle = self.constant("uint8.middle", np.array(_MIDDLE, np.uint8))
-        integers = self.op(INTEGERS, [both, codes, middle, zeros], name)
+        integers = self.op(_INTEGERS, [both, codes, middle, zeros], name)
         floats = self.op("Cast", [integers], f"{name}.floats", to=ir.DataType.FLOAT)
         self.op("Split", [floats], f"{name}.split", [f"{name}.high", f"{name}.low"], axis=0, num_outputs=2)
         high, low = self.nodes[-1].outputs

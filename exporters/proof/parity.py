@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.files import variant
 from edgepress.exporters.graph.operators import DOMAIN
-from edgepress.exporters.graph.web import INTEGERS
+from edgepress.exporters.graph.web import has_bytes
 from edgepress.exporters.proof.mismatch import first_mismatch
 from edgepress.exporters.proof.reference import ROWS, ReferenceLogits
 from edgepress.exporters.proof.switch import crossings, logits_as_read
@@ -79,7 +79,7 @@ def prove(reference: ReferenceLogits, folder: Path, graph: ir.Model, other_way: 
     with _float_activations(folder, graph) as file:
         exact = measure(reference, lambda: Decoder(folder, model=file), 0)
     half = any(value.dtype == ir.DataType.FLOAT16 for value in graph.graph.inputs)
-    half |= any(node.op_type == INTEGERS for node in graph.graph)
+    half |= has_bytes(graph.graph)
     if reasons := faults(exact, half):
         where = _where(reference, folder, exact, TOLERANCE_HALF if half else TOLERANCE)
         cure = "the model may need more than 16 bits: use --target cpu" if half else other_way

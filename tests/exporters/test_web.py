@@ -99,6 +99,13 @@ def test_a_token_of_large_values_leaves_the_others_their_scale() -> None:
     assert np.array_equal(alone[0, 0], y[1, 1])
 
 
+def test_a_float_checkpoint_stays_float(tiny: Path, text: Path, tmp_path: Path) -> None:
+    artifact = stages.run("export", Artifact.load(tiny), tmp_path / "onnx", ExportOptions(target=WEB, text=text))
+    facts = artifact.steps[-1].facts
+    assert facts["activations"] == "float32" and facts["parity"][0]["flipped"] == 0
+    assert read_json(artifact.path / "config.json")["transformers.js_config"]["dtype"] == "fp32"
+
+
 @pytest.mark.parametrize(
     "options",
     [
