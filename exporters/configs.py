@@ -66,6 +66,7 @@ def with_v4_tokenizer(content: JsonObject) -> JsonObject:
 # As GenAI's model builder writes them.
 _GENAI_PROVIDERS: dict[str, list[dict[str, dict[str, str]]]] = {
     "cpu": [],
+    "web": [],
     "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
 }
 
@@ -98,7 +99,7 @@ def genai_config(checkpoint: Checkpoint, target: str, *, shared_cache: bool) -> 
 def _genai_decoder(config: PreTrainedConfig, target: str, caches: int) -> JsonObject:
     """caches: how many layers have one, which is all that GenAI counts layers for."""
     return {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": _GENAI_PROVIDERS.get(target, [])},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": _GENAI_PROVIDERS[target]},
         "filename": "model.onnx",
         "head_size": head_size(config),
         "hidden_size": config.hidden_size,

@@ -425,7 +425,7 @@ class QuantizeOptions(Options):
         other = {self.head_bits, self.embedding_bits, *(rule.bits for rule in bits_rules(self.bits_for))} - {8, 16, None}
         if chosen or other or any(rule.bits == 8 for rule in bits_rules(self.bits_for)):
             return False
-        return self.method in ("int8", "none") or (METHODS[self.method].adjustable and self.bits == 8 and self.group_size == -1)
+        return self.method == "none" or (METHODS[self.method].adjustable and self.bits == 8 and self.group_size == -1)
 
     @property
     def chooses(self) -> bool:

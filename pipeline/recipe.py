@@ -148,11 +148,12 @@ def _check_web(steps: Mapping[str, Options]) -> None:
     if not isinstance(export, ExportOptions) or export.target != WEB:
         return
     if "tune" in steps:
-        raise OptionError(f"--target {WEB} needs one scale a row, and tune trains more; leave tune or the target out")
-    if isinstance(quantize, QuantizeOptions) and not quantize.fits_web:
+        raise OptionError(f"--target {WEB} needs one scale a row, and tune trains more; leave tune or the target out: --recipe web")
+    keeps = isinstance(first := steps.get("import"), ImportOptions) and first.keep_codes
+    if keeps or (isinstance(quantize, QuantizeOptions) and not quantize.fits_web):
         raise OptionError(
-            f"--target {WEB} needs 8 bits and one scale a row, and quantize would give others; leave its options out, or give "
-            "--method rtn --bits 8 --group-size -1"
+            f"--target {WEB} needs 8 bits and one scale a row, and {'--keep-codes' if keeps else 'quantize'} would give others; "
+            "take --recipe web, or give --method rtn --bits 8 --group-size -1"
         )
 
 

@@ -289,4 +289,5 @@ def _hint(format: Format, taken: tuple[Format, ...]) -> str:
         "packed": "it is quantized already: export it",
         "onnx": "give the checkpoint that it was made from",
         "report": "give the artifact that it is about",
+        "page": "give the artifact that it was made from",
     }[format]

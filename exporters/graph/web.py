@@ -17,6 +17,7 @@ from edgepress.pipeline.errors import OptionError
 _INTEGERS = "MatMulInteger"
 _BYTE = 256.0
 _MIDDLE = 128  # zero point of both bytes; unsigned, because signed ones have no fast kernel there
+_WIDEST = (2**31 - 1) // (128 * 255)  # rows whose sums of products fit int32
 _STEPS = 127 * 256 + 127  # the largest integer whose bytes both fit, low from -128 to 127
 
 
@@ -67,6 +68,8 @@ class WebBuilder(Builder):
 
     def _rows_of(self, weight: PackedLinear, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Codes (in, out), zero points uint8 (out,) and scales float32 (out,)."""
+        if weight.shape[1] > _WIDEST:
+            raise OptionError(f"{weight.name} is {weight.shape[1]} wide, and {_WIDEST} are the most; leave --target web out")
         zeros = np.full_like(weight.scales, _MIDDLE, np.uint8) if weight.zeros is None else weight.zeros
         if weight.bits != 8 or weight.permutation is not None or any((x != x[:, :1]).any() for x in (weight.scales, zeros)):
             raise OptionError(

@@ -30,7 +30,7 @@ def original_jobs(like: SpeedJob, options: BenchOptions) -> tuple[list[SpeedJob]
         return [], "no original was given (--reference)"
     if not options.original_speed:
         return [], "left out (--no-original-speed)"
-    if options.target != "cpu":
+    if options.target == "cuda":
         return [], "the original is measured on the CPU alone"
     if Artifact.load(folder).format != "hf" or settings_of(folder):
         return [], "the original is quantized: plain transformers does not run it"

@@ -121,7 +121,8 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
         out = options.out or bench_folder(folder)
         artifact = stages.run("bench", Artifact.load(folder), out, values)
     else:
-        artifact = stages.run(options.verb, _source(options), options.out, values)
+        source = Artifact.load(_onnx(options.source)) if options.verb == "page" else _source(options)
+        artifact = stages.run(options.verb, source, options.out, values)
     if artifact.format == "report":
         _print_report(artifact)
         return 0

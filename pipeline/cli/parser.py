@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     build.last_words = lambda: (
         f"The defaults above are those of single stages. The recipe 'default' gives: {given_by('default')}; what neither "
         "recipe nor flags give, --effort may choose.")  # fmt: skip
-    add_flags(build, BoundOptions, *(stage.options for stage in STAGES.values()))
+    add_flags(build, BoundOptions, *(stage.options for name, stage in STAGES.items() if name != "page"))
 
     for name, stage in STAGES.items():
         verb = verbs.add_parser(name, help=first_line(stage.options), description=stage.options.__doc__)
@@ -179,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
 SOURCES = {
     "import": "a .gguf file",
     "tune": "folder that quantize wrote",
+    "page": "an artifact for browsers, or the OUT of a build with --target web",
     "export": "what quantize or another stage wrote, a GPTQ or bitsandbytes folder of another tool, or any model: a folder with "
     "config.json and safetensors, a .gguf file, a hub id, or 'reference' (the embedded model)",
 }

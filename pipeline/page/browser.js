@@ -1,6 +1,6 @@
 // Answers come from the model beside this page, in a worker of the browser: nothing that is written here leaves the machine.
 $("key").closest("label").remove();
-let worker = null, loaded = null, told = () => {};
+let worker = null, loaded = false, failure = null, told = () => {};
 const engine = {
   failed: error => error.message,
 
@@ -9,10 +9,11 @@ const engine = {
     await isolated();
     worker = new Worker("worker.js", { type: "module" });
     return new Promise((resolve, reject) => {
-      worker.onerror = event => reject(new Error(event.message || "the browser cannot run the model"));
+      const fail = text => { failure = `the model could not be loaded (${text})`; reject(new Error(failure)); told({ failed: text }) };
+      worker.onerror = event => fail(event.message || "the browser cannot run it");
       worker.onmessage = ({ data }) => {
         if (data.loading !== undefined) $("model").textContent = `${document.title}: loading, ${data.loading} %`;
-        else if (data.failed && !loaded) reject(new Error(data.failed));
+        else if (data.failed && !loaded) fail(data.failed);
         else if (data.ready) { loaded = true; resolve(document.title) }
         else told(data);
       };
@@ -20,6 +21,7 @@ const engine = {
   },
 
   async *answer(messages, settings, signal) {
+    if (failure) throw new Error(failure);
     if (!loaded) throw new Error("the model is still being loaded; try again in a moment");
     const queue = [];
     let wake = () => {};
@@ -46,8 +48,9 @@ async function isolated() {
   try {
     await navigator.serviceWorker.register("keep.js");
     await navigator.serviceWorker.ready;
-    if (crossOriginIsolated || sessionStorage.getItem("edgepress.loaded")) return;
-    sessionStorage.setItem("edgepress.loaded", "1");
+    const mark = `edgepress.loaded ${location.pathname}`;
+    if (crossOriginIsolated || sessionStorage.getItem(mark)) return;
+    sessionStorage.setItem(mark, "1");
     location.reload();
     await new Promise(() => {});
   } catch { /* refused: one thread, and only with a network */ }

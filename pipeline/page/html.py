@@ -14,8 +14,8 @@ _ENGINE, _TITLE = "/* the engine */", "<title>edgepress</title>"
 def chat_page(engine: str, title: str = "edgepress") -> str:
     """The page as HTML. engine: a script of this folder, ``server.js`` or ``browser.js``, that defines ``engine``."""
     page = (_HERE / "chat.html").read_text(encoding="utf-8")
-    named = page.replace(_TITLE, f"<title>{html.escape(title)}</title>")
-    return named.replace(_ENGINE, (_HERE / engine).read_text(encoding="utf-8").strip())
+    whole = page.replace(_ENGINE, (_HERE / engine).read_text(encoding="utf-8").strip(), 1)
+    return whole.replace(_TITLE, f"<title>{html.escape(title)}</title>", 1)
 
 
 def script_hash(page: str) -> str:

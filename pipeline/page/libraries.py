@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgepress.pipeline.errors import InputError, MissingPackageError
 from edgepress.pipeline.fetch import cache_folder
+from edgepress.pipeline.files import read_json
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,29 @@ def libraries(modules: Path | None = None) -> list[Path]:
     """
     found = []
     for package in PACKAGES:
-        folder = _kept(package) if modules is None else modules / package.name
-        for name in package.files:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}; install {package.name}@{package.version} there, or leave --modules out")
-            found.append(folder / name)
+        folder = _kept(package) if modules is None else _installed(package, modules / package.name)
+        found += [folder / name for name in package.files]
     return found
+
+
+def _is_whole(package: Package, folder: Path) -> bool:
+    return all((folder / name).is_file() for name in package.files)
+
+
+def _installed(package: Package, folder: Path) -> Path:
+    """The folder of a package that npm installed. Raises InputError unless it is whole and of the version that was tried."""
+    cure = f"npm install {package.name}@{package.version}, or leave --modules out"
+    if not _is_whole(package, folder):
+        raise InputError(f"{folder} is not there or not whole; {cure}")
+    if (version := read_json(folder / "package.json").get("version")) != package.version:
+        raise InputError(f"{folder} has version {version}, and {package.version} was tried; {cure}")
+    return folder
 
 
 def _kept(package: Package) -> Path:
     """The folder of a package in the cache."""
     folder = cache_folder() / "web" / f"{package.name.replace('/', '-')}-{package.version}"
-    if folder.is_dir():
+    if _is_whole(package, folder):
         return folder
     npm = shutil.which("npm")
     if npm is None:
@@ -69,7 +81,8 @@ def _kept(package: Package) -> Path:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-        command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--silent", "--pack-destination", scratch]
+        command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel", "error"]
+        command += ["--pack-destination", scratch]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         archives = list(Path(scratch).glob("*.tgz"))
         if done.returncode or len(archives) != 1:
@@ -81,5 +94,7 @@ def _kept(package: Package) -> Path:
         whole = Path(scratch) / "whole"
         with tarfile.open(archives[0]) as archive:
             archive.extractall(whole, [archive.getmember(f"package/{name}") for name in package.files], filter="data")
-        (whole / "package").rename(folder)
+        if not _is_whole(package, folder):  # by another process, in the meantime
+            shutil.rmtree(folder, ignore_errors=True)
+            (whole / "package").rename(folder)
     return folder

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, called
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import JsonObject, expanded, folder_bytes, link_or_copy
+from edgepress.pipeline.files import JsonObject, expanded, files_below, folder_bytes, link_or_copy, sha256
+from edgepress.pipeline.model_files import read_genai_config
 from edgepress.pipeline.options import WEB, PageOptions
 from edgepress.pipeline.page.html import chat_page, script_hash
 from edgepress.pipeline.page.libraries import PACKAGES, libraries
@@ -17,7 +19,6 @@ from edgepress.pipeline.page.libraries import PACKAGES, libraries
 log = logging.getLogger("edgepress")
 MODEL, LIBRARIES = "model", "lib"
 _HERE = Path(__file__).parent
-_VERSION = "/* the version */"
 _OF_OTHERS = ("model.onnx", "genai_config.json", "manifest.json")  # which a browser does not read
 
 
@@ -42,16 +43,23 @@ def page(source: Artifact, out: Path, options: PageOptions) -> JsonObject:
     title = options.title or called(source.path)
     text = chat_page("browser.js", title)
     policy = (
-        f"default-src 'none'; script-src {script_hash(text)} 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; "
-        "connect-src 'self' blob: data:; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {script_hash(text)}; worker-src 'self'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
     charset = '<meta charset="utf-8">\n'
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     (out / "index.html").write_text(text.replace(charset, charset + meta), encoding="utf-8")
-    shutil.copyfile(_HERE / "worker.js", out / "worker.js")
-    versions = {package.name: package.version for package in PACKAGES}
-    version = hashlib.sha256(repr((source.identity(), versions, text)).encode()).hexdigest()[:16]
-    kept = (_HERE / "keep.js").read_text(encoding="utf-8").replace(_VERSION, version)
-    (out / "keep.js").write_text(kept, encoding="utf-8")
-    log.info("page: to try it: python3 -m http.server -b 127.0.0.1 in that folder, and open http://localhost:8000")
-    return {"libraries": versions, "bytes": [folder_bytes(source.path), folder_bytes(out)]}
+    context = str(read_genai_config(source.path).context_length)
+    (out / "worker.js").write_text(_script("worker.js", "0 /* the context */", context), encoding="utf-8")
+    written = {file.relative_to(out).as_posix(): sha256(file) for file in sorted(files_below(out))}
+    kept = _script("keep.js", "[] /* the files */", json.dumps(list(written)))
+    version = hashlib.sha256(repr((written, kept)).encode()).hexdigest()[:16]
+    (out / "keep.js").write_text(kept.replace("/* the version */", version), encoding="utf-8")
+    log.info("page: to try it: python3 -m http.server -b 127.0.0.1 8421 in that folder, and open http://localhost:8421")
+    size = sum(file.stat().st_size for file in files_below(out))
+    return {"libraries": {package.name: package.version for package in PACKAGES}, "bytes": [folder_bytes(source.path), size]}
+
+
+def _script(name: str, place: str, value: str) -> str:
+    """A script of this folder with a value in its place."""
+    return (_HERE / name).read_text(encoding="utf-8").replace(place, value, 1)

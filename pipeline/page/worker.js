@@ -2,7 +2,7 @@
 import { AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria, TextStreamer, env } from "./lib/transformers.min.js";
 
 const here = new URL("./", self.location.href).href;
-const LONGEST = 1024;  // tokens of an answer where nothing else is said
+const LONGEST = 1024, CONTEXT = 0 /* the context */;  // tokens of an answer where nothing else is said, and of a conversation
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
 env.localModelPath = new URL(here).pathname;
@@ -20,8 +20,17 @@ async function load() {
   };
   tokenizer = await AutoTokenizer.from_pretrained("model");
   model = await AutoModelForCausalLM.from_pretrained("model", { device: "wasm", progress_callback });
+  // WebAssembly answers without a pause, in which alone a message, such as to stop, arrives here.
+  const forward = model.forward.bind(model);
+  model.forward = async inputs => { await pause(); return forward(inputs) };
   postMessage({ ready: true });
 }
+
+const pause = () => new Promise(resolve => {
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = resolve;
+  port2.postMessage(null);
+});
 
 // The ids of a conversation; of a model that has no chat template, of its texts.
 function inputsOf(messages) {
@@ -31,7 +40,7 @@ function inputsOf(messages) {
 
 async function answer({ messages, temperature, limit }) {
   const inputs = inputsOf(messages), ids = inputs.input_ids.tolist()[0];
-  const room = model.config.max_position_embeddings - ids.length;
+  const room = CONTEXT - ids.length;
   if (room < 1) throw new Error("the conversation is longer than the model can read; begin a new one");
   const most = Math.min(Math.floor(limit) || LONGEST, room);
   const goesOn = kept && kept.ids.length < ids.length && kept.ids.every((id, index) => id === ids[index]);

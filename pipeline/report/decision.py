@@ -62,7 +62,9 @@ def _gain(report: Report) -> str:
         return ""
     proven = speed.rounds > 1 and not speed.low <= 1 <= speed.high
     said = f"{speed.value:.3g} times {'as fast as' if proven else 'the decode rate of'} the original under transformers"
-    return f", {said} ({interval(speed, 3)})" + ("" if memory is None else f", at {100 * memory.value:.0f} % of its memory")
+    held = "" if memory is None else f", at {100 * memory.value:.0f} % of its memory"
+    web = any(step.stage == "export" and step.options.get("target") == "web" for step in report.steps)
+    return f", {said} ({interval(speed, 3)}){held}" + (", by onnxruntime on the CPU: a browser is slower" if web else "")
 
 
 def _figures(report: Report) -> str:

@@ -64,17 +64,25 @@ async function chatted(page, number, { questions, address }) {
   await loaded(page);
   const title = await page.innerText("#model"), isolated = await page.evaluate(() => crossOriginIsolated), answers = [];
   for (const question of questions) answers.push(await asked(page, question));
+  // Stopped in the middle: what was written by then is kept.
+  await page.fill("#text", "Tell me all that you know of the sea.");
+  await page.press("#text", "Enter");
+  await page.waitForFunction(() => document.querySelector("article:last-child p")?.textContent.length > 10 || document.querySelector(".error"));
+  const begun = Date.now();
+  await page.keyboard.press("Escape");
+  await page.waitForFunction(() => document.querySelector("#send").textContent === "Send");
+  const stopped = { seconds: (Date.now() - begun) / 1000, answer: await page.locator("article").last().innerText() };
   const widths = [];
   for (const width of [360, 1366]) {
     await page.setViewportSize({ width, height: 700 });
     widths.push(await page.evaluate(() => document.documentElement.scrollWidth));
   }
-  if (address) return { title, isolated, answers, widths, errors };
+  if (address) return { title, isolated, answers, stopped, widths, errors };
   await page.context().setOffline(true);
   await page.reload();
   await loaded(page);
   await page.click("#new");
-  return { title, isolated, answers, widths, errors, offline: await asked(page, questions[0]) };
+  return { title, isolated, answers, stopped, widths, errors, offline: await asked(page, questions[0]) };
 }
 
 const answers = [];

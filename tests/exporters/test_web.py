@@ -131,6 +131,8 @@ def test_other_codes_are_refused(options: QuantizeOptions, tiny: Path, text: Pat
         ({"method": "gptq"}, "8 bits and one scale a row"),
         ({"bits_for": (".*o_proj=8/64",)}, "8 bits and one scale a row"),
         ({"max_growth": 0.05}, "8 bits and one scale a row"),
+        ({"method": "int8"}, "8 bits and one scale a row"),  # its head has blocks
+        ({"keep_codes": True}, "--keep-codes would give others"),
         ({"accuracy_level": "4"}, "int8 activations are CPU-only, and the target is web"),
         ({"exact_layers": "4"}, "leave it out for --target web"),
         ({"cache": "int8"}, "leave it or --target web out"),
@@ -138,14 +140,14 @@ def test_other_codes_are_refused(options: QuantizeOptions, tiny: Path, text: Pat
 )
 def test_a_build_refuses_what_no_browser_runs(flags: dict[str, object], said: str) -> None:
     """Before it begins."""
-    assert recipe.recipe_for("model", {"target": WEB, **flags}) == "web"
+    assert recipe.recipe_for("model", {"target": WEB}) == "web"
     with pytest.raises(OptionError, match=said):
         recipe.plan(recipe.read("web"), {"target": WEB, **flags})
 
 
 def test_a_build_for_browsers_takes_what_fits() -> None:
     given = recipe.read("web")
-    for flags in ({}, {"method": "gptq", "bits": 8, "group_size": -1}, {"method": "int8"}, {"bits_for": (".*o_proj=16",)}):
+    for flags in ({}, {"method": "gptq", "bits": 8, "group_size": -1}, {"method": "none"}, {"bits_for": (".*o_proj=16",)}):
         assert dict(recipe.plan(given, flags))["export"] == ExportOptions(target=WEB)
     with pytest.raises(OptionError, match="tune trains more"):
         recipe.plan({**{name: given[name] for name in ("quantize",)}, "tune": {}, "export": {"target": WEB}}, {})
