@@ -132,7 +132,6 @@ def test_other_codes_are_refused(options: QuantizeOptions, tiny: Path, text: Pat
         ({"bits_for": (".*o_proj=8/64",)}, "8 bits and one scale a row"),
         ({"max_growth": 0.05}, "8 bits and one scale a row"),
         ({"method": "int8"}, "8 bits and one scale a row"),  # its head has blocks
-        ({"keep_codes": True}, "--keep-codes would give others"),
         ({"accuracy_level": "4"}, "int8 activations are CPU-only, and the target is web"),
         ({"exact_layers": "4"}, "leave it out for --target web"),
         ({"cache": "int8"}, "leave it or --target web out"),
@@ -143,6 +142,11 @@ def test_a_build_refuses_what_no_browser_runs(flags: dict[str, object], said: st
     assert recipe.recipe_for("model", {"target": WEB}) == "web"
     with pytest.raises(OptionError, match=said):
         recipe.plan(recipe.read("web"), {"target": WEB, **flags})
+
+
+def test_the_codes_of_a_gguf_have_blocks() -> None:
+    with pytest.raises(OptionError, match="--keep-codes would give others"):
+        recipe.plan(recipe.read("codes"), {"target": WEB, "bits": 8, "group_size": -1})
 
 
 def test_a_build_for_browsers_takes_what_fits() -> None:
