@@ -35,7 +35,7 @@ help:
 		'  OUT             output folder (default: out/NAME for artifact, out/NAME-STAGE for a single stage,' \
 		'                  DIR-bench for bench)' \
 		'  RECIPE          a YAML file, or the name of a shipped recipe' \
-		'  TARGET          cpu (the default) or cuda' \
+		'  TARGET          cpu (the default), cuda or web' \
 		'  PROMPT          text for run to continue' \
 		'  FILE            models, recipes and budgets of a sweep (default: sweep.yaml)' \
 		"  ARGS            further flags of the command, as ARGS='--remove-count 4'; of test: flags of pytest" \

@@ -150,6 +150,8 @@ def _check_web(steps: Mapping[str, Options]) -> None:
     if "tune" in steps:
         raise OptionError(f"--target {WEB} needs one scale a row, and tune trains more; leave tune or the target out: --recipe web")
     keeps = isinstance(first := steps.get("import"), ImportOptions) and first.keep_codes
+    if isinstance(quantize, QuantizeOptions) and quantize.max_size is not None:
+        raise OptionError(f"--max-size chooses fewer bits than --target {WEB} runs; leave one of them out")
     if keeps or (isinstance(quantize, QuantizeOptions) and not quantize.fits_web):
         raise OptionError(
             f"--target {WEB} needs 8 bits and one scale a row, and {'--keep-codes' if keeps else 'quantize'} would give others; "

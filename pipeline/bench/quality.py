@@ -142,7 +142,8 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
     failed = None
     if "speed" in subject.failed:
         failed = f"not tried because the measurement of speed failed: {subject.failed['speed']}"
-    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), None if rounds else exported_from, failed)
+    equal = None if rounds or subject.half else exported_from
+    shipped = Row("onnx", "onnx", subject.path, subject.artifact.identity(), equal, failed)
     if rows and rounds and subject.wide:
         subject.missing["stages.onnx_level_0"] = "left out: slow with 8-bit weights, and proven by the export"
     elif rows and rounds:

@@ -70,6 +70,11 @@ class Subject:
         return self._fact("cache") == "int8"
 
     @property
+    def half(self) -> bool:
+        """Whether its activations have sixteen bits, which round more than the order of additions does."""
+        return self._fact("activations") in ("float16", "int16")
+
+    @property
     def wide(self) -> bool:
         """Whether its blocks have 8-bit weights: with float activations such a graph takes minutes where others take seconds."""
         bits = self._fact("bits")

@@ -1,28 +1,20 @@
 // Answers come from the model beside this page, in a worker of the browser: nothing that is written here leaves the machine.
 $("key").closest("label").remove();
-let worker = null, loaded = false, failure = null, told = () => {};
+let worker = null, told = () => {}, settle;
+const load = new Promise((resolve, reject) => { settle = { resolve, reject } });
+load.catch(() => {});
 const engine = {
   failed: error => error.message,
 
-  async name() {
-    if (location.protocol === "file:") throw new Error("open this page through a web server, such as python3 -m http.server");
-    await isolated();
-    worker = new Worker("worker.js", { type: "module" });
-    return new Promise((resolve, reject) => {
-      const fail = text => { failure = `the model could not be loaded (${text})`; reject(new Error(failure)); told({ failed: text }) };
-      worker.onerror = event => fail(event.message || "the browser cannot run it");
-      worker.onmessage = ({ data }) => {
-        if (data.loading !== undefined) $("model").textContent = `${document.title}: loading, ${data.loading} %`;
-        else if (data.failed && !loaded) fail(data.failed);
-        else if (data.ready) { loaded = true; resolve(document.title) }
-        else told(data);
-      };
-    });
+  name() {
+    start().catch(error => settle.reject(error));
+    return load;
   },
 
   async *answer(messages, settings, signal) {
-    if (failure) throw new Error(failure);
-    if (!loaded) throw new Error("the model is still being loaded; try again in a moment");
+    const stopped = new Promise((_, reject) => signal.addEventListener("abort", () => reject(new DOMException("stopped", "AbortError"))));
+    stopped.catch(() => {});
+    await Promise.race([load, stopped]);
     const queue = [];
     let wake = () => {};
     told = data => { queue.push(data); wake() };
@@ -40,6 +32,20 @@ const engine = {
     }
   },
 };
+
+async function start() {
+  if (location.protocol === "file:") throw new Error("open this page through a web server, such as python3 -m http.server");
+  await isolated();
+  const fail = text => { settle.reject(new Error(`the model cannot be loaded (${text})`)); told({ failed: text }) };
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onerror = event => fail(event.message || "the browser cannot run it");
+  worker.onmessage = ({ data }) => {
+    if (data.loading !== undefined) $("model").textContent = `${document.title}: loading, ${data.loading} %`;
+    else if (data.ready) settle.resolve(document.title);
+    else if (data.unusable) fail(data.unusable);
+    else told(data);
+  };
+}
 
 // The service worker keeps all files for later visits without a network, and sends the headers that let the model use several
 // threads. It rules the page from its second load on, so the first visit loads it again before the model.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, called
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import JsonObject, expanded, files_below, folder_bytes, link_or_copy, sha256
+from edgepress.pipeline.files import JsonObject, expanded, files_below, folder_bytes, sha256
 from edgepress.pipeline.model_files import read_genai_config
 from edgepress.pipeline.options import WEB, PageOptions
 from edgepress.pipeline.page.html import chat_page, script_hash
@@ -39,7 +39,7 @@ def page(source: Artifact, out: Path, options: PageOptions) -> JsonObject:
     for name in source.files:
         if name not in _OF_OTHERS:
             (place := out / MODEL / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(source.path / name, place)
+            shutil.copyfile(source.path / name, place)  # no link: onnx refuses weights with more than one name
     title = options.title or called(source.path)
     text = chat_page("browser.js", title)
     policy = (
@@ -55,8 +55,8 @@ def page(source: Artifact, out: Path, options: PageOptions) -> JsonObject:
     kept = _script("keep.js", "[] /* the files */", json.dumps(list(written)))
     version = hashlib.sha256(repr((written, kept)).encode()).hexdigest()[:16]
     (out / "keep.js").write_text(kept.replace("/* the version */", version), encoding="utf-8")
-    log.info("page: to try it: python3 -m http.server -b 127.0.0.1 8421 in that folder, and open http://localhost:8421")
     size = sum(file.stat().st_size for file in files_below(out))
+    log.info("page: %.1f MB; to try it: python3 -m http.server -b 127.0.0.1 8421 in it, then http://localhost:8421", size / 1e6)
     return {"libraries": {package.name: package.version for package in PACKAGES}, "bytes": [folder_bytes(source.path), size]}
 
 

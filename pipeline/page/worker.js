@@ -16,7 +16,7 @@ let tokenizer, model, kept = null;  // kept: ids that were read, and their cache
 
 async function load() {
   const progress_callback = ({ status, progress }) => {
-    if (status === "progress_total") postMessage({ loading: Math.floor(progress) });
+    if (status === "progress_total") postMessage({ loading: Math.min(99, Math.floor(progress)) });  // the session is made after that
   };
   tokenizer = await AutoTokenizer.from_pretrained("model");
   model = await AutoModelForCausalLM.from_pretrained("model", { device: "wasm", progress_callback });
@@ -66,7 +66,7 @@ async function forget() {
   kept = null;
 }
 
-const loading = load().catch(error => postMessage({ failed: String(error.message ?? error) }));
+const loading = load().catch(error => postMessage({ unusable: String(error.message ?? error) }));
 self.onmessage = async ({ data }) => {
   if (data.stop) { stopping.interrupt(); return }
   await loading;

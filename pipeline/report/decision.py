@@ -63,7 +63,7 @@ def _gain(report: Report) -> str:
     proven = speed.rounds > 1 and not speed.low <= 1 <= speed.high
     said = f"{speed.value:.3g} times {'as fast as' if proven else 'the decode rate of'} the original under transformers"
     held = "" if memory is None else f", at {100 * memory.value:.0f} % of its memory"
-    web = any(step.stage == "export" and step.options.get("target") == "web" for step in report.steps)
+    web = any(step.export.target == "web" for step in report.steps if step.export)
     return f", {said} ({interval(speed, 3)}){held}" + (", by onnxruntime on the CPU: a browser is slower" if web else "")
 
 

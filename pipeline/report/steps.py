@@ -122,7 +122,8 @@ class Quantization:
     def label(self) -> str:
         """The method's label in tables, as ``gptq 4 bits/128``."""
         row = METHODS.get(self.method)
-        label = self.method if row is None else row.label.format(bits=self.bits, group_size=self.group_size)
+        group = "row" if self.group_size == -1 else self.group_size
+        label = self.method if row is None else row.label.format(bits=self.bits, group_size=group)
         label = f"{label}, mixed" if self.bits_for else label
         return f"GGUF's codes, rest {label}" if self.kept_codes else label
 
@@ -136,6 +137,7 @@ class Export:
     not_fused_because: str | None = None
     exact_layers: tuple[str, ...] = ()
     cache: str = "float"
+    target: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,8 @@ def _quantized(made: Quantization, head: int | None) -> str:
     if row is not None and row.run is None:
         return f"quantize: {made.method}"
     symmetry = "symmetric" if made.symmetric else "asymmetric"
-    details = f", {made.bits} bits, groups of {made.group_size}, {symmetry}" if row is not None and row.adjustable else ""
+    groups = "one scale a row" if made.group_size == -1 else f"groups of {made.group_size}"
+    details = f", {made.bits} bits, {groups}, {symmetry}" if row is not None and row.adjustable else ""
     details += ", other bits for some matrices" if made.bits_for else ""
     kept = f"{made.kept_codes} matrices keep the codes of the GGUF file; the rest: " if made.kept_codes else ""
     return f"quantize: {kept}{made.method}{details}; head {'float' if head is None else f'{head} bits'}"

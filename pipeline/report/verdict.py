@@ -81,6 +81,8 @@ def _cause(report: Report) -> str:
     export = next((step.export for step in reversed(report.steps) if step.export), None)
     if export is not None and export.exporter == "portable":
         return "the portable graph copies its cache at every token"
+    if export is not None and export.target == "web":
+        return "its operators are those of a browser; for this processor export with --target cpu"
     if export is not None and export.accuracy_level == 0:
         return "float activations have no fast kernel for its bits here; export with --accuracy-level auto or 4"
     return "its operators are slow on this processor, or other programs were busy"

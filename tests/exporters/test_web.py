@@ -12,11 +12,14 @@ import pytest
 from edgepress.exporters.graph.web import WebBuilder
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.bench.quality import _rows
+from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json
-from edgepress.pipeline.options import WEB, ExportOptions, QuantizeOptions, VerifyOptions
+from edgepress.pipeline.options import WEB, BenchOptions, ExportOptions, QuantizeOptions, VerifyOptions
 from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.report.model import read
 from edgepress.pipeline.verify.checks import verify
 from transformers import GPT2Config, Qwen3Config
 
@@ -155,3 +158,19 @@ def test_a_build_for_browsers_takes_what_fits() -> None:
         assert dict(recipe.plan(given, flags))["export"] == ExportOptions(target=WEB)
     with pytest.raises(OptionError, match="tune trains more"):
         recipe.plan({**{name: given[name] for name in ("quantize",)}, "tune": {}, "export": {"target": WEB}}, {})
+
+
+def test_its_benchmark_says_what_it_is(exported: tuple[Artifact, Artifact], text: Path, tmp_path: Path) -> None:
+    """Sixteen bits round more than the order of additions does, and that is no damage; the original is measured beside."""
+    packed, artifact = exported
+    options = BenchOptions(
+        target=WEB, reference=packed.path.parent / "model", stages=(packed.path,), text=text, text_tokens=256, repeats=1,
+        prompt_lengths=(8,), new_tokens=4,
+    )  # fmt: skip
+    (report,) = read(stages.run("bench", artifact, tmp_path / "bench", options).path / "report.json").reports
+    assert [row.name for row in report.stages] == ["original", "quantized", "onnx"]
+    assert not any(row.suspect for row in report.stages)
+    *_, shipped = _rows(Subject(artifact, "mine", (), (packed.path,)), options)
+    assert shipped.exact is None  # on a real model more than the limit of what is exact
+    assert report.original or "busy" in report.missing["original"]
+    assert report.missing["memory.gpu_bytes"] == "measured on the CPU"
