@@ -9,7 +9,7 @@ env.localModelPath = new URL(here).pathname;
 env.useBrowserCache = false;  // the service worker keeps the files
 env.backends.onnx.wasm.wasmPaths = { mjs: `${here}lib/ort-wasm-simd-threaded.mjs`, wasm: `${here}lib/ort-wasm-simd-threaded.wasm` };
 const cores = navigator.hardwareConcurrency || 2;
-env.backends.onnx.wasm.numThreads = self.crossOriginIsolated ? Math.min(cores, Math.max(2, cores / 2), 8) : 1;
+env.backends.onnx.wasm.numThreads = self.crossOriginIsolated ? Math.min(cores, Math.max(2, Math.ceil(cores / 2)), 8) : 1;
 
 const stopping = new InterruptableStoppingCriteria();
 let tokenizer, model, kept = null;  // kept: ids that were read, and their cache
