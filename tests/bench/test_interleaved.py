@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from edgepress.pipeline.files import read_json, sha256
 
-SHORT = ["--repeats", "2", "--prompt-lengths", "8", "--new-tokens", "4", "--text-tokens", "256"]
+SHORT = ["--repeats", "2", "--prompt-lengths", "8", "--new-tokens", "4", "--text-tokens", "256", "--no-original-speed"]
 Call = Callable[..., Any]
 
 

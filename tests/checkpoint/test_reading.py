@@ -12,6 +12,7 @@ import torch
 from edgepress.exporters import fused
 from edgepress.exporters.architecture import obstacle
 from edgepress.exporters.configs import write_configs
+from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import save
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -82,7 +83,7 @@ def in_fused_graph(folder: Path, out: Path) -> np.ndarray:
     out.mkdir()
     checkpoint = Checkpoint(folder)
     assert obstacle(checkpoint) is None
-    save(fused.build(checkpoint, 0), out / "model.onnx")
+    save(fused.build(checkpoint, 0, Builder()), out / "model.onnx")
     write_configs(checkpoint, out, "cpu", shared_cache=True)
     return in_onnx(out)
 

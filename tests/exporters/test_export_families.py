@@ -309,7 +309,7 @@ def test_what_overflows_in_float16_is_refused(tiny: Path, text: Path, copy_of: C
     folder = copy_of(tiny)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 1e6}, folder / "model.safetensors")
-    with pytest.raises(ProofError, match=r"layer 0 is the first.*more than float16: use --target cpu"):
+    with pytest.raises(ProofError, match=r"layer 0 is the first.*more than 16 bits: use --target cpu"):
         stages.run("export", Artifact.load(folder), tmp_path / "onnx", ExportOptions(target="cuda", text=text))
 
 
