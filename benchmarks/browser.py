@@ -1,6 +1,6 @@
 """What a browser makes of a model: tokens/s in Chromium by how activations are rounded, and what each costs.
 
-Usage: python benchmarks/browser.py MODEL SCRATCH [--threads 1 2] [--tokens 2048] [--only NAME ...]
+Usage: PYTHONPATH=tests python benchmarks/browser.py MODEL SCRATCH [--threads 1 2] [--tokens 2048] [--only NAME ...]
 (MODEL: a GGUF file or a checkpoint; needs Chromium, node, and `make test-consumers`' node_modules)
 
 The rows are graphs of the same codes (8 bits, one scale a row): as `export --target web` writes them, activations as two bytes; as
@@ -11,14 +11,13 @@ which native onnxruntime runs. KL divergence is to float activations, over windo
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from consumers.programs import by_browser
 from edgepress.exporters import fused
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.builder import Builder
@@ -35,7 +34,6 @@ from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.reading import KEY
 from edgepress.pipeline.text.windows import text_windows
 
-ROOT = Path(__file__).parents[1]
 PROMPT, COUNT = "The old house stood at the end of the lane, and", 32
 WINDOW = 256
 
@@ -43,52 +41,33 @@ WINDOW = 256
 class OneByte(WebBuilder):
     """Activations as one byte, one scale a token."""
 
-    def linear(
-        self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, level: int, weight_name: str | None = None
-    ) -> ir.Value:
-        """As WebBuilder.linear."""
-        codes, zeros, scales = self._rows_of(weight, weight_name or name)
+    def _product(self, x: ir.Value, codes: ir.Value, zeros: ir.Value, name: str) -> ir.Value:
         if x not in self._bytes:
-            n = x.name
-            largest = self.op("ReduceMax", [self.op("Abs", [x], f"{n}.abs"), self.integers(-1)], f"{n}.max", keepdims=1)
-            step = self.op("Mul", [largest, self._number("step", 1 / 127)], f"{n}.step")
-            whole = self.op("Round", [self.op("Div", [x, step], f"{n}.in_steps")], f"{n}.whole")
-            shifted = self.op("Add", [whole, self._number("middle", 128)], f"{n}.shifted")
-            self._bytes[x] = self.op("Cast", [shifted], f"{n}.uint8", to=ir.DataType.UINT8), step
-        both, step = self._bytes[x]
-        return self._product(name, [both, codes, self.constant("uint8.middle", np.array(128, np.uint8)), zeros], step, scales)
+            self._bytes[x] = self._quantized(x)
+        rounded, step, middle = self._bytes[x]
+        integers = self.op("MatMulInteger", [rounded, codes, middle, zeros], name)
+        floats = self.op("Cast", [integers], f"{name}.floats", to=ir.DataType.FLOAT)
+        return self.op("Mul", [floats, step], f"{name}.product")
 
-    def _product(self, name: str, inputs: list[ir.Value], step: ir.Value, scales: ir.Value) -> ir.Value:
-        floats = self.op("Cast", [self.op("MatMulInteger", inputs, name)], f"{name}.floats", to=ir.DataType.FLOAT)
-        return self.op("Mul", [self.op("Mul", [floats, step], f"{name}.product"), scales], f"{name}.scaled")
+    def _quantized(self, x: ir.Value) -> tuple[ir.Value, ...]:
+        whole, step = self._in_steps(x, 127)
+        return self._unsigned(whole, x.name), step, self.constant("uint8.middle", np.array(128, np.uint8))
 
 
 class OneScale(OneByte):
     """Activations as DynamicQuantizeLinear makes them."""
 
-    def linear(
-        self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, level: int, weight_name: str | None = None
-    ) -> ir.Value:
-        """As WebBuilder.linear."""
-        codes, zeros, scales = self._rows_of(weight, weight_name or name)
-        if x not in self._bytes:
-            self.op("DynamicQuantizeLinear", [x], f"{x.name}.quantized", [f"{x.name}.{part}" for part in ("uint8", "step", "zero")])
-            self._bytes[x] = tuple(self.nodes[-1].outputs)
-        rounded, step, zero = self._bytes[x]
-        return self._product(name, [rounded, codes, zero, zeros], step, scales)
+    def _quantized(self, x: ir.Value) -> tuple[ir.Value, ...]:
+        self.op("DynamicQuantizeLinear", [x], f"{x.name}.quantized", [f"{x.name}.{part}" for part in ("uint8", "step", "zero")])
+        return tuple(self.nodes[-1].outputs)
 
 
 class Floats(WebBuilder):
     """Float activations: onnxruntime makes float weights of the codes when it loads them."""
 
-    def linear(
-        self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, level: int, weight_name: str | None = None
-    ) -> ir.Value:
-        """As WebBuilder.linear."""
-        codes, zeros, scales = self._rows_of(weight, weight_name or name)
+    def _product(self, x: ir.Value, codes: ir.Value, zeros: ir.Value, name: str) -> ir.Value:
         floats = [self.op("Cast", [v], f"{name}.float{i}", to=ir.DataType.FLOAT) for i, v in enumerate((codes, zeros))]
-        product = self.op("MatMul", [x, self.op("Sub", floats, f"{name}.centred")], name)
-        return self.op("Mul", [product, scales], f"{name}.scaled")
+        return self.op("MatMul", [x, self.op("Sub", floats, f"{name}.centred")], name)
 
 
 class Blocks(WebBuilder):
@@ -153,15 +132,7 @@ def written(packed: Artifact, folder: Path, builder: Builder, ids: np.ndarray) -
 
 def measured(folder: Path, scratch: Path, threads: int) -> tuple[float, float]:
     """Tokens/s of decoding and milliseconds to the first token after PROMPT, in a fresh Chromium; medians of three."""
-    modules = ROOT / ".node-consumer" / "node_modules"
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    job = {"folder": str(folder), "text": PROMPT, "count": COUNT, "threads": threads, "timed": 3}
-    file = scratch / "jobs.json"
-    file.write_text(json.dumps({"chromium": chromium, "modules": str(modules), "jobs": [job]}))
-    script = modules.parent / "browser_side.mjs"
-    shutil.copy(ROOT / "tests" / "consumers" / "browser_side.mjs", script)
-    done = subprocess.run(["node", script, file], capture_output=True, text=True, check=True)
-    (answer,) = json.loads(done.stdout.splitlines()[-1])
+    (answer,) = by_browser([{"folder": str(folder), "text": PROMPT, "count": COUNT, "threads": threads, "timed": 3}], scratch)
     return float(np.median(answer["rates"])), float(np.median(answer["firsts"]))
 
 

@@ -104,8 +104,10 @@ def bench(source: str | Path, out: str | Path | None = None, **options: object) 
 
 
 def page(source: str | Path, out: str | Path, **options: object) -> Artifact:
-    """Write a folder of static files that chats with an artifact for browsers (``export`` with ``target="web"``)."""
-    return _run("page", source, out, options)
+    """Write a folder of static files that chats with an artifact for browsers, or the OUT of a build with ``target="web"``."""
+    from edgepress.pipeline.artifact import onnx_folder
+
+    return _run("page", onnx_folder(_expanded(source)), out, options)
 
 
 def verify(source: str | Path, *, original: str | Path | None = None, **options: object) -> list[Check]:

@@ -156,9 +156,8 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         return 2 * PROOF_TOKENS, 6 * PROOF_TOKENS, 10.0
     if isinstance(options, BenchOptions):
         text, rows = _scored(options, removing)
-        runs = (min(options.repeats, ORIGINAL_ROUNDS) + 1) * (
-            options.original_speed and options.target != "cuda"
-        )  # in the first round of two types
+        with_original = options.original_speed and options.target != "cuda"
+        runs = with_original * (min(options.repeats, ORIGINAL_ROUNDS) + 1)  # in the first round of two types
         by_torch = runs * (4 * sum(options.prompt_lengths) + STEP * options.new_tokens)
         seconds = options.repeats * 4.0 * (1 + removing) + runs * START_S
         return rows * text + by_torch, (rows + 1 + removing) * text + by_torch, seconds

@@ -422,8 +422,7 @@ class QuantizeOptions(Options):
     def fits_web(self) -> bool:
         """Whether every matrix gets 8 bits and one scale a row, or stays float, which is what a browser runs."""
         chosen = any(x is not None for x in (self.max_growth, self.target_bits, self.max_size)) or self.act_order
-        other = {self.head_bits, self.embedding_bits, *(rule.bits for rule in bits_rules(self.bits_for))} - {8, 16, None}
-        if chosen or other or any(rule.bits == 8 for rule in bits_rules(self.bits_for)):
+        if chosen or 4 in (self.head_bits, self.embedding_bits) or any(rule.bits != 16 for rule in bits_rules(self.bits_for)):
             return False
         return self.method == "none" or (METHODS[self.method].adjustable and self.bits == 8 and self.group_size == -1)
 

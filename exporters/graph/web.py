@@ -34,7 +34,7 @@ class WebBuilder(Builder):
 
     def __init__(self) -> None:
         super().__init__()
-        self._bytes: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._bytes: dict[ir.Value, tuple[ir.Value, ...]] = {}  # made once for all the matrices that read a value
 
     def linear(
         self, x: ir.Value, weight: PackedLinear | np.ndarray, name: str, accuracy_level: int, weight_name: str | None = None
@@ -43,15 +43,19 @@ class WebBuilder(Builder):
         if isinstance(weight, np.ndarray):
             return super().linear(x, weight, name, accuracy_level, weight_name)
         codes, zeros, scales = self._rows_of(weight, weight_name or name)
-        both, step = self._in_bytes(x)
-        middle = self.constant("uint8.middle", np.array(_MIDDLE, np.uint8))
-        integers = self.op(_INTEGERS, [both, codes, middle, zeros], name)
+        return self.op("Mul", [self._product(x, codes, zeros, name), scales], f"{name}.scaled")
+
+    def _product(self, x: ir.Value, codes: ir.Value, zeros: ir.Value, name: str) -> ir.Value:
+        """``x @ (codes - zeros)`` in float32."""
+        if x not in self._bytes:
+            self._bytes[x] = self._in_bytes(x)
+        both, step = self._bytes[x]
+        integers = self.op(_INTEGERS, [both, codes, self.constant("uint8.middle", np.array(_MIDDLE, np.uint8)), zeros], name)
         floats = self.op("Cast", [integers], f"{name}.floats", to=ir.DataType.FLOAT)
         self.op("Split", [floats], f"{name}.split", [f"{name}.high", f"{name}.low"], axis=0, num_outputs=2)
         high, low = self.nodes[-1].outputs
         high = self.op("Mul", [high, self._number("byte", _BYTE)], f"{name}.high_bytes")
-        product = self.op("Mul", [self.op("Add", [high, low], f"{name}.steps"), step], f"{name}.product")
-        return self.op("Mul", [product, scales], f"{name}.scaled")
+        return self.op("Mul", [self.op("Add", [high, low], f"{name}.steps"), step], f"{name}.product")
 
     def embedding(self, ids: ir.Value, weight: PackedLinear | np.ndarray, name: str) -> ir.Value:
         """Rows of ``weight`` by ids: columns of the codes that ``linear`` of the same name reads."""
@@ -80,22 +84,28 @@ class WebBuilder(Builder):
         return codes, self.constant(f"{name}.zeros", zeros[:, 0]), self.constant(f"{name}.scales", weight.scales[:, 0])
 
     def _in_bytes(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """X as integers of 16 bits, high bytes before low ones in the first axis, and the step (..., 1) that they count.
+        """Integers of 16 bits as uint8, high bytes before low ones in the first axis, and their step (..., 1)."""
+        n = x.name
+        whole, step = self._in_steps(x, _STEPS)
+        bytes_of = self.op("Div", [whole, self._number("byte", _BYTE)], f"{n}.in_bytes")
+        high = self.op("Floor", [self.op("Add", [bytes_of, self._number("half", 0.5)], f"{n}.half_up")], f"{n}.high")
+        low = self.op("Sub", [whole, self.op("Mul", [high, self._number("byte", _BYTE)], f"{n}.high_bytes")], f"{n}.low")
+        return self._unsigned(self.op("Concat", [high, low], f"{n}.both", axis=0), n), step
 
-        Made once for all the matrices that read x. A token of zeros has step 0: NaN becomes some integer, and zero with its step.
+    def _in_steps(self, x: ir.Value, most: int) -> tuple[ir.Value, ir.Value]:
+        """Integers from -most to most, still float32, and the step (..., 1) of each token that they count.
+
+        A token of zeros has step 0: NaN becomes some integer, and zero with its step.
         """
-        if x not in self._bytes:
-            n = x.name
-            largest = self.op("ReduceMax", [self.op("Abs", [x], f"{n}.abs"), self.integers(-1)], f"{n}.max", keepdims=1)
-            step = self.op("Mul", [largest, self._number("step", 1 / _STEPS)], f"{n}.step")
-            whole = self.op("Round", [self.op("Div", [x, step], f"{n}.in_steps")], f"{n}.whole")
-            bytes_of = self.op("Div", [whole, self._number("byte", _BYTE)], f"{n}.in_bytes")
-            high = self.op("Floor", [self.op("Add", [bytes_of, self._number("half", 0.5)], f"{n}.half_up")], f"{n}.high")
-            low = self.op("Sub", [whole, self.op("Mul", [high, self._number("byte", _BYTE)], f"{n}.high_bytes")], f"{n}.low")
-            both = self.op("Concat", [high, low], f"{n}.both", axis=0)
-            both = self.op("Add", [both, self._number("middle", _MIDDLE)], f"{n}.shifted")
-            self._bytes[x] = self.op("Cast", [both], f"{n}.uint8", to=ir.DataType.UINT8), step
-        return self._bytes[x]
+        n = x.name
+        largest = self.op("ReduceMax", [self.op("Abs", [x], f"{n}.abs"), self.integers(-1)], f"{n}.max", keepdims=1)
+        step = self.op("Mul", [largest, self._number("step", 1 / most)], f"{n}.step")
+        return self.op("Round", [self.op("Div", [x, step], f"{n}.in_steps")], f"{n}.whole"), step
+
+    def _unsigned(self, integers: ir.Value, name: str) -> ir.Value:
+        """Integers from -128 to 127 as uint8 around _MIDDLE."""
+        shifted = self.op("Add", [integers, self._number("middle", _MIDDLE)], f"{name}.shifted")
+        return self.op("Cast", [shifted], f"{name}.uint8", to=ir.DataType.UINT8)
 
     def _number(self, name: str, value: float) -> ir.Value:
         return self.constant(f"float.{name}", np.array(value, np.float32))

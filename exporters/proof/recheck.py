@@ -63,7 +63,7 @@ def _distance(original: Checkpoint, artifact: Artifact, windows: list[np.ndarray
 
 def _proven(artifact: Artifact, source: Checkpoint, windows: list[np.ndarray]) -> str:
     step, name = artifact.steps[-1], source.path.name
-    half = step.facts.get("activations") != "float32"
+    half = step.facts.get("activations") in ("float16", "int16")
     load = source.offloaded_model if step.facts.get("exporter") == "fused" else source.model
     with _scratch() as scratch, reference_logits(load(), windows, scratch) as reference:
         exact = parity.measure(reference, lambda: at_level_0(artifact.path, scratch), 0)

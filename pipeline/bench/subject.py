@@ -135,10 +135,8 @@ def subjects_of(source: Artifact, options: BenchOptions) -> list[Subject]:
     artifacts = [source, *others]
     for artifact in artifacts:
         made_for = artifact.steps[-1].options.get("target", "cpu") if artifact.steps else "cpu"
-        if "cuda" in (options.target, made_for) and options.target != made_for:
-            raise InputError(
-                f"{artifact.path} was exported for {made_for}; export it with --target {options.target} to measure it there"
-            )
+        if options.target == "cuda" and made_for != "cuda":
+            raise InputError(f"{artifact.path} was exported for {made_for}; export it with --target cuda to measure it there")
     names = labels([a.path for a in artifacts])
     subjects = [
         Subject(artifact, name, report_steps(artifact), stages_of(artifact) if options.reference else ())

@@ -116,13 +116,8 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
         named = parts(str(flags["compare_with"])) if "compare_with" in flags else []
         flags = {**flags, "compare_with": [*(str(_onnx(other)) for other in options.others), *named]}
     values = make(stage.options, _resolved(flags))
-    if options.verb == "bench":
-        folder = _onnx(options.source)
-        out = options.out or bench_folder(folder)
-        artifact = stages.run("bench", Artifact.load(folder), out, values)
-    else:
-        source = Artifact.load(_onnx(options.source)) if options.verb == "page" else _source(options)
-        artifact = stages.run(options.verb, source, options.out, values)
+    source = _source(options)
+    artifact = stages.run(options.verb, source, options.out or bench_folder(source.path), values)
     if artifact.format == "report":
         _print_report(artifact)
         return 0
@@ -135,7 +130,9 @@ def _stage(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _source(options: argparse.Namespace) -> Artifact:
-    """The source of a stage; only import takes a GGUF file as it is."""
+    """The source of a stage; only import takes a GGUF file as it is, and what takes an artifact takes the OUT of a build, too."""
+    if STAGES[options.verb].takes == ("onnx",):
+        return Artifact.load(_onnx(options.source))
     return Artifact.load(resolve(options.source)) if options.verb == "import" else stages.source_of(options.source)
 
 

@@ -68,10 +68,10 @@ async function chatted(page, number, { questions, address }) {
   await page.fill("#text", "Tell me all that you know of the sea.");
   await page.press("#text", "Enter");
   await page.waitForFunction(() => document.querySelector("article:last-child p")?.textContent.length > 10 || document.querySelector(".error"));
-  const begun = Date.now();
+  const begun = await page.evaluate(() => document.querySelector("article:last-child p")?.textContent.length ?? 0);
   await page.keyboard.press("Escape");
   await page.waitForFunction(() => document.querySelector("#send").textContent === "Send");
-  const stopped = { seconds: (Date.now() - begun) / 1000, answer: await page.locator("article").last().innerText() };
+  const stopped = { begun, answer: await page.locator("article").last().innerText() };
   const widths = [];
   for (const width of [360, 1366]) {
     await page.setViewportSize({ width, height: 700 });

@@ -61,16 +61,21 @@ def by_browser(jobs: Answers, scratch: Path) -> Answers:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("Chromium is not installed")
-    content = {"chromium": chromium, "modules": str(NODE_MODULES), "jobs": jobs}
+    content = {"chromium": chromium, "modules": str(node_modules()), "jobs": jobs}
     return _answers(["node", str(_beside_modules("browser_side.mjs"))], content, scratch)
+
+
+def node_modules() -> Path:
+    """Where npm installed transformers.js. Skips without node and npm."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed, which transformers.js needs")
+    assert NODE_MODULES.is_dir(), "run make test-consumers, which installs transformers.js"
+    return NODE_MODULES
 
 
 def _beside_modules(script: str) -> Path:
     """A copy where node finds the packages that it imports."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed, which transformers.js needs")
-    assert NODE_MODULES.is_dir(), "run make test-consumers, which installs transformers.js"
-    return Path(shutil.copy(HERE / script, NODE_MODULES.parent))
+    return Path(shutil.copy(HERE / script, node_modules().parent))
 
 
 def _answers(command: list[str], jobs: object, scratch: Path) -> Answers:

@@ -112,6 +112,14 @@ def test_a_float_checkpoint_stays_float(tiny: Path, text: Path, tmp_path: Path) 
     assert read_json(artifact.path / "config.json")["transformers.js_config"]["dtype"] == "fp32"
 
 
+def test_rows_whose_sums_would_overflow_are_refused() -> None:
+    builder = WebBuilder()
+    x = builder.input("x", ir.DataType.FLOAT, ["batch", "tokens", 65_794])
+    linear = round_to_nearest("m", np.ones((1, 65_794), np.float32), 8, -1, symmetric=True)
+    with pytest.raises(OptionError, match="m is 65794 wide, and 65793 are the most; leave --target web out"):
+        builder.linear(x, linear, "m", 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
