@@ -65,7 +65,8 @@ async function chatted(page, number, { questions, address }) {
   const title = await page.innerText("#model"), isolated = await page.evaluate(() => crossOriginIsolated), answers = [];
   for (const question of questions) answers.push(await asked(page, question));
   // Stopped in the middle: what was written by then is kept.
-  await page.fill("#text", "Tell me all that you know of the sea.");
+  await page.click("#new");
+  await page.fill("#text", "Write a long story about a fox.");
   await page.press("#text", "Enter");
   await page.waitForFunction(() => document.querySelector("article:last-child p")?.textContent.length > 10 || document.querySelector(".error"));
   const begun = await page.evaluate(() => document.querySelector("article:last-child p")?.textContent.length ?? 0);
