@@ -144,3 +144,13 @@ def test_weights_that_the_files_hold_otherwise_are_kept(tiny: Path) -> None:
     with rtn.rounded(linears, {name: (4, 32)}, stored=checkpoint.index):
         assert not torch.equal(module.weight, doubled)
     assert torch.equal(module.weight, doubled)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_row_in_other_blocks_is_the_same_row(symmetric: bool) -> None:
+    """The embedding is gathered from blocks that divide its width, which one scale a row need not."""
+    weight = np.random.default_rng(0).normal(size=(3, 1600)).astype(np.float32)
+    row = round_to_nearest("m", weight, 8, -1, symmetric)
+    other = row.in_blocks(64)
+    assert (row.group_size, other.group_size, other.groups) == (128, 64, 25)
+    assert np.array_equal(other.unpacked(), row.unpacked()) and np.array_equal(other.dequantized(), row.dequantized())
