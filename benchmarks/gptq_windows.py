@@ -1,7 +1,7 @@
 """GPTQ calibrated on the same tokens in windows of several lengths: KL to the float model on texts that it did not read.
 
     python benchmarks/gptq_windows.py CHECKPOINT --lengths 8192,256,128,64,32 --calibration wiki-first.txt --text stories.txt
-        [--text ... --tokens 16384 --group-size 64 --text-tokens 1536 --work out/gptq-windows]
+        [--text ... --method gptq --method gptqmodel --tokens 16384 --group-size 64 --bits 4 --act-order --text-tokens 1536]
 
 CHECKPOINT: a folder with float weights; quality_per_byte.py --off-grid makes one of a GGUF file whose weights lie on no grid.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -32,29 +33,36 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--tokens", type=int, default=16384, help="of the calibration text (default: %(default)s)")
+    parser.add_argument("--method", action="append", help="gptq, gptqmodel or rtn, any number of them (default: gptq)")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--text-tokens", type=int, default=1536)
     parser.add_argument("--work", type=Path, default=Path("out/gptq-windows"))
     options = parser.parse_args()
     original = Checkpoint(options.checkpoint).model()
     texts = {text.stem: text_windows(text, options.checkpoint, budget=options.text_tokens, length=JUDGED) for text in options.text}
-    print(f"| tokens of a window | {' | '.join(texts)} |\n| ---: |{' ---: |' * len(texts)}")
-    for length in map(int, options.lengths.split(",")):
-        quantized = made(options, length).model()
-        cells = [f"{kl(original, quantized, windows):.4f}" for windows in texts.values()]
-        print(f"| {length} | {' | '.join(cells)} |", flush=True)
+    print(f"| method | tokens of a window | {' | '.join(texts)} | s |\n| --- | ---: |{' ---: |' * (len(texts) + 1)}")
+    for method in options.method or ["gptq"]:
+        for length in map(int, options.lengths.split(",")):
+            begun = time.monotonic()
+            quantized, seconds = made(options, method, length).model(), time.monotonic() - begun
+            cells = [f"{kl(original, quantized, windows):.4f}" for windows in texts.values()]
+            print(f"| {method} | {length} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
-def made(options: argparse.Namespace, length: int) -> Checkpoint:
-    """The checkpoint by GPTQ, calibrated in windows of this length."""
+def made(options: argparse.Namespace, method: str, length: int) -> Checkpoint:
+    """The checkpoint quantized, calibrated in windows of this length."""
     importlib.import_module("edgepress.pipeline.quantize.plan").WINDOW = length
-    out = options.work / str(length)
-    shutil.rmtree(out, ignore_errors=True)
+    out = options.work / f"{method}-{length}"
+    for folder in (out, out.with_suffix(".scratch")):
+        shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
     given = QuantizeOptions(
-        method="gptq", group_size=options.group_size, calibration=options.calibration, calibration_tokens=options.tokens
-    )
-    quantize_checkpoint(Artifact.load(options.checkpoint), out, given, options.work / f"{length}.gptq")
+        method=method, group_size=options.group_size, bits=options.bits, act_order=options.act_order and method != "rtn",
+        calibration=options.calibration, calibration_tokens=options.tokens,
+    )  # fmt: skip
+    quantize_checkpoint(Artifact.load(options.checkpoint), out, given, out.with_suffix(".scratch"))
     return Checkpoint(out)
 
 

@@ -41,14 +41,23 @@ METHODS = {
         label="rtn {bits} bits/{group_size}",
     ),
     "gptq": Method(
-        "GPTQ through gptqmodel, calibrated",
+        "GPTQ, calibrated, one block in memory at a time",
         "edgepress.pipeline.quantize.gptq:quantize",
+        adjustable=True,
+        act_order=True,
+        calibrated=True,
+        isolated=True,  # all its memory is free again for the proof
+        label="gptq {bits} bits/{group_size}",
+    ),
+    "gptqmodel": Method(
+        "GPTQ through gptqmodel, the whole model in memory",
+        "edgepress.pipeline.quantize.gptqmodel:quantize",
         packages=("gptqmodel",),
         adjustable=True,
         act_order=True,
         calibrated=True,
         isolated=True,  # gptqmodel changes environment variables and patches libraries
-        label="gptq {bits} bits/{group_size}",
+        label="gptqmodel {bits} bits/{group_size}",
     ),
     "nf4": Method(
         "bitsandbytes NormalFloat 4 (small, but slow on CPU)",

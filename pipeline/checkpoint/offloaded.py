@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,10 +72,29 @@ def settle(model: PreTrainedModel, weights: Weights, without: str) -> None:
 
     weights: those that ``build_offloaded_model`` had.
     """
+    _read(model, weights, [name for name, _ in model.named_modules() if not f"{name}.".startswith(f"{without}.")])
+
+
+@contextmanager
+def in_memory(model: PreTrainedModel, weights: Weights, part: str) -> Iterator[None]:
+    """Within the context the module ``part`` of an offloaded model has its weights in memory; after it, they are gone for good.
+
+    weights: those that ``build_offloaded_model`` had.
+    """
+    names = [name for name, _ in model.named_modules() if f"{name}.".startswith(f"{part}.")]
+    _read(model, weights, names)
+    try:
+        yield
+    finally:
+        for parameter in model.get_submodule(part).parameters():
+            parameter.data = torch.empty(0)
+
+
+def _read(model: PreTrainedModel, weights: Weights, names: Iterable[str]) -> None:
+    """Read the weights of these modules, in place of the hooks that would read them at each call."""
     by_name, read = _WithTiedNames(weights, model.all_tied_weights_keys or {}), dict[str, torch.nn.Parameter]()
-    for prefix, module in model.named_modules():
-        if f"{prefix}.".startswith(f"{without}."):
-            continue
+    for prefix in names:
+        module = model.get_submodule(prefix)
         add_hook_to_module(module, ModelHook())  # in place of the one that reads; to remove that would read all
         for leaf in [leaf for leaf, parameter in module.named_parameters(recurse=False)]:
             stored = by_name.stored(f"{prefix}.{leaf}" if prefix else leaf)

@@ -1,205 +1,265 @@
-"""GPTQ (Frantar et al. 2022) through gptqmodel.
+"""GPTQ (Frantar et al. 2022): each matrix is rounded column by column, and what a column loses the later ones make up for.
 
-gptqmodel patches libraries and prints a great deal, so the stage runs in an isolated process. What gptqmodel writes is read
-from its checkpoint.
+Blocks are taken in order, one in memory at a time. Within a block, matrices that read one input share one Hessian, and each reads
+what the matrices before it, already quantized, make of the calibration text.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
-import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
-from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, shards
-from edgepress.pipeline.checkpoint.update import carry_files
-from edgepress.pipeline.errors import InputError, OptionError
+from edgepress.pipeline.checkpoint import packed
+from edgepress.pipeline.checkpoint.blocks import BlockArgs
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
+from edgepress.pipeline.checkpoint.stream import Stream
+from edgepress.pipeline.errors import InputError, ModelError
 from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
-from edgepress.pipeline.machine import release_memory
-from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
+from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
-from edgepress.pipeline.registry import version
+from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
+from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
-# gptqmodel 7.6 can resume these, and only where every matrix has the same bits.
-RESUMABLE = ("llama", "qwen3_moe")
-CHECKPOINT = "checkpoint/CURRENT"  # exists once a layer is finished
+DAMPING = 0.05  # of the mean of the Hessian's diagonal, added to it; the paper has 0.01, gptqmodel 0.05
+STATES, JOB = "states.safetensors", "job.json"  # in the scratch folder: how far the stream came, and of which job
+Linear = torch.nn.Linear | Conv1D
 
 
-@dataclass(frozen=True)
-class GptqSettings:
-    """All that decides what gptqmodel writes, as job.json of the scratch folder records it: a run with the same can be resumed.
+# --- one matrix
 
-    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits and group size of single matrices.
-    windows: token ids. The rest as gptqmodel calls it.
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U of which U'U is the inverse of the Hessian (in, in), damped as far as it must be.
+
+    Section 3.3, step 3. Not by way of the inverse: with H = MM' and M upper triangular, which is the Cholesky factor of H read from
+    its end, U is the inverse of M. Raises ModelError for NaN and Inf.
     """
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise ModelError("the calibration text makes numbers that are not finite in the model; the checkpoint is broken")
+    reversed_ = hessian.flip(0, 1)
+    step = DAMPING * reversed_.diagonal().mean()
+    while True:
+        reversed_.diagonal().add_(step)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not failed:
+            break
+        step *= 2
+    del reversed_
+    upper = lower.flip(0, 1)
+    del lower
+    identity = torch.eye(len(upper))
+    return torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
 
-    model: str
-    weights: dict[str, str]
-    gptqmodel: str | None
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-    exceptions: dict[str, list[int]]
-    untouched: list[str]
-    resumable: bool
-    trust_remote_code: bool
-    windows: list[list[int]]
+
+def quantized(
+    name: str,
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    order: torch.Tensor | None = None,
+) -> PackedLinear:
+    """A matrix (out, in), float32, rounded by GPTQ (algorithm 1; a block is a group, so that its scale fits what it rounds).
+
+    factor: of ``inverse_factor``, in the order of the columns. order: of the columns, (in,), which is stored (act-order); None as
+    they are. A scale is that of round-to-nearest of the group as it is once all columns before it are rounded.
+    """
+    rows, columns = weight.shape
+    length = columns if group_size == -1 else group_size
+    left = (weight if order is None else weight[:, order]).T.contiguous()  # a column lies in one piece
+    codes = torch.empty((columns, rows), dtype=torch.uint8)
+    scales, zeros = [], []
+    top = (1 << bits) - 1
+    for first in range(0, columns, length):
+        part, block = left[first : first + length], factor[first : first + length, first : first + length]
+        grid = round_to_nearest(name, part.T.contiguous().numpy(), bits, -1, symmetric)
+        scale = torch.from_numpy(grid.scales[:, 0].copy())
+        zero = torch.full((rows,), float(1 << (bits - 1))) if grid.zeros is None else torch.from_numpy(grid.zeros[:, 0]).float()
+        scales.append(scale)
+        zeros.append(zero)
+        errors = torch.empty_like(part)
+        for column, row in enumerate(part):
+            code = (row / scale).round_().add_(zero).clamp_(0, top)
+            codes[first + column] = code
+            error = torch.sub(row, code.sub_(zero).mul_(scale), out=errors[column]).div_(block[column, column])
+            part[column:].addr_(block[column, column:], error, alpha=-1)
+        left[first + length :].addmm_(factor[first : first + length, first + length :].T, errors, alpha=-1)
+    points = None if symmetric else torch.stack(zeros, 1).byte().numpy()
+    permutation = None if order is None else order.int().numpy()
+    return PackedLinear.from_codes(
+        name, codes.T.contiguous().numpy(), torch.stack(scales, 1).numpy(), points, bits, group_size, permutation
+    )
+
+
+# --- all of them
 
 
 def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
-    """Every matrix of the job by GPTQ over the calibration windows, in this process.
+    """Every matrix of the job by GPTQ over the calibration windows.
 
-    It works in ``job.scratch`` and leaves its checkpoint there: the same job resumes after the last finished layer.
+    What is finished of it lies in ``job.scratch``, a folder a block: the same job goes on after the last finished block.
     """
-    for name, shape in job.linears.items():
-        if job.format(name)[0] == 3 and any(n % 32 for n in shape):
-            raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {name}; use --bits 4 or 2")
-    folder, settings, lost_because = job.scratch, _settings(job), _why_lost(job)
-    report_begun(Begun(len(job.linears), CHECKPOINT, lost_because))
-    if _left_in(folder) != asdict(settings):
+    report_begun(Begun(len(job.linears), STATES))
+    windows = job.windows()
+    settings = _settings(job, [row.tolist() for row in windows])
+    if _left_in(job.scratch) != settings:
+        remove(job.scratch)
+        job.scratch.mkdir(parents=True)
+        write_json(job.scratch / JOB, settings)
+    stream = Stream(job.checkpoint, windows)
+    if (job.scratch / STATES).is_file():
+        stream.resume(job.scratch / STATES)
+        log.info("quantize: GPTQ goes on after block %d of %d, where it was interrupted", stream.done, len(stream))
+    finished = {name: linear for index in range(stream.done) for name, linear in _block_of(job.scratch, index).items()}
+    report_progress(len(finished), f"block {stream.done + 1} of {len(stream)}")
+    while stream.done < len(stream):
+        folder = _folder(job.scratch, stream.done)
+        with stream.block() as block:
+            found = {linear.name: linear for linear in _of_block(job, stream, block)}
+            stream.advance()
         remove(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / "job.json", asdict(settings))
-    elif (folder / CHECKPOINT).is_file():
-        log.info("quantize: GPTQ resumes after the last layer finished before the interruption")
-    else:
-        log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
-    model = str(_float_source(job, folder.resolve()))  # before the current folder is another, from which a path leads elsewhere
-    with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
-        _run(replace(settings, model=model))
-    release_memory()
-    return read_checkpoint(folder / "model", job.linears)
+        folder.mkdir()
+        packed.save(found, folder)
+        stream.keep(job.scratch / STATES)
+        finished |= found
+        report_progress(0, f"block {stream.done + 1} of {len(stream)}")
+    return finished
 
 
-def _settings(job: QuantizeJob) -> GptqSettings:
-    options, folder = job.options, job.checkpoint.path
-    return GptqSettings(
-        model=str(folder.resolve()),
-        weights={p.name: sha256(p) for p in job.checkpoint.index.files},
-        gptqmodel=version("gptqmodel"),
-        bits=options.weight_bits,
-        group_size=options.group,
-        sym=options.symmetric,
-        desc_act=options.act_order,
-        exceptions={name: list(form) for name, form in job.exceptions.items()},
-        untouched=sorted(job.untouched),
-        resumable=_resumable(job),
-        trust_remote_code=job.checkpoint.trust_remote_code,
-        windows=[row.tolist() for row in job.windows()],
-    )
+def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
+    """All that decides what GPTQ finds: a run with the same goes on where the last one ended."""
+    options = job.options
+    return {
+        "model": str(job.checkpoint.path.resolve()),
+        "weights": {file.name: sha256(file) for file in job.checkpoint.index.files},
+        "forms": {name: list(job.format(name)) for name in job.linears},
+        "symmetric": options.symmetric,
+        "act_order": options.act_order,
+        "damping": DAMPING,
+        "windows": windows,
+    }
 
 
 def _left_in(scratch: Path) -> JsonObject | None:
     """The job that an interrupted run left in its scratch folder, if it can still be read."""
     try:
-        return read_json(scratch / "job.json")
+        return read_json(scratch / JOB)
     except (InputError, OSError, RecursionError):
         return None
 
 
-def _resumable(job: QuantizeJob) -> bool:
-    return job.checkpoint.raw_config.get("model_type") in RESUMABLE and not job.exceptions and not job.untouched
+def _folder(scratch: Path, index: int) -> Path:
+    return scratch / f"block-{index:03d}"
 
 
-def _why_lost(job: QuantizeJob) -> str:
-    family = job.checkpoint.raw_config.get("model_type")
-    if family not in RESUMABLE:
-        return f" (gptqmodel can resume only {' and '.join(RESUMABLE)}, and this is {family})"
-    spared = job.checkpoint.spared(job.untouched)
-    because = ("--keep-codes" if spared & job.checkpoint.weights.matrices else "--parts") if spared else "--bits-for"
-    return "" if _resumable(job) else f" ({because} cannot be resumed)"
+def _block_of(scratch: Path, index: int) -> dict[str, PackedLinear]:
+    return dict(PackedFile(_folder(scratch, index)))
 
 
-def _show_progress(printed: str) -> None:
-    """Pass on what gptqmodel prints: a line for every matrix, and the number of the layer."""
-    layers = re.findall(r"Quantizing layer (\d+) of (\d+)", printed)
-    step = f"layer {layers[-1][0]} of {layers[-1][1]}" if layers else ""
-    report_progress(printed.count("'process': 'gptq'"), step)
+def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Iterator[PackedLinear]:
+    """The matrices of the block that is in memory, each of which becomes what its codes stand for before the next is looked at."""
+    prefix = f"{stream.name}.{stream.done}"
+    modules = {f"{prefix}.{name}": module for name, module in block.named_modules() if f"{prefix}.{name}" in job.linears}
+    rest = set(modules)
+    for step in _steps(stream, modules):
+        hessians = _hessians(stream, {name: modules[name] for name in step})
+        while hessians:
+            for linear in _solved(job, modules, *hessians.pop(0)):
+                rest.remove(linear.name)
+                yield _placed(modules[linear.name], linear)
+    if rest:
+        log.info("quantize: no token of the calibration text reaches %s and %d more: rounded to nearest", min(rest), len(rest) - 1)
+    for name in sorted(rest):
+        yield round_to_nearest(name, matrix_of(modules[name]), *job.format(name), job.options.symmetric)
 
 
-def _float_source(job: QuantizeJob, scratch: Path) -> Path:
-    """The folder that gptqmodel reads: the job's, or a float copy in ``scratch`` where some of its matrices are codes."""
-    source = job.checkpoint
-    if not source.weights.matrices:
-        return source.path.resolve()
-    copy = scratch / "float"
-    source.model().save_pretrained(copy)
-    carry_files(source.path, copy, source.trust_remote_code)
-    return copy
+def _steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
+    """Names of the matrices in the order in which they run; a step is those that read one input, or the same part of all experts.
 
-
-def _run(settings: GptqSettings) -> None:
-    """Quantize and save into ``model`` of the working directory."""
-    # Without a worker count that fits the machine gptqmodel refuses to start on few cores; it reads this when imported.
-    os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, os.cpu_count() or 2))
-    from gptqmodel import GPTQModel, QuantizeConfig
-    from gptqmodel.looper.checkpoint_store import CheckpointConfig
-
-    here = Path.cwd()
-    exceptions: dict[str, dict[str, int]] = {
-        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": group} for name, (bits, group) in settings.exceptions.items()
-    }
-    exceptions |= {f"-:^{re.escape(name)}$": {} for name in settings.untouched}
-    config = QuantizeConfig(
-        bits=settings.bits,
-        group_size=settings.group_size,
-        sym=settings.sym,
-        desc_act=settings.desc_act,
-        act_group_aware=False,
-        dynamic=exceptions or None,
-        pack_impl="original",  # the others compile an extension on first use: half a minute, and a compiler needed
-        offload_to_disk_path=str(here / "offload"),
-    )
-    model = GPTQModel.load(
-        str(_source_folder(Path(settings.model), here / "source", settings.trust_remote_code)),
-        config,
-        dtype=torch.float32,  # it would take bfloat16 by itself
-        device="cpu",
-        trust_remote_code=settings.trust_remote_code,
-    )
-    # gptqmodel requires plain dicts of lists
-    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in settings.windows]
-    checkpoint = CheckpointConfig(path=str(here / "checkpoint")) if settings.resumable else None
-    model.quantize(rows, batch_size=4, checkpoint=checkpoint)
-    model.save(str(here / "model"))
-    model.model = None  # gptqmodel holds on to the object around it
-
-
-def _source_folder(checkpoint: Path, out: Path, trusted: bool) -> Path:
-    """The checkpoint in a folder of its own, without code unless it is ``trusted``.
-
-    gptqmodel's tokenizer helper runs the code of a tokenizer that it cannot read, whatever it is told, and it reads whatever
-    weights it finds. Here are the float weights that count, under the names that it looks for, and no pickled ones or adapters.
-    They are hard links (or copies, on another file system): it refuses weights that are links, as all are in a hub cache.
+    Those that no token reaches are in no step.
     """
-    remove(out)
-    out.mkdir()
-    carry_files(checkpoint, out, trusted)
-    (out / "adapter_config.json").unlink(missing_ok=True)
-    write_json(out / "config.json", read_json(checkpoint / "config.json"))
-    files = shards(checkpoint)
-    names = ["model.safetensors"] if len(files) == 1 else [file.name for file in files]
-    for file, name in zip(files, names, strict=True):
-        try:
-            (out / name).hardlink_to(file.resolve())
-        except OSError:
-            shutil.copyfile(file, out / name)
-    if len(files) > 1:
-        places = {name: header.file.name for header in ShardIndex(files).headers for name in header.entries}
-        write_json(out / INDEX, {"metadata": {}, "weight_map": places})
-    return out
+    steps: dict[str, list[str]] = {}
+    with _inputs_of(modules) as seen:
+        for _ in stream.run():
+            for _, names in seen:
+                step = steps.setdefault(_kind(names[0], stream), [])
+                step += [name for name in names if name not in step]
+            seen.clear()
+            if sum(map(len, steps.values())) == len(modules):
+                break
+    return list(steps.values())
 
 
-def read_checkpoint(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, PackedLinear]:
-    """The checkpoint that gptqmodel wrote for us, whose label is to be trusted."""
-    config = read_json(folder / "quantize_config.json")
-    matrices = GptqFolder(folder, ShardIndex(sorted(folder.glob("*.safetensors"))), config, format=config["checkpoint_format"])
-    return {name: matrices[name] for name in matrices if name in shapes}
+def _kind(name: str, stream: Stream) -> str:
+    """``.mlp.experts.up_proj`` of ``model.layers.3.mlp.experts.5.up_proj``."""
+    return re.sub(r"\.\d+", "", name.removeprefix(f"{stream.name}.{stream.done}"))
+
+
+def _hessians(stream: Stream, modules: Mapping[str, Linear]) -> list[tuple[list[str], torch.Tensor]]:
+    """The Hessians of a step's matrices, float32 (in, in), each with the names of those that share it.
+
+    Section 3.1: twice the sum over tokens of the input's outer product; a common factor is of no account.
+    """
+    found: dict[str, tuple[list[str], torch.Tensor]] = {}
+    kinds = {_kind(name, stream) for name in modules}
+    last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
+    with _inputs_of(modules) as seen:
+        for real in stream.run(last):
+            for tensor, names in seen:
+                rows = tensor.reshape(-1, tensor.shape[-1]).float()
+                if len(rows) == real.numel():  # else an expert's, which gets some of them
+                    rows = rows[real.flatten()]
+                _, hessian = found.setdefault(names[0], (names, torch.zeros(rows.shape[1], rows.shape[1])))
+                hessian.addmm_(rows.T, rows)
+            seen.clear()
+    return list(found.values())
+
+
+@contextmanager
+def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tensor, list[str]]]]:
+    """A list that gets what enters the modules as they run: each input once, with the names of those that read it."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+
+    def look(name: str, args: BlockArgs) -> None:
+        for tensor, names in seen:
+            if tensor is args[0]:
+                names.append(name)
+                return
+        seen.append((args[0], [name]))
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(lambda _, args, name=name: look(name, args)).remove)
+        yield seen
+
+
+def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], hessian: torch.Tensor) -> Iterator[PackedLinear]:
+    """Matrices that share a Hessian, which is spent."""
+    order = None
+    if job.options.act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    dead = hessian.diagonal() == 0  # what is always 0: its columns are of no account, and the Hessian would have no inverse
+    hessian.diagonal()[dead] = 1
+    factor = inverse_factor(hessian)
+    for name in names:
+        weight = matrix_of(modules[name])
+        if bool(dead.any()):
+            weight = weight.clone()
+            weight[:, dead if order is None else order[dead]] = 0
+        yield quantized(name, weight, factor, *job.format(name), job.options.symmetric, order)
+
+
+def _placed(module: Linear, linear: PackedLinear) -> PackedLinear:
+    """Give the module the weights that its codes stand for."""
+    weight = torch.from_numpy(linear.dequantized())
+    with torch.no_grad():
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+    report_progress(1)
+    return linear
