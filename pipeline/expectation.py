@@ -30,7 +30,7 @@ from edgepress.pipeline.options import (
 _SIDE, _PRODUCTS = 1024, 8
 # Of quantize/choose.py and text/windows.py, which load numpy.
 TRIAL_TOKENS, OWN_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 4096, 512, 2**25
-SOLVING = 15000  # tokens whose passes take as long as GPTQ's own arithmetic
+SOLVING = 8000  # tokens whose passes take as long as the solving of GPTQ
 BYTES_A_TOKEN = 4.0
 MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from

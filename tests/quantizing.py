@@ -139,11 +139,11 @@ def hostile(source: Path, folder: Path) -> Path:
     return folder / "source"
 
 
-def run_gptq(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
+def run_gptqmodel(source: Path, folder: Path, text: Path, **options: Any) -> GptqRun:
     folder.mkdir(exist_ok=True)
-    cwd, scratch = folder / "cwd", folder / "out" / ".packed.gptq"  # from which a relative path leads elsewhere
+    cwd, scratch = folder / "cwd", folder / "out" / ".packed.gptqmodel"  # from which a relative path leads elsewhere
     cwd.mkdir(exist_ok=True)
-    settings = QuantizeOptions(method="gptq", calibration=text, **{"calibration_tokens": 2048, **options})
+    settings = QuantizeOptions(method="gptqmodel", calibration=text, **{"calibration_tokens": 2048, **options})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(isolated, "remove", lambda _: None)

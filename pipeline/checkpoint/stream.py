@@ -12,9 +12,9 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, block_input, block_output, decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.offloaded import in_memory
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.text.windows import padded
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -50,6 +50,7 @@ class Stream:
         self.model, self._offloaded = _opened(checkpoint)
         self.name, self._blocks = decoder_blocks(self.model)
         self.done = 0
+        self._bfloat16 = torch.cpu._is_avx512_bf16_supported()
         rows = max(1, TOKENS // len(windows[0]))
         with torch.inference_mode():
             bare = self._returns_tensor()
@@ -101,22 +102,31 @@ class Stream:
             yield batch.hidden[batch.real]
 
     def keep(self, file: Path) -> None:
-        """Write the states and how many blocks they went through; an earlier file is replaced whole."""
+        """Write the states and how many blocks they went through; an earlier file is replaced whole. Raises OutputError."""
         part = file.with_suffix(".part")
         states = {str(index): batch.hidden.contiguous() for index, batch in enumerate(self._batches)}
-        save_file(states, part, {_BLOCKS: str(self.done)})
+        try:
+            save_file(states, part, {_BLOCKS: str(self.done)})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {part} ({error}); free some disk space or choose another output folder") from error
         part.replace(file)
 
     def resume(self, file: Path) -> None:
-        """Go on from states that ``keep`` wrote of the same windows in the same model."""
-        with safe_open(file, framework="pt") as kept:
-            self.done = int(kept.metadata()[_BLOCKS])
-            for index, batch in enumerate(self._batches):
-                batch.hidden = kept.get_tensor(str(index))
+        """Go on from states that ``keep`` wrote of the same windows in the same model. Raises ModelError for a damaged file."""
+        try:
+            with safe_open(file, framework="pt") as kept:
+                states = [kept.get_tensor(str(index)) for index in range(len(self._batches))]
+                done = int(kept.metadata()[_BLOCKS])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{file} is damaged ({error}); remove it") from error
+        self.done = done
+        for batch, hidden in zip(self._batches, states, strict=True):
+            batch.hidden = hidden
 
     def _run(self, batch: _Batch) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
-        return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
+            return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs)).float()
 
     def _returns_tensor(self) -> bool:
         """Whether blocks return their states bare, not in a tuple: shown by the first."""

@@ -37,7 +37,7 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     given, disturbed = options.quantize(), options.speed and busy()  # asked now: soon this process keeps the processor busy
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
-    left = CALIBRATED if given.method == "gptq" and not quantized_before(source) else 1.0
+    left = 1.0 if quantized_before(source) else CALIBRATED.get(given.method, 1.0)
     left *= TUNED_MIX if given.tuned else 1.0
 
     def point(within: float) -> Point:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from edgepress.pipeline.checkpoint import packed
@@ -19,15 +20,19 @@ from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import InputError, ModelError
 from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
-DAMPING = 0.05  # of the mean of the Hessian's diagonal, added to it; the paper has 0.01, gptqmodel 0.05
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
+# Of a group's range, what its scale may cover: a step that is smaller for all weights is often worth cutting off the largest.
+SHARES = tuple(1 - 0.05 * step for step in range(8))
+COLUMNS = 128  # that change one another at once; the columns after them follow in one product (section 3.3, step 2)
 STATES, JOB = "states.safetensors", "job.json"  # in the scratch folder: how far the stream came, and of which job
-Linear = torch.nn.Linear | Conv1D
+Linear: TypeAlias = torch.nn.Linear | Conv1D
 
 
 # --- one matrix
@@ -52,49 +57,91 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     del reversed_
     upper = lower.flip(0, 1)
     del lower
-    identity = torch.eye(len(upper))
-    return torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
+    factor = torch.eye(len(upper))
+    torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
+    return factor
 
 
 def quantized(
     name: str,
     weight: torch.Tensor,
     factor: torch.Tensor,
+    order: torch.Tensor,
     bits: int,
     group_size: int,
     symmetric: bool = False,
-    order: torch.Tensor | None = None,
+    permuted: bool = False,
 ) -> PackedLinear:
-    """A matrix (out, in), float32, rounded by GPTQ (algorithm 1; a block is a group, so that its scale fits what it rounds).
+    """A matrix (out, in), float32, rounded by GPTQ (algorithm 1; blocks end where groups do, so that a scale fits what it rounds).
 
-    factor: of ``inverse_factor``, in the order of the columns. order: of the columns, (in,), which is stored (act-order); None as
-    they are. A scale is that of round-to-nearest of the group as it is once all columns before it are rounded.
+    order: in which its columns are rounded, (in,). factor: of ``inverse_factor``, of the Hessian in that order. A group's scale and
+    zero point are found once all columns before it are rounded. permuted: groups lie along the order, which is stored (act-order);
+    otherwise it must be one of ``group_order``.
     """
     rows, columns = weight.shape
     length = columns if group_size == -1 else group_size
-    left = (weight if order is None else weight[:, order]).T.contiguous()  # a column lies in one piece
+    left = weight[:, order].T.contiguous()  # a column lies in one piece
     codes = torch.empty((columns, rows), dtype=torch.uint8)
-    scales, zeros = [], []
-    top = (1 << bits) - 1
-    for first in range(0, columns, length):
-        part, block = left[first : first + length], factor[first : first + length, first : first + length]
-        grid = round_to_nearest(name, part.T.contiguous().numpy(), bits, -1, symmetric)
-        scale = torch.from_numpy(grid.scales[:, 0].copy())
-        zero = torch.full((rows,), float(1 << (bits - 1))) if grid.zeros is None else torch.from_numpy(grid.zeros[:, 0]).float()
-        scales.append(scale)
-        zeros.append(zero)
+    found, costs = [], factor.diagonal().square().reciprocal()
+    top, size = (1 << bits) - 1, min(length, COLUMNS)
+    for first in range(0, columns, size):
+        if first % length == 0:
+            scale, zero = _grid(left[first : first + length], costs[first : first + length], bits, symmetric)
+            found.append((scale, zero))
+        part, block = left[first : first + size], factor[first : first + size, first : first + size]
         errors = torch.empty_like(part)
         for column, row in enumerate(part):
             code = (row / scale).round_().add_(zero).clamp_(0, top)
             codes[first + column] = code
             error = torch.sub(row, code.sub_(zero).mul_(scale), out=errors[column]).div_(block[column, column])
             part[column:].addr_(block[column, column:], error, alpha=-1)
-        left[first + length :].addmm_(factor[first : first + length, first + length :].T, errors, alpha=-1)
-    points = None if symmetric else torch.stack(zeros, 1).byte().numpy()
-    permutation = None if order is None else order.int().numpy()
-    return PackedLinear.from_codes(
-        name, codes.T.contiguous().numpy(), torch.stack(scales, 1).numpy(), points, bits, group_size, permutation
-    )
+        left[first + size :].addmm_(factor[first : first + size, first + size :].T, errors, alpha=-1)
+    scales, zeros = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+    if not permuted:  # back to where they were
+        groups = (order[::length] // length).argsort()
+        codes, scales, zeros = codes[order.argsort()], scales[:, groups], zeros[:, groups]
+    points = None if symmetric else zeros.byte().numpy()
+    permutation = order.int().numpy() if permuted else None
+    return PackedLinear.from_codes(name, codes.T.contiguous().numpy(), scales.numpy(), points, bits, group_size, permutation)
+
+
+def group_order(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Columns by what enters them, the greatest first, (in,), but whole groups one after another: a short one comes last.
+
+    What is rounded early can be made up for by most others. Act-order's gain at no price, for groups stay as they are (Gafni et al.
+    2025, group-aware reordering). diagonal: of the Hessian.
+    """
+    length = len(diagonal) if group_size == -1 else group_size
+    whole = len(diagonal) // length * length
+    groups = diagonal[:whole].view(-1, length)
+    within = groups.argsort(dim=1, descending=True, stable=True) + length * torch.arange(len(groups))[:, None]
+    short = diagonal[whole:].argsort(descending=True, stable=True) + whole
+    return torch.cat([within[groups.amax(1).argsort(descending=True, stable=True)].flatten(), short])
+
+
+def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each row of a group (columns, rows): of ranges cut at both ends, the one that loses least.
+
+    costs: of a column's squared error, (columns,): what equation 1 of the paper has for it.
+    """
+    top = (1 << bits) - 1
+    if symmetric:
+        high = part.abs().amax(0)
+        low = -high
+    else:
+        low, high = part.amin(0).clamp_max_(0), part.amax(0).clamp_min_(0)
+    least = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for share in SHARES:
+        scale = (high - low).mul_(share / top)
+        scale = torch.where(scale > 0, scale, 1)
+        zero = torch.full_like(scale, 1 << (bits - 1)) if symmetric else (-share * low / scale).round_().clamp_(0, top)
+        code = (part / scale).round_().add_(zero).clamp_(0, top)
+        error = code.sub_(zero).mul_(scale).sub_(part).square_().T @ costs
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
 # --- all of them
@@ -114,11 +161,16 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         write_json(job.scratch / JOB, settings)
     stream = Stream(job.checkpoint, windows)
     if (job.scratch / STATES).is_file():
-        stream.resume(job.scratch / STATES)
-        log.info("quantize: GPTQ goes on after block %d of %d, where it was interrupted", stream.done, len(stream))
-    finished = {name: linear for index in range(stream.done) for name, linear in _block_of(job.scratch, index).items()}
-    report_progress(len(finished), f"block {stream.done + 1} of {len(stream)}")
-    while stream.done < len(stream):
+        try:
+            stream.resume(job.scratch / STATES)
+            log.info("quantize: GPTQ goes on after block %d of %d, where it was interrupted", stream.done, len(stream))
+        except ModelError as error:
+            log.info("quantize: GPTQ starts over: %s", error)
+    blocks = len(stream)
+    for index in range(stream.done):
+        report_progress(len(PackedFile(_folder(job.scratch, index))))
+    while stream.done < blocks:
+        report_progress(0, f"block {stream.done + 1} of {blocks}")
         folder = _folder(job.scratch, stream.done)
         with stream.block() as block:
             found = {linear.name: linear for linear in _of_block(job, stream, block)}
@@ -127,9 +179,10 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         folder.mkdir()
         packed.save(found, folder)
         stream.keep(job.scratch / STATES)
-        finished |= found
-        report_progress(0, f"block {stream.done + 1} of {len(stream)}")
-    return finished
+        del found  # they lie in the folder: those of all blocks are not needed in memory before the end
+    del stream
+    release_memory()
+    return {name: linear for index in range(blocks) for name, linear in PackedFile(_folder(job.scratch, index)).items()}
 
 
 def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
@@ -142,6 +195,7 @@ def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
         "symmetric": options.symmetric,
         "act_order": options.act_order,
         "damping": DAMPING,
+        "shares": list(SHARES),
         "windows": windows,
     }
 
@@ -156,10 +210,6 @@ def _left_in(scratch: Path) -> JsonObject | None:
 
 def _folder(scratch: Path, index: int) -> Path:
     return scratch / f"block-{index:03d}"
-
-
-def _block_of(scratch: Path, index: int) -> dict[str, PackedLinear]:
-    return dict(PackedFile(_folder(scratch, index)))
 
 
 def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Iterator[PackedLinear]:
@@ -240,20 +290,20 @@ def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tenso
 
 
 def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], hessian: torch.Tensor) -> Iterator[PackedLinear]:
-    """Matrices that share a Hessian, which is spent."""
-    order = None
-    if job.options.act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    dead = hessian.diagonal() == 0  # what is always 0: its columns are of no account, and the Hessian would have no inverse
-    hessian.diagonal()[dead] = 1
-    factor = inverse_factor(hessian)
+    """Matrices that share a Hessian."""
+    by_activation, diagonal = job.options.act_order, hessian.diagonal()
+    dead = diagonal == 0  # what is always 0: its columns are of no account, and the Hessian would have no inverse
+    diagonal[dead] = diagonal.mean() or 1.0
+    kinds: dict[int, list[str]] = {}
     for name in names:
-        weight = matrix_of(modules[name])
-        if bool(dead.any()):
-            weight = weight.clone()
-            weight[:, dead if order is None else order[dead]] = 0
-        yield quantized(name, weight, factor, *job.format(name), job.options.symmetric, order)
+        kinds.setdefault(0 if by_activation else job.format(name)[1], []).append(name)
+    for group_size, alike in kinds.items():
+        order = group_order(diagonal, -1 if by_activation else group_size)
+        factor = inverse_factor(hessian[order][:, order])
+        for name in alike:
+            weight = matrix_of(modules[name]).clone()
+            weight[:, dead] = 0
+            yield quantized(name, weight, factor, order, *job.format(name), job.options.symmetric, by_activation)
 
 
 def _placed(module: Linear, linear: PackedLinear) -> PackedLinear:

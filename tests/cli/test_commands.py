@@ -285,7 +285,7 @@ def test_double_runtime_is_named(call: Call, tiny: Path, monkeypatch: pytest.Mon
 
 
 MISSING = [
-    ("gptqmodel", "build", "quantize SRC OUT --method gptq"),
+    ("gptqmodel", "build", "quantize SRC OUT --method gptqmodel"),
     ("bitsandbytes", "build", "quantize SRC OUT --method nf4"),
     ("onnxruntime", "cpu", "export SRC OUT"),
     ("onnxruntime", "cpu", "run ONNX Once"),

@@ -18,7 +18,7 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.lock import descriptors, writing
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import ENDED, Mirror
-from edgepress.pipeline.quantize import gptq, isolated
+from edgepress.pipeline.quantize import gptqmodel, isolated
 from edgepress.pipeline.stages import run
 from quantizing import GptqRun, job_of
 
@@ -30,7 +30,7 @@ def test_gptq_failure_has_its_reason(tmp_path: Path, tiny: Path, monkeypatch: py
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(ProofError, match=r"3: RuntimeError: not enough memory for block 3$"):
-        run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="gptq"))
+        run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="gptqmodel"))
     assert [p.name for p in tmp_path.iterdir()] == ["python"]
 
 
@@ -41,7 +41,7 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.stages import run
 source, out, text = map(Path, sys.argv[1:])
-options = QuantizeOptions(method="gptq", calibration=text, calibration_tokens=2048, bits=4, group_size=64)
+options = QuantizeOptions(method="gptqmodel", calibration=text, calibration_tokens=2048, bits=4, group_size=64)
 run("quantize", Artifact.load(source), out, options)
 """
 
@@ -76,14 +76,14 @@ def test_gptq_that_cannot_go_on_says_so(
     job = dataclasses.replace(job, scratch=tmp_path / "scratch", exceptions=exceptions)
     caplog.set_level("INFO", "edgepress")
     for _ in range(2):
-        monkeypatch.setattr(gptq, "_run", lambda settings: 1 / 0)
+        monkeypatch.setattr(gptqmodel, "_run", lambda settings: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            gptq.quantize(job)
+            gptqmodel.quantize(job)
     assert caplog.messages == [f"quantize: GPTQ starts over, its progress before the interruption is lost{because}"]
     (tmp_path / "scratch" / "checkpoint").mkdir()
     (tmp_path / "scratch" / "checkpoint" / "CURRENT").touch()
     with pytest.raises(ZeroDivisionError):
-        gptq.quantize(job)
+        gptqmodel.quantize(job)
     assert "resumes after the last layer" in caplog.messages[-1]
 
 
@@ -101,9 +101,9 @@ def test_gptq_starts_over_from_a_broken_job(broken: bytes, tiny: Path, tmp_path:
     (scratch / "checkpoint").mkdir(parents=True)
     (scratch / "checkpoint" / "CURRENT").touch()
     (scratch / "job.json").write_bytes(broken)
-    monkeypatch.setattr(gptq, "_run", lambda settings: 1 / 0)
+    monkeypatch.setattr(gptqmodel, "_run", lambda settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        gptq.quantize(dataclasses.replace(job_of(tiny, lambda: [np.arange(16)]), scratch=scratch))
+        gptqmodel.quantize(dataclasses.replace(job_of(tiny, lambda: [np.arange(16)]), scratch=scratch))
     assert [p.name for p in scratch.iterdir()] == ["job.json"] and (scratch / "job.json").stat().st_size > 512
 
 
@@ -111,13 +111,13 @@ def test_gptq_that_ends_early_says_what_is_lost(
     tiny: Path, copy_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through both processes: the reason is known in the one that dies, and said by the other."""
-    end = "import os; from edgepress.pipeline.quantize import gptq; gptq._run = lambda settings: os._exit(9)\n"
+    end = "import os; from edgepress.pipeline.quantize import gptqmodel; gptqmodel._run = lambda settings: os._exit(9)\n"
     monkeypatch.setattr(isolated, "CHILD", end + isolated.CHILD)
     caplog.set_level("INFO", "edgepress")
     with pytest.raises(ProofError, match="exit code 9"):
-        run("quantize", Artifact.load(copy_of(tiny, model_type="mistral")), tmp_path / "out", QuantizeOptions(method="gptq"))
+        run("quantize", Artifact.load(copy_of(tiny, model_type="mistral")), tmp_path / "out", QuantizeOptions(method="gptqmodel"))
     lost = "lost (gptqmodel can resume only llama and qwen3_moe, and this is mistral)"
-    assert caplog.messages[-1] == f"quantize: the progress of gptq so far is {lost}"
+    assert caplog.messages[-1] == f"quantize: the progress of gptqmodel so far is {lost}"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -126,9 +126,9 @@ def test_what_gptq_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level("INFO", "edgepress")
     (tmp_path / "x" / "checkpoint").mkdir(parents=True)
     (tmp_path / "x" / "checkpoint" / "CURRENT").touch()
-    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptq.CHECKPOINT), resumable=True)
+    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptqmodel.CHECKPOINT), resumable=True)
     assert (tmp_path / "x").exists() and "is kept in" in caplog.messages[-1]
-    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptq.CHECKPOINT), resumable=False)
+    isolated.leave(tmp_path / "x", "gptq", isolated.Begun(28, gptqmodel.CHECKPOINT), resumable=False)
     assert not (tmp_path / "x").exists() and len(caplog.messages) == 1
 
 
@@ -139,7 +139,7 @@ def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, 
 
     The resumed result is that of an uninterrupted run, array for array.
     """
-    out, scratch = tmp_path / "packed", tmp_path / ".packed.gptq"
+    out, scratch = tmp_path / "packed", tmp_path / ".packed.gptqmodel"
     command = [sys.executable, "-c", STAGE, *map(str, (tiny, out, text))]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

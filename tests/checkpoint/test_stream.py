@@ -1,0 +1,116 @@
+"""The stream through the blocks: the states of the whole model, in the memory of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.stream import Stream
+from families import FAMILIES, family_config
+
+LENGTHS = (40, 40, 23)
+FAST = ("llama", "gemma3_text", "gpt2", "mixtral")
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+def windows() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 5000, length) for length in LENGTHS]
+
+
+def states(folder: Path, ids: np.ndarray) -> dict[int, torch.Tensor]:
+    """What enters each block and leaves the last, of the whole model on one text."""
+    blocks = Blocks(Checkpoint(folder).model())
+    return {i: found[0] for i, found in blocks.states(torch.from_numpy(ids)[None], range(len(blocks) + 1)).items()}
+
+
+def check(folder: Path) -> None:
+    stream = Stream(Checkpoint(folder), windows())
+    truth = [states(folder, ids) for ids in windows()]
+    while True:
+        found = torch.cat(list(stream.states()))
+        expected = torch.cat([of[stream.done] for of in truth])
+        assert found.shape == expected.shape  # padding is left out
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std())), stream.done
+        if stream.done == len(stream):
+            return
+        with stream.block():
+            stream.advance()
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_states_are_those_of_the_model(family: str, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    check(random_model(family_config(family), tmp_path / "model"))
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in FAST])
+def test_states_are_those_of_the_model_in_every_family(family: str, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    check(random_model(family_config(family), tmp_path / "model"))
+
+
+def test_one_block_is_in_memory(tiny: Path) -> None:
+    """No weights of other blocks, before, within and after."""
+    stream = Stream(Checkpoint(tiny), windows())
+
+    def present() -> list[int]:
+        real = [sum(p.numel() for p in block.parameters() if p.device.type != "meta") for block in stream._blocks]
+        return [index for index, count in enumerate(real) if count]
+
+    assert present() == []
+    while stream.done < len(stream):
+        with stream.block():
+            assert present() == [stream.done]
+            stream.advance()
+        assert present() == []
+
+
+def test_a_kept_stream_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """Bit for bit: what was interrupted ends as what was not."""
+    stream = Stream(Checkpoint(tiny), windows())
+    for _ in range(2):
+        with stream.block():
+            stream.advance()
+    stream.keep(tmp_path / "states.safetensors")
+    again = Stream(Checkpoint(tiny), windows())
+    again.resume(tmp_path / "states.safetensors")
+    assert again.done == 2
+    for each in (stream, again):
+        with each.block():
+            each.advance()
+    assert all(torch.equal(a, b) for a, b in zip(stream.states(), again.states(), strict=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["states.safetensors"]
+
+
+def test_a_changed_block_counts(tiny: Path) -> None:
+    """What was quantized is what the later blocks read."""
+    stream, plain = Stream(Checkpoint(tiny), windows()), Stream(Checkpoint(tiny), windows())
+    for each in (stream, plain):
+        with each.block() as block:
+            if each is stream:
+                with torch.no_grad():
+                    block.mlp.down_proj.weight.mul_(2)
+            each.advance()
+    assert not torch.allclose(next(stream.states()), next(plain.states()))
+
+
+def test_running_stops_where_it_may(tiny: Path) -> None:
+    """What follows the last module that is asked for is not computed."""
+    stream, ran = Stream(Checkpoint(tiny), windows()), list[str]()
+    with stream.block() as block:
+        for name in ("q_proj", "o_proj"):
+            module = getattr(block.self_attn, name)
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        assert len(list(stream.run(block.self_attn.o_proj))) == len(stream._batches)
+        assert set(ran) == {"q_proj"}
+        stream.advance()
+        assert set(ran) == {"q_proj", "o_proj"}
