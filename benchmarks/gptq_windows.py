@@ -1,7 +1,8 @@
 """GPTQ calibrated on the same tokens in windows of several lengths: KL to the float model on texts that it did not read.
 
     python benchmarks/gptq_windows.py CHECKPOINT --lengths 8192,256,128,64,32 --calibration wiki-first.txt --text stories.txt
-        [--text ... --method gptq --method gptqmodel --tokens 16384 --group-size 64 --bits 4 --act-order --text-tokens 1536]
+        [--text ... --method gptq --method gptqmodel --tokens 16384 --group-size 64 --bits 4 --head-bits 8 --act-order]
+        [--text-tokens 1536 --work out/gptq-windows]
 
 CHECKPOINT: a folder with float weights; quality_per_byte.py --off-grid makes one of a GGUF file whose weights lie on no grid.
 """
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="gptq, gptqmodel or rtn, any number of them (default: gptq)")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--head-bits", type=int, default=8)
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--text-tokens", type=int, default=1536)
     parser.add_argument("--work", type=Path, default=Path("out/gptq-windows"))
@@ -59,9 +61,14 @@ def made(options: argparse.Namespace, method: str, length: int) -> Checkpoint:
         shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
     given = QuantizeOptions(
-        method=method, group_size=options.group_size, bits=options.bits, act_order=options.act_order and method != "rtn",
-        calibration=options.calibration, calibration_tokens=options.tokens,
-    )  # fmt: skip
+        method=method,
+        group_size=options.group_size,
+        bits=options.bits,
+        head_bits=options.head_bits,
+        act_order=options.act_order and method != "rtn",
+        calibration=options.calibration,
+        calibration_tokens=options.tokens,
+    )
     quantize_checkpoint(Artifact.load(options.checkpoint), out, given, out.with_suffix(".scratch"))
     return Checkpoint(out)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -117,6 +117,14 @@ class PackedLinear:
         packed = pack_bits(padded.reshape(rows, groups, group_size), bits)
         scales = np.ascontiguousarray(scales, dtype=np.float32)
         return cls(name, (rows, columns), bits, group_size, packed, scales, zeros, permutation=permutation)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
+        """One matrix of several, whose rows follow one another: of one width, form and order, without codebook."""
+        first, rows = parts[0], sum(part.shape[0] for part in parts)
+        codes, scales = (np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales"))
+        zeros = None if first.zeros is None else np.concatenate([part.zeros for part in parts if part.zeros is not None])
+        return replace(first, shape=(rows, first.shape[1]), codes=codes, scales=scales, zeros=zeros)
 
     def in_blocks(self, block: int) -> PackedLinear:
         """The same codes in other blocks, for a matrix whose rows have one scale each. block: must divide its width."""

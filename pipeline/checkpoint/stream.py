@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,8 @@ class Stream:
         self.done = 0
         self._bfloat16 = torch.cpu._is_avx512_bf16_supported()
         rows = max(1, TOKENS // len(windows[0]))
-        with torch.inference_mode():
-            bare = self._returns_tensor()
-            self._batches = [self._entering(ids, real, bare) for ids, real in padded(windows, rows)]
+        self._bare = self._returns_tensor()
+        self._batches = [self._begun(ids, real) for ids, real in padded(windows, rows)]
 
     def __len__(self) -> int:
         """The number of blocks."""
@@ -101,6 +100,24 @@ class Stream:
         for batch in self._batches:
             yield batch.hidden[batch.real]
 
+    def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
+        """What enters a module that follows the blocks, (tokens, in) a batch, padding left out: once all blocks are done."""
+        found: list[torch.Tensor] = []
+
+        def look(module: torch.nn.Module, args: BlockArgs) -> None:
+            found.append(args[0])
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(look)
+        try:
+            for batch in self._batches:
+                found.clear()
+                with self._replaced(lambda *args, **kwargs: self._as_output(batch.hidden)):  # noqa: B023 (called at once)
+                    self._call(torch.zeros(batch.real.shape, dtype=torch.long))
+                yield found[0][batch.real]
+        finally:
+            handle.remove()
+
     def keep(self, file: Path) -> None:
         """Write the states and how many blocks they went through; an earlier file is replaced whole. Raises OutputError."""
         part = file.with_suffix(".part")
@@ -138,13 +155,12 @@ class Stream:
 
         handle = self._blocks[0].register_forward_hook(look)
         try:
-            with suppress(_Enough):
-                self.model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
+            self._call(torch.zeros((1, 2), dtype=torch.long))
         finally:
             handle.remove()
         return found[0]
 
-    def _entering(self, ids: np.ndarray, real: np.ndarray, bare: bool) -> _Batch:
+    def _begun(self, ids: np.ndarray, real: np.ndarray) -> _Batch:
         """A batch before the first block, and what each block will be called with: no block runs for that."""
         calls: list[tuple[BlockArgs, dict[str, object]]] = []
         entered: list[torch.Tensor] = []
@@ -155,20 +171,33 @@ class Stream:
             calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
             if len(calls) == len(self._blocks):
                 raise _Enough
-            return hidden if bare else (hidden, None)
+            return self._as_output(hidden)
 
+        with self._replaced(forward):
+            self._call(torch.from_numpy(ids))
+        return _Batch(torch.from_numpy(real), entered[0], calls)
+
+    def _call(self, ids: torch.Tensor) -> None:
+        """Run the model until something has seen enough."""
+        with suppress(_Enough), torch.inference_mode():
+            self.model(input_ids=ids, use_cache=False)
+
+    def _as_output(self, hidden: torch.Tensor) -> BlockOutput:
+        return hidden if self._bare else (hidden, None)
+
+    @contextmanager
+    def _replaced(self, forward: Callable[..., BlockOutput]) -> Iterator[None]:
+        """Within the context this runs in place of every block."""
         former = [block.__dict__.get("forward") for block in self._blocks]
         for block in self._blocks:
             block.forward = forward
         try:
-            with suppress(_Enough):
-                self.model(input_ids=torch.from_numpy(ids), use_cache=False)
+            yield
         finally:
             for block, own in zip(self._blocks, former, strict=True):
                 del block.forward
                 if own is not None:
                     block.forward = own
-        return _Batch(torch.from_numpy(real), entered[0], calls)
 
 
 def _opened(checkpoint: Checkpoint) -> tuple[PreTrainedModel, bool]:

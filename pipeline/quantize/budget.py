@@ -49,7 +49,7 @@ class Ends:
     rest: int
 
     def bytes(self, bits: int, group_size: int) -> int:
-        """As ``pack.quantize_ends`` stores them: no zero points at 8 bits, blocks that divide the width."""
+        """As ``pack`` stores them: no zero points at 8 bits, blocks that divide the width."""
         total = 0
         for rows, columns in self.shapes:
             group = next((g for g in (128, 64, 32, 16) if g <= group_size and columns % g == 0), None)

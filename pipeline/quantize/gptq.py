@@ -31,6 +31,8 @@ DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.
 # Of a group's range, what its scale may cover: a step that is smaller for all weights is often worth cutting off the largest.
 SHARES = tuple(1 - 0.05 * step for step in range(8))
 COLUMNS = 128  # that change one another at once; the columns after them follow in one product (section 3.3, step 2)
+ROWS = 16384  # of the head at a time
+LOSSLESS = 8  # bits at which rounding the head loses next to nothing
 STATES, JOB = "states.safetensors", "job.json"  # in the scratch folder: how far the stream came, and of which job
 Linear: TypeAlias = torch.nn.Linear | Conv1D
 
@@ -180,9 +182,10 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         packed.save(found, folder)
         stream.keep(job.scratch / STATES)
         del found  # they lie in the folder: those of all blocks are not needed in memory before the end
+    head = _head(job, stream) if job.head is not None and job.head[1] < LOSSLESS else {}
     del stream
     release_memory()
-    return {name: linear for index in range(blocks) for name, linear in PackedFile(_folder(job.scratch, index)).items()}
+    return head | {name: linear for index in range(blocks) for name, linear in PackedFile(_folder(job.scratch, index)).items()}
 
 
 def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
@@ -304,6 +307,21 @@ def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], h
             weight = matrix_of(modules[name]).clone()
             weight[:, dead] = 0
             yield quantized(name, weight, factor, order, *job.format(name), job.options.symmetric, by_activation)
+
+
+def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
+    """The output head by what leaves the last block and its norm; some rows at a time, which do not meet."""
+    assert job.head is not None
+    name, bits, group_size = job.head
+    weight = job.checkpoint.tensor(f"{name}.weight")
+    assert weight is not None
+    hessian = torch.zeros(weight.shape[1], weight.shape[1])
+    for rows in stream.read_by(stream.model.get_output_embeddings()):
+        hessian.addmm_(rows.float().T, rows.float())
+    order = group_order(hessian.diagonal(), group_size)
+    factor = inverse_factor(hessian[order][:, order])
+    pieces = [weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS)]
+    return {name: PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size) for piece in pieces])}
 
 
 def _placed(module: Linear, linear: PackedLinear) -> PackedLinear:

@@ -20,7 +20,8 @@ class QuantizeJob:
     may make next to the output; what an interrupted run leaves there is its own to resume from.
     exceptions: bits and group size of the matrices that have others than ``options`` gives. untouched: matrices of the
     blocks that stay as they are.
-    transposed: those stored as (in, out).
+    transposed: those stored as (in, out). head: name, bits and group size of the output head, whose codes a quantizer
+    that calibrates may return, too; None where they are not asked for.
     """
 
     checkpoint: Checkpoint
@@ -31,6 +32,7 @@ class QuantizeJob:
     exceptions: dict[str, tuple[int, int]] = field(default_factory=dict)
     untouched: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
+    head: tuple[str, int, int] | None = None
 
     def format(self, name: str) -> tuple[int, int]:
         """Bits and group size of one matrix."""

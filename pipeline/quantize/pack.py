@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +47,27 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     model = checkpoint.meta_model()
     with with_full_names(checkpoint, model, out) as named:
         job, used = plan(named, model, options, scratch)
+        ends = _ends(named, model, options)
+        if ends.head in ends.forms and options.group > 0:
+            job = replace(job, head=(ends.head, *ends.forms[ends.head]))
         linears = load(run)(job) if job.linears else {}
         if missing := sorted(set(job.linears) - set(linears)):
             raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")
         errors = prove_errors(job, linears)
-        ends = quantize_ends(named, model, options)
-        linears |= kept | ends
+        codes = {name: _rounded(named, name, *form, options.group <= 0) for name, form in ends.forms.items() if name not in linears}
+        codes |= ends.kept | {name: linears[name] for name in ends.forms.keys() & linears.keys()}
+        linears |= kept | codes
         packed.save(linears, out)
         # A tied model may store its head a second time; it would outlive the packed one.
-        tied = model.config.tie_word_embeddings and ends
+        tied = model.config.tie_word_embeddings and codes
         dropped = set(linears) | ({"lm_head"} if tied else set())
         named.rewrite(out, lambda name: None if name.removesuffix(".weight") in dropped else name)
     prove_written(linears, out)
-    bits = [x.bits for name, x in linears.items() if name not in ends]
+    bits = [x.bits for name, x in linears.items() if name not in codes]
     return read | {
         "linears": len(linears),
         "kept_codes": len(kept),
-        "head": {name: x.bits for name, x in ends.items()} or "float",
+        "head": {name: x.bits for name, x in codes.items()} or "float",
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
         "kept_float": _kept_float(model, {*linears, *named.spared(job.untouched)}),
         "calibration": _calibration(used, options),
@@ -74,34 +79,49 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     }
 
 
-def quantize_ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions) -> dict[str, PackedLinear]:
-    """Embedding and output head rounded to their bits, or as they are where the source has their codes.
+@dataclass(frozen=True)
+class _Ends:
+    """Embedding and output head, one matrix under the embedding's name where they are tied.
 
-    One matrix under the embedding's name where they are tied.
-
-    A group size must divide the hidden size here, for the embedding is gathered from the same blocks.
+    kept: codes that the source has. forms: bits and group size of the others that are quantized, by name. head: its name.
     """
+
+    kept: dict[str, PackedLinear]
+    forms: dict[str, tuple[int, int]]
+    head: str
+
+
+def _ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions) -> _Ends:
+    """A group size must divide the hidden size here, for the embedding is gathered from the same blocks."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = (names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     requested = {embedding: options.embedding_bits or options.head_bits}
-    if not model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
+        head = embedding
+    else:
         requested[head] = options.head_bits
-    ends: dict[str, PackedLinear] = {}
+    ends = _Ends({}, {}, head)
     for name, bits in requested.items():
         if (kept := checkpoint.weights.packed(name)) is not None:
-            ends[name] = kept
+            ends.kept[name] = kept
         if kept is not None or bits == 16:
             continue
-        weight = checkpoint.tensor(f"{name}.weight")
+        width = checkpoint.shapes.get(f"{name}.weight", (0, 0))[1]
         longest = options.group if options.group > 0 else 128
-        group = next((g for g in (128, 64, 32, 16) if g <= longest and weight is not None and weight.shape[1] % g == 0), None)
-        if group is None or weight is None:
+        group = next((g for g in (128, 64, 32, 16) if g <= longest and width and width % g == 0), None)
+        if group is None:
             log.info("quantize: %s stays float (no group size divides its width)", name)
             continue
-        ends[name] = round_to_nearest(name, weight, bits, group if options.group > 0 else -1, symmetric=bits == 8)
-        if ends[name].group_size != group:
-            ends[name] = ends[name].in_blocks(group)
+        ends.forms[name] = bits, group
     return ends
+
+
+def _rounded(checkpoint: Checkpoint, name: str, bits: int, group: int, by_row: bool) -> PackedLinear:
+    """Embedding or head, rounded to nearest. by_row: one scale a row, stored in groups."""
+    weight = checkpoint.tensor(f"{name}.weight")
+    assert weight is not None
+    linear = round_to_nearest(name, weight, bits, -1 if by_row else group, symmetric=bits == 8)
+    return linear if linear.group_size == group else linear.in_blocks(group)
 
 
 def _sizes(linears: dict[str, PackedLinear]) -> JsonObject:

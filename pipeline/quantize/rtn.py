@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,10 +33,7 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
     """
     if weight.shape[0] > _ROWS:  # rows do not meet, and a whole head in float32 would stand in memory several times
         pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
-        parts = [round_to_nearest(name, piece, bits, group_size, symmetric) for piece in pieces]
-        arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales")}
-        points = None if symmetric else np.concatenate([part.zeros for part in parts if part.zeros is not None])
-        return replace(parts[0], shape=(weight.shape[0], weight.shape[1]), zeros=points, **arrays)
+        return PackedLinear.stacked([round_to_nearest(name, piece, bits, group_size, symmetric) for piece in pieces])
     weight = weight.float().numpy() if isinstance(weight, torch.Tensor) else weight
     rows, columns = weight.shape
     length, group_size = group_size, columns if group_size == -1 else group_size

@@ -42,9 +42,21 @@ def check(folder: Path) -> None:
         assert found.shape == expected.shape  # padding is left out
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std())), stream.done
         if stream.done == len(stream):
-            return
+            break
         with stream.block():
             stream.advance()
+    found = torch.cat(list(stream.read_by(stream.model.get_output_embeddings())))
+    expected = torch.cat([head_inputs(folder, ids) for ids in windows()])
+    assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def head_inputs(folder: Path, ids: np.ndarray) -> torch.Tensor:
+    """What enters the output head of the whole model, (tokens, hidden)."""
+    model, found = Checkpoint(folder).model(), list[torch.Tensor]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: found.append(args[0][0]))
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
+    return found[0]
 
 
 @pytest.mark.parametrize("family", FAST)

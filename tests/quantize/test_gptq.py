@@ -25,10 +25,10 @@ from edgepress.pipeline.quantize.plan import WINDOW
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
-from families import family_config
+from families import TINY, family_config
 from quantizing import Trained, job_of, matrices
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 
 def problem(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,6 +277,32 @@ def test_the_stage(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert facts["calibration_positions"] == sum(map(len, rows)) and facts["bits"] == {"4": 28}
     assert {len(row) for row in rows[:-1]} == {64}  # the first token of a text must count: see plan.WINDOW
     assert max(facts["relative_error"].values()) < 0.2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_few_bits_reads_what_leaves_the_blocks(
+    tied: bool, random_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Its codes are those of the Hessian of what enters the head of the quantized model; at 8 bits it is rounded."""
+    source = random_model(LlamaConfig(**TINY, tie_word_embeddings=tied), tmp_path / "model")
+    made(source, tmp_path / "out", text, head_bits=4)
+    model, inputs = load_model(tmp_path / "out"), list[torch.Tensor]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    rows = text_windows(text, source, budget=1024, length=WINDOW, shortest=16)
+    with torch.inference_mode():
+        whole = load_model(source).get_input_embeddings().weight
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(whole))  # rounded since: the stream began with the source's
+        for row in rows:
+            model(input_ids=torch.from_numpy(row)[None], use_cache=False)
+    x = torch.cat(inputs)
+    name = "model.embed_tokens" if tied else "lm_head"
+    weight = load_file(source / "model.safetensors")[f"{name}.weight"]
+    found = PackedFile(tmp_path / "out")[name]
+    assert np.mean(solved(weight, x.T @ x, 4, 32).unpacked() == found.unpacked()) > 0.97
+    rounded = round_to_nearest(name, weight.numpy(), 4, 32, False)
+    assert lost(found, weight, x.T @ x) < 0.7 * lost(rounded, weight, x.T @ x)
+    made(source, tmp_path / "eight", text)
+    assert np.array_equal(PackedFile(tmp_path / "eight")[name].codes, round_to_nearest(name, weight.numpy(), 8, 32, True).codes)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
