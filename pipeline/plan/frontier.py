@@ -12,7 +12,7 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
 from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
-from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of, quantized_before
+from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of
 from edgepress.pipeline.quantize.mix import mean_bits
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
@@ -37,7 +37,7 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     given, disturbed = options.quantize(), options.speed and busy()  # asked now: soon this process keeps the processor busy
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
-    left = 1.0 if quantized_before(source) else CALIBRATED.get(given.method, 1.0)
+    left = CALIBRATED.get(given.method, 1.0)
     left *= TUNED_MIX if given.tuned else 1.0
 
     def point(within: float) -> Point:

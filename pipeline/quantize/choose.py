@@ -56,8 +56,8 @@ log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
 OWN_TOKENS = 4096  # that the model writes to be judged by, where no tune stage, which reads more of them, follows
 COST_TOKENS = 16384
-# Growth of the loss under a calibrated method, in that of rounding, on models whose weights lie on no grid (docs/quantization.md);
-# of weights that were quantized before, GPTQ may lose as much as rounding.
+# Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md). Of weights that were quantized before,
+# what it wins depends on the text: SmolLM2 in 5.8 bits a weight, chosen by this for 5 %, lost 2.9 % on prose, 6.6 % on WikiText-2.
 CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
 # (docs/tuning.md).
@@ -247,14 +247,14 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if options.max_size is not None:
         check_possible(source.path, options, None)
     trial = _Trial(source, options)
-    before = quantized_before(source)
+    before = quantized_before(source) and options.target_bits is None and options.max_size is None
     left = 1.0 if before else CALIBRATED.get(options.method, 1.0)
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
-    if before and options.target_bits is None:  # GPTQ loses no less there, and takes minutes
+    if before:
         settled = _by_rounding(settled)
         if options.method in CALIBRATED:
-            log.info("quantize: rounded to nearest: GPTQ wins nothing on weights that were quantized before, as these were")
+            log.info("quantize: rounded to nearest: on weights that were quantized before GPTQ does not win alike on all texts")
     if options.max_size is not None:
         return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left)
     if options.target_bits is not None:
