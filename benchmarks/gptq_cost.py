@@ -1,7 +1,7 @@
 """Time and peak memory of the quantize stage by gptq and by gptqmodel, on random models of real shapes.
 
     python benchmarks/gptq_cost.py [--shape 135m --shape 1b --shape 3b --shape 7b] [--method gptq --method gptqmodel]
-        [--tokens 16384 --memory 6 --work out/gptq-cost]
+        [--tokens 4096 --memory 6 --work out/gptq-cost]
 
 Each in a fresh process, in turn. Memory is the proportional set size (PSS) of the whole process tree, sampled every 250 ms, at its
 peak. --memory: GB that a process may have at most (RLIMIT_DATA: the kernel refuses what it allocates beyond, mapped files aside).
@@ -48,16 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="any number of them (default: 135m)")
     parser.add_argument("--method", action="append", choices=("gptq", "gptqmodel"), help="(default: gptq)")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the calibration text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the shipped text, which has 9,000 (default: all)")
     parser.add_argument("--memory", type=float, help="GB that a process may allocate (default: no limit)")
     parser.add_argument("--work", type=Path, default=Path("out/gptq-cost"))
     options = parser.parse_args()
+    options.work = options.work.resolve()  # the process stands elsewhere
     print("| shape | method | minutes | CPU minutes | peak, GB |\n| --- | --- | ---: | ---: | ---: |")
     for shape in options.shape or ["135m"]:
         source = model(options.work / shape, shape)
         for method in options.method or ["gptq"]:
             out = options.work / f"{shape}-{method}"
-            shutil.rmtree(out, ignore_errors=True)
+            for left in (out, out.with_name(f".{out.name}.{method}")):
+                shutil.rmtree(left, ignore_errors=True)
             command = [sys.executable, "-c", STAGE, *map(str, (source, out, options.tokens, method))]
             wall, cpu, peak = measured(command, options.work, options.memory)
             print(f"| {shape} | {method} | {wall / 60:.1f} | {cpu / 60:.1f} | {peak / 1e9:.2f} |", flush=True)

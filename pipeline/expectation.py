@@ -30,7 +30,7 @@ from edgepress.pipeline.options import (
 _SIDE, _PRODUCTS = 1024, 8
 # Of quantize/choose.py and text/windows.py, which load numpy.
 TRIAL_TOKENS, OWN_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 4096, 512, 2**25
-SOLVING = 8000  # tokens whose passes take as long as the solving of GPTQ
+SOLVING = {"gptq": 8000, "gptqmodel": 15000}  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
@@ -143,8 +143,8 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         return 4 * text, 6 * text, 0.0
     if isinstance(options, QuantizeOptions):
         gptq = 0.0
-        if options.method == "gptq":
-            gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING
+        if options.method in SOLVING:
+            gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING[options.method]
         if options.max_growth is None:
             return gptq, gptq, 0.0
         # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by

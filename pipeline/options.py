@@ -317,8 +317,7 @@ class HealOptions(Options):
 class QuantizeOptions(Options):
     """Quantize the matrices of the decoder blocks.
 
-    OUT is for edgepress export. GPTQ that was interrupted goes on where it stood when the same command is given again (Llama and
-    Qwen3-MoE; for others it says what is lost).
+    OUT is for edgepress export. GPTQ that was interrupted goes on where it stood when the same command is given again.
     """
 
     method: str = option("gptq", "how weights are quantized", {name: row.help for name, row in METHODS.items()})
@@ -358,7 +357,7 @@ class QuantizeOptions(Options):
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
     act_order: bool = option(
         False,
-        f"quantize columns in order of decreasing activation ({joined(ACT_ORDER, 'and')}); more exact, adds a Gather on the input",
+        f"groups too in order of activation ({joined(ACT_ORDER, 'and')}); adds a Gather on the input, and wins little with gptq",
     )
     calibration: Path = _calibration()
     calibration_model: Path | None = _calibration_model()

@@ -63,6 +63,9 @@ def build_offloaded_model(config: PreTrainedConfig, weights: Weights, trust_remo
             raise ModelError(f"{folder} lacks weights, {name} for one; give the complete checkpoint")
         if weights.shape(by_name.stored(name)) != tuple(parameter.shape):
             raise ModelError(f"the weights in {folder} do not fit its config.json (a shape differs); replace either")
+    buffers = dict(model.named_buffers())
+    for name in model.state_dict().keys() & buffers.keys() & weights.names:  # those that are stored, a scale of a layer for one
+        buffers[name].copy_(by_name[name])
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=by_name)
     return model.eval()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ _BLOCKS = "blocks"  # in the metadata of kept states: how many blocks they went 
 
 @dataclass
 class _Batch:
-    """Windows on their way. real: which positions are tokens, (batch, tokens). hidden: what enters the next block.
+    """Windows of one length on their way. ids: (batch, tokens). hidden: what enters the next block, (batch, tokens, hidden).
 
     calls: what each block is called with besides: masks, positions.
     """
 
-    real: torch.Tensor
+    ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[tuple[BlockArgs, dict[str, object]]]
 
@@ -42,7 +43,8 @@ class Stream:
     """The residual stream of windows of token ids, (batch, tokens, hidden) a batch, between two blocks of a model.
 
     done: the number of blocks that it went through. A block may be changed while it is in memory, and be run any number of times
-    before the stream ``advance``s. Raises ModelError where the decoder blocks cannot be told.
+    before the stream ``advance``s. On a processor that has bfloat16 blocks compute in it; the stream itself is float32. Raises
+    ModelError where the decoder blocks cannot be told, or where something happens to the stream between them.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: list[np.ndarray]) -> None:
@@ -50,26 +52,30 @@ class Stream:
         self.model, self._offloaded = _opened(checkpoint)
         self.name, self._blocks = decoder_blocks(self.model)
         self.done = 0
-        self._bfloat16 = torch.cpu._is_avx512_bf16_supported()
         rows = max(1, TOKENS // len(windows[0]))
-        self._bare = self._returns_tensor()
-        self._batches = [self._begun(ids, real) for ids, real in padded(windows, rows)]
+        # by length, so that no padding is read, which experts would count
+        batches = [ids for _, alike in groupby(windows, key=len) for ids, _ in padded(list(alike), rows)]
+        with self._embedding():
+            self._extras = self._extra_outputs()
+            self._batches = [self._begun(torch.from_numpy(ids)) for ids in batches]
 
     def __len__(self) -> int:
         """The number of blocks."""
         return len(self._blocks)
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the states are all that a block gets from those before it: some hand on keys and values in a dictionary."""
+        return not any(isinstance(value, dict) for _, kwargs in self._batches[0].calls for value in kwargs.values())
+
     @contextmanager
     def block(self) -> Iterator[torch.nn.Module]:
         """The next block, its weights in memory, float32, within the context; its matrices are called ``name.done. ...``."""
-        if not self._offloaded:
-            yield self._blocks[self.done]
-            return
-        with in_memory(self.model, self._weights, f"{self.name}.{self.done}"):
+        with self._in_memory(f"{self.name}.{self.done}"):
             yield self._blocks[self.done]
 
-    def run(self, last: torch.nn.Module | None = None) -> Iterator[torch.Tensor]:
-        """Run the next block, which is in memory, on every batch; yields which positions are tokens, bool (batch, tokens).
+    def run(self, last: torch.nn.Module | None = None) -> Iterator[None]:
+        """Run the next block, which is in memory, on one batch after the other; yields after each.
 
         last: a module of the block that need not run, nor what follows it: what enters it is all that is wanted. To see what goes
         on in the block, hook its modules.
@@ -83,7 +89,7 @@ class Stream:
             for batch in self._batches:
                 with suppress(_Enough), torch.inference_mode():
                     self._run(batch)
-                yield batch.real
+                yield
         finally:
             if handle is not None:
                 handle.remove()
@@ -96,12 +102,12 @@ class Stream:
         self.done += 1
 
     def states(self) -> Iterator[torch.Tensor]:
-        """What enters the next block, or leaves the last: (tokens, hidden) a batch, padding left out."""
+        """What enters the next block, or leaves the last: (tokens, hidden) a batch."""
         for batch in self._batches:
-            yield batch.hidden[batch.real]
+            yield batch.hidden.flatten(0, 1)
 
     def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
-        """What enters a module that follows the blocks, (tokens, in) a batch, padding left out: once all blocks are done."""
+        """What enters a module that follows the blocks, (tokens, in) a batch: once all blocks are done."""
         found: list[torch.Tensor] = []
 
         def look(module: torch.nn.Module, args: BlockArgs) -> None:
@@ -110,11 +116,12 @@ class Stream:
 
         handle = module.register_forward_pre_hook(look)
         try:
-            for batch in self._batches:
-                found.clear()
-                with self._replaced(lambda *args, **kwargs: self._as_output(batch.hidden)):  # noqa: B023 (called at once)
-                    self._call(torch.zeros(batch.real.shape, dtype=torch.long))
-                yield found[0][batch.real]
+            with self._embedding():
+                for batch in self._batches:
+                    found.clear()
+                    with self._replaced(lambda *args, **kwargs: self._as_output(batch.hidden)):  # noqa: B023 (called at once)
+                        self._call(batch.ids)
+                    yield found[0].flatten(0, -2)
         finally:
             handle.remove()
 
@@ -136,21 +143,37 @@ class Stream:
                 done = int(kept.metadata()[_BLOCKS])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file} is damaged ({error}); remove it") from error
+        if [state.shape for state in states] != [batch.hidden.shape for batch in self._batches]:
+            raise ModelError(f"{file} is of other windows; remove it")
         self.done = done
         for batch, hidden in zip(self._batches, states, strict=True):
             batch.hidden = hidden
 
     def _run(self, batch: _Batch) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs)).float()
 
-    def _returns_tensor(self) -> bool:
-        """Whether blocks return their states bare, not in a tuple: shown by the first."""
-        found: list[bool] = []
+    @contextmanager
+    def _in_memory(self, name: str) -> Iterator[None]:
+        """Within the context the weights of this module are in memory."""
+        if not self._offloaded:
+            yield
+            return
+        with in_memory(self.model, self._weights, name):
+            yield
+
+    def _embedding(self) -> AbstractContextManager[None]:
+        """Within the context the embedding is in memory: it would be read for every batch."""
+        embedding = self.model.get_input_embeddings()
+        return self._in_memory(next(name for name, module in self.model.named_modules() if module is embedding))
+
+    def _extra_outputs(self) -> int | None:
+        """The length of the tuple that blocks return less one, None where they return the bare states: shown by the first."""
+        found: list[int | None] = []
 
         def look(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
-            found.append(isinstance(output, torch.Tensor))
+            found.append(len(output) - 1 if isinstance(output, tuple) else None)
             raise _Enough
 
         handle = self._blocks[0].register_forward_hook(look)
@@ -160,7 +183,7 @@ class Stream:
             handle.remove()
         return found[0]
 
-    def _begun(self, ids: np.ndarray, real: np.ndarray) -> _Batch:
+    def _begun(self, ids: torch.Tensor) -> _Batch:
         """A batch before the first block, and what each block will be called with: no block runs for that."""
         calls: list[tuple[BlockArgs, dict[str, object]]] = []
         entered: list[torch.Tensor] = []
@@ -168,14 +191,16 @@ class Stream:
         def forward(*args: torch.Tensor, **kwargs: object) -> BlockOutput:
             hidden = block_input(args, kwargs)
             entered.append(hidden)
+            if hidden is not entered[0]:
+                raise ModelError("what leaves a block of this model is changed before it enters the next; use --method rtn")
             calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
             if len(calls) == len(self._blocks):
                 raise _Enough
             return self._as_output(hidden)
 
         with self._replaced(forward):
-            self._call(torch.from_numpy(ids))
-        return _Batch(torch.from_numpy(real), entered[0], calls)
+            self._call(ids)
+        return _Batch(ids, entered[0], calls)
 
     def _call(self, ids: torch.Tensor) -> None:
         """Run the model until something has seen enough."""
@@ -183,7 +208,7 @@ class Stream:
             self.model(input_ids=ids, use_cache=False)
 
     def _as_output(self, hidden: torch.Tensor) -> BlockOutput:
-        return hidden if self._bare else (hidden, None)
+        return hidden if self._extras is None else (hidden, *[None] * self._extras)
 
     @contextmanager
     def _replaced(self, forward: Callable[..., BlockOutput]) -> Iterator[None]:
@@ -198,6 +223,11 @@ class Stream:
                 del block.forward
                 if own is not None:
                     block.forward = own
+
+
+def has_bfloat16() -> bool:
+    """Whether blocks compute in bfloat16 here."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _opened(checkpoint: Checkpoint) -> tuple[PreTrainedModel, bool]:

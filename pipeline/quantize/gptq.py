@@ -10,20 +10,24 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.blocks import BlockArgs
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
-from edgepress.pipeline.checkpoint.stream import Stream
+from edgepress.pipeline.checkpoint.shards import PACKED
+from edgepress.pipeline.checkpoint.stream import TOKENS, Stream, has_bfloat16
 from edgepress.pipeline.errors import InputError, ModelError
 from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
+from edgepress.pipeline.registry import versions
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -49,7 +53,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise ModelError("the calibration text makes numbers that are not finite in the model; the checkpoint is broken")
     reversed_ = hessian.flip(0, 1)
-    step = DAMPING * reversed_.diagonal().mean()
+    step = DAMPING * (reversed_.diagonal().mean() or 1.0)
     while True:
         reversed_.diagonal().add_(step)
         lower, failed = torch.linalg.cholesky_ex(reversed_)
@@ -150,24 +154,19 @@ def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool) -
 
 
 def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
-    """Every matrix of the job by GPTQ over the calibration windows.
+    """Every matrix of the job by GPTQ over the calibration windows, and a head of few bits.
 
     What is finished of it lies in ``job.scratch``, a folder a block: the same job goes on after the last finished block.
     """
-    report_begun(Begun(len(job.linears), STATES))
     windows = job.windows()
     settings = _settings(job, [row.tolist() for row in windows])
     if _left_in(job.scratch) != settings:
         remove(job.scratch)
         job.scratch.mkdir(parents=True)
         write_json(job.scratch / JOB, settings)
-    stream = Stream(job.checkpoint, windows)
-    if (job.scratch / STATES).is_file():
-        try:
-            stream.resume(job.scratch / STATES)
-            log.info("quantize: GPTQ goes on after block %d of %d, where it was interrupted", stream.done, len(stream))
-        except ModelError as error:
-            log.info("quantize: GPTQ starts over: %s", error)
+    stream = _resumed(job, windows) or Stream(job.checkpoint, windows)
+    because = "" if stream.resumable else " (the blocks of this model share keys and values, which are not kept)"
+    report_begun(Begun(len(job.linears), STATES, because))
     blocks = len(stream)
     for index in range(stream.done):
         report_progress(len(PackedFile(_folder(job.scratch, index))))
@@ -180,7 +179,8 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
         remove(folder)
         folder.mkdir()
         packed.save(found, folder)
-        stream.keep(job.scratch / STATES)
+        if stream.resumable:
+            stream.keep(job.scratch / STATES)
         del found  # they lie in the folder: those of all blocks are not needed in memory before the end
     head = _head(job, stream) if job.head is not None and job.head[1] < LOSSLESS else {}
     del stream
@@ -188,17 +188,36 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     return head | {name: linear for index in range(blocks) for name, linear in PackedFile(_folder(job.scratch, index)).items()}
 
 
+def _resumed(job: QuantizeJob, windows: list[np.ndarray]) -> Stream | None:
+    """The stream as an interrupted run left it, None where it left none or what it left is damaged."""
+    if not (job.scratch / STATES).is_file():
+        return None
+    try:
+        stream = Stream(job.checkpoint, windows)
+        stream.resume(job.scratch / STATES)
+        for index in range(stream.done):
+            for _ in PackedFile(_folder(job.scratch, index)).values():  # reads it
+                pass
+    except ModelError as error:
+        log.info("quantize: GPTQ starts over: %s", error)
+        return None
+    log.info("quantize: GPTQ goes on after block %d of %d, where it was interrupted", stream.done, len(stream))
+    return stream
+
+
 def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
     """All that decides what GPTQ finds: a run with the same goes on where the last one ended."""
-    options = job.options
+    options, folder = job.options, job.checkpoint.path
+    files = [*job.checkpoint.index.files, folder / "config.json", folder / PACKED]
     return {
-        "model": str(job.checkpoint.path.resolve()),
-        "weights": {file.name: sha256(file) for file in job.checkpoint.index.files},
+        "model": str(folder.resolve()),
+        "files": {file.name: sha256(file) for file in files if file.is_file()},
+        "versions": versions("torch", "transformers"),
+        "trust_remote_code": job.checkpoint.trust_remote_code,
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
-        "damping": DAMPING,
-        "shares": list(SHARES),
+        "by": [DAMPING, list(SHARES), COLUMNS, TOKENS, has_bfloat16()],
         "windows": windows,
     }
 
@@ -227,9 +246,10 @@ def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Itera
                 rest.remove(linear.name)
                 yield _placed(modules[linear.name], linear)
     if rest:
-        log.info("quantize: no token of the calibration text reaches %s and %d more: rounded to nearest", min(rest), len(rest) - 1)
+        log.info("quantize: nothing is seen to enter %s and %d more: rounded to nearest", min(rest), len(rest) - 1)
     for name in sorted(rest):
-        yield round_to_nearest(name, matrix_of(modules[name]), *job.format(name), job.options.symmetric)
+        linear = round_to_nearest(name, matrix_of(modules[name]), *job.format(name), job.options.symmetric)
+        yield _placed(modules[name], linear)
 
 
 def _steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
@@ -263,11 +283,9 @@ def _hessians(stream: Stream, modules: Mapping[str, Linear]) -> list[tuple[list[
     kinds = {_kind(name, stream) for name in modules}
     last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
     with _inputs_of(modules) as seen:
-        for real in stream.run(last):
+        for _ in stream.run(last):
             for tensor, names in seen:
                 rows = tensor.reshape(-1, tensor.shape[-1]).float()
-                if len(rows) == real.numel():  # else an expert's, which gets some of them
-                    rows = rows[real.flatten()]
                 _, hessian = found.setdefault(names[0], (names, torch.zeros(rows.shape[1], rows.shape[1])))
                 hessian.addmm_(rows.T, rows)
             seen.clear()
@@ -279,24 +297,25 @@ def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tenso
     """A list that gets what enters the modules as they run: each input once, with the names of those that read it."""
     seen: list[tuple[torch.Tensor, list[str]]] = []
 
-    def look(name: str, args: BlockArgs) -> None:
+    def look(name: str, args: BlockArgs, kwargs: dict[str, torch.Tensor]) -> None:
+        (entering,) = (*args, *kwargs.values())
         for tensor, names in seen:
-            if tensor is args[0]:
+            if tensor is entering:
                 names.append(name)
                 return
-        seen.append((args[0], [name]))
+        seen.append((entering, [name]))
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(lambda _, args, name=name: look(name, args)).remove)
+            hook = partial(lambda name, _, args, kwargs: look(name, args, kwargs), name)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield seen
 
 
 def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], hessian: torch.Tensor) -> Iterator[PackedLinear]:
     """Matrices that share a Hessian."""
     by_activation, diagonal = job.options.act_order, hessian.diagonal()
-    dead = diagonal == 0  # what is always 0: its columns are of no account, and the Hessian would have no inverse
-    diagonal[dead] = diagonal.mean() or 1.0
+    diagonal[diagonal == 0] = diagonal.mean() or 1.0  # of what is always 0 the columns are rounded; there would be no inverse
     kinds: dict[int, list[str]] = {}
     for name in names:
         kinds.setdefault(0 if by_activation else job.format(name)[1], []).append(name)
@@ -304,9 +323,7 @@ def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], h
         order = group_order(diagonal, -1 if by_activation else group_size)
         factor = inverse_factor(hessian[order][:, order])
         for name in alike:
-            weight = matrix_of(modules[name]).clone()
-            weight[:, dead] = 0
-            yield quantized(name, weight, factor, order, *job.format(name), job.options.symmetric, by_activation)
+            yield quantized(name, matrix_of(modules[name]), factor, order, *job.format(name), job.options.symmetric, by_activation)
 
 
 def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
@@ -320,7 +337,7 @@ def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
         hessian.addmm_(rows.float().T, rows.float())
     order = group_order(hessian.diagonal(), group_size)
     factor = inverse_factor(hessian[order][:, order])
-    pieces = [weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS)]
+    pieces = (weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS))
     return {name: PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size) for piece in pieces])}
 
 

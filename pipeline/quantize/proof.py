@@ -48,7 +48,20 @@ def prove_errors(job: QuantizeJob, linears: dict[str, PackedLinear]) -> dict[str
                     f"{name} came back from {job.options.method} with an error of {error:.3g}, and rounding to nearest would lose "
                     f"{least:.3g}; give more --calibration-tokens or use --method rtn, and report this"
                 )
+    if job.head is not None and (head := linears.get(job.head[0])) is not None:
+        _check_head(job, head)
     return errors
+
+
+def _check_head(job: QuantizeJob, linear: PackedLinear) -> None:
+    """The same of a head that the quantizer returned, which may be the embedding, too: of some rows, for it has many."""
+    weight = job.checkpoint.tensor(f"{linear.name}.weight")
+    assert weight is not None
+    some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))
+    rounded = round_to_nearest(linear.name, weight[some].float(), linear.bits, linear.group_size, symmetric=False).dequantized()
+    error, least = (_distance(restored, weight[some].float().numpy()) for restored in (linear.dequantized()[some], rounded))
+    if not error <= WORST_ERROR * least + 1e-5:
+        raise ProofError(f"{linear.name} came back with an error of {error:.3g}, and rounding would lose {least:.3g}; report this")
 
 
 def _distance(restored: np.ndarray, weight: np.ndarray) -> float:

@@ -116,11 +116,11 @@ def test_a_tied_head_keeps_the_finer_codes(random_model: Callable[..., Path], tm
     assert name == "model.embed_tokens" and PackedFile(made.path)[name].bits == 8
 
 
-@pytest.mark.families  # gptqmodel takes seconds even for so small a model
-def test_gptq_of_the_rest(tiny: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", pytest.param("gptqmodel", marks=pytest.mark.families)])  # that takes seconds to load
+def test_gptq_of_the_rest(method: str, tiny: Path, text: Path, tmp_path: Path) -> None:
     write_gguf(tiny, tmp_path / "model.gguf", Q4_0, others={"ffn": Q4_1})
     made = kept(tmp_path / "model.gguf", tmp_path / "codes")
-    options = QuantizeOptions(method="gptq", group_size=32, calibration=text, calibration_tokens=2048)
+    options = QuantizeOptions(method=method, group_size=32, calibration=text, calibration_tokens=2048)
     packed = stages.run("quantize", made, tmp_path / "packed", options)
     before, after = PackedFile(made.path), PackedFile(packed.path)
     assert len(after) == 30 and all(np.array_equal(before[name].codes, after[name].codes) for name in before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.stream import Stream
+from edgepress.pipeline.checkpoint.weights import Weights
+from edgepress.pipeline.errors import ModelError
 from families import FAMILIES, family_config
 
 LENGTHS = (40, 40, 23)
@@ -39,7 +41,7 @@ def check(folder: Path) -> None:
     while True:
         found = torch.cat(list(stream.states()))
         expected = torch.cat([of[stream.done] for of in truth])
-        assert found.shape == expected.shape  # padding is left out
+        assert found.shape == expected.shape
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std())), stream.done
         if stream.done == len(stream):
             break
@@ -68,6 +70,71 @@ def test_states_are_those_of_the_model(family: str, random_model: Callable[..., 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in FAST])
 def test_states_are_those_of_the_model_in_every_family(family: str, random_model: Callable[..., Path], tmp_path: Path) -> None:
     check(random_model(family_config(family), tmp_path / "model"))
+
+
+def test_states_in_bfloat16(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has it, blocks compute in it; the stream is float32 and near what it would be."""
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        stream = Stream(Checkpoint(tiny), windows())
+        while stream.done < len(stream):
+            with stream.block():
+                stream.advance()
+        found.append(torch.cat(list(stream.states())))
+    assert found[0].dtype == torch.float32 and not torch.equal(*found)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02
+
+
+def test_stored_buffers_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that a model keeps beside its parameters (Gemma 4: a factor of a layer) is the file's, not the constructor's."""
+    from edgepress.pipeline.checkpoint.offloaded import build_offloaded_model
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    init = LlamaDecoderLayer.__init__
+
+    def with_factor(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        self.register_buffer("factor", torch.ones(1))
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_factor)
+    checkpoint = Checkpoint(tiny)
+    weights = _WithBuffers(checkpoint.weights)
+    model = build_offloaded_model(checkpoint.config, weights)  # type: ignore[arg-type]
+    assert [float(layer.factor) for layer in model.model.layers] == [3.0] * 4
+
+
+class _WithBuffers:
+    """Weights that hold a factor of every layer as well."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self.folder = weights, weights.folder
+        self.names = {*weights.names, *(f"model.layers.{index}.factor" for index in range(4))}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.full((1,), 3.0) if name.endswith("factor") else self._weights.tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def floats(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._weights.floats()
+
+
+def test_what_changes_the_stream_between_blocks_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be left out, silently."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    call = LlamaDecoderLayer.__call__
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda self, hidden, *args, **kw: call(self, hidden, *args, **kw) / 2)
+    with pytest.raises(ModelError, match="changed before it enters the next"):
+        Stream(Checkpoint(tiny), windows())
+
+
+def test_states_of_other_windows_are_refused(tiny: Path, tmp_path: Path) -> None:
+    Stream(Checkpoint(tiny), windows()).keep(tmp_path / "states.safetensors")
+    with pytest.raises(ModelError, match="other windows"):
+        Stream(Checkpoint(tiny), [row[:20] for row in windows()]).resume(tmp_path / "states.safetensors")
 
 
 def test_one_block_is_in_memory(tiny: Path) -> None:

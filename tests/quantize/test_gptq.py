@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.stream import Stream
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import gptq
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.quantize.plan import WINDOW
+from edgepress.pipeline.quantize.proof import prove_errors
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
@@ -248,15 +250,38 @@ def test_interrupted_it_goes_on_with_the_same_codes(
         assert all(np.array_equal(getattr(again[name], part), getattr(linear, part)) for part in ("codes", "scales", "zeros")), name
 
 
-def test_damaged_states_are_not_taken(tiny: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("file", ["states.safetensors", "block-000/packed.safetensors", "block-002/packed.safetensors"])
+def test_what_is_damaged_is_not_taken(file: str, tiny: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Cut off by a power failure: the work starts over, and says why."""
     job = job_in(tmp_path, tiny, text, 256)
     whole = gptq.quantize(job)
-    states = job.scratch / gptq.STATES
-    states.write_bytes(states.read_bytes()[:1000])
+    damaged = job.scratch / file
+    damaged.write_bytes(damaged.read_bytes()[:1000])
     caplog.set_level("INFO", "edgepress")
     again = gptq.quantize(job)
-    assert "GPTQ starts over" in caplog.text and again.keys() == whole.keys()
+    assert "GPTQ starts over" in caplog.text
+    assert all(np.array_equal(again[name].codes, linear.codes) for name, linear in whole.items())
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])
+def test_work_on_another_model_is_not_taken(
+    changed: str, tiny: Path, text: Path, tmp_path: Path, copy_of: Callable[..., Path]
+) -> None:
+    """Its folder has the same name, its matrices the same shapes."""
+    source = copy_of(tiny)
+    job = job_in(tmp_path, source, text, 256)
+    first = gptq.quantize(job)
+    if changed == "config.json":
+        config = json.loads((source / changed).read_text())
+        (source / changed).write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}))
+    else:
+        tensors = load_file(source / changed)
+        tensors["model.layers.0.self_attn.q_proj.weight"] *= 1.5
+        save_file(tensors, source / changed, {"format": "pt"})
+    job = dataclasses.replace(job_in(tmp_path, source, text, 256), scratch=job.scratch)
+    again = gptq.quantize(job)
+    name = "model.layers.1.mlp.down_proj"
+    assert not np.array_equal(first[name].codes, again[name].codes)
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"\xff"], ids=range(4))
@@ -307,15 +332,33 @@ def test_a_head_of_few_bits_reads_what_leaves_the_blocks(
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_inputs_that_are_always_zero(act_order: bool, tiny: Path, text: Path, tmp_path: Path, copy_of: Callable[..., Path]) -> None:
-    """Their columns are of no account, and without a guard the Hessian has no inverse."""
+    """Their columns are rounded, for another text may need them and the proof would miss them."""
     source = copy_of(tiny)
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"][5] = 0
+    tensors["model.layers.1.input_layernorm.weight"][5:12] = 0
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    linear = gptq.quantize(job_in(tmp_path, source, text, 256, act_order=act_order))[
-        "model.layers.1.self_attn.q_proj"
-    ].dequantized()
-    assert np.isfinite(linear).all() and not linear[:, 5].any() and linear[:, 6].any()
+    name = "model.layers.1.self_attn.q_proj"
+    _, linears = made(source, tmp_path / "out", text, bits=8, act_order=act_order, calibration_tokens=256)
+    off = linears[name].dequantized() - tensors[f"{name}.weight"].numpy()
+    assert np.isfinite(off).all() and np.abs(off[:, 5:12]).max() < 0.01
+
+
+def test_a_head_read_wrongly_is_caught(random_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """Zero points off by one, in the matrix that is the embedding, too."""
+    source = random_model(LlamaConfig(**TINY, tie_word_embeddings=True), tmp_path / "model")
+    job = dataclasses.replace(job_in(tmp_path, source, text, 256), head=("model.embed_tokens", 4, 32))
+    found = gptq.quantize(job)
+    prove_errors(job, found)
+    head = found["model.embed_tokens"]
+    assert head.zeros is not None
+    found["model.embed_tokens"] = dataclasses.replace(head, zeros=np.minimum(head.zeros + 1, 15).astype(np.uint8))
+    with pytest.raises(ProofError, match="embed_tokens came back"):
+        prove_errors(job, found)
+
+
+def test_a_head_of_nothing() -> None:
+    """A final norm of zeros makes a Hessian of zeros; damping grows from the mean of its diagonal."""
+    assert bool(torch.isfinite(gptq.inverse_factor(torch.zeros(8, 8))).all())
 
 
 def test_act_order_and_bits_by_module(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -367,11 +410,11 @@ class _OneBlock:
     def __init__(self, block: torch.nn.Module, batches: list[torch.Tensor]) -> None:
         self._block, self.batches = block, batches
 
-    def run(self, last: torch.nn.Module | None = None) -> Iterator[torch.Tensor]:
+    def run(self, last: torch.nn.Module | None = None) -> Iterator[None]:
         assert last is None  # which expert runs last is not known
         for x in self.batches:
             self._block(x)
-            yield torch.ones(x.shape[:2], dtype=torch.bool)
+            yield
 
 
 def test_experts_get_their_own_tokens(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -391,7 +434,7 @@ def test_experts_get_their_own_tokens(tiny: Path, caplog: pytest.LogCaptureFixtu
         expected = solved(weights[index], rows.T @ rows, 4, 32)
         assert np.mean(expected.unpacked() == found[names[index]].unpacked()) > 0.99
     expected = round_to_nearest("m", weights[2].numpy(), 4, 32, False)
-    assert np.array_equal(expected.codes, found[names[2]].codes) and f"reaches {names[2]} and 0 more" in caplog.text
+    assert np.array_equal(expected.codes, found[names[2]].codes) and f"enter {names[2]} and 0 more" in caplog.text
 
 
 @pytest.mark.families

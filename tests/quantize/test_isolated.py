@@ -18,9 +18,9 @@ from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.lock import descriptors, writing
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import ENDED, Mirror
-from edgepress.pipeline.quantize import gptqmodel, isolated
+from edgepress.pipeline.quantize import gptq, gptqmodel, isolated
 from edgepress.pipeline.stages import run
-from quantizing import GptqRun, job_of
+from quantizing import job_of
 
 
 def test_gptq_failure_has_its_reason(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +40,8 @@ from pathlib import Path
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.stages import run
-source, out, text = map(Path, sys.argv[1:])
-options = QuantizeOptions(method="gptqmodel", calibration=text, calibration_tokens=2048, bits=4, group_size=64)
+method, (source, out, text) = sys.argv[1], map(Path, sys.argv[2:])
+options = QuantizeOptions(method=method, calibration=text, calibration_tokens=2048, bits=4, group_size=64)
 run("quantize", Artifact.load(source), out, options)
 """
 
@@ -133,23 +133,26 @@ def test_what_gptq_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="finds the child in /proc")
+@pytest.mark.parametrize(("method", "progress"), [("gptq", gptq.STATES), ("gptqmodel", gptqmodel.CHECKPOINT)])
 @pytest.mark.families
-def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_gptq_killed_outright_goes_on_and_leaves_no_process(
+    method: str, progress: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
     """SIGKILL cannot be caught: the child must see for itself that its parent is gone, and the layers done are not lost.
 
     The resumed result is that of an uninterrupted run, array for array.
     """
-    out, scratch = tmp_path / "packed", tmp_path / ".packed.gptqmodel"
-    command = [sys.executable, "-c", STAGE, *map(str, (tiny, out, text))]
+    out, scratch = tmp_path / "packed", tmp_path / f".packed.{method}"
+    command = [sys.executable, "-c", STAGE, method, *map(str, (tiny, out, text))]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + 120
-            while not (scratch / "checkpoint" / "CURRENT").is_file() and process.poll() is None and time.monotonic() < deadline:
+            while not (scratch / progress).is_file() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         finally:
             process.kill()
-    assert children and (scratch / "checkpoint" / "CURRENT").is_file() and not out.exists()
+    assert children and (scratch / progress).is_file() and not out.exists()
     deadline = time.monotonic() + 20
     while any(alive(int(pid)) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -157,8 +160,10 @@ def test_gptq_killed_outright_goes_on_and_leaves_no_process(quantized: GptqRun, 
 
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
-    resumed = PackedFile(out)
-    for name, linear in quantized.linears.items():
+    command[-2] = str(tmp_path / "whole")
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    resumed, whole = PackedFile(out), PackedFile(tmp_path / "whole")
+    for name, linear in whole.items():
         for part in ("codes", "scales", "zeros"):
             assert np.array_equal(getattr(resumed[name], part), getattr(linear, part)), (name, part)
 
