@@ -68,7 +68,7 @@ def main() -> None:
 def model(folder: Path, shape: str) -> Path:
     """Random weights of a shape; the vocabulary of the reference tokenizer is the first part of its own."""
     if (folder / "config.json").is_file():
-        return folder.resolve()
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, hidden, wide, layers, heads, kv, tied = SHAPES[shape]
     config = LlamaConfig(
@@ -86,11 +86,8 @@ def model(folder: Path, shape: str) -> Path:
     parts |= {f"{layer:02d}": {f"model.layers.{layer}.{name}": size for name, size in of_layer.items()} for layer in range(layers)}
     generator, places = torch.Generator().manual_seed(0), dict[str, str]()
     for part, matrices in parts.items():
-        norms = (
-            [f"model.layers.{int(part)}.{n}_layernorm" for n in ("input", "post_attention")]
-            if part != "outside"
-            else ["model.norm"]
-        )
+        inside = [f"model.layers.{part.lstrip('0') or 0}.{name}_layernorm" for name in ("input", "post_attention")]
+        norms = ["model.norm"] if part == "outside" else inside
         tensors = {f"{name}.weight": 0.02 * torch.randn(size, generator=generator) for name, size in matrices.items()}
         tensors |= {f"{name}.weight": torch.ones(hidden) for name in norms}
         file = f"model-{part}.safetensors"
@@ -99,7 +96,7 @@ def model(folder: Path, shape: str) -> Path:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
     PreTrainedTokenizerFast.from_pretrained(REFERENCE).save_pretrained(folder)
     config.save_pretrained(folder)
-    return folder.resolve()
+    return folder
 
 
 def measured(command: list[str], cwd: Path, memory: float | None) -> tuple[float, float, int]:
@@ -111,7 +108,7 @@ def measured(command: list[str], cwd: Path, memory: float | None) -> tuple[float
 
     begun, before, peak = time.monotonic(), os.times(), 0
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=cwd.resolve(), preexec_fn=limit, **quiet) as process:
+    with subprocess.Popen(command, cwd=cwd, preexec_fn=limit, **quiet) as process:
         while process.poll() is None:
             peak = max(peak, sum(map(pss, tree(process.pid))))
             time.sleep(0.25)

@@ -77,6 +77,13 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def training_device() -> torch.device:
     """Where models are trained and write text: the GPU that torch sees, else the CPU."""
     import torch

@@ -55,8 +55,8 @@ def possible_names(model: PreTrainedModel, removed: int = 0) -> list[str]:
     return [f"{prefix}.{index}.{kind}" for index in range(len(blocks) - removed) for kind in kinds]
 
 
-class _Enough(Exception):
-    """All requested states are computed."""
+class Enough(Exception):
+    """What was asked for of a model is known; the rest of it need not run."""
 
 
 class Blocks:
@@ -128,19 +128,19 @@ class Blocks:
             def hook(module: torch.nn.Module, args: BlockArgs, kwargs: dict[str, object]) -> None:
                 states[index] = block_input(args, kwargs)
                 if index == end:
-                    raise _Enough
+                    raise Enough
 
             return hook
 
         def leaving(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
             states[len(self)] = block_output(output)
-            raise _Enough
+            raise Enough
 
         handles = [self.modules[i].register_forward_pre_hook(entering(i), with_kwargs=True) for i in indices if i < len(self)]
         if end == len(self):
             handles.append(self.modules[-1].register_forward_hook(leaving))
         try:
-            with suppress(_Enough):
+            with suppress(Enough):
                 self.logits(ids)
         finally:
             for handle in handles:
@@ -154,30 +154,19 @@ class Blocks:
         def hand_on(index: int) -> Callable[..., BlockOutput]:
             def forward(*args: torch.Tensor, **kwargs: object) -> BlockOutput:
                 hidden = given[index]
-                hidden = block_input(args, kwargs) if hidden is None else hidden
-                extras = self._extras[index]
-                return hidden if extras is None else (hidden, *[None] * extras)
+                return as_output(block_input(args, kwargs) if hidden is None else hidden, self._extras[index])
 
             return forward
 
-        former = {index: self.modules[index].__dict__.get("forward") for index in given}  # contexts may be nested
-        for index in given:
-            self.modules[index].forward = hand_on(index)
-        try:
+        with replaced({self.modules[index]: hand_on(index) for index in given}):
             yield
-        finally:
-            for index, forward in former.items():
-                if forward is None:
-                    del self.modules[index].forward
-                else:
-                    self.modules[index].forward = forward
 
     def _extra_outputs(self) -> list[int | None]:
-        """For each block the length of its output tuple less one, None where it returns a bare tensor."""
+        """``extra_outputs`` of each block."""
         extras: list[int | None] = []
 
         def look(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
-            extras.append(len(output) - 1 if isinstance(output, tuple) else None)
+            extras.append(extra_outputs(output))
 
         handles = [block.register_forward_hook(look) for block in self.modules]
         try:
@@ -196,3 +185,29 @@ def block_input(args: BlockArgs, kwargs: Mapping[str, object]) -> torch.Tensor:
 def block_output(output: BlockOutput) -> torch.Tensor:
     """The hidden states that a block returns, (batch, tokens, hidden)."""
     return cast(torch.Tensor, output[0]) if isinstance(output, tuple) else output
+
+
+def extra_outputs(output: BlockOutput) -> int | None:
+    """How many values a block returns besides the hidden states, None where it returns these bare."""
+    return len(output) - 1 if isinstance(output, tuple) else None
+
+
+def as_output(hidden: torch.Tensor, extras: int | None) -> BlockOutput:
+    """Hidden states as a block with so many ``extra_outputs`` returns them."""
+    return hidden if extras is None else (hidden, *[None] * extras)
+
+
+@contextmanager
+def replaced(forwards: Mapping[torch.nn.Module, Callable[..., BlockOutput]]) -> Iterator[None]:
+    """Within the context these run in place of the modules' own; contexts may be nested, and hooks that stand there come back."""
+    former = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in former.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -126,6 +126,11 @@ class PackedLinear:
         zeros = None if first.zeros is None else np.concatenate([part.zeros for part in parts if part.zeros is not None])
         return replace(first, shape=(rows, first.shape[1]), codes=codes, scales=scales, zeros=zeros)
 
+    def rows(self, some: slice) -> PackedLinear:
+        """A matrix of some of the rows, without codebook."""
+        codes, zeros = self.codes[some], None if self.zeros is None else self.zeros[some]
+        return replace(self, shape=(len(codes), self.shape[1]), codes=codes, scales=self.scales[some], zeros=zeros)
+
     def in_blocks(self, block: int) -> PackedLinear:
         """The same codes in other blocks, for a matrix whose rows have one scale each. block: must divide its width."""
         scales, zeros = (x if x is None else x[:, :1].repeat(self.shape[1] // block, 1) for x in (self.scales, self.zeros))

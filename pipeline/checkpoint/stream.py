@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, block_input, block_output, decoder_blocks
+from edgepress.pipeline.checkpoint.blocks import (
+    BlockArgs,
+    BlockOutput,
+    Enough,
+    as_output,
+    block_input,
+    block_output,
+    decoder_blocks,
+    extra_outputs,
+    replaced,
+)
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.offloaded import in_memory
 from edgepress.pipeline.errors import ModelError, OutputError
+from edgepress.pipeline.machine import has_bfloat16
 from edgepress.pipeline.text.windows import padded
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,10 +44,6 @@ class _Batch:
     ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[tuple[BlockArgs, dict[str, object]]]
-
-
-class _Enough(Exception):
-    """What was asked for is known."""
 
 
 class Stream:
@@ -82,12 +89,12 @@ class Stream:
         """
 
         def stop(module: torch.nn.Module, args: BlockArgs) -> None:
-            raise _Enough
+            raise Enough
 
         handle = None if last is None else last.register_forward_pre_hook(stop)  # after hooks that were there before
         try:
             for batch in self._batches:
-                with suppress(_Enough), torch.inference_mode():
+                with suppress(Enough), torch.inference_mode():
                     self._run(batch)
                 yield
         finally:
@@ -101,25 +108,20 @@ class Stream:
                 batch.hidden = self._run(batch)
         self.done += 1
 
-    def states(self) -> Iterator[torch.Tensor]:
-        """What enters the next block, or leaves the last: (tokens, hidden) a batch."""
-        for batch in self._batches:
-            yield batch.hidden.flatten(0, 1)
-
     def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
         """What enters a module that follows the blocks, (tokens, in) a batch: once all blocks are done."""
         found: list[torch.Tensor] = []
 
         def look(module: torch.nn.Module, args: BlockArgs) -> None:
             found.append(args[0])
-            raise _Enough
+            raise Enough
 
         handle = module.register_forward_pre_hook(look)
         try:
             with self._embedding():
                 for batch in self._batches:
                     found.clear()
-                    with self._replaced(lambda *args, **kwargs: self._as_output(batch.hidden)):  # noqa: B023 (called at once)
+                    with self._replaced(lambda *args, **kwargs: as_output(batch.hidden, self._extras)):  # noqa: B023 (called at once)
                         self._call(batch.ids)
                     yield found[0].flatten(0, -2)
         finally:
@@ -169,12 +171,12 @@ class Stream:
         return self._in_memory(next(name for name, module in self.model.named_modules() if module is embedding))
 
     def _extra_outputs(self) -> int | None:
-        """The length of the tuple that blocks return less one, None where they return the bare states: shown by the first."""
+        """``extra_outputs`` of the blocks: shown by the first."""
         found: list[int | None] = []
 
         def look(module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
-            found.append(len(output) - 1 if isinstance(output, tuple) else None)
-            raise _Enough
+            found.append(extra_outputs(output))
+            raise Enough
 
         handle = self._blocks[0].register_forward_hook(look)
         try:
@@ -195,8 +197,8 @@ class Stream:
                 raise ModelError("what leaves a block of this model is changed before it enters the next; use --method rtn")
             calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
             if len(calls) == len(self._blocks):
-                raise _Enough
-            return self._as_output(hidden)
+                raise Enough
+            return as_output(hidden, self._extras)
 
         with self._replaced(forward):
             self._call(ids)
@@ -204,30 +206,12 @@ class Stream:
 
     def _call(self, ids: torch.Tensor) -> None:
         """Run the model until something has seen enough."""
-        with suppress(_Enough), torch.inference_mode():
+        with suppress(Enough), torch.inference_mode():
             self.model(input_ids=ids, use_cache=False)
 
-    def _as_output(self, hidden: torch.Tensor) -> BlockOutput:
-        return hidden if self._extras is None else (hidden, *[None] * self._extras)
-
-    @contextmanager
-    def _replaced(self, forward: Callable[..., BlockOutput]) -> Iterator[None]:
+    def _replaced(self, forward: Callable[..., BlockOutput]) -> AbstractContextManager[None]:
         """Within the context this runs in place of every block."""
-        former = [block.__dict__.get("forward") for block in self._blocks]
-        for block in self._blocks:
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block, own in zip(self._blocks, former, strict=True):
-                del block.forward
-                if own is not None:
-                    block.forward = own
-
-
-def has_bfloat16() -> bool:
-    """Whether blocks compute in bfloat16 here."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+        return replaced(dict.fromkeys(self._blocks, forward))
 
 
 def _opened(checkpoint: Checkpoint) -> tuple[PreTrainedModel, bool]:

@@ -19,15 +19,13 @@ import torch
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.blocks import BlockArgs
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
-from edgepress.pipeline.checkpoint.shards import PACKED
-from edgepress.pipeline.checkpoint.stream import TOKENS, Stream, has_bfloat16
-from edgepress.pipeline.errors import InputError, ModelError
-from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
-from edgepress.pipeline.machine import release_memory
+from edgepress.pipeline.checkpoint.stream import TOKENS, Stream
+from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.files import JsonObject, remove
+from edgepress.pipeline.machine import has_bfloat16, release_memory
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
-from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.quantize.job import QuantizeJob, taken_up
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
-from edgepress.pipeline.registry import versions
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -37,7 +35,7 @@ SHARES = tuple(1 - 0.05 * step for step in range(8))
 COLUMNS = 128  # that change one another at once; the columns after them follow in one product (section 3.3, step 2)
 ROWS = 16384  # of the head at a time
 LOSSLESS = 8  # bits at which rounding the head loses next to nothing
-STATES, JOB = "states.safetensors", "job.json"  # in the scratch folder: how far the stream came, and of which job
+STATES = "states.safetensors"  # in the scratch folder: how far the stream came
 Linear: TypeAlias = torch.nn.Linear | Conv1D
 
 
@@ -160,11 +158,7 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     """
     windows = job.windows()
     settings = _settings(job, [row.tolist() for row in windows])
-    if _left_in(job.scratch) != settings:
-        remove(job.scratch)
-        job.scratch.mkdir(parents=True)
-        write_json(job.scratch / JOB, settings)
-    stream = _resumed(job, windows) or Stream(job.checkpoint, windows)
+    stream = (taken_up(job, settings, "torch", "transformers") and _resumed(job, windows)) or Stream(job.checkpoint, windows)
     because = "" if stream.resumable else " (the blocks of this model share keys and values, which are not kept)"
     report_begun(Begun(len(job.linears), STATES, because))
     blocks = len(stream)
@@ -206,28 +200,14 @@ def _resumed(job: QuantizeJob, windows: list[np.ndarray]) -> Stream | None:
 
 
 def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
-    """All that decides what GPTQ finds: a run with the same goes on where the last one ended."""
-    options, folder = job.options, job.checkpoint.path
-    files = [*job.checkpoint.index.files, folder / "config.json", folder / PACKED]
+    options = job.options
     return {
-        "model": str(folder.resolve()),
-        "files": {file.name: sha256(file) for file in files if file.is_file()},
-        "versions": versions("torch", "transformers"),
-        "trust_remote_code": job.checkpoint.trust_remote_code,
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
         "by": [DAMPING, list(SHARES), COLUMNS, TOKENS, has_bfloat16()],
         "windows": windows,
     }
-
-
-def _left_in(scratch: Path) -> JsonObject | None:
-    """The job that an interrupted run left in its scratch folder, if it can still be read."""
-    try:
-        return read_json(scratch / JOB)
-    except (InputError, OSError, RecursionError):
-        return None
 
 
 def _folder(scratch: Path, index: int) -> Path:

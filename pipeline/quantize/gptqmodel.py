@@ -19,12 +19,11 @@ from edgepress.pipeline.checkpoint.importers.gptq import GptqFolder
 from edgepress.pipeline.checkpoint.packed import PackedLinear
 from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, shards
 from edgepress.pipeline.checkpoint.update import carry_files
-from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
+from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.files import read_json, remove, write_json
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.quantize.isolated import Begun, output_watched, report_begun, report_progress
-from edgepress.pipeline.quantize.job import QuantizeJob
-from edgepress.pipeline.registry import version
+from edgepress.pipeline.quantize.job import QuantizeJob, taken_up
 
 log = logging.getLogger("edgepress")
 # gptqmodel 7.6 can resume these, and only where every matrix has the same bits.
@@ -34,15 +33,13 @@ CHECKPOINT = "checkpoint/CURRENT"  # exists once a layer is finished
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """All that decides what gptqmodel writes, as job.json of the scratch folder records it: a run with the same can be resumed.
+    """All that decides what gptqmodel writes of a model: see ``taken_up``.
 
-    model: path of the checkpoint folder. weights: sha256 of its files. exceptions: bits and group size of single matrices.
-    windows: token ids. The rest as gptqmodel calls it.
+    model: path of the checkpoint folder. exceptions: bits and group size of single matrices. windows: token ids. The rest as
+    gptqmodel calls it.
     """
 
     model: str
-    weights: dict[str, str]
-    gptqmodel: str | None
     bits: int
     group_size: int
     sym: bool
@@ -64,14 +61,11 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
             raise OptionError(f"gptqmodel packs 3 bits only where 32 divides both sides, and not {name}; use --bits 4 or 2")
     folder, settings, lost_because = job.scratch, _settings(job), _why_lost(job)
     report_begun(Begun(len(job.linears), CHECKPOINT, lost_because))
-    if _left_in(folder) != asdict(settings):
-        remove(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / "job.json", asdict(settings))
-    elif (folder / CHECKPOINT).is_file():
-        log.info("quantize: GPTQ resumes after the last layer finished before the interruption")
-    else:
-        log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
+    if taken_up(job, asdict(settings), "gptqmodel"):
+        if (folder / CHECKPOINT).is_file():
+            log.info("quantize: GPTQ resumes after the last layer finished before the interruption")
+        else:
+            log.info("quantize: GPTQ starts over, its progress before the interruption is lost%s", lost_because)
     model = str(_float_source(job, folder.resolve()))  # before the current folder is another, from which a path leads elsewhere
     with contextlib.chdir(folder), output_watched(_show_progress):  # it leaves a folder of logs in the current one
         _run(replace(settings, model=model))
@@ -83,8 +77,6 @@ def _settings(job: QuantizeJob) -> GptqSettings:
     options, folder = job.options, job.checkpoint.path
     return GptqSettings(
         model=str(folder.resolve()),
-        weights={p.name: sha256(p) for p in job.checkpoint.index.files},
-        gptqmodel=version("gptqmodel"),
         bits=options.weight_bits,
         group_size=options.group,
         sym=options.symmetric,
@@ -95,14 +87,6 @@ def _settings(job: QuantizeJob) -> GptqSettings:
         trust_remote_code=job.checkpoint.trust_remote_code,
         windows=[row.tolist() for row in job.windows()],
     )
-
-
-def _left_in(scratch: Path) -> JsonObject | None:
-    """The job that an interrupted run left in its scratch folder, if it can still be read."""
-    try:
-        return read_json(scratch / "job.json")
-    except (InputError, OSError, RecursionError):
-        return None
 
 
 def _resumable(job: QuantizeJob) -> bool:

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.shards import PACKED
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.registry import versions
+
+JOB = "job.json"  # in the scratch folder: what is being done there
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,29 @@ class QuantizeJob:
             module = name.removesuffix(".weight")
             if module in self.linears:
                 yield module, (tensor.T if module in self.transposed else tensor).float().contiguous()
+
+
+def taken_up(job: QuantizeJob, settings: JsonObject, *packages: str) -> bool:
+    """Whether ``job.scratch`` holds what an interrupted run of the same job left; if not, it is made anew.
+
+    settings: all that decides what the quantizer finds besides the model and the ``packages``, as JSON.
+    """
+    folder = job.checkpoint.path
+    files = [*job.checkpoint.index.files, folder / "config.json", folder / PACKED]
+    wanted: JsonObject = {
+        "model": str(folder.resolve()),
+        "files": {file.name: sha256(file) for file in files if file.is_file()},
+        "trust_remote_code": job.checkpoint.trust_remote_code,
+        "versions": versions(*packages),
+        **settings,
+    }
+    try:
+        left = read_json(job.scratch / JOB)
+    except (InputError, OSError, RecursionError):
+        left = None
+    if left == wanted:
+        return True
+    remove(job.scratch)
+    job.scratch.mkdir(parents=True)
+    write_json(job.scratch / JOB, wanted)
+    return False

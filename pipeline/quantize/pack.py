@@ -54,20 +54,21 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         if missing := sorted(set(job.linears) - set(linears)):
             raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")
         errors = prove_errors(job, linears)
-        codes = {name: _rounded(named, name, *form, options.group <= 0) for name, form in ends.forms.items() if name not in linears}
-        codes |= ends.kept | {name: linears[name] for name in ends.forms.keys() & linears.keys()}
-        linears |= kept | codes
+        linears |= kept
+        linears |= {
+            name: _rounded(named, name, *form, options.group <= 0) for name, form in ends.forms.items() if name not in linears
+        }
         packed.save(linears, out)
         # A tied model may store its head a second time; it would outlive the packed one.
-        tied = model.config.tie_word_embeddings and codes
+        tied = model.config.tie_word_embeddings and ends.head in linears
         dropped = set(linears) | ({"lm_head"} if tied else set())
         named.rewrite(out, lambda name: None if name.removesuffix(".weight") in dropped else name)
     prove_written(linears, out)
-    bits = [x.bits for name, x in linears.items() if name not in codes]
+    bits = [x.bits for name, x in linears.items() if name not in ends.names]
     return read | {
         "linears": len(linears),
         "kept_codes": len(kept),
-        "head": {name: x.bits for name, x in codes.items()} or "float",
+        "head": {name: linears[name].bits for name in ends.names if name in linears} or "float",
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
         "kept_float": _kept_float(model, {*linears, *named.spared(job.untouched)}),
         "calibration": _calibration(used, options),
@@ -81,12 +82,12 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
 
 @dataclass(frozen=True)
 class _Ends:
-    """Embedding and output head, one matrix under the embedding's name where they are tied.
+    """Embedding and output head: one matrix under the embedding's name where they are tied.
 
-    kept: codes that the source has. forms: bits and group size of the others that are quantized, by name. head: its name.
+    names: of both. forms: bits and group size of those that are quantized, by name. head: its name.
     """
 
-    kept: dict[str, PackedLinear]
+    names: tuple[str, ...]
     forms: dict[str, tuple[int, int]]
     head: str
 
@@ -100,11 +101,9 @@ def _ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptio
         head = embedding
     else:
         requested[head] = options.head_bits
-    ends = _Ends({}, {}, head)
+    forms: dict[str, tuple[int, int]] = {}
     for name, bits in requested.items():
-        if (kept := checkpoint.weights.packed(name)) is not None:
-            ends.kept[name] = kept
-        if kept is not None or bits == 16:
+        if name in checkpoint.weights.matrices or bits == 16:  # the former have codes, which stay as they are
             continue
         width = checkpoint.shapes.get(f"{name}.weight", (0, 0))[1]
         longest = options.group if options.group > 0 else 128
@@ -112,8 +111,8 @@ def _ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptio
         if group is None:
             log.info("quantize: %s stays float (no group size divides its width)", name)
             continue
-        ends.forms[name] = bits, group
-    return ends
+        forms[name] = bits, group
+    return _Ends(tuple(requested), forms, head)
 
 
 def _rounded(checkpoint: Checkpoint, name: str, bits: int, group: int, by_row: bool) -> PackedLinear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.errors import ProofError
 from edgepress.pipeline.methods import METHODS
@@ -37,31 +38,27 @@ def prove_errors(job: QuantizeJob, linears: dict[str, PackedLinear]) -> dict[str
     errors: dict[str, float] = {}
     for name, tensor in job.weights():
         weight, linear = tensor.numpy(), linears[name]
-        restored = linear.dequantized()
-        errors[name] = round(_distance(restored, weight), 5)
+        errors[name] = round(_distance(linear.dequantized(), weight), 5)
         if METHODS[job.options.method].calibrated:
-            some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))  # a wrong reading spares no row
-            rounded = round_to_nearest(name, weight[some], *job.format(name), job.options.symmetric).dequantized()
-            error, least = _distance(restored[some], weight[some]), _distance(rounded, weight[some])
-            if not error <= WORST_ERROR * least + 1e-5:
-                raise ProofError(
-                    f"{name} came back from {job.options.method} with an error of {error:.3g}, and rounding to nearest would lose "
-                    f"{least:.3g}; give more --calibration-tokens or use --method rtn, and report this"
-                )
+            _check_codes(job, linear, tensor, *job.format(name), job.options.symmetric)
     if job.head is not None and (head := linears.get(job.head[0])) is not None:
-        _check_head(job, head)
+        stored = job.checkpoint.tensor(f"{head.name}.weight")
+        assert stored is not None
+        _check_codes(job, head, stored, *job.head[1:], symmetric=False)
     return errors
 
 
-def _check_head(job: QuantizeJob, linear: PackedLinear) -> None:
-    """The same of a head that the quantizer returned, which may be the embedding, too: of some rows, for it has many."""
-    weight = job.checkpoint.tensor(f"{linear.name}.weight")
-    assert weight is not None
+def _check_codes(job: QuantizeJob, linear: PackedLinear, weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> None:
+    """Raise ProofError for codes that restore some rows of a matrix far worse than rounding does: a wrong reading spares none."""
     some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))
-    rounded = round_to_nearest(linear.name, weight[some].float(), linear.bits, linear.group_size, symmetric=False).dequantized()
-    error, least = (_distance(restored, weight[some].float().numpy()) for restored in (linear.dequantized()[some], rounded))
+    expected = weight[some].float().numpy()
+    rounded = round_to_nearest(linear.name, expected, bits, group_size, symmetric).dequantized()
+    error, least = _distance(linear.rows(some).dequantized(), expected), _distance(rounded, expected)
     if not error <= WORST_ERROR * least + 1e-5:
-        raise ProofError(f"{linear.name} came back with an error of {error:.3g}, and rounding would lose {least:.3g}; report this")
+        raise ProofError(
+            f"{linear.name} came back from {job.options.method} with an error of {error:.3g}, and rounding to nearest would lose "
+            f"{least:.3g}; give more --calibration-tokens or use --method rtn, and report this"
+        )
 
 
 def _distance(restored: np.ndarray, weight: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import gptq
-from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.quantize.job import JOB, QuantizeJob
 from edgepress.pipeline.quantize.plan import WINDOW
 from edgepress.pipeline.quantize.proof import prove_errors
 from edgepress.pipeline.quantize.rtn import round_to_nearest
@@ -289,7 +289,7 @@ def test_what_another_job_left_is_not_taken(broken: bytes, tiny: Path, text: Pat
     job = job_in(tmp_path, tiny, text, 256)
     job.scratch.mkdir()
     (job.scratch / gptq.STATES).write_bytes(b"states of something else")
-    (job.scratch / gptq.JOB).write_bytes(broken)
+    (job.scratch / JOB).write_bytes(broken)
     assert len(gptq.quantize(job)) == 28
 
 
