@@ -295,7 +295,6 @@ def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tenso
 def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], hessian: torch.Tensor) -> Iterator[PackedLinear]:
     """Matrices that share a Hessian."""
     by_activation, diagonal = job.options.act_order, hessian.diagonal()
-    diagonal[diagonal == 0] = diagonal.mean() or 1.0  # of what is always 0 the columns are rounded; there would be no inverse
     kinds: dict[int, list[str]] = {}
     for name in names:
         kinds.setdefault(0 if by_activation else job.format(name)[1], []).append(name)

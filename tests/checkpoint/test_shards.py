@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edgepress.pipeline.checkpoint import shards as shards_module
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header, rewrite, rows_of, shards
 from edgepress.pipeline.checkpoint.update import replace_tensors
@@ -327,3 +328,16 @@ def test_the_index_tells_the_size_of_what_was_replaced(sharded: Path) -> None:
     replace_tensors(sharded, {name: half})
     after = read_json(sharded / INDEX)["metadata"]["total_size"]
     assert after == sum(one.nbytes for one in rows_of(sharded).values()) == before - entry.nbytes // 2
+
+
+@pytest.mark.parametrize("place", [0, 9, 30])
+def test_nan_is_found_wherever_it_stands(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large tensor is looked at in pieces, the last of which may be short."""
+    monkeypatch.setattr(shards_module, "_NUMBERS", 8)
+    values = torch.ones(31)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    assert len(list(ShardIndex([tmp_path / "model.safetensors"]).tensors({"w"}, {"w"}))) == 1
+    values[place] = torch.inf
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"w in .* holds NaN or Inf"):
+        list(ShardIndex([tmp_path / "model.safetensors"]).tensors({"w"}, {"w"}))

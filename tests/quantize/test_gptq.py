@@ -21,6 +21,7 @@ from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.quantize import gptq
+from edgepress.pipeline.quantize.isolated import Begun
 from edgepress.pipeline.quantize.job import JOB, QuantizeJob
 from edgepress.pipeline.quantize.plan import WINDOW
 from edgepress.pipeline.quantize.proof import prove_errors
@@ -31,6 +32,7 @@ from families import TINY, family_config
 from quantizing import Trained, job_of, matrices
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 def problem(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,6 +250,19 @@ def test_interrupted_it_goes_on_with_the_same_codes(
     assert again.keys() == whole.keys() and again["model.layers.0.mlp.up_proj"].bits == 8
     for name, linear in whole.items():
         assert all(np.array_equal(getattr(again[name], part), getattr(linear, part)) for part in ("codes", "scales", "zeros")), name
+
+
+def test_blocks_that_share_more_than_states_are_not_gone_on_with(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3n and 4 hand keys and values on in a dictionary, which no file holds: the work begins anew, and why is known."""
+    call = LlamaDecoderLayer.__call__
+    told: list[Begun] = []
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda self, *args, **kw: call(self, *args, **kw | {"shared_kv_states": {}}))
+    monkeypatch.setattr(gptq, "report_begun", told.append)
+    job = job_in(tmp_path, tiny, text, 256)
+    assert len(gptq.quantize(job)) == 28
+    assert not (job.scratch / gptq.STATES).exists() and "share keys and values" in told[0].lost_because
 
 
 @pytest.mark.parametrize("file", ["states.safetensors", "block-000/packed.safetensors", "block-002/packed.safetensors"])
