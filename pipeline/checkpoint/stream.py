@@ -50,7 +50,7 @@ class Stream:
     """The residual stream of windows of token ids, (batch, tokens, hidden) a batch, between two blocks of a model.
 
     done: the number of blocks that it went through. A block may be changed while it is in memory, and be run any number of times
-    before the stream ``advance``s. On a processor that has bfloat16 blocks compute in it; the stream itself is float32. Raises
+    before the stream ``advance``s. On a processor that has bfloat16 blocks compute in it, and add to a stream of float32. Raises
     ModelError where the decoder blocks cannot be told, or where something happens to the stream between them.
     """
 
@@ -154,7 +154,7 @@ class Stream:
     def _run(self, batch: _Batch) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
-            return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs)).float()
+            return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs))
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:

@@ -77,12 +77,16 @@ def test_states_are_those_of_the_model_in_every_family(family: str, random_model
     check(random_model(family_config(family), tmp_path / "model"))
 
 
-def test_states_in_bfloat16(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAST)
+def test_states_in_bfloat16(
+    family: str, random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the processor has it, blocks compute in it; the stream is float32 and near what it would be."""
+    source = random_model(family_config(family), tmp_path / "model")
     found = []
     for has in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        stream = Stream(Checkpoint(tiny), windows())
+        stream = Stream(Checkpoint(source), windows())
         while stream.done < len(stream):
             with stream.block():
                 stream.advance()
