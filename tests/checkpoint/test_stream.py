@@ -77,7 +77,7 @@ def test_states_are_those_of_the_model_in_every_family(family: str, random_model
     check(random_model(family_config(family), tmp_path / "model"))
 
 
-@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("family", [name for name in FAST if name != "mixtral"])  # random experts are chosen by near ties
 def test_states_in_bfloat16(
     family: str, random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
