@@ -35,11 +35,12 @@ SHAPES = {
 STAGE = """
 import sys
 from pathlib import Path
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.stages import run
 source, out, tokens, method = sys.argv[1:]
-options = QuantizeOptions(method=method, bits=4, group_size=64, calibration_tokens=int(tokens))
+options = QuantizeOptions(method=method, bits=4, group_size=64, calibration=CALIBRATION_TEXT, calibration_tokens=int(tokens))
 run("quantize", Artifact.load(Path(source)), Path(out), options)
 """
 

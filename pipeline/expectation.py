@@ -16,7 +16,9 @@ from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
 from edgepress.pipeline.options import (
     HEALED_TOKENS,
+    MIXED,
     ORIGINAL_ROUNDS,
+    OWN_TOKENS,
     PRUNE_TOKENS,
     BenchOptions,
     ExportOptions,
@@ -29,7 +31,7 @@ from edgepress.pipeline.options import (
 
 _SIDE, _PRODUCTS = 1024, 8
 # Of quantize/choose.py and text/windows.py, which load numpy.
-TRIAL_TOKENS, OWN_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 4096, 512, 2**25
+TRIAL_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 512, 2**25
 SOLVING = {"gptq": 8000, "gptqmodel": 15000}  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 MOST_PASSES = 10  # of tune/train.py
@@ -116,6 +118,8 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
 
 def _tokens(budget: int, text: Path) -> float:
     """Tokens of a text that will be read: ``budget``, or all there are."""
+    if text == MIXED:
+        return min(budget, 2 * OWN_TOKENS)
     return min(budget, text.stat().st_size / BYTES_A_TOKEN if text.is_file() else budget)
 
 
@@ -145,10 +149,12 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         gptq = 0.0
         if options.method in SOLVING:
             gptq = 2 * _tokens(options.calibration_tokens, options.calibration) + SOLVING[options.method]
+        writing = SAMPLING * OWN_TOKENS
         if options.max_growth is None:
+            gptq += writing * (options.calibration == MIXED and gptq > 0)
             return gptq, gptq, 0.0
         # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by
-        return 3 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + SAMPLING * OWN_TOKENS + gptq, 0.0
+        return 3 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + writing + gptq, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or options.own_tokens(parameters)
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0

@@ -20,7 +20,10 @@ READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
 ORIGINAL_ROUNDS = 3  # in which the original's speed is measured, at most: it is slower than what is made of it
 HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is measured on
-SELF = Path("self")  # as calibration text: what the model itself writes
+# As calibration text: what the model itself writes, and the shipped prose with as much of that.
+SELF, MIXED = Path("self"), Path("mixed")
+WRITTEN = (SELF, MIXED)
+OWN_TOKENS = 8192  # that the model writes for MIXED at most, and to be judged by
 SAMPLER = 1  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",
@@ -74,20 +77,20 @@ TARGETS = {
 }
 
 
-def _calibration() -> Path:
+def _calibration(usual: Path = CALIBRATION_TEXT) -> Path:
     return option(
-        CALIBRATION_TEXT, "calibration text: .txt, .jsonl, .json or .csv, or 'self': what the model itself writes, sampled once "
-        "(default: the shipped calibration.txt)",
+        usual, "calibration text: .txt, .jsonl, .json or .csv, or 'self': what the model itself writes, sampled once, or 'mixed': "
+        f"the shipped prose and as much of that (default: {'mixed' if usual == MIXED else 'the shipped calibration.txt'})",
     )  # fmt: skip
 
 
 def _calibration_model() -> Path | None:
-    return option(None, "the model that writes the text of --calibration self (default: SRC or --original; in a build its SRC)")
+    return option(None, "the model that writes for --calibration self and mixed (default: SRC or --original; in a build its SRC)")
 
 
 def _check_model(calibration: Path, model: Path | None) -> None:
-    if model is not None and calibration != SELF:
-        raise OptionError("--calibration-model is the model that writes for --calibration self; give both or neither")
+    if model is not None and calibration not in WRITTEN:
+        raise OptionError("--calibration-model is the model that writes for --calibration self or mixed; give both or neither")
 
 
 def sampler() -> str:
@@ -359,7 +362,7 @@ class QuantizeOptions(Options):
         False,
         f"groups too in order of activation ({joined(ACT_ORDER, 'and')}); adds a Gather on the input, and wins little with gptq",
     )
-    calibration: Path = _calibration()
+    calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = _calibration_tokens()
     calibration_skip: int = _calibration_skip()
@@ -367,7 +370,7 @@ class QuantizeOptions(Options):
     calibration_seed: int | None = option(
         None,
         "draw the calibration windows from all of the text by this seed (default: the text from its beginning); with "
-        "--calibration self the seed that it is sampled by",
+        "--calibration self and mixed the seed that the model writes by, too",
         at_least=0,
     )
     trust_remote_code: bool = _trust()
@@ -551,7 +554,7 @@ class SensitivityOptions(Options):
     """Estimate what each matrix costs at 2, 4 and 8 bits, and which bits a mean allows at least loss."""
 
     target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
-    calibration: Path = _calibration()
+    calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = option(16384, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
@@ -604,7 +607,7 @@ class PlanOptions(BoundOptions):
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
     symmetric: bool = option(False, "reckon without zero points")
-    calibration: Path = _calibration()
+    calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
     calibration_skip: int = _calibration_skip()
     text: Path = _text()

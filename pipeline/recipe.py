@@ -25,8 +25,8 @@ from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     BLOCKS,
-    SELF,
     WEB,
+    WRITTEN,
     BenchOptions,
     BoundOptions,
     ExportOptions,
@@ -91,7 +91,11 @@ def given_by(name: str) -> str:
 def resolve_texts(folder: Path, options: Mapping[str, object] | dict[object, object]) -> dict[str, object]:
     """Options as a file in ``folder`` gives them: it travels with its texts, whose paths are relative to it."""
     named = {str(key).removeprefix("--").replace("-", "_"): value for key, value in options.items()}
-    texts = {key for key in _TEXTS if isinstance(named.get(key), str) and (key, named[key]) != ("calibration", str(SELF))}
+    texts = {
+        key
+        for key in _TEXTS
+        if isinstance(named.get(key), str) and (key, named[key]) not in {("calibration", str(text)) for text in WRITTEN}
+    }
     beside = {key: str(folder / expanded(str(value))) if key in texts else value for key, value in named.items()}
     for key in _MANY_TEXTS:
         if kept := beside.get(key):
@@ -188,7 +192,7 @@ def _check_inputs(source: Path, steps: Plan) -> None:
     config = read_config(source)
     for _, options in steps:
         for name in _TEXTS:
-            if isinstance(text := getattr(options, name, None), Path) and (name, text) != ("calibration", SELF):
+            if isinstance(text := getattr(options, name, None), Path) and (name != "calibration" or text not in WRITTEN):
                 read_text(text, getattr(options, "text_key", KEY))
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
@@ -234,7 +238,7 @@ def _calibrated_by(model: Path, options: Options) -> Options:
     """Where the calibration text is the model's own, every stage reads that of the model that the build began with."""
     if (
         not isinstance(options, PruneOptions | HealOptions | NarrowOptions | QuantizeOptions | TuneOptions)
-        or options.calibration != SELF
+        or options.calibration not in WRITTEN
     ):
         return options
     return dataclasses.replace(options, calibration_model=options.calibration_model or model)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import interrupt
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
@@ -33,7 +34,9 @@ from edgepress.pipeline.lock import writing
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import belongs_to_a_model
 from edgepress.pipeline.options import (
+    MIXED,
     SELF,
+    WRITTEN,
     BenchOptions,
     ExportOptions,
     HealOptions,
@@ -252,12 +255,14 @@ def record(options: Options) -> JsonObject:
     for name in ("calibration", "text", "other_text", "keep_text"):
         value = getattr(options, name, None)
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, Path) and text != SELF and text.is_dir():
+            if isinstance(text, Path) and text not in WRITTEN and text.is_dir():
                 raise OptionError(f"{flag(name)} {text} is a folder; give a .txt, .jsonl, .json or .csv file")
 
     def plain(value: object) -> object:
         if value == SELF:
             return {"self": sampler()}
+        if value == MIXED:
+            return {"mixed": [sampler(), sha256(CALIBRATION_TEXT)]}
         if isinstance(value, Path):
             if value.is_dir():
                 return {"folder": value.name, "identity": Artifact.load(value).identity()}

@@ -1,4 +1,4 @@
-"""The calibration text of ``--calibration self``: written once for a model, a seed and a length, then kept in the cache folder."""
+"""The texts of ``--calibration self`` and ``mixed``: made once for a model, a seed and a length, then kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.artifact import RECORDS
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
-from edgepress.pipeline.machine import training_device
+from edgepress.pipeline.machine import available_memory, training_device
 from edgepress.pipeline.options import (
+    MIXED,
+    OWN_TOKENS,
     PRUNE_TOKENS,
-    SELF,
+    WRITTEN,
     HealOptions,
     NarrowOptions,
     PruneOptions,
@@ -33,10 +36,11 @@ from edgepress.pipeline.options import (
     TuneOptions,
     sampler,
 )
-from edgepress.pipeline.text.windows import IDS, load_tokenizer, read_ids
+from edgepress.pipeline.text.windows import IDS, ids_of, load_tokenizer, read_ids
 
 log = logging.getLogger("edgepress")
 Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
+TURN = 512  # tokens of either part of a mixed text, in turn: a row of the sampler
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.
@@ -46,19 +50,47 @@ _RECORDS = {MANIFEST, *RECORDS}
 def with_text(options: Calibrated, model: Path) -> Calibrated:
     """The options with a file for ``self``: token ids that ``options.calibration_model`` wrote, or else ``model`` itself.
 
+    For ``mixed`` these by turns with the shipped prose; where the model does not fit into memory, the prose alone.
     Raises OptionError for a calibration model with another tokenizer, OutputError when no folder can be written.
     """
-    if options.calibration != SELF:
+    if options.calibration not in WRITTEN:
         return options
     writer = options.calibration_model or model
     if options.calibration_model is not None:
         check_checkpoint(writer, options.trust_remote_code)
         if load_tokenizer(writer).get_vocab() != load_tokenizer(model).get_vocab():
             raise OptionError(f"{writer} has another tokenizer than {model}; give the model that it was made from")
-    tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
+    checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
-    file = own_text(Checkpoint(writer, options.trust_remote_code), tokens, seed or 0)
+    if options.calibration == MIXED:
+        file = mixed_text(checkpoint, seed or 0, own_tokens(options))
+    else:
+        tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
+        file = own_text(checkpoint, tokens, seed or 0)
     return replace(options, calibration=file, calibration_model=None)
+
+
+def own_tokens(options: object) -> int:
+    """How much a model writes for ``mixed``, and to be judged by: where a tune stage follows, what that one reads."""
+    return PRUNE_TOKENS if isinstance(options, QuantizeOptions) and options.tuned else OWN_TOKENS
+
+
+def mixed_text(checkpoint: Checkpoint, seed: int = 0, written: int = OWN_TOKENS) -> Path:
+    """The shipped prose and, of ``written`` tokens of the model's own, as many, by turns of ``TURN``; the prose alone where the
+    model is larger than the memory that there is. Raises as ``own_text``.
+
+    Either text alone teaches GPTQ one kind: what it wins on prose it half loses on code, and the other way round
+    (docs/calibration.md).
+    """
+    free = available_memory()
+    if free is not None and 4 * checkpoint.meta_model().num_parameters() > free:  # the sampler loads it in float32
+        log.info("calibration: the shipped prose alone; %s does not fit into memory, so it writes nothing", checkpoint.path.name)
+        return CALIBRATION_TEXT
+    own = read_ids(own_text(checkpoint, written, seed))
+    prose = np.array(ids_of(CALIBRATION_TEXT, checkpoint.tokenizer, OWN_TOKENS), dtype=np.int64)[:OWN_TOKENS]
+    turns = [part[first : first + TURN] for first in range(0, OWN_TOKENS, TURN) for part in (prose, own[: len(prose)])]
+    ids = np.concatenate(turns)
+    return _kept(f"{hashlib.sha256(ids.tobytes()).hexdigest()[:32]}{IDS}", ids)
 
 
 def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0) -> Path:
@@ -67,12 +99,21 @@ def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0) -> Path:
     Where the cache folder cannot be written, it lies in one that ends with this process. Raises OutputError where neither can.
     """
     name = f"{_key(checkpoint.path, tokens, seed)}{IDS}"
-    folders = [*_cache(), *_unkept]
-    if there := next((folder / name for folder in folders if _holds(folder / name, tokens)), None):
+    if there := _found(name, tokens):
         return there
     from edgepress.pipeline.own_text.sampler import sample
 
-    ids = sample(checkpoint, tokens, seed)
+    return _kept(name, sample(checkpoint, tokens, seed))
+
+
+def _found(name: str, tokens: int) -> Path | None:
+    return next((folder / name for folder in [*_cache(), *_unkept] if _holds(folder / name, tokens)), None)
+
+
+def _kept(name: str, ids: np.ndarray) -> Path:
+    """The file of that name with these ids, there already or written now."""
+    if there := _found(name, len(ids)):
+        return there
     try:
         return _write(_cache()[0] / name, ids)
     except (OSError, IndexError) as error:

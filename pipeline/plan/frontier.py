@@ -83,8 +83,7 @@ def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float]
 
 def _point(costs: Costs, within: int, left: float, speeds: Speeds | None) -> Point:
     found: Fit = fit(costs, within)
-    head = costs.head[found.head_bits]
-    growth = math.expm1(min(left * (found.cost - head) + head, 50.0))
+    growth = math.expm1(min(left * found.cost, 50.0))
     usage = speeds.of(costs, found) if speeds else None
     return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)
 

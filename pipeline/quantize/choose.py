@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -27,8 +28,8 @@ from edgepress.pipeline.files import read_json, sha256, write_json
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
-from edgepress.pipeline.options import PRUNE_TOKENS, SELF, QuantizeOptions, size_in_bytes
-from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.options import MIXED, SELF, WRITTEN, QuantizeOptions, size_in_bytes
+from edgepress.pipeline.own_text.kept import own_tokens, with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, HEADS, Costs, carried, check_possible, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
@@ -54,10 +55,8 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
-OWN_TOKENS = 4096  # that the model writes to be judged by, where no tune stage, which reads more of them, follows
 COST_TOKENS = 16384
-# Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md). Of weights that were quantized before,
-# what it wins depends on the text: SmolLM2 in 5.8 bits a weight, chosen by this for 5 %, lost 2.9 % on prose, 6.6 % on WikiText-2.
+# Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md).
 CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
 # (docs/tuning.md).
@@ -90,13 +89,17 @@ class _Trial:
     """The model, its texts, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
     def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
-        self.options, self.path, self.source = _with_text(source, options), source.path, source
+        self.options, self.path, self.source = options, source.path, source
         self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.context, self.weights = self.checkpoint.context, self.checkpoint.index
         self.texts: list[_Text] = []
+        self.judging = _judging(options)
+        self._resolved: QuantizeOptions | None = None
         self.growth: dict[str, float] = {}
         self._loaded: _Loaded | None = None
         self.spared: frozenset[str] = frozenset()
+        if self.judging[0].calibration == SELF:
+            self.judging[0] = self.resolved()
         model = self._model()
         if not model.modules:
             raise OptionError("there is nothing to choose: every matrix keeps the codes that it has; leave --target-bits out")
@@ -105,9 +108,9 @@ class _Trial:
         chosen = {id(module.weight) for module in model.modules.values()}
         chosen |= {id(weight) for name, weight in model.blocks.model.named_parameters() if within(self.checkpoint.silent, name)}
         self.rest = sum(self._bytes_outside(weight) for weight in model.blocks.model.parameters() if id(weight) not in chosen)
-        self._read(self.options)
+        self._read(self.judging[0])
         vocabulary = model.blocks.model.config.vocab_size
-        warn_unless_readable(float(self.texts[0].losses.mean()), vocabulary, self.options.calibration)
+        warn_unless_readable(float(self.texts[0].losses.mean()), vocabulary, self.judging[0].calibration)
 
     def _model(self) -> _Loaded:
         """The model, loaded when it is first needed and again after ``_free``."""
@@ -128,21 +131,26 @@ class _Trial:
         self.texts.append(_Text(windows, exact_losses(self._model().blocks, progress(windows, "bits", "window"))))
 
     def _all_texts(self) -> Iterator[_Text]:
-        """The calibration text, and what the model writes itself: bits that suit one may lose twice as much of another.
+        """The texts that bits are judged by, each read when it is first needed."""
+        for number, given in enumerate(self.judging):
+            if number == len(self.texts):
+                self._read(self._written(given))
+            yield self.texts[number]
 
-        The second is written when it is first needed, while no other copy of the model is in memory.
-        """
-        yield self.texts[0]
-        if self.options.calibration.name.endswith(IDS):
-            return
-        if len(self.texts) == 1:
-            tokens = PRUNE_TOKENS if self.options.tuned else OWN_TOKENS  # the former are what tune reads, if no layer was removed
-            own = replace(self.options, calibration=SELF, calibration_tokens=tokens, calibration_skip=0)
-            self._free()
-            own = with_text(own, self.path)
-            release_memory()  # of the model that wrote
-            self._read(own)
-        yield self.texts[1]
+    def resolved(self) -> QuantizeOptions:
+        """The options with a file for the calibration text, long enough for all that is measured."""
+        if self._resolved is None:
+            self._resolved = self._written(_longer(self.options))
+        return self._resolved
+
+    def _written(self, options: QuantizeOptions) -> QuantizeOptions:
+        """With a file for a text that the model writes; while it does, no other copy of it is in memory."""
+        if options.calibration not in WRITTEN:
+            return options
+        self._free()
+        options = with_text(options, self.path)
+        release_memory()  # of the model that wrote
+        return options
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
         text, key = options.calibration, options.text_key
@@ -150,7 +158,7 @@ class _Trial:
 
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
-        windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.options)
+        windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.resolved())
         items = items_of_model(self._model().blocks.model, windows, self.spared, self.options.symmetric, spent=True)
         self._free()
         return items
@@ -205,9 +213,23 @@ class _Trial:
         return weight.numel() * (4 if bits == 16 else (bits + 32 / EIGHT.group_size) / 8)
 
 
-def _with_text(source: Artifact, options: QuantizeOptions) -> QuantizeOptions:
-    """The options with a file for the text, long enough for all that is measured, which a model may write."""
-    return with_text(replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS)), source.path)
+def _longer(options: QuantizeOptions) -> QuantizeOptions:
+    """With as many calibration tokens as all that is measured takes."""
+    return replace(options, calibration_tokens=max(options.calibration_tokens, COST_TOKENS))
+
+
+def _judging(options: QuantizeOptions) -> list[QuantizeOptions]:
+    """The texts that bits are judged by, as options that name them: the calibration text and what the model writes.
+
+    Bits that suit one may lose twice as much of another. Of a mixed one these are its parts, and prose of a third kind.
+    """
+    own = replace(options, calibration=SELF, calibration_tokens=own_tokens(options), calibration_skip=0)
+    if options.calibration == MIXED:
+        shipped = [replace(own, calibration=text, calibration_model=None) for text in (CALIBRATION_TEXT, OTHER_TEXT)]
+        return [shipped[0], own, shipped[1]]
+    if options.calibration == SELF:
+        return [_longer(options)]
+    return [options] if options.calibration.name.endswith(IDS) else [options, own]
 
 
 def _kept(source: Artifact, options: QuantizeOptions) -> Path:
@@ -223,7 +245,8 @@ def costs_of(source: Artifact, options: QuantizeOptions, trial: _Trial | None = 
 
     It is kept for every copy of the model; what is copied with it, and its manifest, are counted anew.
     """
-    kept, files = _kept(source, _with_text(source, options)), carried(Checkpoint(source.path, options.trust_remote_code))
+    given = trial.resolved() if trial else with_text(_longer(options), source.path)
+    kept, files = _kept(source, given), carried(Checkpoint(source.path, options.trust_remote_code))
     with suppress(InputError, KeyError, TypeError, ValueError):
         return Costs.from_json(read_json(kept)).beside(files)
     with large_blocks_given_back():
@@ -247,14 +270,18 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if options.max_size is not None:
         check_possible(source.path, options, None)
     trial = _Trial(source, options)
-    before = quantized_before(source) and options.target_bits is None and options.max_size is None
+    calibrates = options.calibration in WRITTEN or options.target_bits is not None or options.max_size is not None
+    before = quantized_before(source) and not calibrates
     left = 1.0 if before else CALIBRATED.get(options.method, 1.0)
     left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
     if before:
         settled = _by_rounding(settled)
         if options.method in CALIBRATED:
-            log.info("quantize: rounded to nearest: on weights that were quantized before GPTQ does not win alike on all texts")
+            log.info(
+                "quantize: rounded to nearest: on weights that were quantized before, GPTQ wins only on the kind of text that it "
+                "read; --calibration mixed has two"
+            )
     if options.max_size is not None:
         return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left)
     if options.target_bits is not None:
@@ -288,8 +315,9 @@ def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float) -
     items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)
-    growth = round(math.expm1(math.log1p(growth) + costs.head[found.head_bits]), 5)
-    eight = set(mixed.values()) == {EIGHT}
+    head = (left if settled.method == "gptq" else 1.0) * costs.head[found.head_bits]  # which gptqmodel rounds
+    growth = round(math.expm1(math.log1p(growth) + head), 5)
+    eight = set(mixed.values()) == {EIGHT} and found.head_bits == 8
     chosen = _mixed(_by_rounding(settled) if eight else settled, items, found.forms)
     because = (
         f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "

@@ -1,4 +1,4 @@
-"""`--calibration self`: written once, kept, and read by every stage."""
+"""`--calibration self` and `mixed`: written once, kept, and read by every stage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError, OutputError, TextError
 from edgepress.pipeline.files import sha256
 from edgepress.pipeline.flags import Options
-from edgepress.pipeline.options import SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, TuneOptions
+from edgepress.pipeline.options import MIXED, SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, TuneOptions
 from edgepress.pipeline.own_text import kept, sampler
 from edgepress.pipeline.own_text.kept import own_text, with_text
 from edgepress.pipeline.quantize import choose, sensitivity
 from edgepress.pipeline.quantize.plan import WINDOW, plan
-from edgepress.pipeline.text.windows import read_ids, text_windows
+from edgepress.pipeline.text.windows import ids_of, read_ids, text_windows
 from edgepress.pipeline.tune import stage as tune
 
 
@@ -108,7 +109,7 @@ def test_every_stage_of_a_build_is_told_who_writes(tiny: Path, monkeypatch: pyte
     recipe.build(tiny, tmp_path / "out", recipe.plan(steps, {"calibration": "self"}))
     assert [told[name].calibration_model for name in steps] == [tiny] * 3
     recipe.build(tiny, tmp_path / "out", recipe.plan(steps, {}))
-    assert [told[name].calibration_model for name in steps] == [None] * 3
+    assert [told[name].calibration_model for name in steps] == [None, None, tiny]
 
 
 def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +150,36 @@ def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monke
     assert read == [file] * 3
 
 
+def test_a_mixed_text_has_both_by_turns(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the beginning of it is mixed, too, where fewer tokens are asked for."""
+    monkeypatch.setattr(kept, "OWN_TOKENS", 2000)
+    own, prose = own_text(Checkpoint(tiny), 2000), ids_of(CALIBRATION_TEXT, Checkpoint(tiny).tokenizer, 2000)[:2000]
+    before = {*cache.iterdir()}
+    file = with_text(QuantizeOptions(calibration=MIXED), tiny).calibration
+    ids = read_ids(file)
+    assert {*cache.iterdir()} - before == {file} and len(ids) == 4000
+    for turn in range(4):
+        first, length = 512 * turn, min(512, 2000 - 512 * turn)
+        assert np.array_equal(ids[2 * first : 2 * first + length], prose[first : first + length])
+        assert np.array_equal(ids[2 * first + length : 2 * first + 2 * length], read_ids(own)[first : first + length])
+    assert with_text(QuantizeOptions(calibration=MIXED), tiny).calibration == file
+    monkeypatch.setattr(kept, "PRUNE_TOKENS", 2500)
+    longer = own_text(Checkpoint(tiny), 2500)  # which the tune stage reads
+    monkeypatch.setattr(sampler, "sample", None)
+    assert len(read_ids(with_text(QuantizeOptions(calibration=MIXED, tuned=True), tiny).calibration)) == 4000
+    assert longer.is_file()
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_model_that_does_not_fit_into_memory_writes_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kept, "available_memory", lambda: 1000)
+    with caplog.at_level("INFO", "edgepress"):
+        assert with_text(QuantizeOptions(), tiny).calibration == CALIBRATION_TEXT
+    assert "does not fit into memory" in caplog.text
+
+
 def test_the_seed_of_quantize_is_that_of_the_text(tiny: Path) -> None:
     options = QuantizeOptions(calibration=SELF, calibration_tokens=64)
     files = {with_text(replace(options, calibration_seed=seed), tiny).calibration for seed in (None, 0, 1)}
@@ -162,7 +193,8 @@ def test_a_stage_that_is_done_samples_nothing(tiny: Path, monkeypatch: pytest.Mo
     shipped = PruneOptions(remove_count=1)
     first = stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
     assert first == stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
-    assert first != stages.fingerprint("prune", shipped, artifact)
+    mixed = stages.fingerprint("prune", replace(shipped, calibration=MIXED), artifact)
+    assert len({first, mixed, stages.fingerprint("prune", shipped, artifact)}) == 3
     monkeypatch.setattr("edgepress.pipeline.options.PROMPTS", tmp_path / "prompts.txt")
     (tmp_path / "prompts.txt").write_text("Why?\n")
     assert first != stages.fingerprint("prune", replace(shipped, calibration=SELF), artifact)
@@ -170,15 +202,18 @@ def test_a_stage_that_is_done_samples_nothing(tiny: Path, monkeypatch: pytest.Mo
 
 def test_a_recipe_may_say_self(tmp_path: Path) -> None:
     """The word is no file beside the recipe."""
-    (tmp_path / "r.yaml").write_text("prune: {remove_count: 1, calibration: self}\nquantize: {calibration: other.txt}\n")
-    (_, prune), (_, quantize) = recipe.plan(recipe.read(str(tmp_path / "r.yaml")), {})
-    assert prune.calibration == SELF and quantize.calibration == tmp_path / "other.txt"
+    (tmp_path / "r.yaml").write_text(
+        "prune: {remove_count: 1, calibration: self}\nheal: {calibration: mixed}\nquantize: {calibration: other.txt}\n"
+    )
+    (_, prune), (_, heal), (_, quantize) = recipe.plan(recipe.read(str(tmp_path / "r.yaml")), {})
+    assert (prune.calibration, heal.calibration, quantize.calibration) == (SELF, MIXED, tmp_path / "other.txt")
 
 
 def test_who_writes_is_said_only_of_a_text_that_is_written(call: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A text.")
     for verb in ("prune", "heal", "quantize", "sensitivity"):
         where = ("--out", tmp_path / "out") if verb == "sensitivity" else (tmp_path / "out",)
-        result = call(verb, tiny, *where, "--calibration-model", tiny)
+        result = call(verb, tiny, *where, "--calibration-model", tiny, "--calibration", tmp_path / "text.txt")
         assert result.code == 2 and "--calibration self" in result.err and result.err.count("\n") == 1
 
 

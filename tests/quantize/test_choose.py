@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.options import QuantizeOptions
+from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions
+from edgepress.pipeline.own_text import kept
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.choose import EIGHT
 from edgepress.pipeline.quantize.mix import Form
@@ -23,7 +25,7 @@ from edgepress.pipeline.quantize.stage import Chosen
 def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen]:
     """The choice for the tiny model, on little text."""
     monkeypatch.setattr(choose, "TRIAL_TOKENS", 512)
-    monkeypatch.setattr(choose, "OWN_TOKENS", 512)
+    monkeypatch.setattr(kept, "OWN_TOKENS", 512)
     monkeypatch.setattr(choose, "COST_TOKENS", 1024)
     monkeypatch.setattr(choose, "WINDOW", 32)
     return lambda **options: choose.choose(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, **options))
@@ -59,14 +61,14 @@ def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen],
 
 @pytest.mark.usefixtures("settled")
 def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
-    """By the calibration text and by what the model writes, for bits may suit one of them."""
+    """By the shipped prose, by what the model writes and by prose of another kind, for bits may suit one of them."""
     trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     together, alone = trial.measure("4", trial.all(Form(4, 64)), 1.0), []
-    assert len(trial.texts) == 2
+    assert len(trial.texts) == 3
     for text in list(trial.texts):
         trial.texts = [text]
         alone.append(trial.measure("4", trial.all(Form(4, 64)), 1.0, own=False))
-    assert len(set(alone)) == 2 and together == max(alone)
+    assert len(set(alone)) == 3 and together == max(alone)
     trial.texts = trial.texts[:1]
     trial.measure("4", trial.all(Form(4, 64)), 1.0, limit=-1.0)
     assert len(trial.texts) == 1  # the first text settled it: the model wrote nothing
@@ -84,17 +86,20 @@ def test_what_a_mix_saves_is_what_the_folder_saves(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.families
-def test_a_mix_of_weights_that_were_quantized_before_is_rounded(
+def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_two_kinds_of_text_calibrate(
     tiny: Path, settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What calibration wins there depends on the text, and a limit would be exceeded on some."""
+    """What calibration on one text wins there is won on that kind, and a limit would be exceeded on others."""
     monkeypatch.setattr(choose, "WORTH", 0.02)
     plain = Artifact.load(tiny)
     imported = replace(plain, steps=(Step("import", {}, {"quantized_types": ["Q4_1"]}, 0.0, {}), *plain.steps))
     limit = settled(max_growth=10.0).growth["4"] / 3
-    for source, method in ((plain, "gptq"), (imported, "rtn")):
-        chosen = choose.choose(source, QuantizeOptions(method="gptq", group_size=64, max_growth=limit)).options
-        assert chosen.bits_for and chosen.method == method
+    for source, text, method in (
+        (plain, CALIBRATION_TEXT, "gptq"), (imported, CALIBRATION_TEXT, "rtn"), (imported, MIXED, "gptq"), (imported, SELF, "gptq")
+    ):  # fmt: skip
+        options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=text, calibration_tokens=1024)
+        chosen = choose.choose(source, options).options
+        assert chosen.bits_for and (chosen.method, chosen.calibration) == (method, text)
 
 
 def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., Chosen]) -> None:
@@ -104,11 +109,11 @@ def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., 
 
 
 @pytest.mark.families
-def test_calibration_is_not_reckoned_with_where_weights_were_quantized_before(tiny: Path) -> None:
-    """On SmolLM2's Q4_1 file GPTQ wins less on WikiText-2 than on prose: a bound that counts on it would be exceeded there."""
+def test_one_text_is_not_reckoned_with_where_weights_were_quantized_before(tiny: Path) -> None:
+    """On SmolLM2's Q4_1 file GPTQ on prose wins nothing on code: a bound that counts on it would be exceeded there."""
     plain = Artifact.load(tiny)
     imported = replace(plain, steps=(Step("import", {}, {"quantized_types": ["Q4_1"]}, 0.0, {}), *plain.steps))
-    options = QuantizeOptions(method="gptq", group_size=64, max_growth=10.0)
+    options = QuantizeOptions(method="gptq", group_size=64, max_growth=10.0, calibration=CALIBRATION_TEXT)
     fresh, before = (choose.choose(source, options) for source in (plain, imported))
     expected = math.expm1(choose.CALIBRATED["gptq"] * math.log1p(before.growth["4"]))
     assert before.options.method == "rtn" and fresh.growth["4"] == pytest.approx(expected, abs=2e-5) != before.growth["4"]
