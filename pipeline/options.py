@@ -24,7 +24,7 @@ HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is me
 SELF, MIXED = Path("self"), Path("mixed")
 WRITTEN = (SELF, MIXED)
 OWN_TOKENS = 8192  # that the model writes for MIXED at most, and to be judged by
-SAMPLER = 1  # to be raised when own_text/ writes other ids than before
+SAMPLER = 2  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",
     "greedy": "the same, but as the model is without healing",

@@ -40,7 +40,7 @@ from edgepress.pipeline.text.windows import IDS, ids_of, load_tokenizer, read_id
 
 log = logging.getLogger("edgepress")
 Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
-TURN = 512  # tokens of either part of a mixed text, in turn: a row of the sampler
+TURN = 256  # tokens of either part of a mixed text, in turn: a row of the sampler
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.

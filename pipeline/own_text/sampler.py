@@ -18,8 +18,9 @@ from edgepress.pipeline.progress import bar
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-# Tokens of a row: at its end all begin anew, for the cache grows with it. Rows at a time: more are hardly faster on a CPU.
-LONGEST, ROWS, ROWS_ON_A_GPU = 512, 32, 256
+# Tokens of a row: at its end all begin anew, for the cache grows with it; fewer where that fills the rows that are written at a time.
+LONGEST, SHORTEST = 512, 256
+ROWS, ROWS_ON_A_GPU = 32, 256  # at a time: more are hardly faster on a CPU
 
 
 def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
@@ -31,7 +32,7 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
     openings = Openings.of(checkpoint)
     with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
         model = checkpoint.model().to(training_device(), dtype())
-    length = min(LONGEST, checkpoint.context, tokens)
+    length = min(LONGEST, max(SHORTEST, tokens // ROWS), checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
     parts, begun = [], time.monotonic()

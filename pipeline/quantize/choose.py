@@ -55,7 +55,7 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
-COST_TOKENS = 16384
+COST_TOKENS = 8192
 # Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md).
 CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back

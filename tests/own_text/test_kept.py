@@ -158,8 +158,8 @@ def test_a_mixed_text_has_both_by_turns(tiny: Path, cache: Path, monkeypatch: py
     file = with_text(QuantizeOptions(calibration=MIXED), tiny).calibration
     ids = read_ids(file)
     assert {*cache.iterdir()} - before == {file} and len(ids) == 4000
-    for turn in range(4):
-        first, length = 512 * turn, min(512, 2000 - 512 * turn)
+    for turn in range(8):
+        first, length = 256 * turn, min(256, 2000 - 256 * turn)
         assert np.array_equal(ids[2 * first : 2 * first + length], prose[first : first + length])
         assert np.array_equal(ids[2 * first + length : 2 * first + 2 * length], read_ids(own)[first : first + length])
     assert with_text(QuantizeOptions(calibration=MIXED), tiny).calibration == file
