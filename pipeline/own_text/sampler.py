@@ -18,7 +18,7 @@ from edgepress.pipeline.progress import bar
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-# Tokens of a row: at its end all begin anew, for the cache grows with it; fewer where that fills the rows that are written at a time.
+# Tokens of a row: at its end all begin anew, for the cache grows with it. A short text has shorter ones, all written at a time.
 LONGEST, SHORTEST = 512, 256
 ROWS, ROWS_ON_A_GPU = 32, 256  # at a time: more are hardly faster on a CPU
 
