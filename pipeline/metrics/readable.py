@@ -13,12 +13,17 @@ log = logging.getLogger("edgepress")
 BEYOND_REASON = 1000.0
 
 
-def warn_unless_readable(loss: float, vocabulary: int, text: Path) -> None:
-    """Log a warning when the loss, nats a token, is that of a text which the model cannot read.
+def readable(loss: float, vocabulary: int) -> bool:
+    """Whether a loss, nats a token, is that of a text which the model can read.
 
-    That is a perplexity above BEYOND_REASON, or above half of the vocabulary, where guessing does hardly worse.
+    Its perplexity is at most BEYOND_REASON and at most half of the vocabulary, where guessing does hardly worse.
     """
-    if not loss <= np.log(min(BEYOND_REASON, vocabulary / 2)):
+    return bool(loss <= np.log(min(BEYOND_REASON, vocabulary / 2)))
+
+
+def warn_unless_readable(loss: float, vocabulary: int, text: Path) -> None:
+    """Log a warning when the loss, nats a token, is that of a text which the model cannot read."""
+    if not readable(loss, vocabulary):
         log.warning(
             "warning: the model cannot read %s: its perplexity is %.4g, and prose that a model knows has 5 to 100; give a text in "
             "its language and encoding",

@@ -26,7 +26,7 @@ from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory
-from edgepress.pipeline.metrics.readable import warn_unless_readable
+from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import MIXED, SELF, WRITTEN, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import own_tokens, with_text
@@ -109,8 +109,8 @@ class _Trial:
         chosen |= {id(weight) for name, weight in model.blocks.model.named_parameters() if within(self.checkpoint.silent, name)}
         self.rest = sum(self._bytes_outside(weight) for weight in model.blocks.model.parameters() if id(weight) not in chosen)
         self._read(self.judging[0])
-        vocabulary = model.blocks.model.config.vocab_size
-        warn_unless_readable(float(self.texts[0].losses.mean()), vocabulary, self.judging[0].calibration)
+        self.vocabulary = int(model.blocks.model.config.vocab_size)
+        warn_unless_readable(float(self.texts[0].losses.mean()), self.vocabulary, self.judging[0].calibration)
 
     def _model(self) -> _Loaded:
         """The model, loaded when it is first needed and again after ``_free``."""
@@ -131,11 +131,13 @@ class _Trial:
         self.texts.append(_Text(windows, exact_losses(self._model().blocks, progress(windows, "bits", "window"))))
 
     def _all_texts(self) -> Iterator[_Text]:
-        """The texts that bits are judged by, each read when it is first needed."""
+        """The texts that bits are judged by, each read when first needed; technical prose only where the model can read it."""
         for number, given in enumerate(self.judging):
             if number == len(self.texts):
                 self._read(self._written(given))
-            yield self.texts[number]
+            text = self.texts[number]
+            if given.calibration != OTHER_TEXT or readable(float(text.losses.mean()), self.vocabulary):
+                yield text
 
     def resolved(self) -> QuantizeOptions:
         """The options with a file for the calibration text, long enough for all that is measured."""

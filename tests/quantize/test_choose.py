@@ -60,8 +60,9 @@ def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen],
 
 
 @pytest.mark.usefixtures("settled")
-def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
+def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the shipped prose, by what the model writes and by prose of another kind, for bits may suit one of them."""
+    monkeypatch.setattr(choose, "readable", lambda *_: True)
     trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     together, alone = trial.measure("4", trial.all(Form(4, 64)), 1.0), []
     assert len(trial.texts) == 3
@@ -72,6 +73,8 @@ def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path) -> None:
     trial.texts = trial.texts[:1]
     trial.measure("4", trial.all(Form(4, 64)), 1.0, limit=-1.0)
     assert len(trial.texts) == 1  # the first text settled it: the model wrote nothing
+    monkeypatch.setattr(choose, "readable", lambda *_: False)
+    assert len(list(trial._all_texts())) == 2  # a model of stories is not judged by what it cannot read
 
 
 @pytest.mark.usefixtures("settled")
