@@ -1,10 +1,11 @@
 """Quality for bytes: one checkpoint under our quantizers and under llama.cpp's, with and without its importance matrix.
 
     python benchmarks/engines/quality_per_byte.py CHECKPOINT --llama LLAMA_PYTHON --text wiki.test.raw --text stories.txt
-        [--off-grid] [--calibration TEXT] [--tune-tokens 65536] [--only PART] [--plot FILE.svg]
+        [--off-grid] [--calibration mixed|TEXT] [--tune-tokens 65536] [--only PART] [--plot FILE.svg]
 
 CHECKPOINT: llama, qwen2 or gemma3 with float weights, a .gguf file or "reference". Both sides calibrate on the same tokens of
 --calibration (the importance matrix, GPTQ, the choice of bits); --text is what none of them has read. LLAMA_PYTHON: see compare.py.
+A row "in TYPE's bytes" is what --max-size makes of the bytes of llama.cpp's file, its bits of blocks and head chosen.
 
 --off-grid: weights that come from a GGUF file lie on its grid, which flatters its own formats. This benchmarks a model of the same
 function whose weights lie on none: every column of a matrix is multiplied by a random factor of about a fifth, and what feeds the
@@ -25,12 +26,14 @@ from pathlib import Path
 
 import torch
 from compare import TUNABLES
-from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
-from edgepress.pipeline.files import write_json
+from edgepress.pipeline.files import sha256, write_json
+from edgepress.pipeline.options import MIXED, QuantizeOptions
+from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.quantize.budget import carried
 from edgepress.pipeline.text.windows import text_windows
 from engine_files import convert, described, once, press, process
 from real_models import CONTEXT, Engines, scored
@@ -68,7 +71,7 @@ def main() -> None:
     parser.add_argument("--off-grid", action="store_true")
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--text-tokens", type=int, default=8192)
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION_TEXT)
+    parser.add_argument("--calibration", type=Path, default=MIXED, help="a text, or mixed (default): prose and the model's own")
     parser.add_argument("--tune-tokens", type=int, default=65536, help="of a tune stage (default: %(default)s)")
     parser.add_argument("--only", action="append", help="our rows whose name contains this (default: all)")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp's (default: %(default)s)")
@@ -84,7 +87,11 @@ def main() -> None:
     checkpoint = source.path
     if options.off_grid:
         checkpoint = once(folder / "checkpoint", lambda out: off_grid(Checkpoint(source.path), out))
-    engines = ours(checkpoint, folder, options) | theirs(checkpoint, folder, options)
+    options.calibration = with_text(QuantizeOptions(calibration=options.calibration), checkpoint).calibration
+    folder /= sha256(options.calibration)[:8]
+    folder.mkdir(exist_ok=True)
+    known = theirs(checkpoint, folder, options)
+    engines = ours(checkpoint, folder, known, options) | known
     journal = Journal(folder / "samples.jsonl")
     columns = {text: scored(text, checkpoint, engines, folder, journal, options) for text in options.text}
     table(engines, columns)
@@ -130,11 +137,16 @@ def _divide_rows(tensors: dict[str, torch.Tensor], module: str, factors: torch.T
         tensors[f"{module}.bias"].div_(factors)
 
 
-def ours(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Engines:
-    """Our rows, built."""
+def ours(checkpoint: Path, folder: Path, known: Engines, options: argparse.Namespace) -> Engines:
+    """Our rows, built. known: llama.cpp's, for rows of as many bytes."""
     engines: Engines = {}
     text = ["--calibration", str(options.calibration), "--calibration-tokens", str(TOKENS)]
-    for name, flags in OURS.items():
+    beside = carried(Checkpoint(checkpoint))  # tokenizers are not counted in these tables
+    sizes = {
+        f"in {name.split()[1].rstrip(',')}'s bytes": f"--method gptq --max-size {engine['file_bytes'] + beside}"
+        for name, engine in known.items()
+    }
+    for name, flags in (OURS | sizes).items():
         if options.only and not any(part in name for part in options.only):
             continue
         packed = folder / "packed" / name.replace("/", "-")
@@ -144,7 +156,7 @@ def ours(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Engines
             more = ["--original", str(checkpoint), "--tune-tokens", str(options.tune_tokens)]
             once(packed, lambda out, start=start, more=more: press("tune", str(start), str(out), *more))  # type: ignore[misc]
         else:
-            calibrated = flags.split() + (text if "gptq" in flags or "target" in flags else [])
+            calibrated = flags.split() + (text if "gptq" in flags else [])
             once(packed, lambda out, given=calibrated: press("quantize", str(checkpoint), str(out), *given))  # type: ignore[misc]
         artifact = once(
             folder / packed.name,
