@@ -39,11 +39,33 @@ def peak_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process could take without swapping, None where the system does not tell."""
+    """Bytes that a new process could take without swapping, None where the system does not tell; a container's limit counts."""
+    found = [free for free in (_of_the_machine(), *_of_the_groups()) if free is not None]
+    return min(found, default=None)
+
+
+def _of_the_machine() -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with suppress(ImportError):  # which torch's and transformers' companions bring along; an artifact is run without
+        import psutil
+
+        return int(psutil.virtual_memory().available)
     return None
+
+
+def _of_the_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int | None]:
+    """What the memory limit of each control group (version 2) that this process is in leaves; pages of files are given up."""
+    with suppress(OSError, StopIteration):
+        group = next(line.partition("::/")[2] for line in own.read_text().splitlines() if line.startswith("0::/"))
+        for folder in (root / group, *(root / group).parents):
+            with suppress(OSError, ValueError):  # no limit, or none there
+                limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, limit - used + int(statistics.get("inactive_file", 0)))
+            if folder == root:
+                return
 
 
 @contextmanager

@@ -24,7 +24,8 @@ HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is me
 SELF, MIXED = Path("self"), Path("mixed")
 WRITTEN = (SELF, MIXED)
 OWN_TOKENS = 8192  # that the model writes for MIXED at most, and to be judged by
-SAMPLER = 2  # to be raised when own_text/ writes other ids than before
+COST_TOKENS = 8192  # that show what each matrix costs
+SAMPLER = 3  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",
     "greedy": "the same, but as the model is without healing",
@@ -345,8 +346,8 @@ class QuantizeOptions(Options):
     )  # fmt: skip
     max_growth: float | None = option(
         None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
-        "on the calibration text and on what the model writes; where that saves a fifth of the bytes, or with --tuned, as few as "
-        "that allows, matrix by matrix",
+        "on the calibration text, on what the model writes and, where none is given, on technical prose; where that saves a fifth "
+        "of the bytes, or with --tuned, as few as that allows, matrix by matrix",
     )  # fmt: skip
     target_bits: float | None = option(
         None, "mean bits of a block weight, scales and zero points counted (between 2.6 and 8.7): every matrix gets 2, 4 or 8 bits "
@@ -556,7 +557,7 @@ class SensitivityOptions(Options):
     target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
     calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
-    calibration_tokens: int = option(16384, "tokens of it to measure on at most", at_least=16)
+    calibration_tokens: int = option(COST_TOKENS, "tokens of it to measure on at most", at_least=16)
     calibration_skip: int = _calibration_skip()
     text_key: str = _text_key()
     trust_remote_code: bool = _trust()

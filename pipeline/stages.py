@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepress.models import CALIBRATION_TEXT
+from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline import interrupt
 from edgepress.pipeline.artifact import Artifact, Format, Step, check_free, write_manifest
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
@@ -35,6 +35,7 @@ from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import belongs_to_a_model
 from edgepress.pipeline.options import (
     MIXED,
+    OWN_TOKENS,
     SELF,
     WRITTEN,
     BenchOptions,
@@ -262,7 +263,7 @@ def record(options: Options) -> JsonObject:
         if value == SELF:
             return {"self": sampler()}
         if value == MIXED:
-            return {"mixed": [sampler(), sha256(CALIBRATION_TEXT)]}
+            return {"mixed": [sampler(), OWN_TOKENS, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]}
         if isinstance(value, Path):
             if value.is_dir():
                 return {"folder": value.name, "identity": Artifact.load(value).identity()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from edgepress.pipeline import machine
@@ -39,6 +40,19 @@ def test_large_blocks_go_back_to_the_system() -> None:
     """Between blocks that stay glibc keeps what was freed: 160 MB here."""
     kept, given_back = (int(subprocess.check_output([sys.executable, "-c", _CHILD, word])) for word in ("no", "yes"))
     assert given_back < kept - 100
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    """Of all groups around a process the narrowest counts; one without a limit says max."""
+    own, inner = tmp_path / "own", tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    own.write_text("0::/a/b\n")
+    for folder, limit, used in ((inner, "max", 5), (inner.parent, "1000", 700)):
+        for name, value in (("memory.max", limit), ("memory.current", used), ("memory.stat", "anon 1\ninactive_file 100")):
+            (folder / name).write_text(f"{value}\n")
+    assert list(machine._of_the_groups(tmp_path, own)) == [400]
+    own.write_text("0::/\n")
+    assert list(machine._of_the_groups(tmp_path, own)) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

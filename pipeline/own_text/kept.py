@@ -19,10 +19,10 @@ from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.artifact import RECORDS
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.errors import OptionError, OutputError, TextError
+from edgepress.pipeline.errors import ModelError, OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
-from edgepress.pipeline.machine import available_memory, training_device
+from edgepress.pipeline.machine import available_memory, release_memory, training_device
 from edgepress.pipeline.options import (
     MIXED,
     OWN_TOKENS,
@@ -63,47 +63,49 @@ def with_text(options: Calibrated, model: Path) -> Calibrated:
     checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
     if options.calibration == MIXED:
-        file = mixed_text(checkpoint, seed or 0, own_tokens(options))
+        file = mixed_text(checkpoint, seed or 0)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
         file = own_text(checkpoint, tokens, seed or 0)
     return replace(options, calibration=file, calibration_model=None)
 
 
-def own_tokens(options: object) -> int:
-    """How much a model writes for ``mixed``, and to be judged by: where a tune stage follows, what that one reads."""
-    return PRUNE_TOKENS if isinstance(options, QuantizeOptions) and options.tuned else OWN_TOKENS
-
-
-def mixed_text(checkpoint: Checkpoint, seed: int = 0, written: int = OWN_TOKENS) -> Path:
-    """The shipped prose and, of ``written`` tokens of the model's own, as many, by turns of ``TURN``; the prose alone where the
-    model is larger than the memory that there is. Raises as ``own_text``.
+def mixed_text(checkpoint: Checkpoint, seed: int = 0) -> Path:
+    """The shipped prose and as many of ``OWN_TOKENS`` ids of the model's own, by turns of ``TURN``; the prose alone where the model
+    takes more than half of the memory that is free, or makes no text. Raises OutputError when no folder can be written.
 
     Either text alone teaches GPTQ one kind: what it wins on prose it half loses on code, and the other way round
     (docs/calibration.md).
     """
-    free = available_memory()
-    if free is not None and 4 * checkpoint.meta_model().num_parameters() > free:  # the sampler loads it in float32
-        log.info("calibration: the shipped prose alone; %s does not fit into memory, so it writes nothing", checkpoint.path.name)
+    try:
+        own = read_ids(own_text(checkpoint, OWN_TOKENS, seed, sparing=True))
+    except ModelError as error:
+        log.warning("warning: the shipped prose alone calibrates: %s", error)
         return CALIBRATION_TEXT
-    own = read_ids(own_text(checkpoint, written, seed))
     prose = np.array(ids_of(CALIBRATION_TEXT, checkpoint.tokenizer, OWN_TOKENS), dtype=np.int64)[:OWN_TOKENS]
     turns = [part[first : first + TURN] for first in range(0, OWN_TOKENS, TURN) for part in (prose, own[: len(prose)])]
     ids = np.concatenate(turns)
     return _kept(f"{hashlib.sha256(ids.tobytes()).hexdigest()[:32]}{IDS}", ids)
 
 
-def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0) -> Path:
+def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool = False) -> Path:
     """The file with ``tokens`` ids that a checkpoint wrote, there already or written now; a damaged one is written anew.
 
-    Where the cache folder cannot be written, it lies in one that ends with this process. Raises OutputError where neither can.
+    Where the cache folder cannot be written, it lies in one that ends with this process. Raises OutputError where neither can,
+    ModelError for logits that are not finite, and where ``sparing`` for a model of more than half of the memory that is free.
     """
     name = f"{_key(checkpoint.path, tokens, seed)}{IDS}"
     if there := _found(name, tokens):
         return there
+    free, needed = available_memory(), 4 * checkpoint.meta_model().num_parameters()  # the sampler loads float32
+    if sparing and free is not None and 2 * needed > free:
+        size = f"{needed / 1e9:.1f} GB in float32, of {free / 1e9:.1f} GB that are free"
+        raise ModelError(f"{checkpoint.path.name} would take {size}, and writes nothing")
     from edgepress.pipeline.own_text.sampler import sample
 
-    return _kept(name, sample(checkpoint, tokens, seed))
+    ids = sample(checkpoint, tokens, seed)
+    release_memory()  # of the model that wrote: its parts refer to one another
+    return _kept(name, ids)
 
 
 def _found(name: str, tokens: int) -> Path | None:

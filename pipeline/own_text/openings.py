@@ -38,8 +38,9 @@ class Openings:
         known = min(tokenizer.get_vocab_size(with_added_tokens=True), int(checkpoint.config.get_text_config().vocab_size))
         ends = end_tokens(checkpoint.path) | end_of_turn(checkpoint.path, tokenizer)
         named = [id for id in (config.get("bos_token_id"), *sorted(ends)) if isinstance(id, int)]
-        chats = _chats(checkpoint)
-        return cls(beginning(tokenizer) or [id for id in named if id < known][:1], chats, ends, known)
+        chats = [ids for ids in _chats(checkpoint) if max(ids) < known]
+        plain = [id for id in beginning(tokenizer) if id < known]
+        return cls(plain or [id for id in named if id < known][:1], chats, ends, known)
 
     def draw(self, number: int, random: np.random.Generator) -> list[int]:
         """The opening of document ``number`` of a row: plain ones and chats by turns, the prompt drawn; never empty."""

@@ -29,10 +29,19 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
     A document begins with BOS or, every other one of a chat model, with a prompt in its chat template; where it ends the next
     begins, which sees nothing of it. Each row draws from a generator of its own. Raises ModelError for logits that are not finite.
     """
+    if training_device().type == "cuda":
+        try:
+            return _sampled(checkpoint, tokens, seed, training_device())
+        except torch.OutOfMemoryError:
+            log.warning("warning: the GPU has too little memory for %s to write on; it writes on the CPU", checkpoint.path.name)
+    return _sampled(checkpoint, tokens, seed, torch.device("cpu"))
+
+
+def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.device) -> np.ndarray:
     openings = Openings.of(checkpoint)
     with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
-        model = checkpoint.model().to(training_device(), dtype())
-    length = min(LONGEST, max(SHORTEST, tokens // ROWS), checkpoint.context, tokens)
+        model = checkpoint.model().to(device, dtype())
+    length = min(LONGEST, max(SHORTEST, math.ceil(tokens / ROWS)), checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
     parts, begun = [], time.monotonic()

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
+from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
-from edgepress.pipeline.quantize.choose import CALIBRATED, TUNED_MIX, costs_of
+from edgepress.pipeline.quantize.choose import costs_of, left_of, left_of_head
 from edgepress.pipeline.quantize.mix import mean_bits
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
@@ -37,11 +37,9 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     given, disturbed = options.quantize(), options.speed and busy()  # asked now: soon this process keeps the processor busy
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
-    left = CALIBRATED.get(given.method, 1.0)
-    left *= TUNED_MIX if given.tuned else 1.0
 
     def point(within: float) -> Point:
-        return _point(costs, round(within), left, speeds)
+        return _point(costs, round(within), given, speeds)
 
     least, largest = least_size(costs) + 1, largest_size(costs)
     points = [point(within) for within in np.geomspace(least, largest, POINTS)]
@@ -81,9 +79,11 @@ def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float]
     return best
 
 
-def _point(costs: Costs, within: int, left: float, speeds: Speeds | None) -> Point:
+def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None) -> Point:
     found: Fit = fit(costs, within)
-    growth = math.expm1(min(left * found.cost, 50.0))
+    head = costs.head[found.head_bits]
+    lost = left_of(options) * (found.cost - head) + left_of_head(options, found.head_bits) * head
+    growth = math.expm1(min(lost, 50.0))
     usage = speeds.of(costs, found) if speeds else None
     return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)
 

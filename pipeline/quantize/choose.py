@@ -28,8 +28,8 @@ from edgepress.pipeline.files import read_json, sha256, write_json
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
-from edgepress.pipeline.options import MIXED, SELF, WRITTEN, QuantizeOptions, size_in_bytes
-from edgepress.pipeline.own_text.kept import own_tokens, with_text
+from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions, size_in_bytes
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, HEADS, Costs, carried, check_possible, ends_of, fit
 from edgepress.pipeline.quantize.mix import (
@@ -55,7 +55,6 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
-COST_TOKENS = 8192
 # Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md).
 CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
@@ -88,13 +87,13 @@ class _Loaded:
 class _Trial:
     """The model, its texts, and what was measured so far. growth: expected growth of perplexity (a share), by bits."""
 
-    def __init__(self, source: Artifact, options: QuantizeOptions) -> None:
+    def __init__(self, source: Artifact, options: QuantizeOptions, resolved: QuantizeOptions | None = None) -> None:
         self.options, self.path, self.source = options, source.path, source
         self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.context, self.weights = self.checkpoint.context, self.checkpoint.index
         self.texts: list[_Text] = []
         self.judging = _judging(options)
-        self._resolved: QuantizeOptions | None = None
+        self._resolved = resolved
         self.growth: dict[str, float] = {}
         self._loaded: _Loaded | None = None
         self.spared: frozenset[str] = frozenset()
@@ -131,7 +130,7 @@ class _Trial:
         self.texts.append(_Text(windows, exact_losses(self._model().blocks, progress(windows, "bits", "window"))))
 
     def _all_texts(self) -> Iterator[_Text]:
-        """The texts that bits are judged by, each read when first needed; technical prose only where the model can read it."""
+        """The texts that bits are judged by, each read when first needed; technical prose only where the model reads it."""
         for number, given in enumerate(self.judging):
             if number == len(self.texts):
                 self._read(self._written(given))
@@ -145,14 +144,16 @@ class _Trial:
             self._resolved = self._written(_longer(self.options))
         return self._resolved
 
+    def writes(self) -> bool:
+        """Whether the calibration text is, in part at least, the model's own."""
+        return self.options.calibration in WRITTEN and self.resolved().calibration.name.endswith(IDS)
+
     def _written(self, options: QuantizeOptions) -> QuantizeOptions:
         """With a file for a text that the model writes; while it does, no other copy of it is in memory."""
         if options.calibration not in WRITTEN:
             return options
         self._free()
-        options = with_text(options, self.path)
-        release_memory()  # of the model that wrote
-        return options
+        return with_text(options, self.path)
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
         text, key = options.calibration, options.text_key
@@ -165,14 +166,16 @@ class _Trial:
         self._free()
         return items
 
-    def measure(self, bits: str, forms: Mapping[str, Form], factor: float, limit: float = math.inf, own: bool = True) -> float:
+    def measure(
+        self, bits: str, forms: Mapping[str, Form], factor: float, limit: float = math.inf, all_texts: bool = True
+    ) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
 
-        factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. own: judge by what the
-        model writes, too.
+        factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. all_texts: judge by all,
+        not by the calibration text alone.
         """
         self.growth[bits] = -1.0
-        for number, text in enumerate(self._all_texts() if own else self.texts[:1]):
+        for number, text in enumerate(self._all_texts() if all_texts else self.texts[:1]):
             model = self._model()
             with rounded(model.modules, forms, self.options.symmetric, self.weights):
                 losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
@@ -223,21 +226,22 @@ def _longer(options: QuantizeOptions) -> QuantizeOptions:
 def _judging(options: QuantizeOptions) -> list[QuantizeOptions]:
     """The texts that bits are judged by, as options that name them: the calibration text and what the model writes.
 
-    Bits that suit one may lose twice as much of another. Of a mixed one these are its parts, and prose of a third kind.
+    Bits that suit one may lose twice as much of another. Where no text is given, the shipped prose and technical prose judge, too.
     """
-    own = replace(options, calibration=SELF, calibration_tokens=own_tokens(options), calibration_skip=0)
-    if options.calibration == MIXED:
-        shipped = [replace(own, calibration=text, calibration_model=None) for text in (CALIBRATION_TEXT, OTHER_TEXT)]
-        return [shipped[0], own, shipped[1]]
-    if options.calibration == SELF:
-        return [_longer(options)]
+    tokens = OWN_TOKENS if options.calibration == MIXED else 2 * TRIAL_TOKENS  # one text serves to calibrate and to judge
+    own = replace(options, calibration=SELF, calibration_tokens=tokens, calibration_skip=0)
+    if options.calibration in WRITTEN:
+        prose, technical = (replace(own, calibration=text, calibration_model=None) for text in (CALIBRATION_TEXT, OTHER_TEXT))
+        return [prose, own, technical] if options.calibration == MIXED else [_longer(options), prose, technical]
     return [options] if options.calibration.name.endswith(IDS) else [options, own]
 
 
-def _kept(source: Artifact, options: QuantizeOptions) -> Path:
-    """The file that keeps the costs, by what decides them: the weights, and the text."""
+def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
+    """The file that keeps the costs, by what decides them: the weights, and the text; asked: as it was asked for, by which the
+    head's text is chosen.
+    """
     parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
-    parts += [options.trust_remote_code, COUNTING]
+    parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
     name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
 
@@ -248,11 +252,11 @@ def costs_of(source: Artifact, options: QuantizeOptions, trial: _Trial | None = 
     It is kept for every copy of the model; what is copied with it, and its manifest, are counted anew.
     """
     given = trial.resolved() if trial else with_text(_longer(options), source.path)
-    kept, files = _kept(source, given), carried(Checkpoint(source.path, options.trust_remote_code))
+    kept, files = _kept(source, given, options.calibration), carried(Checkpoint(source.path, options.trust_remote_code))
     with suppress(InputError, KeyError, TypeError, ValueError):
         return Costs.from_json(read_json(kept)).beside(files)
     with large_blocks_given_back():
-        costs = (trial or _Trial(source, options)).costs()
+        costs = (trial or _Trial(source, options, given)).costs()
     with suppress(OSError, OutputError):  # measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, costs.beside(-files).to_json())
@@ -262,7 +266,7 @@ def costs_of(source: Artifact, options: QuantizeOptions, trial: _Trial | None = 
 def choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     """Options that settle the bits of every matrix: by ``max_growth``, ``target_bits`` or ``max_size``.
 
-    Measured on the calibration text, of which rounding learns nothing, and on what the model writes itself.
+    Measured on the calibration text, of which rounding learns nothing, and on other kinds of text (``_judging``).
     """
     with large_blocks_given_back():  # the weights themselves are such blocks: halved for ``items``, dropped by ``_free``
         return _choose(source, options)
@@ -272,10 +276,8 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if options.max_size is not None:
         check_possible(source.path, options, None)
     trial = _Trial(source, options)
-    calibrates = options.calibration in WRITTEN or options.target_bits is not None or options.max_size is not None
-    before = quantized_before(source) and not calibrates
-    left = 1.0 if before else CALIBRATED.get(options.method, 1.0)
-    left_of_uniform, left = (left * TUNED, left * TUNED_MIX) if options.tuned else (left, left)
+    given = options.target_bits is not None or options.max_size is not None
+    before = quantized_before(source) and not given and not trial.writes()
     settled = replace(options, max_growth=None, target_bits=None, max_size=None)
     if before:
         settled = _by_rounding(settled)
@@ -284,13 +286,15 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
                 "quantize: rounded to nearest: on weights that were quantized before, GPTQ wins only on the kind of text that it "
                 "read; --calibration mixed has two"
             )
+    left = left_of(settled)
+    left_of_uniform = left * TUNED / TUNED_MIX if options.tuned else left
     if options.max_size is not None:
-        return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"), left)
+        return _in_bytes(trial, settled, size_in_bytes(options.max_size, "--max-size"))
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
         forms = solve(items, FORMS, size=size)
-        growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left, own=options.tuned)
+        growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left, all_texts=options.tuned)
         because = (
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
         )
@@ -302,7 +306,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         return Chosen(chosen, _because(trial.growth, limit, str(uniform.bits)), trial.growth)
     eight = replace(_by_rounding(settled), bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     worth = WORTH_TUNED if options.tuned else WORTH
-    if trial.measure("8", trial.all(EIGHT), 1.0, own=False) > limit or trial.saved(trial.all(Form(4, 64))) < worth:
+    if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or trial.saved(trial.all(Form(4, 64))) < worth:
         return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     items = trial.items()
     mixed = _within(trial, items, limit if options.tuned else AIM * limit, left, worth)
@@ -311,16 +315,27 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
 
 
-def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int, left: float) -> Chosen:
+def left_of(options: QuantizeOptions) -> float:
+    """Of the loss that rounding a mix costs, what the method and a tune stage leave."""
+    return CALIBRATED.get(options.method, 1.0) * (TUNED_MIX if options.tuned else 1.0)
+
+
+def left_of_head(options: QuantizeOptions, bits: int) -> float:
+    """The same of a head, which is rounded at 8 bits, and by gptqmodel in any case."""
+    return left_of(options) if bits < EIGHT.bits and options.method != "gptqmodel" else 1.0
+
+
+def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
     costs = costs_of(trial.source, trial.options, trial)
     items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
-    growth = trial.measure(f"{bits:.2f}", mixed, left, own=settled.tuned)
-    head = (left if settled.method == "gptq" else 1.0) * costs.head[found.head_bits]  # which gptqmodel rounds
+    eight = set(mixed.values()) == {EIGHT}
+    growth = trial.measure(f"{bits:.2f}", mixed, 1.0 if eight else left_of(settled), all_texts=settled.tuned)
+    head = left_of_head(settled, found.head_bits) * costs.head[found.head_bits]
     growth = round(math.expm1(math.log1p(growth) + head), 5)
-    eight = set(mixed.values()) == {EIGHT} and found.head_bits == 8
-    chosen = _mixed(_by_rounding(settled) if eight else settled, items, found.forms)
+    rounds = eight and left_of_head(settled, found.head_bits) == 1.0  # there is nothing that calibration would win
+    chosen = _mixed(_by_rounding(settled) if rounds else settled, items, found.forms)
     because = (
         f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "
         f"{100 * growth:+.1f} % of perplexity"

@@ -67,6 +67,31 @@ def test_a_text_ends_and_the_next_begins() -> None:
     assert [row.next(0, 0), row.next(1, 8), row.begin, row.next(2, 7), row.begin] == [8, 8, 1, 7, 1]
 
 
+def test_a_short_text_is_written_at_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def written(model: object, rows: list[object], length: int, *_: object) -> list[np.ndarray]:
+        batches.append(len(rows))
+        return [np.zeros(length, dtype=np.int64)] * len(rows)
+
+    monkeypatch.setattr(sampler, "_written", written)
+    monkeypatch.setattr(sampler, "SHORTEST", 8)
+    for tokens in (320, 333, 1000):
+        assert len(sampler.sample(Checkpoint(tiny), tokens, 0)) == tokens
+    assert len(batches) == 3 and max(batches) <= sampler.ROWS
+
+
+def test_a_model_too_large_for_the_gpu_writes_on_the_cpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.device) -> np.ndarray:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError
+        return np.zeros(tokens, dtype=np.int64)
+
+    monkeypatch.setattr(sampler, "training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(sampler, "_sampled", sampled)
+    assert len(sampler.sample(Checkpoint(tiny), 64, 0)) == 64
+
+
 def test_same_seed_same_ids(tiny: Path) -> None:
     first, again, other = (sample(Checkpoint(tiny), 100, seed) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other) and len(first) == 100
@@ -90,6 +115,15 @@ def test_a_chat_model_is_asked_in_its_own_template(tiny: Path, copy_of: Callable
     assert openings.chats[0] == asked and asked[0] == 0
     ids = sample(checkpoint, 512, 0).tolist()
     assert any(ids[: len(chat)] == chat for chat in openings.chats) and ids[256] == 0 and ids[257] != asked[1]
+
+
+def test_an_opening_of_tokens_that_have_no_row_is_left_out(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ChatML's tokens are often added to a tokenizer whose model was never enlarged."""
+    unknown = Openings.of(Checkpoint(tiny)).known
+    monkeypatch.setattr("edgepress.pipeline.own_text.openings._chats", lambda _: [[1, unknown], [1, 2]])
+    monkeypatch.setattr("edgepress.pipeline.own_text.openings.beginning", lambda _: [unknown])
+    openings = Openings.of(Checkpoint(tiny))
+    assert openings.chats == [[1, 2]] and all(id < unknown for id in openings.plain)
 
 
 def test_a_template_that_cannot_be_used_is_left_aside(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgepress.models import CALIBRATION_TEXT
+from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -68,7 +68,7 @@ def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: 
     assert len(trial.texts) == 3
     for text in list(trial.texts):
         trial.texts = [text]
-        alone.append(trial.measure("4", trial.all(Form(4, 64)), 1.0, own=False))
+        alone.append(trial.measure("4", trial.all(Form(4, 64)), 1.0, all_texts=False))
     assert len(set(alone)) == 3 and together == max(alone)
     trial.texts = trial.texts[:1]
     trial.measure("4", trial.all(Form(4, 64)), 1.0, limit=-1.0)
@@ -89,7 +89,7 @@ def test_what_a_mix_saves_is_what_the_folder_saves(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.families
-def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_two_kinds_of_text_calibrate(
+def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_the_model_writes_what_calibrates(
     tiny: Path, settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What calibration on one text wins there is won on that kind, and a limit would be exceeded on others."""
@@ -103,6 +103,22 @@ def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_two_kinds
         options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=text, calibration_tokens=1024)
         chosen = choose.choose(source, options).options
         assert chosen.bits_for and (chosen.method, chosen.calibration) == (method, text)
+    monkeypatch.setattr(choose, "with_text", lambda options, _: replace(options, calibration=CALIBRATION_TEXT))
+    options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=MIXED, calibration_tokens=1024)
+    assert choose.choose(imported, options).options.method == "rtn"  # no memory: the prose alone would calibrate
+
+
+@pytest.mark.parametrize(
+    ("method", "tuned", "head_bits", "left"),
+    [("gptq", False, 4, 0.5), ("gptq", True, 4, 0.45), ("gptq", False, 8, 1), ("gptqmodel", True, 4, 1), ("rtn", True, 4, 0.9)],
+)
+def test_a_head_loses_what_its_method_leaves(method: str, tuned: bool, head_bits: int, left: float) -> None:
+    assert choose.left_of_head(QuantizeOptions(method=method, tuned=tuned), head_bits) == left
+
+
+def test_bits_for_what_the_model_writes_are_judged_by_prose_as_well() -> None:
+    judging = choose._judging(QuantizeOptions(calibration=SELF))
+    assert [given.calibration for given in judging] == [SELF, CALIBRATION_TEXT, OTHER_TEXT]
 
 
 def test_eight_bits_have_no_order_of_columns(tiny: Path, settled: Callable[..., Chosen]) -> None:
