@@ -38,11 +38,13 @@ _BLOCKS = "blocks"  # in the metadata of kept states: how many blocks they went 
 class _Batch:
     """Windows of one length on their way. ids: (batch, tokens). hidden: what enters the next block, (batch, tokens, hidden).
 
+    original: the same, had no block been changed.
     calls: what each block is called with besides: masks, positions.
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor
+    original: torch.Tensor
     calls: list[tuple[BlockArgs, dict[str, object]]]
 
 
@@ -71,6 +73,11 @@ class Stream:
         return len(self._blocks)
 
     @property
+    def batches(self) -> int:
+        """The number of batches."""
+        return len(self._batches)
+
+    @property
     def resumable(self) -> bool:
         """Whether the states are all that a block gets from those before it: some hand on keys and values in a dictionary."""
         return not any(isinstance(value, dict) for _, kwargs in self._batches[0].calls for value in kwargs.values())
@@ -95,7 +102,7 @@ class Stream:
         try:
             for batch in self._batches:
                 with suppress(Enough), torch.inference_mode():
-                    self._run(batch)
+                    self._run(batch, batch.hidden)
                 yield
         finally:
             if handle is not None:
@@ -105,8 +112,15 @@ class Stream:
         """Take the stream through the next block, which is in memory, as it is now."""
         with torch.inference_mode():
             for batch in self._batches:
-                batch.hidden = self._run(batch)
+                batch.hidden = self._run(batch, batch.hidden)
         self.done += 1
+
+    def advance_original(self) -> Iterator[None]:
+        """Take the stream as no changed block made it through the next block, before that is changed; yields after each batch."""
+        for batch in self._batches:
+            with torch.inference_mode():
+                batch.original = self._run(batch, batch.original)
+            yield
 
     def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
         """What enters a module that follows the blocks, (tokens, in) a batch: once all blocks are done."""
@@ -130,7 +144,7 @@ class Stream:
     def keep(self, file: Path) -> None:
         """Write the states and how many blocks they went through; an earlier file is replaced whole. Raises OutputError."""
         part = file.with_suffix(".part")
-        states = {str(index): batch.hidden.contiguous() for index, batch in enumerate(self._batches)}
+        states = {str(index): torch.stack([batch.hidden, batch.original]) for index, batch in enumerate(self._batches)}
         try:
             save_file(states, part, {_BLOCKS: str(self.done)})
         except SafetensorError as error:
@@ -145,16 +159,16 @@ class Stream:
                 done = int(kept.metadata()[_BLOCKS])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file} is damaged ({error}); remove it") from error
-        if [state.shape for state in states] != [batch.hidden.shape for batch in self._batches]:
+        if [state.shape[1:] for state in states] != [batch.hidden.shape for batch in self._batches]:
             raise ModelError(f"{file} is of other windows; remove it")
         self.done = done
         for batch, hidden in zip(self._batches, states, strict=True):
-            batch.hidden = hidden
+            batch.hidden, batch.original = hidden
 
-    def _run(self, batch: _Batch) -> torch.Tensor:
+    def _run(self, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
-            return block_output(self._blocks[self.done](batch.hidden, *args, **kwargs))
+            return block_output(self._blocks[self.done](hidden, *args, **kwargs))
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:
@@ -202,7 +216,7 @@ class Stream:
 
         with self._replaced(forward):
             self._call(ids)
-        return _Batch(ids, entered[0], calls)
+        return _Batch(ids, entered[0], entered[0], calls)
 
     def _call(self, ids: torch.Tensor) -> None:
         """Run the model until something has seen enough."""

@@ -1,69 +1,42 @@
 """GPTQ (Frantar et al. 2022): each matrix is rounded column by column, and what a column loses the later ones make up for.
 
 Blocks are taken in order, one in memory at a time. Within a block, matrices that read one input share one Hessian, and each reads
-what the matrices before it, already quantized, make of the calibration text.
+what the matrices before it, already quantized, make of the calibration text. Before it is rounded it is moved towards what
+would make of that what the original makes of its own input.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import packed
-from edgepress.pipeline.checkpoint.blocks import BlockArgs
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.stream import TOKENS, Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
 from edgepress.pipeline.machine import has_bfloat16, release_memory
+from edgepress.pipeline.quantize import inputs
+from edgepress.pipeline.quantize.inputs import DAMPING, Input, Linear, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob, taken_up
+from edgepress.pipeline.quantize.proof import check_codes
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
 # Of a group's range, what its scale may cover: a step that is smaller for all weights is often worth cutting off the largest.
 SHARES = tuple(1 - 0.05 * step for step in range(8))
 COLUMNS = 128  # that change one another at once; the columns after them follow in one product (section 3.3, step 2)
 ROWS = 16384  # of the head at a time
 LOSSLESS = 8  # bits at which rounding the head loses next to nothing
 STATES = "states.safetensors"  # in the scratch folder: how far the stream came
-Linear: TypeAlias = torch.nn.Linear | Conv1D
 
 
 # --- one matrix
-
-
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U of which U'U is the inverse of the Hessian (in, in), damped as far as it must be.
-
-    Section 3.3, step 3. Not by way of the inverse: with H = MM' and M upper triangular, which is the Cholesky factor of H read from
-    its end, U is the inverse of M. Raises ModelError for NaN and Inf.
-    """
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise ModelError("the calibration text makes numbers that are not finite in the model; the checkpoint is broken")
-    reversed_ = hessian.flip(0, 1)
-    step = DAMPING * (reversed_.diagonal().mean() or 1.0)
-    while True:
-        reversed_.diagonal().add_(step)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        if not failed:
-            break
-        step *= 2
-    del reversed_
-    upper = lower.flip(0, 1)
-    del lower
-    factor = torch.eye(len(upper))
-    torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
-    return factor
 
 
 def quantized(
@@ -219,10 +192,11 @@ def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Itera
     prefix = f"{stream.name}.{stream.done}"
     modules = {f"{prefix}.{name}": module for name, module in block.named_modules() if f"{prefix}.{name}" in job.linears}
     rest = set(modules)
-    for step in _steps(stream, modules):
-        hessians = _hessians(stream, {name: modules[name] for name in step})
-        while hessians:
-            for linear in _solved(job, modules, *hessians.pop(0)):
+    originals = inputs.originals(stream, modules)
+    for step in inputs.steps(stream, modules):
+        read = inputs.read(stream, {name: modules[name] for name in step}, originals)
+        while read:
+            for linear in _solved(job, modules, read.pop(0)):
                 rest.remove(linear.name)
                 yield _placed(modules[linear.name], linear)
     if rest:
@@ -232,77 +206,20 @@ def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Itera
         yield _placed(modules[name], linear)
 
 
-def _steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
-    """Names of the matrices in the order in which they run; a step is those that read one input, or the same part of all experts.
-
-    Those that no token reaches are in no step.
-    """
-    steps: dict[str, list[str]] = {}
-    with _inputs_of(modules) as seen:
-        for _ in stream.run():
-            for _, names in seen:
-                step = steps.setdefault(_kind(names[0], stream), [])
-                step += [name for name in names if name not in step]
-            seen.clear()
-            if sum(map(len, steps.values())) == len(modules):
-                break
-    return list(steps.values())
-
-
-def _kind(name: str, stream: Stream) -> str:
-    """``.mlp.experts.up_proj`` of ``model.layers.3.mlp.experts.5.up_proj``."""
-    return re.sub(r"\.\d+", "", name.removeprefix(f"{stream.name}.{stream.done}"))
-
-
-def _hessians(stream: Stream, modules: Mapping[str, Linear]) -> list[tuple[list[str], torch.Tensor]]:
-    """The Hessians of a step's matrices, float32 (in, in), each with the names of those that share it.
-
-    Section 3.1: twice the sum over tokens of the input's outer product; a common factor is of no account.
-    """
-    found: dict[str, tuple[list[str], torch.Tensor]] = {}
-    kinds = {_kind(name, stream) for name in modules}
-    last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
-    with _inputs_of(modules) as seen:
-        for _ in stream.run(last):
-            for tensor, names in seen:
-                rows = tensor.reshape(-1, tensor.shape[-1]).float()
-                _, hessian = found.setdefault(names[0], (names, torch.zeros(rows.shape[1], rows.shape[1])))
-                hessian.addmm_(rows.T, rows)
-            seen.clear()
-    return list(found.values())
-
-
-@contextmanager
-def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tensor, list[str]]]]:
-    """A list that gets what enters the modules as they run: each input once, with the names of those that read it."""
-    seen: list[tuple[torch.Tensor, list[str]]] = []
-
-    def look(name: str, args: BlockArgs, kwargs: dict[str, torch.Tensor]) -> None:
-        (entering,) = (*args, *kwargs.values())
-        for tensor, names in seen:
-            if tensor is entering:
-                names.append(name)
-                return
-        seen.append((entering, [name]))
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hook = partial(lambda name, _, args, kwargs: look(name, args, kwargs), name)
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield seen
-
-
-def _solved(job: QuantizeJob, modules: Mapping[str, Linear], names: list[str], hessian: torch.Tensor) -> Iterator[PackedLinear]:
-    """Matrices that share a Hessian."""
-    by_activation, diagonal = job.options.act_order, hessian.diagonal()
+def _solved(job: QuantizeJob, modules: Mapping[str, Linear], read: Input) -> Iterator[PackedLinear]:
+    """Matrices that read one input. Raises ProofError for codes that do not restore what they were made of."""
+    by_activation, diagonal = job.options.act_order, read.hessian.diagonal()
     kinds: dict[int, list[str]] = {}
-    for name in names:
+    for name in read.names:
         kinds.setdefault(0 if by_activation else job.format(name)[1], []).append(name)
     for group_size, alike in kinds.items():
         order = group_order(diagonal, -1 if by_activation else group_size)
-        factor = inverse_factor(hessian[order][:, order])
+        factor = inverse_factor(read.hessian[order][:, order])
         for name in alike:
-            yield quantized(name, matrix_of(modules[name]), factor, order, *job.format(name), job.options.symmetric, by_activation)
+            weight = read.aim(matrix_of(modules[name]), factor, order)
+            linear = quantized(name, weight, factor, order, *job.format(name), job.options.symmetric, by_activation)
+            check_codes(linear, weight, *job.format(name), job.options.symmetric)
+            yield linear
 
 
 def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
@@ -317,7 +234,9 @@ def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
     order = group_order(hessian.diagonal(), group_size)
     factor = inverse_factor(hessian[order][:, order])
     pieces = (weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS))
-    return {name: PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size) for piece in pieces])}
+    head = PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size) for piece in pieces])
+    check_codes(head, weight, bits, group_size, symmetric=False)
+    return {name: head}
 
 
 def _placed(module: Linear, linear: PackedLinear) -> PackedLinear:

@@ -184,11 +184,15 @@ def test_a_changed_block_counts(tiny: Path) -> None:
     stream, plain = Stream(Checkpoint(tiny), windows()), Stream(Checkpoint(tiny), windows())
     for each in (stream, plain):
         with each.block() as block:
+            for _ in each.advance_original():
+                pass
             if each is stream:
                 with torch.no_grad():
                     block.mlp.down_proj.weight.mul_(2)
             each.advance()
     assert not torch.allclose(passing(stream), passing(plain))
+    for changed, other in zip(stream._batches, plain._batches, strict=True):
+        assert torch.equal(changed.original, other.original) and torch.equal(other.original, other.hidden)
 
 
 def test_running_stops_where_it_may(tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""Codes of a calibrated method that were read wrongly are caught."""
+"""Codes that came back from a library and were read wrongly are caught."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_wrong_order(linear: PackedLinear) -> PackedLinear:
 def test_gptq_codes_read_wrongly_are_caught(
     fault: Callable[[PackedLinear], PackedLinear], bits: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes back from GPTQ must be near what rounding gives, or the stage says which matrix is wrong and writes nothing."""
+    """What comes back from gptqmodel must be near what rounding gives, or the stage names the matrix and writes nothing."""
     wrong = "model.layers.2.self_attn.v_proj"
 
     def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
@@ -42,10 +42,10 @@ def test_gptq_codes_read_wrongly_are_caught(
 
     monkeypatch.setattr(pack, "load", lambda _: quantize)
     monkeypatch.setattr(proof, "_ROWS_PROVEN", 16)  # of 32 to 96
-    options = QuantizeOptions(method="gptq", bits=bits, group_size=32)
+    options = QuantizeOptions(method="gptqmodel", bits=bits, group_size=32)
     (tmp_path / "out").mkdir()
     spoil = False
     pack.quantize_checkpoint(Artifact.load(tiny), tmp_path / "out", options, tmp_path / "scratch")
     spoil = True
-    with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} came back from gptq"):
+    with pytest.raises(ProofError, match=rf"^{re.escape(wrong)} was quantized with an error"):
         pack.quantize_checkpoint(Artifact.load(tiny), tmp_path / "out", options, tmp_path / "scratch")

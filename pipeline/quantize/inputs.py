@@ -1,0 +1,180 @@
+"""What enters the matrices of a block: the Hessians of GPTQ, and what it lacks of what the original's matrices read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from edgepress.pipeline.checkpoint.blocks import BlockArgs
+from edgepress.pipeline.checkpoint.stream import Stream
+from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.quantize.rtn import matrix_of
+from transformers.pytorch_utils import Conv1D
+
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
+Linear: TypeAlias = torch.nn.Linear | Conv1D
+# By module, the first of those that read it: what enters it in the original, (tokens, in) a batch.
+Originals: TypeAlias = dict[str, list[torch.Tensor]]
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U of which U'U is the inverse of the Hessian (in, in), damped as far as it must be.
+
+    Section 3.3, step 3. Not by way of the inverse: with H = MM' and M upper triangular, which is the Cholesky factor of H read from
+    its end, U is the inverse of M. Raises ModelError for NaN and Inf.
+    """
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise ModelError("the calibration text makes numbers that are not finite in the model; the checkpoint is broken")
+    reversed_ = hessian.flip(0, 1)
+    step = DAMPING * (reversed_.diagonal().mean() or 1.0)
+    while True:
+        reversed_.diagonal().add_(step)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not failed:
+            break
+        step *= 2
+    del reversed_
+    upper = lower.flip(0, 1)
+    del lower
+    factor = torch.eye(len(upper))
+    torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
+    return factor
+
+
+class Input:
+    """What some matrices read: its Hessian, and what it lacks of the original's, gathered batch by batch.
+
+    names: of the matrices. hessian: X'X of the inputs X (tokens, in), float32 (in, in); section 3.1 of Frantar et al. 2022 has it
+    twice, a common factor is of no account. Where the original's inputs O are known, X'(O - X) is gathered as well, by which
+    ``aim`` moves a matrix; how far, half of the tokens tell, of what the other half proposes.
+    """
+
+    def __init__(self, names: list[str], size: int, weights: list[torch.Tensor] | None) -> None:
+        """weights: float32 (out, in), of the matrices, where the original's inputs are known."""
+        self.names, self.hessian = names, torch.zeros(size, size)
+        self._weights = weights or []
+        self._lacking = None if weights is None else torch.zeros(size, size)
+        self._steps: list[torch.Tensor] = []
+        self._won = self._made = 0.0
+
+    def add(self, rows: torch.Tensor, original: torch.Tensor | None) -> None:
+        """Inputs, float32 (tokens, in), and the original's, bfloat16."""
+        self.hessian.addmm_(rows.T, rows)
+        if self._lacking is None or original is None:
+            return
+        lacks = original.float() - rows.bfloat16().float()  # nothing where nothing is lost, though the original's are rounded
+        for weight, step in zip(self._weights, self._steps, strict=False):  # none in the first half
+            made = rows @ step.T
+            self._won += float((lacks @ weight.T).mul_(made).sum())
+            self._made += float(made.square_().sum())
+        self._lacking.addmm_(rows.T, lacks)
+
+    def half(self) -> None:
+        """Half of the tokens are read: what they propose is judged by the others."""
+        if self._lacking is not None and bool(self._lacking.any()):
+            factor, order = inverse_factor(self.hessian), torch.arange(len(self.hessian))
+            self._steps = [self._step(weight, factor, order) for weight in self._weights]
+
+    @property
+    def share(self) -> float:
+        """Of the proposed step, what loses least on tokens that did not propose it."""
+        return min(1.0, max(0.0, self._won / self._made)) if self._made else 0.0
+
+    def aim(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """What a matrix (out, in) should be to make of its input what it makes of the original's, as far as that carries over.
+
+        Arai and Ichikawa 2025 (Quantization Error Propagation), section 4: W + share W (O - X)'X H^-1. factor, order: of
+        ``inverse_factor``.
+        """
+        share = self.share
+        return weight + share * self._step(weight, factor, order) if share else weight
+
+    def _step(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        assert self._lacking is not None
+        step = torch.empty_like(weight)
+        step[:, order] = (weight @ self._lacking.T)[:, order] @ factor.T @ factor
+        return step
+
+
+def originals(stream: Stream, modules: Mapping[str, Linear]) -> Originals:
+    """What enters each module of a block as it is in the original; called before any of them is changed.
+
+    Nothing where blocks hand on more than the stream: what the original's would is overwritten by what the quantized ones do.
+    """
+    found: Originals = {}
+    if not stream.resumable:
+        return found
+    with _inputs_of(modules) as seen:
+        for _ in stream.advance_original():
+            for tensor, names in seen:
+                found.setdefault(names[0], []).append(tensor.flatten(0, -2).bfloat16())  # half of the memory
+            seen.clear()
+    return found
+
+
+def steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
+    """Names of the matrices in the order in which they run; a step is those that read one input, or the same part of all experts.
+
+    Those that no token reaches are in no step.
+    """
+    found: dict[str, list[str]] = {}
+    with _inputs_of(modules) as seen:
+        for _ in stream.run():
+            for _, names in seen:
+                step = found.setdefault(_kind(names[0], stream), [])
+                step += [name for name in names if name not in step]
+            seen.clear()
+            if sum(map(len, found.values())) == len(modules):
+                break
+    return list(found.values())
+
+
+def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) -> list[Input]:
+    """What the matrices of a step read. The original gives an expert other tokens, so its matrices are moved towards nothing."""
+    found: dict[str, Input] = {}
+    kinds = {_kind(name, stream) for name in modules}
+    alone = len(kinds) == len(modules)
+    last = list(modules.values())[-1] if alone else None  # which expert runs last is not known
+    with _inputs_of(modules) as seen:
+        for batch, _ in enumerate(stream.run(last)):
+            if batch == stream.batches // 2:
+                for one in found.values():
+                    one.half()
+            for tensor, names in seen:
+                rows = tensor.reshape(-1, tensor.shape[-1]).float()
+                others = originals.get(names[0]) if alone else None
+                if (one := found.get(names[0])) is None:
+                    weights = None if others is None else [matrix_of(modules[name]) for name in names]
+                    one = found[names[0]] = Input(names, rows.shape[1], weights)
+                one.add(rows, None if others is None else others[batch])
+            seen.clear()
+    return list(found.values())
+
+
+@contextmanager
+def _inputs_of(modules: Mapping[str, Linear]) -> Iterator[list[tuple[torch.Tensor, list[str]]]]:
+    """A list that gets what enters the modules as they run: each input once, with the names of those that read it."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+
+    def look(name: str, args: BlockArgs, kwargs: dict[str, torch.Tensor]) -> None:
+        (entering,) = (*args, *kwargs.values())
+        for tensor, names in seen:
+            if tensor is entering:
+                names.append(name)
+                return
+        seen.append((entering, [name]))
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = partial(lambda name, _, args, kwargs: look(name, args, kwargs), name)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield seen
+
+
+def _kind(name: str, stream: Stream) -> str:
+    """``.mlp.experts.up_proj`` of ``model.layers.3.mlp.experts.5.up_proj``."""
+    return re.sub(r"\.\d+", "", name.removeprefix(f"{stream.name}.{stream.done}"))
