@@ -49,7 +49,7 @@ def _of_the_machine() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     with suppress(ImportError):  # which torch's and transformers' companions bring along; an artifact is run without
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         return int(psutil.virtual_memory().available)
     return None

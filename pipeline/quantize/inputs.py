@@ -147,10 +147,10 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) ->
             for tensor, names in seen:
                 rows = tensor.reshape(-1, tensor.shape[-1]).float()
                 others = originals.get(names[0]) if alone else None
-                if (one := found.get(names[0])) is None:
+                if names[0] not in found:
                     weights = None if others is None else [matrix_of(modules[name]) for name in names]
-                    one = found[names[0]] = Input(names, rows.shape[1], weights)
-                one.add(rows, None if others is None else others[batch])
+                    found[names[0]] = Input(names, rows.shape[1], weights)
+                found[names[0]].add(rows, None if others is None else others[batch])
             seen.clear()
     return list(found.values())
 
