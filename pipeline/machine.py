@@ -62,7 +62,9 @@ def _of_the_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
         for folder in (root / group, *(root / group).parents):
             with suppress(OSError, ValueError):  # no limit, or none there
                 limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                statistics = dict[str, str]()
+                with suppress(OSError):
+                    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 yield max(0, limit - used + int(statistics.get("inactive_file", 0)))
             if folder == root:
                 return

@@ -13,8 +13,9 @@ class Method:
 
     help: for ``--method``. run: "module:function", QuantizeJob -> {name: PackedLinear}; None keeps the weights as they are.
     bits, groups: those that it takes, the default first; -1 is a whole row. packages: what it imports; their versions are part
-    of the fingerprint. adjustable: takes --symmetric and --bits-for. act_order: takes --act-order. checked: its codes may be
-    further from the weights than rounding's, and the stage checks for how much. isolated: runs in an isolated process.
+    of the fingerprint. adjustable: takes --symmetric and --bits-for. act_order: takes --act-order. moved: of
+    a calibrated method, whose codes may be further from the weights than rounding's; the stage checks how much further: a few times
+    as far, and this share of their norm. isolated: runs in an isolated process.
     label: of an artifact in tables, with {bits} and {group_size}.
     """
 
@@ -25,7 +26,7 @@ class Method:
     packages: tuple[str, ...] = ()
     adjustable: bool = False
     act_order: bool = False
-    checked: bool = False
+    moved: float | None = None
     isolated: bool = False
     label: str = "{bits} bits/{group_size}"
 
@@ -45,6 +46,7 @@ METHODS = {
         "edgepress.pipeline.quantize.gptq:quantize",
         adjustable=True,
         act_order=True,
+        moved=0.5,  # twice inputs.MOVED: of some rows it may be more than of all
         isolated=True,  # all its memory is free again for the proof
         label="gptq {bits} bits/{group_size}",
     ),
@@ -54,7 +56,7 @@ METHODS = {
         packages=("gptqmodel",),
         adjustable=True,
         act_order=True,
-        checked=True,
+        moved=0.0,
         isolated=True,  # gptqmodel changes environment variables and patches libraries
         label="gptqmodel {bits} bits/{group_size}",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,21 +31,22 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 TOKENS = 1024  # of a batch: what a block makes of so many is small beside its weights
+_ORIGINAL = ".original"  # behind the number of a batch, in the file of kept states
 _BLOCKS = "blocks"  # in the metadata of kept states: how many blocks they went through
 
 
 @dataclass
 class _Batch:
     """Windows of one length on their way. ids: (batch, tokens). hidden: what enters the next block, (batch, tokens, hidden).
+    original: the same, had no block been changed; None where nobody takes it along.
 
-    original: the same, had no block been changed.
     calls: what each block is called with besides: masks, positions.
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor
-    original: torch.Tensor
     calls: list[tuple[BlockArgs, dict[str, object]]]
+    original: torch.Tensor | None = None
 
 
 class Stream:
@@ -73,14 +74,14 @@ class Stream:
         return len(self._blocks)
 
     @property
-    def batches(self) -> int:
-        """The number of batches."""
-        return len(self._batches)
+    def sizes(self) -> list[int]:
+        """Tokens of each batch."""
+        return [batch.ids.numel() for batch in self._batches]
 
     @property
     def resumable(self) -> bool:
         """Whether the states are all that a block gets from those before it: some hand on keys and values in a dictionary."""
-        return not any(isinstance(value, dict) for _, kwargs in self._batches[0].calls for value in kwargs.values())
+        return not any(isinstance(value, MutableMapping) for _, kwargs in self._batches[0].calls for value in kwargs.values())
 
     @contextmanager
     def block(self) -> Iterator[torch.nn.Module]:
@@ -119,7 +120,7 @@ class Stream:
         """Take the stream as no changed block made it through the next block, before that is changed; yields after each batch."""
         for batch in self._batches:
             with torch.inference_mode():
-                batch.original = self._run(batch, batch.original)
+                batch.original = self._run(batch, batch.hidden if batch.original is None else batch.original)
             yield
 
     def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -144,7 +145,10 @@ class Stream:
     def keep(self, file: Path) -> None:
         """Write the states and how many blocks they went through; an earlier file is replaced whole. Raises OutputError."""
         part = file.with_suffix(".part")
-        states = {str(index): torch.stack([batch.hidden, batch.original]) for index, batch in enumerate(self._batches)}
+        states = {str(index): batch.hidden.contiguous() for index, batch in enumerate(self._batches)}
+        for index, batch in enumerate(self._batches):
+            if batch.original is not None:
+                states[f"{index}{_ORIGINAL}"] = batch.original.contiguous()
         try:
             save_file(states, part, {_BLOCKS: str(self.done)})
         except SafetensorError as error:
@@ -156,14 +160,16 @@ class Stream:
         try:
             with safe_open(file, framework="pt") as kept:
                 states = [kept.get_tensor(str(index)) for index in range(len(self._batches))]
+                names = [f"{index}{_ORIGINAL}" for index in range(len(self._batches))]
+                originals = [kept.get_tensor(name) if name in kept.keys() else None for name in names]  # noqa: SIM118 (no dictionary)
                 done = int(kept.metadata()[_BLOCKS])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file} is damaged ({error}); remove it") from error
-        if [state.shape[1:] for state in states] != [batch.hidden.shape for batch in self._batches]:
+        if [state.shape for state in states] != [batch.hidden.shape for batch in self._batches]:
             raise ModelError(f"{file} is of other windows; remove it")
         self.done = done
-        for batch, hidden in zip(self._batches, states, strict=True):
-            batch.hidden, batch.original = hidden
+        for batch, hidden, original in zip(self._batches, states, originals, strict=True):
+            batch.hidden, batch.original = hidden, original
 
     def _run(self, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
@@ -216,7 +222,7 @@ class Stream:
 
         with self._replaced(forward):
             self._call(ids)
-        return _Batch(ids, entered[0], entered[0], calls)
+        return _Batch(ids, entered[0], calls)
 
     def _call(self, ids: torch.Tensor) -> None:
         """Run the model until something has seen enough."""

@@ -155,8 +155,8 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
 
     files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name not in _RECORDS}
     content = {file.name: sha256(file) for file in sorted(files) if not is_sensitivity(file)}
-    device = training_device().type
-    decisive = [content, tokens, seed, sampler(), str(dtype()), *([device] if device != "cpu" else [])]
+    device = training_device()
+    decisive = [content, tokens, seed, sampler(), str(dtype(device)), *([device.type] if device.type != "cpu" else [])]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -40,7 +40,7 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
 def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.device) -> np.ndarray:
     openings = Openings.of(checkpoint)
     with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
-        model = checkpoint.model().to(device, dtype())
+        model = checkpoint.model().to(device, dtype(device))
     length = min(LONGEST, max(SHORTEST, math.ceil(tokens / ROWS)), checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
@@ -56,11 +56,11 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.devic
     return ids
 
 
-def dtype() -> torch.dtype:
+def dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies it: twice as fast, and what is sampled differs by less than another seed's."""
     capable = torch.cpu.get_capabilities()
     native = capable.get("avx512_bf16") or capable.get("amx_bf16")
-    if training_device().type == "cuda":
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 

@@ -82,7 +82,7 @@ def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float]
 def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None) -> Point:
     found: Fit = fit(costs, within)
     head = costs.head[found.head_bits]
-    lost = left_of(options) * (found.cost - head) + left_of_head(options, found.head_bits) * head
+    lost = left_of(options, found.forms) * (found.cost - head) + left_of_head(options, found.head_bits) * head
     growth = math.expm1(min(lost, 50.0))
     usage = speeds.of(costs, found) if speeds else None
     return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,12 +131,18 @@ class _Trial:
 
     def _all_texts(self) -> Iterator[_Text]:
         """The texts that bits are judged by, each read when first needed; technical prose only where the model reads it."""
-        for number, given in enumerate(self.judging):
+        number = 0
+        while number < len(self.judging):
+            given = self.judging[number]
+            if given.calibration == SELF and self.options.calibration == MIXED and not self.writes():
+                self.judging.remove(given)  # the model makes no text: nothing is judged by it either
+                continue
             if number == len(self.texts):
                 self._read(self._written(given))
             text = self.texts[number]
             if given.calibration != OTHER_TEXT or readable(float(text.losses.mean()), self.vocabulary):
                 yield text
+            number += 1
 
     def resolved(self) -> QuantizeOptions:
         """The options with a file for the calibration text, long enough for all that is measured."""
@@ -315,8 +321,10 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
 
 
-def left_of(options: QuantizeOptions) -> float:
-    """Of the loss that rounding a mix costs, what the method and a tune stage leave."""
+def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:
+    """Of the loss that rounding a mix costs, what the method and a tune stage leave; all of what 8 bits everywhere cost."""
+    if set(forms) == {EIGHT}:
+        return 1.0
     return CALIBRATED.get(options.method, 1.0) * (TUNED_MIX if options.tuned else 1.0)
 
 
@@ -330,11 +338,11 @@ def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int) -> Chosen:
     costs = costs_of(trial.source, trial.options, trial)
     items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
-    eight = set(mixed.values()) == {EIGHT}
-    growth = trial.measure(f"{bits:.2f}", mixed, 1.0 if eight else left_of(settled), all_texts=settled.tuned)
+    growth = trial.measure(f"{bits:.2f}", mixed, left_of(settled, found.forms), all_texts=settled.tuned)
     head = left_of_head(settled, found.head_bits) * costs.head[found.head_bits]
     growth = round(math.expm1(math.log1p(growth) + head), 5)
-    rounds = eight and left_of_head(settled, found.head_bits) == 1.0  # there is nothing that calibration would win
+    # where all have 8 bits there is nothing that calibration would win
+    rounds = set(found.forms) == {EIGHT} and left_of_head(settled, found.head_bits) == 1.0
     chosen = _mixed(_by_rounding(settled) if rounds else settled, items, found.forms)
     because = (
         f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "

@@ -2,7 +2,7 @@
 
 Blocks are taken in order, one in memory at a time. Within a block, matrices that read one input share one Hessian, and each reads
 what the matrices before it, already quantized, make of the calibration text. Before it is rounded it is moved towards what
-would make of that what the original makes of its own input.
+would make of that what the original makes of its own input (``inputs.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
 from edgepress.pipeline.machine import has_bfloat16, release_memory
 from edgepress.pipeline.quantize import inputs
-from edgepress.pipeline.quantize.inputs import DAMPING, Input, Linear, inverse_factor
+from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, MOVED, Input, Linear, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob, taken_up
 from edgepress.pipeline.quantize.proof import check_codes
@@ -178,7 +178,7 @@ def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
-        "by": [DAMPING, list(SHARES), COLUMNS, TOKENS, has_bfloat16()],
+        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, has_bfloat16()],
         "windows": windows,
     }
 

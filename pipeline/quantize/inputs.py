@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -16,6 +18,9 @@ from edgepress.pipeline.quantize.rtn import matrix_of
 from transformers.pytorch_utils import Conv1D
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
+# Of the norm of a matrix, how far it is moved at most: what moves it further follows chance.
+MOVED = 0.25
+JUDGING = 256  # tokens, at least, by which the move of a matrix is judged
 Linear: TypeAlias = torch.nn.Linear | Conv1D
 # By module, the first of those that read it: what enters it in the original, (tokens, in) a batch.
 Originals: TypeAlias = dict[str, list[torch.Tensor]]
@@ -50,7 +55,8 @@ class Input:
 
     names: of the matrices. hessian: X'X of the inputs X (tokens, in), float32 (in, in); section 3.1 of Frantar et al. 2022 has it
     twice, a common factor is of no account. Where the original's inputs O are known, X'(O - X) is gathered as well, by which
-    ``aim`` moves a matrix; how far, half of the tokens tell, of what the other half proposes.
+    ``aim`` moves a matrix; how far, half of the tokens tell, of what the other half proposes. share: of the proposed step, what
+    loses least on tokens that did not propose it.
     """
 
     def __init__(self, names: list[str], size: int, weights: list[torch.Tensor] | None) -> None:
@@ -59,30 +65,35 @@ class Input:
         self._weights = weights or []
         self._lacking = None if weights is None else torch.zeros(size, size)
         self._steps: list[torch.Tensor] = []
-        self._won = self._made = 0.0
+        self._before, self.share = torch.zeros(2), 0.0
 
     def add(self, rows: torch.Tensor, original: torch.Tensor | None) -> None:
         """Inputs, float32 (tokens, in), and the original's, bfloat16."""
         self.hessian.addmm_(rows.T, rows)
-        if self._lacking is None or original is None:
-            return
-        lacks = original.float() - rows.bfloat16().float()  # nothing where nothing is lost, though the original's are rounded
-        for weight, step in zip(self._weights, self._steps, strict=False):  # none in the first half
-            made = rows @ step.T
-            self._won += float((lacks @ weight.T).mul_(made).sum())
-            self._made += float(made.square_().sum())
-        self._lacking.addmm_(rows.T, lacks)
+        if self._lacking is not None and original is not None:
+            # the difference of what is rounded alike: nothing where nothing is lost
+            self._lacking.addmm_(rows.T, original.float() - rows.bfloat16().float())
 
     def half(self) -> None:
         """Half of the tokens are read: what they propose is judged by the others."""
         if self._lacking is not None and bool(self._lacking.any()):
             factor, order = inverse_factor(self.hessian), torch.arange(len(self.hessian))
             self._steps = [self._step(weight, factor, order) for weight in self._weights]
+            self._before = self._products()
 
-    @property
-    def share(self) -> float:
-        """Of the proposed step, what loses least on tokens that did not propose it."""
-        return min(1.0, max(0.0, self._won / self._made)) if self._made else 0.0
+    def finish(self) -> None:
+        """All tokens are read."""
+        won, made = (self._products() - self._before).tolist()
+        self.share = min(1.0, max(0.0, won / made)) if made > 0 else 0.0
+        self._steps, self._weights = [], []
+
+    def _products(self) -> torch.Tensor:
+        """Summed over the tokens so far: what the steps S make, times what the outputs lack, and squared; (2,)."""
+        sums = torch.zeros(2)
+        for weight, step in zip(self._weights, self._steps, strict=False):  # no steps where nothing is lost
+            assert self._lacking is not None
+            sums += torch.stack([(weight @ self._lacking.T).mul_(step).sum(), (step @ self.hessian).mul_(step).sum()])
+        return sums
 
     def aim(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """What a matrix (out, in) should be to make of its input what it makes of the original's, as far as that carries over.
@@ -90,8 +101,11 @@ class Input:
         Arai and Ichikawa 2025 (Quantization Error Propagation), section 4: W + share W (O - X)'X H^-1. factor, order: of
         ``inverse_factor``.
         """
-        share = self.share
-        return weight + share * self._step(weight, factor, order) if share else weight
+        if not self.share:
+            return weight
+        move = self._step(weight, factor, order).mul_(self.share)
+        most = MOVED * float(weight.norm())
+        return move.mul_(min(1.0, most / max(float(move.norm()), most or 1.0))).add_(weight)
 
     def _step(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         assert self._lacking is not None
@@ -103,17 +117,27 @@ class Input:
 def originals(stream: Stream, modules: Mapping[str, Linear]) -> Originals:
     """What enters each module of a block as it is in the original; called before any of them is changed.
 
-    Nothing where blocks hand on more than the stream: what the original's would is overwritten by what the quantized ones do.
+    Not experts: the original gives them other tokens. Nothing where blocks hand on more than the stream, for what the original's
+    would is overwritten by what the quantized ones do; nor where the text is too short to judge by half of it.
     """
     found: Originals = {}
-    if not stream.resumable:
+    if not stream.resumable or _half(stream) is None:
         return found
-    with _inputs_of(modules) as seen:
+    kinds = Counter(_kind(name, stream) for name in modules)
+    alone = {name: module for name, module in modules.items() if kinds[_kind(name, stream)] == 1}
+    with _inputs_of(alone) as seen:
         for _ in stream.advance_original():
             for tensor, names in seen:
                 found.setdefault(names[0], []).append(tensor.flatten(0, -2).bfloat16())  # half of the memory
             seen.clear()
     return found
+
+
+def _half(stream: Stream) -> int | None:
+    """The batch with which the second half of the tokens begins; None where that has too few to judge by."""
+    ends = list(accumulate(stream.sizes))
+    batch = next(index for index, end in enumerate(ends) if 2 * end >= ends[-1])
+    return batch + 1 if ends[-1] - ends[batch] >= JUDGING else None
 
 
 def steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
@@ -134,24 +158,27 @@ def steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
 
 
 def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) -> list[Input]:
-    """What the matrices of a step read. The original gives an expert other tokens, so its matrices are moved towards nothing."""
+    """What the matrices of a step read; what the original's did is taken out of ``originals``."""
     found: dict[str, Input] = {}
-    kinds = {_kind(name, stream) for name in modules}
-    alone = len(kinds) == len(modules)
-    last = list(modules.values())[-1] if alone else None  # which expert runs last is not known
+    kinds, half = {_kind(name, stream) for name in modules}, _half(stream)
+    last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
     with _inputs_of(modules) as seen:
         for batch, _ in enumerate(stream.run(last)):
-            if batch == stream.batches // 2:
+            if batch == half:
                 for one in found.values():
                     one.half()
             for tensor, names in seen:
                 rows = tensor.reshape(-1, tensor.shape[-1]).float()
-                others = originals.get(names[0]) if alone else None
+                others = originals.get(names[0], [])
+                paired = len(others) == len(stream.sizes) and others[batch].shape == rows.shape  # it runs once a batch
                 if names[0] not in found:
-                    weights = None if others is None else [matrix_of(modules[name]) for name in names]
+                    weights = [matrix_of(modules[name]) for name in names] if paired else None
                     found[names[0]] = Input(names, rows.shape[1], weights)
-                found[names[0]].add(rows, None if others is None else others[batch])
+                found[names[0]].add(rows, others[batch] if paired else None)
             seen.clear()
+    for name, one in found.items():
+        originals.pop(name, None)
+        one.finish()
     return list(found.values())
 
 

@@ -32,25 +32,30 @@ def prove_written(linears: dict[str, PackedLinear], out: Path) -> None:
 def prove_errors(job: QuantizeJob, linears: dict[str, PackedLinear]) -> dict[str, float]:
     """Relative error of each matrix: ||dequantized - weight|| / ||weight|| (Frobenius).
 
-    Raises ProofError for codes of a library that restore a matrix far worse than rounding does: they were read the wrong way. Our
-    own GPTQ aims at other weights, and checks its codes itself.
+    Raises ProofError for codes of a calibrated method that restore a matrix far worse than rounding does: they were read the
+    wrong way. Our own GPTQ, which moves a matrix before it is rounded, checks its codes by that more closely.
     """
     errors: dict[str, float] = {}
     for name, tensor in job.weights():
         weight, linear = tensor.numpy(), linears[name]
         errors[name] = round(_distance(linear.dequantized(), weight), 5)
-        if METHODS[job.options.method].checked:
-            check_codes(linear, tensor, *job.format(name), job.options.symmetric)
+        if (moved := METHODS[job.options.method].moved) is not None:
+            check_codes(linear, tensor, *job.format(name), job.options.symmetric, moved)
     return errors
 
 
-def check_codes(linear: PackedLinear, weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> None:
-    """Raise ProofError for codes that restore some rows of a matrix far worse than rounding does: a wrong reading spares none."""
+def check_codes(
+    linear: PackedLinear, weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, moved: float = 0.0
+) -> None:
+    """Raise ProofError for codes that restore some rows of a matrix far worse than rounding does: a wrong reading spares none.
+
+    moved: how far from the weight the codes may be besides, a share of its norm.
+    """
     some = slice(None, None, max(1, len(weight) // _ROWS_PROVEN))
     expected = weight[some].float().numpy()
     rounded = round_to_nearest(linear.name, expected, bits, group_size, symmetric).dequantized()
     error, least = _distance(linear.rows(some).dequantized(), expected), _distance(rounded, expected)
-    if not error <= WORST_ERROR * least + 1e-5:
+    if not error <= WORST_ERROR * least + moved + 1e-5:
         raise ProofError(
             f"{linear.name} was quantized with an error of {error:.3g}, and rounding to nearest would lose {least:.3g}; give more "
             "--calibration-tokens or use --method rtn, and report this"

@@ -166,7 +166,10 @@ def test_a_kept_stream_goes_on(tiny: Path, tmp_path: Path) -> None:
     """Bit for bit: what was interrupted ends as what was not."""
     stream = Stream(Checkpoint(tiny), windows())
     for _ in range(2):
-        with stream.block():
+        with stream.block() as block:
+            assert len(list(stream.advance_original())) == len(stream.sizes)
+            with torch.no_grad():
+                block.mlp.down_proj.weight.mul_(1.5)
             stream.advance()
     stream.keep(tmp_path / "states.safetensors")
     again = Stream(Checkpoint(tiny), windows())
@@ -174,8 +177,12 @@ def test_a_kept_stream_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert again.done == 2
     for each in (stream, again):
         with each.block():
+            list(each.advance_original())
             each.advance()
-    assert torch.equal(passing(stream), passing(again))
+    assert torch.equal(passing(stream), passing(again)) and len(stream._batches) > 1
+    for one, other in zip(stream._batches, again._batches, strict=True):
+        assert one.original is not None and other.original is not None and torch.equal(one.original, other.original)
+        assert not torch.equal(one.original, one.hidden)
     assert [p.name for p in tmp_path.iterdir()] == ["states.safetensors"]
 
 
@@ -192,6 +199,7 @@ def test_a_changed_block_counts(tiny: Path) -> None:
             each.advance()
     assert not torch.allclose(passing(stream), passing(plain))
     for changed, other in zip(stream._batches, plain._batches, strict=True):
+        assert changed.original is not None and other.original is not None
         assert torch.equal(changed.original, other.original) and torch.equal(other.original, other.hidden)
 
 

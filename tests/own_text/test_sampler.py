@@ -33,7 +33,7 @@ def test_every_id_is_drawn_by_the_model_from_its_own_document_alone(
     tiny = random_model(CONFIG_MAPPING[family](**FAMILIES[family]), tmp_path / family)
     openings = Openings([0], [[5, 6, 7]], ENDS, 5120)
     monkeypatch.setattr(Openings, "of", lambda checkpoint: openings)
-    monkeypatch.setattr(sampler, "dtype", lambda: torch.float32)
+    monkeypatch.setattr(sampler, "dtype", lambda _: torch.float32)
     monkeypatch.setattr(sampler, "LONGEST", 48)
     ids = sample(Checkpoint(tiny), 3 * 48, seed=3).tolist()
     model, documents = Checkpoint(tiny).model(), 0

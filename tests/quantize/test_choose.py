@@ -106,6 +106,10 @@ def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_the_model
     monkeypatch.setattr(choose, "with_text", lambda options, _: replace(options, calibration=CALIBRATION_TEXT))
     options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=MIXED, calibration_tokens=1024)
     assert choose.choose(imported, options).options.method == "rtn"  # no memory: the prose alone would calibrate
+    trial = choose._Trial(imported, options)
+    assert SELF in [given.calibration for given in trial.judging]
+    list(trial._all_texts())
+    assert SELF not in [given.calibration for given in trial.judging]  # nor does the model write to be judged
 
 
 @pytest.mark.parametrize(
