@@ -5,7 +5,8 @@
 
 CHECKPOINT: llama, qwen2 or gemma3 with float weights, a .gguf file or "reference". Both sides calibrate on the same tokens of
 --calibration (the importance matrix, GPTQ, the choice of bits); --text is what none of them has read. LLAMA_PYTHON: see compare.py.
-A row "in TYPE's bytes" is what --max-size makes of the bytes of llama.cpp's file, its bits of blocks and head chosen.
+A row "in TYPE's bytes" is what --max-size makes of the bytes of llama.cpp's file with an importance matrix, which may be a little
+larger than the one without; bits of blocks and head are chosen.
 
 --off-grid: weights that come from a GGUF file lie on its grid, which flatters its own formats. This benchmarks a model of the same
 function whose weights lie on none: every column of a matrix is multiplied by a random factor of about a fifth, and what feeds the

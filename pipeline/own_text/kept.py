@@ -70,6 +70,11 @@ def with_text(options: Calibrated, model: Path) -> Calibrated:
     return replace(options, calibration=file, calibration_model=None)
 
 
+def first_read(calibration: Path) -> Path:
+    """The text that a calibration text begins with, by the name that a message gives it: of ``mixed`` the shipped prose."""
+    return CALIBRATION_TEXT if calibration == MIXED else calibration
+
+
 def mixed_text(checkpoint: Checkpoint, seed: int = 0) -> Path:
     """The shipped prose and as many of ``OWN_TOKENS`` ids of the model's own, by turns of ``TURN``; the prose alone where the model
     takes more than half of the memory that is free, or makes no text. Raises OutputError when no folder can be written.

@@ -104,8 +104,9 @@ class Input:
         if not self.share:
             return weight
         move = self._step(weight, factor, order).mul_(self.share)
-        most = MOVED * float(weight.norm())
-        return move.mul_(min(1.0, most / max(float(move.norm()), most or 1.0))).add_(weight)
+        if (norm := float(move.norm())) > (most := MOVED * float(weight.norm())):
+            move.mul_(most / norm)
+        return move.add_(weight)
 
     def _step(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         assert self._lacking is not None

@@ -8,15 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import block_matrices, possible_names
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
-from edgepress.pipeline.options import MIXED, QuantizeOptions, bits_rules
-from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.options import QuantizeOptions, bits_rules
+from edgepress.pipeline.own_text.kept import first_read, with_text
 from edgepress.pipeline.quantize.job import QuantizeJob
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
@@ -54,8 +53,7 @@ def plan(
         )  # fmt: skip
         with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
             loss = mean_loss(checkpoint.offloaded_model(), used[: max(1, READ_TOKENS // WINDOW)])
-            named = CALIBRATION_TEXT if options.calibration == MIXED else options.calibration  # which begins with it
-            warn_unless_readable(loss, model.config.vocab_size, named)
+            warn_unless_readable(loss, model.config.vocab_size, first_read(options.calibration))
         return used
 
     linears = {name: shape for name, shape in matrices.items() if name not in untouched}

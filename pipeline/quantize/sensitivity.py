@@ -7,14 +7,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
-from edgepress.pipeline.options import MIXED, SensitivityOptions
-from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.options import SensitivityOptions
+from edgepress.pipeline.own_text.kept import first_read, with_text
 from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.mix import BASE, FORMS, Form, Item, by_matrix, items_of, most_common, rules_of, solve
 from edgepress.pipeline.text.windows import text_windows
@@ -57,7 +56,7 @@ class Sensitivity:
 
 def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     """One pass over the calibration text: see curvature.py. Raises TextError for a text of less than a window."""
-    named = CALIBRATION_TEXT if options.calibration == MIXED else options.calibration
+    named = first_read(options.calibration)
     options = with_text(options, checkpoint.path)
     windows = text_windows(
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,

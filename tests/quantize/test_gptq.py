@@ -23,7 +23,7 @@ from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.quantize import gptq
+from edgepress.pipeline.quantize import gptq, inputs
 from edgepress.pipeline.quantize.inputs import DAMPING, Input, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun
 from edgepress.pipeline.quantize.job import JOB, QuantizeJob
@@ -172,6 +172,16 @@ def test_no_matrix_is_moved_far() -> None:
     read.finish()
     move = read.aim(weight, inverse_factor(read.hessian), torch.arange(32)) - weight
     assert read.share > 0.9 and float(move.norm()) == pytest.approx(0.25 * float(weight.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "half"), [([640, 640], 1), ([100] * 8, 4), ([1007, 17], None), ([1024], None), ([900, 255], None), ([900, 256], 1)]
+)
+def test_few_tokens_judge_nothing(sizes: list[int], half: int | None) -> None:
+    """Half of the tokens judge the other half, not half of the batches; where they are few, no matrix is moved."""
+    of_sizes = _OneBlock(torch.nn.Identity(), [])
+    of_sizes.sizes = sizes
+    assert inputs._half(of_sizes) == half  # type: ignore[arg-type]
 
 
 def test_a_matrix_whose_input_lacks_nothing_stays() -> None:
