@@ -12,6 +12,7 @@ from edgepress.exporters import architecture, fused, portable
 from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import give_all_logits, rows_in_place, save, weight_bytes_per_token
+from edgepress.exporters.graph.half_scales import keep_scales_in_half
 from edgepress.exporters.graph.web import WebBuilder, has_bytes
 from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
@@ -126,6 +127,7 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
     level = 0 if options.target != "cpu" or options.accuracy_level == "0" else 4  # int8 activations are for the CPU
     builder = WebBuilder() if options.target == WEB else Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
     graph = fused.build(checkpoint, level, builder) if is_fused else portable.build(checkpoint, model, level, builder)
+    keep_scales_in_half(graph)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
     if options.logits == "all":

@@ -16,10 +16,21 @@ _READS_ROWS = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryE
 
 
 def weight_bytes_per_token(model: ir.Model) -> int:
-    """Bytes of the constants that one decoding step reads whole: all weights but embedding rows and rotary tables."""
-    read = {v.name: v for n in model.graph for v in n.inputs if v is not None and n.op_type not in _READS_ROWS}
-    tensors = [v.const_value for name, v in model.graph.initializers.items() if name in read]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """Bytes of the constants that one decoding step reads whole: all weights but embedding rows and rotary tables.
+
+    Scales count as the float32 numbers that onnxruntime makes of them when it loads the graph.
+    """
+    total = 0
+    for value in model.graph.initializers.values():
+        if value.const_value is None:
+            continue
+        for reader, _ in value.uses():
+            cast = reader.op_type == "Cast"
+            readers = {after.op_type for after, _ in reader.outputs[0].uses()} if cast else {reader.op_type}
+            if readers - _READS_ROWS:
+                total += value.const_value.size * 4 if cast else value.const_value.nbytes
+                break
+    return total
 
 
 def save(model: ir.Model, file: Path) -> None:

@@ -38,6 +38,9 @@ CODEBOOKS = {
         dtype=np.float32,
     ),
 }  # fmt: skip
+SCALE_BYTES = 2  # of one in the file
+_LEAST_HALF = 2.0**-16  # below it float16 has fewer than eight bits of a number left
+_SAME = np.float32(1 - 2**-22)  # two of float32's steps: a scale that was one of float16 stays that one
 _ROWS = 256  # of a matrix dequantized at a time: several times as fast while the steps stay in the processor's cache
 
 
@@ -47,7 +50,7 @@ class PackedLinear:
 
     Without codebook, groups lie along ``in`` and the last is padded with the code that means zero:
         codes   uint8 (out, groups, group_size * bits / 8), lower k in the lower bits (``B`` of MatMulNBits)
-        scales  float32 (out, groups)
+        scales  float32 (out, groups), numbers of float16 (``in_half``) wherever we chose them
         zeros   uint8 (out, groups), one zero point each; None means 2 ** (bits - 1)
         weight = (code - zero) * scale
     3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
@@ -81,11 +84,15 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed)."""
+        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed).
+
+        Scales that are numbers of float16 are stored as such.
+        """
         zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
         order = 0 if self.permutation is None else self.permutation.nbytes
         codes = self.codes.nbytes + zeros
-        return (codes * 3 // 8 if self.bits == 3 else codes) + self.scales.nbytes + order
+        scales = self.scales.nbytes // (2 if fit_half(self.scales) else 1)
+        return (codes * 3 // 8 if self.bits == 3 else codes) + scales + order
 
     @classmethod
     def from_codes(
@@ -165,13 +172,31 @@ class PackedLinear:
         return restored
 
 
+def in_half(scales: np.ndarray, up: bool = False) -> np.ndarray:
+    """Scales rounded to numbers of float16, still float32; what float16 would lose more than 0.4 % of stays as it is.
+
+    A quantizer rounds its scales before it finds the codes, so that the codes make up for it. up: to none that is smaller, so that
+    as many steps reach as far, but for what float32 itself rounds.
+    """
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+        half = (np.where(half < scales * _SAME, np.nextafter(half, np.float16(np.inf)), half) if up else half).astype(np.float32)
+    return np.where((np.abs(scales) >= _LEAST_HALF) & np.isfinite(half), half, scales)
+
+
+def fit_half(scales: np.ndarray) -> bool:
+    """Whether float16 holds these very numbers."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(scales, scales.astype(np.float16))
+
+
 def block_for(group_size: int, columns: int) -> int:
     """The operator's block for groups of a length, -1 for whole rows: the longest that divides it.
 
     A whole row takes the block that costs fewest bytes at 4 bits, padding and repeated scales counted. Raises OptionError.
     """
     if group_size == -1:
-        return min(BLOCKS, key=lambda block: -(-columns // block) * (block // 2 + 4))
+        return min(BLOCKS, key=lambda block: -(-columns // block) * (block // 2 + SCALE_BYTES))
     for block in BLOCKS:
         if group_size % block == 0:
             return block

@@ -32,7 +32,7 @@ _GRAPH, _GRAPH_LAYER = 16_000, 5_000
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 # Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
-COUNTING = 2
+COUNTING = 3
 _TRIES = 4
 Number = TypeVar("Number", int, float)
 HEADS = (8, 4)  # bits of the head that are tried

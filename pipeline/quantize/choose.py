@@ -20,6 +20,7 @@ from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_matrices
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
@@ -221,7 +222,7 @@ class _Trial:
     def _bytes_outside(self, weight: torch.nn.Parameter) -> float:
         """Of what is not chosen here: the head and the embedding at the bits of the head, all else in float32."""
         bits = self.options.head_bits if weight.ndim == 2 else 16
-        return weight.numel() * (4 if bits == 16 else (bits + 32 / EIGHT.group_size) / 8)
+        return weight.numel() * (4 if bits == 16 else (bits + 8 * SCALE_BYTES / EIGHT.group_size) / 8)
 
 
 def _longer(options: QuantizeOptions) -> QuantizeOptions:

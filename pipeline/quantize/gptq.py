@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import packed
-from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear, in_half
 from edgepress.pipeline.checkpoint.stream import TOKENS, Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
@@ -111,7 +111,7 @@ def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool) -
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for share in SHARES:
         scale = (high - low).mul_(share / top)
-        scale = torch.where(scale > 0, scale, 1)
+        scale = torch.from_numpy(in_half(torch.where(scale > 0, scale, 1).numpy()))
         zero = torch.full_like(scale, 1 << (bits - 1)) if symmetric else (-share * low / scale).round_().clamp_(0, top)
         code = (part / scale).round_().add_(zero).clamp_(0, top)
         error = code.sub_(zero).mul_(scale).sub_(part).square_().T @ costs

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.quantize.curvature import Errors
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 
@@ -82,7 +83,7 @@ def bytes_of(rows: int, columns: int, form: Form, symmetric: bool) -> int:
     """Of codes, scales and zero points, which a symmetric matrix has none of, as ``PackedLinear.nbytes`` counts them."""
     groups = -(-columns // form.group_size)
     zeros = 0 if symmetric else -(-groups * form.bits // 8)
-    return rows * (groups * form.group_size * form.bits // 8 + 4 * groups + zeros)
+    return rows * (groups * form.group_size * form.bits // 8 + SCALE_BYTES * groups + zeros)
 
 
 def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = None, size: float | None = None) -> list[Form]:

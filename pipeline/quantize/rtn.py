@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.packed import PackedLinear, in_half
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
@@ -49,7 +49,7 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
     else:
         low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
         scales = (high - low) / top
-    scales = np.where(scales > 0, scales, 1).astype(np.float32)  # a group of zeros: any scale will do
+    scales = in_half(np.where(scales > 0, scales, 1).astype(np.float32), up=True)  # a group of zeros: any scale will do
     if not symmetric:
         zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
         offset = zeros[..., None].astype(np.float32)

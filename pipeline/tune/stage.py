@@ -128,6 +128,7 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
     settings = Settings(rate, options.tune_tokens, options.minutes, bfloat16)
     selection = [lessons["selection"], lessons["other_selection"]]
     training = train(student, fit, selection, settings, scratch / _STATE)
+    student.round_scales()  # what is judged is what ships
     after = _judge(student, lessons)
     accepted = all(new < old for old, new in zip(before, after, strict=True))
     shown = f"held-out {before[0]:.3g} -> {after[0]:.3g} and other {before[1]:.3g} -> {after[1]:.3g}"

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, unpack_bits
+from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, in_half, unpack_bits
 from edgepress.pipeline.checkpoint.parts import within
 from edgepress.pipeline.machine import training_device
 from torch.nn.utils import parametrize
@@ -100,6 +100,13 @@ class Student:
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Name and value of every trained parameter, each once, in the order of the model."""
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def round_scales(self) -> None:
+        """Give every scale the number that the file will have."""
+        for name in self.matrices:
+            scales = self.model.get_submodule(name).parametrizations.weight.original
+            with torch.no_grad():
+                scales.copy_(torch.from_numpy(in_half(scales.detach().cpu().numpy())))
 
     def packed(self) -> dict[str, PackedLinear]:
         """All packed matrices with the present scales; codes and zero points are the very arrays that were read."""

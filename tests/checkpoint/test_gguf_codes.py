@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from edgepress.exporters.graph.half_scales import CAST
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.packed import PackedFile, unpack_bits
@@ -77,7 +78,8 @@ def test_the_artifact_holds_them_and_computes_what_they_stand_for(
     stored = node.inputs[1].const_value.numpy()  # type: ignore[union-attr]
     linear = file["model.layers.1.mlp.down_proj"]
     assert np.array_equal(unpack_bits(stored, linear.bits, 32).reshape(linear.shape), linear.unpacked())
-    assert np.array_equal(node.inputs[2].const_value.numpy().reshape(linear.scales.shape), linear.scales)  # type: ignore[union-attr]
+    half = graph.initializers[node.inputs[2].name.removesuffix(CAST)].const_value.numpy()  # type: ignore[union-attr]
+    assert half.dtype == np.float16 and np.array_equal(half.reshape(linear.scales.shape), linear.scales)
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})

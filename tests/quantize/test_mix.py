@@ -78,7 +78,7 @@ def test_rules_give_every_matrix_its_form() -> None:
 
 def test_mean_bits_counts_scales_and_zero_points() -> None:
     made = items()
-    assert mean_bits(made, [EIGHT] * 6) == pytest.approx(8 + (32 + 8) / 64)
+    assert mean_bits(made, [EIGHT] * 6) == pytest.approx(8 + (16 + 8) / 64)
     assert by_matrix(made, [EIGHT] * 6) == {name: EIGHT for item in made for name in item.names}
 
 

@@ -1,0 +1,80 @@
+"""Scales in two bytes on disk: the same numbers for the operator, and float32 where float16 would change one."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from edgepress.exporters.graph.builder import Builder
+from edgepress.exporters.graph.files import weight_bytes_per_token
+from edgepress.exporters.graph.half_scales import CAST, keep_scales_in_half
+from edgepress.pipeline.checkpoint.packed import PackedLinear, fit_half, in_half
+from edgepress.pipeline.quantize.rtn import round_to_nearest
+
+WEIGHT = np.random.default_rng(0).normal(size=(24, 128)).astype(np.float32)
+
+
+def graph_of(linear: PackedLinear) -> ir.Model:
+    """Rows of a matrix by ids, and their products with the same matrix: a tied embedding and head."""
+    b = Builder()
+    ids = b.input("ids", ir.DataType.INT64, ["batch", "tokens"])
+    x = b.embedding(ids, linear, "m")
+    b.output(b.linear(x, linear, "head", 0, "m"), "y", ir.DataType.FLOAT, ["batch", "tokens", 24])
+    return b.model({})
+
+
+def outputs(model: ir.Model, disabled: bool = False) -> np.ndarray:
+    settings = onnxruntime.SessionOptions()
+    if disabled:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    proto = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(proto, settings, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"ids": np.arange(24)[None]})[0])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_file_holds_half_and_the_operator_reads_the_same(bits: int) -> None:
+    linear = round_to_nearest("m", WEIGHT, bits, 32, False)
+    model = graph_of(linear)
+    before, read = outputs(model), weight_bytes_per_token(model)
+    keep_scales_in_half(model)
+    scales = model.graph.initializers["m.scales"].const_value
+    assert scales is not None and scales.dtype == ir.DataType.FLOAT16 and np.array_equal(scales.numpy(), linear.scales)
+    assert [node.name for node in model.graph if node.op_type == "Cast"] == [f"m.scales{CAST}"]  # one for both
+    assert np.array_equal(outputs(model), before) and np.array_equal(outputs(model, disabled=True), before)
+    assert weight_bytes_per_token(model) == read  # of what the kernel reads
+    assert sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name.startswith("m.")) == linear.nbytes  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-6, 1e6])
+def test_what_half_would_change_stays_float32(scale: float) -> None:
+    linear = round_to_nearest("m", WEIGHT, 4, 32, False)
+    scales = linear.scales.copy()
+    scales[3, 1] = scale  # between two numbers of float16, below its smallest, above its largest
+    other = PackedLinear("m", linear.shape, 4, 32, linear.codes, scales, linear.zeros)
+    model = graph_of(other)
+    before = outputs(model)
+    keep_scales_in_half(model)
+    assert model.graph.initializers["m.scales"].const_value.dtype == ir.DataType.FLOAT  # type: ignore[union-attr]
+    assert np.array_equal(outputs(model), before) and other.nbytes == linear.nbytes + 2 * scales.size
+
+
+def test_scales_are_rounded_to_what_half_holds() -> None:
+    scales = np.exp(np.random.default_rng(1).uniform(np.log(2e-5), np.log(6e4), 5000)).astype(np.float32)
+    nearest, above = in_half(scales), in_half(scales, up=True)
+    assert fit_half(nearest) and fit_half(above) and (above >= scales * np.float32(1 - 1e-6)).all()
+    assert np.abs(nearest / scales - 1).max() < 0.004 and np.abs(above / scales - 1).max() < 0.004
+    assert np.array_equal(in_half(nearest, up=True), nearest)
+    off = np.array([1e-5, 1e-7, 7e4, 0.0], dtype=np.float32)
+    assert np.array_equal(in_half(off), off) and np.array_equal(in_half(-nearest), -nearest)
+
+
+@pytest.mark.parametrize("step", [0.0123, 0.000731, 1.7])
+def test_weights_that_lie_on_a_grid_of_half_scales_are_found_again(step: float) -> None:
+    """As those of a GGUF file do: what float32 itself rounds must not make a scale the next larger one."""
+    scale = np.float32(np.float16(step))
+    codes = np.random.default_rng(2).integers(0, 16, (8, 64)).astype(np.float32)
+    codes[:, 0], codes[:, 1] = 0, 15
+    linear = round_to_nearest("m", (codes - 7) * scale, 4, 64, False)
+    assert (linear.scales == scale).all() and np.array_equal(linear.unpacked(), codes)
