@@ -350,7 +350,7 @@ class QuantizeOptions(Options):
         "of the bytes, or with --tuned, as few as that allows, matrix by matrix",
     )  # fmt: skip
     target_bits: float | None = option(
-        None, "mean bits of a block weight, scales and zero points counted (between 2.6 and 8.7): every matrix gets 2, 4 or 8 bits "
+        None, "mean bits of a block weight, scales and zero points counted (between 2.4 and 8.4): every matrix gets 2, 4 or 8 bits "
         "in groups of 32 to 128, so that the measured loss is least",
     )  # fmt: skip
     max_size: str | None = option(
@@ -465,8 +465,8 @@ def size_in_bytes(text: str, name: str) -> int:
 
 def _check_target_bits(bits: float) -> None:
     """The least and the most that the forms of quantize.mix can store."""
-    if not 2.6 <= bits <= 8.7:
-        raise OptionError(f"--target-bits must lie between 2.6 and 8.7, not {bits}")
+    if not 2.4 <= bits <= 8.4:
+        raise OptionError(f"--target-bits must lie between 2.4 and 8.4, not {bits}")
 
 
 @dataclass(frozen=True)
