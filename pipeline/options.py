@@ -340,6 +340,10 @@ class QuantizeOptions(Options):
     head_bits: int = option(
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
     )
+    rare_rows: tuple[str, ...] = option(
+        (), "rows of a head of 8 bits that get 4, as '9216-49151': ids of tokens that are seldom likely; repeat the flag for more "
+        "(--max-growth and --max-size find them)", rules=True,
+    )  # fmt: skip
     embedding_bits: int | None = option(
         None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
         (4, 8, 16),
@@ -400,6 +404,8 @@ class QuantizeOptions(Options):
             )
         self._check_choice()
         bits_rules(self.bits_for)
+        if rows_of(self.rare_rows) and self.head_bits != 8:
+            raise OptionError(f"--rare-rows is for a head of 8 bits, and it has {self.head_bits}; leave either out")
 
     def _check_choice(self) -> None:
         """What chooses the bits itself leaves nothing else to say of them."""
@@ -418,14 +424,21 @@ class QuantizeOptions(Options):
             _check_target_bits(self.target_bits)
         if self.max_size is not None:
             size_in_bytes(self.max_size, "--max-size")
-            if self.head_bits != 8 or self.embedding_bits is not None:
-                raise OptionError("--max-size chooses the bits of head and embedding; leave --head-bits and --embedding-bits out")
+            if self.head_bits != 8 or self.embedding_bits is not None or self.rare_rows:
+                raise OptionError(
+                    "--max-size chooses the bits of head and embedding; leave --head-bits, --embedding-bits and --rare-rows out"
+                )
 
     @property
     def fits_web(self) -> bool:
         """Whether every matrix gets 8 bits and one scale a row, or stays float, which is what a browser runs."""
         chosen = any(x is not None for x in (self.max_growth, self.target_bits, self.max_size)) or self.act_order
-        if chosen or 4 in (self.head_bits, self.embedding_bits) or any(rule.bits != 16 for rule in bits_rules(self.bits_for)):
+        if (
+            chosen
+            or self.rare_rows
+            or 4 in (self.head_bits, self.embedding_bits)
+            or any(rule.bits != 16 for rule in bits_rules(self.bits_for))
+        ):
             return False
         return self.method == "none" or (METHODS[self.method].adjustable and self.bits == 8 and self.group_size == -1)
 
@@ -490,6 +503,20 @@ def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
                 f"128, 256, not '{rule}'"
             )
         read.append(BitsRule(regular_expression("--bits-for", pattern), int(bits), int(group) if slash else None))
+    return read
+
+
+def rows_of(ranges: tuple[str, ...]) -> list[slice]:
+    """``rare_rows``, read. Raises OptionError for what is no range, or ranges that are not in order."""
+    read: list[slice] = []
+    for given in ranges:
+        first, dash, last = given.partition("-")
+        if not (dash and first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and len(given) < 40):
+            raise OptionError(f"--rare-rows takes a range of ids, as 9216-49151, not '{given}'")
+        rows = slice(int(first), int(last) + 1)
+        if rows.stop <= rows.start or (read and rows.start <= read[-1].stop):
+            raise OptionError(f"--rare-rows {given} is not after the rows before it, or is empty; give ranges in order, with gaps")
+        read.append(rows)
     return read
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.operators import DOMAIN, operator
-from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.packed import PackedLinear, by_bits
 
 OPSET = 21
 # GenAI reads models up to this; 10 came with opset 21.
@@ -77,6 +77,9 @@ class Builder:
         weight_name = weight_name or name
         if isinstance(weight, np.ndarray):
             return self.op("MatMul", [x, self.constant(f"{weight_name}.weight", weight.T)], name)
+        if len(parts := by_bits(weight)) > 1:
+            scores = [self.linear(x, part, f"{name}.{row}", accuracy_level, f"{weight_name}.{row}") for row, part in parts]
+            return self.op("Concat", scores, name, axis=-1)
         kind, constants, attributes = operator(weight, accuracy_level)
         if weight.permutation is not None:
             x = self._permuted(x, weight.permutation, weight_name)
@@ -99,6 +102,8 @@ class Builder:
         """
         if isinstance(weight, np.ndarray):
             return self.op("Gather", [self.constant(f"{name}.weight", weight), ids], name)
+        if len(parts := by_bits(weight)) > 1:
+            return self._from_parts(ids, parts, name)
         _, constants, _ = operator(weight, 0)
         codes = self.constant(f"{name}.B", constants["B"])
         flat = self.op("Reshape", [codes, self.integers(weight.shape[0], -1)], f"{name}.rows")
@@ -113,6 +118,23 @@ class Builder:
             gather_axis=0,
             quantize_axis=1,
         )
+
+    def _from_parts(self, ids: ir.Value, parts: list[tuple[int, PackedLinear]], name: str) -> ir.Value:
+        """Rows by ids of a matrix in parts, each with the row at which it begins: looked up in all of them, one is taken."""
+        rows: ir.Value | None = None
+        for number, (first, part) in enumerate(parts):
+            own = self.op("Sub", [ids, self.constant(f"{name}.{first}.first", np.array(first))], f"{name}.{first}.from")
+            bounds = [self.constant(f"int64_{n}", np.array(n)) for n in (0, part.shape[0] - 1)]
+            own = self.op("Clip", [own, *bounds], f"{name}.{first}.ids")
+            found = self.embedding(own, part, f"{name}.{first}")
+            if rows is None:
+                rows = found
+                continue
+            before = self.op("Less", [ids, self.constant(f"{name}.{first}.first", np.array(first))], f"{name}.{first}.before")
+            before = self.op("Unsqueeze", [before, self.integers(-1)], f"{name}.{first}.before_rows")
+            rows = self.op("Where", [before, rows, found], name if number == len(parts) - 1 else f"{name}.{first}.so_far")
+        assert rows is not None
+        return rows
 
     def model(self, metadata: dict[str, str]) -> ir.Model:
         """The finished model."""

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -38,6 +39,8 @@ CODEBOOKS = {
         dtype=np.float32,
     ),
 }  # fmt: skip
+FEW_BITS = 4  # of the rows of a head that seldom matter
+MOST_PARTS, LEAST_ROWS = 8, 16  # that a matrix is split into, and rows of each
 SCALE_BYTES = 2  # of one in the file
 _LEAST_HALF = 2.0**-16  # below it float16 has fewer than eight bits of a number left
 _SAME = np.float32(1 - 2**-22)  # two of float32's steps: a scale that was one of float16 stays that one
@@ -54,6 +57,9 @@ class PackedLinear:
         zeros   uint8 (out, groups), one zero point each; None means 2 ** (bits - 1)
         weight = (code - zero) * scale
     3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
+
+    Rows of 8 bits whose codes and zero points would fit into 4 are stored in the graph as such, where many follow one another
+    (``by_bits``): how a head has few bits for the tokens that are seldom likely.
 
     permutation int32 (in,), or None: act-order. Column k of the codes is column permutation[k] of the matrix, so that
     ``weight @ x`` is the codes' matrix times ``x[permutation]``. Groups lie along the permuted columns.
@@ -88,6 +94,8 @@ class PackedLinear:
 
         Scales that are numbers of float16 are stored as such.
         """
+        if len(parts := by_bits(self)) > 1:
+            return sum(part.nbytes for _, part in parts)
         zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
         order = 0 if self.permutation is None else self.permutation.nbytes
         codes = self.codes.nbytes + zeros
@@ -188,6 +196,40 @@ def fit_half(scales: np.ndarray) -> bool:
     """Whether float16 holds these very numbers."""
     with np.errstate(over="ignore"):
         return np.array_equal(scales, scales.astype(np.float16))
+
+
+def by_bits(linear: PackedLinear) -> list[tuple[int, PackedLinear]]:
+    """A matrix of 8 bits as matrices of 8 and of 4, and the row at which each begins; of another kind as one, from row 0.
+
+    A matrix of 8 bits whose zero points are all 128 has none stored.
+    """
+    if linear.bits != 8 or linear.codebook or linear.zeros is None or linear.permutation is not None:
+        return [(0, linear)]
+    few = np.maximum(linear.codes.reshape(len(linear.codes), -1).max(1), linear.zeros.max(1)) < 1 << FEW_BITS
+    begins = [0, *(np.flatnonzero(few[1:] != few[:-1]) + 1).tolist(), len(few)]
+    if len(begins) < 3 or len(begins) > MOST_PARTS + 1 or np.diff(begins).min() < LEAST_ROWS:
+        return [(0, linear)]
+    return [(first, _with_bits(linear.rows(slice(first, last)), bool(few[first]))) for first, last in pairwise(begins)]
+
+
+def _with_bits(rows: PackedLinear, few: bool) -> PackedLinear:
+    if few:
+        return replace(rows, bits=FEW_BITS, codes=pack_bits(rows.codes, FEW_BITS))
+    assert rows.zeros is not None
+    return replace(rows, zeros=None) if (rows.zeros == 1 << (rows.bits - 1)).all() else rows
+
+
+def with_few_bits(linear: PackedLinear, few: PackedLinear, where: Sequence[slice]) -> PackedLinear:
+    """The matrix of 8 bits with the rows of one of 4 in the place of its own. few: its rows in order; where: in ``linear``."""
+    codes, scales = linear.codes.copy(), linear.scales.copy()
+    zeros = np.full(scales.shape, 1 << (linear.bits - 1), np.uint8) if linear.zeros is None else linear.zeros.copy()
+    middle = np.full(few.scales.shape, 1 << (few.bits - 1), np.uint8) if few.zeros is None else few.zeros
+    taken, unpacked = 0, unpack_bits(few.codes, few.bits, few.group_size)
+    for rows in where:
+        some = slice(taken, taken + rows.stop - rows.start)
+        codes[rows], scales[rows], zeros[rows] = unpacked[some], few.scales[some], middle[some]
+        taken = some.stop
+    return replace(linear, codes=codes, scales=scales, zeros=zeros)
 
 
 def block_for(group_size: int, columns: int) -> int:

@@ -22,7 +22,7 @@ from edgepress.pipeline.machine import has_bfloat16, release_memory
 from edgepress.pipeline.quantize import inputs
 from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, MOVED, Input, Linear, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
-from edgepress.pipeline.quantize.job import QuantizeJob, taken_up
+from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows, taken_up
 from edgepress.pipeline.quantize.proof import check_codes
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers.pytorch_utils import Conv1D
@@ -228,6 +228,7 @@ def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
     name, bits, group_size = job.head
     weight = job.checkpoint.tensor(f"{name}.weight")
     assert weight is not None
+    weight = chosen_rows(weight, job.head_rows)
     hessian = torch.zeros(weight.shape[1], weight.shape[1])
     for rows in stream.read_by(stream.model.get_output_embeddings()):
         hessian.addmm_(rows.float().T, rows.float())

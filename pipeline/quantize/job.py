@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class QuantizeJob:
     exceptions: bits and group size of the matrices that have others than ``options`` gives. untouched: matrices of the
     blocks that stay as they are.
     transposed: those stored as (in, out). head: name, bits and group size of the output head, whose codes a quantizer
-    that calibrates may return, too; None where they are not asked for.
+    that calibrates may return, too; None where they are not asked for. head_rows: those of its rows that are meant, one after
+    another; empty for all.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +40,7 @@ class QuantizeJob:
     untouched: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
     head: tuple[str, int, int] | None = None
+    head_rows: tuple[slice, ...] = ()
 
     def format(self, name: str) -> tuple[int, int]:
         """Bits and group size of one matrix."""
@@ -50,6 +52,11 @@ class QuantizeJob:
             module = name.removesuffix(".weight")
             if module in self.linears:
                 yield module, (tensor.T if module in self.transposed else tensor).float().contiguous()
+
+
+def chosen_rows(weight: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+    """Some rows of a matrix, one after another; all where none are named."""
+    return torch.cat([weight[some] for some in rows]) if rows else weight
 
 
 def taken_up(job: QuantizeJob, settings: JsonObject, *packages: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.packed import FEW_BITS, PackedLinear, with_few_bits
 from edgepress.pipeline.checkpoint.update import carry_files
-from edgepress.pipeline.errors import ProofError
+from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, write_json
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.quantize.job import QuantizeJob
+from edgepress.pipeline.options import QuantizeOptions, rows_of
+from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows
 from edgepress.pipeline.quantize.plan import plan, with_full_names
 from edgepress.pipeline.quantize.proof import prove_errors, prove_written
 from edgepress.pipeline.quantize.rtn import round_to_nearest
@@ -48,16 +48,23 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
     with with_full_names(checkpoint, model, out) as named:
         job, used = plan(named, model, options, scratch)
         ends = _ends(named, model, options)
+        rare = _rare_rows(ends, model, options)
         if ends.head in ends.forms and options.group > 0:
-            job = replace(job, head=(ends.head, *ends.forms[ends.head]))
+            bits, group = ends.forms[ends.head]
+            job = replace(job, head=(ends.head, FEW_BITS if rare else bits, group), head_rows=rare)
         linears = load(run)(job) if job.linears else {}
         if missing := sorted(set(job.linears) - set(linears)):
             raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")
         errors = prove_errors(job, linears)
         linears |= kept
+        few = linears.pop(ends.head, None) if rare else None
         linears |= {
             name: _rounded(named, name, *form, options.group <= 0) for name, form in ends.forms.items() if name not in linears
         }
+        if rare:
+            group = ends.forms[ends.head][1]
+            few = few or _rounded(named, ends.head, FEW_BITS, group, options.group <= 0, rare)
+            linears[ends.head] = with_few_bits(linears[ends.head], few, rare)
         packed.save(linears, out)
         # A tied model may store its head a second time; it would outlive the packed one.
         tied = model.config.tie_word_embeddings and ends.head in linears
@@ -69,6 +76,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         "linears": len(linears),
         "kept_codes": len(kept),
         "head": {name: linears[name].bits for name in ends.names if name in linears} or "float",
+        **({"rare_rows": [sum(rows.stop - rows.start for rows in rare), linears[ends.head].shape[0]]} if rare else {}),
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
         "kept_float": _kept_float(model, {*linears, *named.spared(job.untouched)}),
         "calibration": _calibration(used, options),
@@ -115,10 +123,21 @@ def _ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptio
     return _Ends(tuple(requested), forms, head)
 
 
-def _rounded(checkpoint: Checkpoint, name: str, bits: int, group: int, by_row: bool) -> PackedLinear:
-    """Embedding or head, rounded to nearest. by_row: one scale a row, stored in groups."""
+def _rare_rows(ends: _Ends, model: PreTrainedModel, options: QuantizeOptions) -> tuple[slice, ...]:
+    """The rows of the head that get few bits. Raises OptionError where it has no such rows, or no codes of its own."""
+    rare, vocabulary = tuple(rows_of(options.rare_rows)), model.get_output_embeddings().weight.shape[0]
+    if rare and ends.head not in ends.forms:
+        raise OptionError("--rare-rows is for a head that is quantized here, and this one keeps its weights; leave it out")
+    if rare and rare[-1].stop > vocabulary:
+        raise OptionError(f"--rare-rows {options.rare_rows[-1]} ends beyond the {vocabulary} rows of the head; give less")
+    return rare
+
+
+def _rounded(checkpoint: Checkpoint, name: str, bits: int, group: int, by_row: bool, rows: Sequence[slice] = ()) -> PackedLinear:
+    """Embedding or head, rounded to nearest. by_row: one scale a row, stored in groups. rows: only these of it."""
     weight = checkpoint.tensor(f"{name}.weight")
     assert weight is not None
+    weight = chosen_rows(weight, rows)
     linear = round_to_nearest(name, weight, bits, -1 if by_row else group, symmetric=bits == 8)
     return linear if linear.group_size == group else linear.in_blocks(group)
 

@@ -107,7 +107,8 @@ class Removal:
 class Quantization:
     """The options that decide the format of the weights; the default is a model that was never quantized.
 
-    kept_codes: how many matrices kept the codes of their GGUF file, whatever the options say.
+    kept_codes: how many matrices kept the codes of their GGUF file, whatever the options say. rare_rows: rows of the head that
+    have 4 bits, and all of them.
     """
 
     method: str = "none"
@@ -117,6 +118,11 @@ class Quantization:
     symmetric: bool = False
     bits_for: tuple[str, ...] = ()
     kept_codes: int = 0
+    rare_rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rare_rows and (len(self.rare_rows) != 2 or not 0 < self.rare_rows[0] <= self.rare_rows[1]):
+            raise ValueError("rare rows are not some of all")
 
     @property
     def label(self) -> str:
@@ -188,7 +194,7 @@ class Step:
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
         options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
-        options = options | {"kept_codes": self.facts.get("kept_codes", 0)}
+        options = options | {"kept_codes": self.facts.get("kept_codes", 0), "rare_rows": self.facts.get("rare_rows", [])}
         return typed(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property
@@ -259,7 +265,11 @@ def _quantized(made: Quantization, head: int | None) -> str:
     details = f", {made.bits} bits, {groups}, {symmetry}" if row is not None and row.adjustable else ""
     details += ", other bits for some matrices" if made.bits_for else ""
     kept = f"{made.kept_codes} matrices keep the codes of the GGUF file; the rest: " if made.kept_codes else ""
-    return f"quantize: {kept}{made.method}{details}; head {'float' if head is None else f'{head} bits'}"
+    ends = "float" if head is None else f"{head} bits"
+    if made.rare_rows:
+        few, rows = made.rare_rows
+        ends += f", 4 for {100 * few / rows:.0f} % of the tokens"
+    return f"quantize: {kept}{made.method}{details}; head {ends}"
 
 
 def _tuned(made: Tuning) -> str:
