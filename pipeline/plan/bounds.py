@@ -69,7 +69,7 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
     point = found.point
     assert point.usage is not None
     log.info(
-        "plan: --max-size %s, %.2f bits a weight and %d in the head; expected: %s, %+.1f %% of perplexity",
+        "plan: --max-size %s, %.2f bits a weight and %g in the head; expected: %s, %+.1f %% of perplexity",
         found.max_size, point.bits, point.head_bits, said(point.usage), 100 * point.growth,
     )  # fmt: skip
     if point.growth > WORRYING - 1:

@@ -81,11 +81,12 @@ def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float]
 
 def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None) -> Point:
     found: Fit = fit(costs, within)
-    head = costs.head[found.head_bits]
-    lost = left_of(options, found.forms) * (found.cost - head) + left_of_head(options, found.head_bits) * head
+    head = costs.head[found.head]
+    lost = left_of(options, found.forms) * (found.cost - head) + left_of_head(options, found.head) * head
     growth = math.expm1(min(lost, 50.0))
     usage = speeds.of(costs, found) if speeds else None
-    return Point(within, found.size, round(mean_bits(costs.items, found.forms), 2), found.head_bits, growth, usage)
+    bits, of_head = round(mean_bits(costs.items, found.forms), 2), round(found.head.mean_bits(costs.ends.vocabulary), 1)
+    return Point(within, found.size, bits, of_head, growth, usage)
 
 
 def bounds_of(options: BoundOptions, prompt: int) -> tuple[Bound, ...]:
@@ -143,7 +144,7 @@ def table(found: Frontier) -> str:
     head = "      MB  bits a weight  head  perplexity, expected"
     lines = [head + (f"  tokens/s  first of {found.prompt}  peak MB" if timed else "") + "  build with"]
     for point in found.points:
-        row = f"{point.size / 1e6:>8.1f}  {point.bits:>13.2f}  {point.head_bits:>4}  {f'{100 * point.growth:+.1f} %':>20}"
+        row = f"{point.size / 1e6:>8.1f}  {point.bits:>13.2f}  {point.head_bits:>4g}  {f'{100 * point.growth:+.1f} %':>20}"
         if timed and (usage := point.usage):
             memory = "" if usage.memory is None else f"{usage.memory / 1e6:.0f}"
             first = f"{1000 * usage.ttft_s:.0f} ms"

@@ -74,7 +74,8 @@ class Speeds:
             size = {form: sum(item.bytes[form] for item in costs.items) for form in MEASURED}
             more = blocks - sum(share * size[form] for form, share in shares.items())
             slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
-            head = figure(self.usages[OF_HEAD]) - known[BASE] if found.head_bits == FEW_BITS else 0.0
+            few = (HEAD_BITS - found.head.mean_bits(costs.ends.vocabulary)) / (HEAD_BITS - FEW_BITS)
+            head = few * (figure(self.usages[OF_HEAD]) - known[BASE])
             return sum(share * known[form] for form, share in shares.items()) + slope * more + head
 
         memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0)

@@ -22,6 +22,7 @@ from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
 from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 
@@ -32,15 +33,14 @@ _GRAPH, _GRAPH_LAYER = 16_000, 5_000
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 # Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
-COUNTING = 3
+COUNTING = 4
 _TRIES = 4
 Number = TypeVar("Number", int, float)
-HEADS = (8, 4)  # bits of the head that are tried
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Embedding and output head: shapes of what is stored, one matrix where they are tied, and what else a model weighs.
+    """Embedding and output head: shapes of what is stored, the head's last, one matrix where they are tied, and what else weighs.
 
     rest: bytes of the artifact besides all matrices that get a form.
     """
@@ -48,22 +48,28 @@ class Ends:
     shapes: tuple[tuple[int, int], ...]
     rest: int
 
-    def bytes(self, bits: int, group_size: int) -> int:
-        """As ``pack`` stores them: no zero points at 8 bits, blocks that divide the width."""
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head; 0 where it gets no form."""
+        return self.shapes[-1][0] if self.shapes else 0
+
+    def bytes(self, head: Head, group_size: int) -> int:
+        """As ``pack`` stores them, in blocks that divide the width; an embedding of its own has no rare rows."""
         total = 0
-        for rows, columns in self.shapes:
+        for number, (rows, columns) in enumerate(self.shapes):
             group = next((g for g in (128, 64, 32, 16) if g <= group_size and columns % g == 0), None)
-            total += rows * columns * 4 if group is None else bytes_of(rows, columns, Form(bits, group), symmetric=bits == 8)
+            form = head if number == len(self.shapes) - 1 else Head(head.bits)
+            total += rows * columns * 4 if group is None else form.bytes(rows, columns, group)
         return total
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What there is to choose from: the block matrices, the two ends, and the KL of a head by its bits, nats a token."""
+    """What there is to choose from: the block matrices, the two ends, and what a head of some bits costs, nats a token."""
 
     items: tuple[Item, ...]
     ends: Ends
-    head: dict[int, float]
+    head: dict[Head, float]
 
     def beside(self, files: int) -> Costs:
         """The same with so many more bytes of other files in the artifact."""
@@ -82,7 +88,7 @@ class Costs:
             "items": rows,
             "shapes": self.ends.shapes,
             "rest": self.ends.rest,
-            "head": {str(n): x for n, x in self.head.items()},
+            "head": [[head.bits, head.rare, cost] for head, cost in self.head.items()],
         }
 
     @classmethod
@@ -93,7 +99,8 @@ class Costs:
             for row in content["items"]
         )
         ends = Ends(tuple((int(rows), int(columns)) for rows, columns in content["shapes"]), int(content["rest"]))
-        return cls(items, ends, {int(bits): float(cost) for bits, cost in content["head"].items()})
+        heads = {Head(int(bits), tuple(map(str, rare))): float(cost) for bits, rare, cost in content["head"]}
+        return cls(items, ends, heads)
 
 
 def _by_form(values: JsonObject, kind: type[Number]) -> dict[Form, Number]:
@@ -103,9 +110,9 @@ def _by_form(values: JsonObject, kind: type[Number]) -> dict[Form, Number]:
 
 @dataclass(frozen=True)
 class Fit:
-    """The bits of the head and a form for each item; cost: KL expected, nats a token. size: of the artifact, bytes."""
+    """The head and a form for each item; cost: KL expected, nats a token. size: of the artifact, bytes."""
 
-    head_bits: int
+    head: Head
     forms: list[Form]
     cost: float
     size: int
@@ -176,7 +183,7 @@ def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -
     for name in matrices.keys() - checkpoint.spared(matrices):
         blocks[int(name.split(".")[place])] += min(bytes_of(*matrices[name], form, options.symmetric) for form in FORMS)
     ends = Ends(tuple(_shapes_of_ends(model).values()), 0)
-    least = sum(sorted(blocks.values())[:layers]) + ends.bytes(min(HEADS), 64)
+    least = sum(sorted(blocks.values())[:layers]) + ends.bytes(FOUR_BITS, 64)
     assert options.max_size is not None
     if checkpoint.weights.matrices or least <= size_in_bytes(options.max_size, "--max-size"):
         return
@@ -188,12 +195,13 @@ def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -
 
 def least_size(costs: Costs) -> int:
     """Bytes of the smallest artifact."""
-    return sum(min(item.bytes.values()) for item in costs.items) + costs.ends.bytes(min(costs.head), 64) + costs.ends.rest
+    ends = min(costs.ends.bytes(head, 64) for head in costs.head)
+    return sum(min(item.bytes.values()) for item in costs.items) + ends + costs.ends.rest
 
 
 def largest_size(costs: Costs) -> int:
     """Bytes of the artifact with 8 bits everywhere."""
-    return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(8, EIGHT.group_size) + costs.ends.rest
+    return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(EIGHT_BITS, EIGHT.group_size) + costs.ends.rest
 
 
 def fit(costs: Costs, size: int) -> Fit:
@@ -201,7 +209,7 @@ def fit(costs: Costs, size: int) -> Fit:
 
     Raises OptionError that names the least size where nothing fits.
     """
-    fits = [found for bits, cost in costs.head.items() if (found := _with_head(costs, bits, cost, size)) is not None]
+    fits = [found for head, cost in costs.head.items() if (found := _with_head(costs, head, cost, size)) is not None]
     if not fits:
         least = least_size(costs)
         raise OptionError(
@@ -211,18 +219,18 @@ def fit(costs: Costs, size: int) -> Fit:
     return min(fits, key=lambda found: (found.cost, found.size))
 
 
-def _with_head(costs: Costs, bits: int, head_cost: float, size: int) -> Fit | None:
-    """The best with a head of so many bits, None where none fits: the head's blocks are as long as those of most matrices."""
+def _with_head(costs: Costs, head: Head, head_cost: float, size: int) -> Fit | None:
+    """The best with a head, None where none fits: the head's blocks are as long as those of most matrices."""
     items, ends, group = costs.items, costs.ends, 64
     for _ in range(_TRIES):
-        left = size - ends.rest - ends.bytes(bits, group)
+        left = size - ends.rest - ends.bytes(head, group)
         if left < sum(min(item.bytes.values()) for item in items):
             return None
         forms = solve(items, FORMS, size=left)
         usual, taken = most_common(forms, items).group_size, sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
-        total = taken + ends.bytes(bits, usual) + ends.rest
+        total = taken + ends.bytes(head, usual) + ends.rest
         if total <= size:
             cost = head_cost + sum(item.costs[form] for item, form in zip(items, forms, strict=True))
-            return Fit(bits, forms, cost, total)
+            return Fit(head, forms, cost, total)
         group = usual
     return None

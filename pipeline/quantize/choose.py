@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
-from edgepress.pipeline.quantize.budget import COUNTING, HEADS, Costs, carried, check_possible, ends_of, fit
+from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, check_possible, ends_of, fit
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, rounded_head, weights_of_tokens
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -56,6 +57,7 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
+HEAD_TOKENS = 2048  # of the calibration text, which show how likely each token is
 # Growth of the loss under a calibrated method, in that of rounding (docs/quantization.md).
 CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
@@ -97,6 +99,8 @@ class _Trial:
         self._resolved = resolved
         self.growth: dict[str, float] = {}
         self._loaded: _Loaded | None = None
+        self._ends: Ends | None = None
+        self._heads: dict[Head, float] | None = None
         self.spared: frozenset[str] = frozenset()
         if self.judging[0].calibration == SELF:
             self.judging[0] = self.resolved()
@@ -174,17 +178,27 @@ class _Trial:
         return items
 
     def measure(
-        self, bits: str, forms: Mapping[str, Form], factor: float, limit: float = math.inf, all_texts: bool = True
+        self,
+        bits: str,
+        forms: Mapping[str, Form],
+        factor: float,
+        limit: float = math.inf,
+        all_texts: bool = True,
+        head: Head = EIGHT_BITS,
     ) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
 
         factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. all_texts: judge by all,
-        not by the calibration text alone.
+        not by the calibration text alone. head: in this form, where it has rare rows.
         """
         self.growth[bits] = -1.0
         for number, text in enumerate(self._all_texts() if all_texts else self.texts[:1]):
             model = self._model()
-            with rounded(model.modules, forms, self.options.symmetric, self.weights):
+            with ExitStack() as forms_of_all:
+                forms_of_all.enter_context(rounded(model.modules, forms, self.options.symmetric, self.weights))
+                if head.rare:
+                    module = model.blocks.model.get_output_embeddings()
+                    forms_of_all.enter_context(rounded_head(module, head, EIGHT.group_size))
                 losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
             del model
             change = factor * float((losses - text.losses).mean())
@@ -195,26 +209,56 @@ class _Trial:
 
     def costs(self) -> Costs:
         """What there is to choose from, measured now."""
-        ends = ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
-        head = {bits: self._head_cost(bits) for bits in HEADS}
-        return Costs(tuple(self.items()), ends, head)
+        heads = self.heads() | {FOUR_BITS: self._head_cost(FOUR_BITS)}
+        return Costs(tuple(self.items()), self.ends(), heads)
 
-    def _head_cost(self, bits: int) -> float:
-        """How the loss on the calibration text grows with a head of so many bits, nats a token; a tied embedding has them too."""
-        model, text = self._model(), self.texts[0]
-        head = model.blocks.model.get_output_embeddings()
-        with rounded({"head": head}, {"head": Form(bits, 64)}, symmetric=bits == 8):
-            losses = exact_losses(model.blocks, progress(text.windows, f"head of {bits} bits", "window"))
-        return max(0.0, float((losses - text.losses).mean()))
+    def ends(self) -> Ends:
+        """What is not chosen matrix by matrix."""
+        if self._ends is None:
+            self._ends = ends_of(self.checkpoint, self._model().blocks.model, list(self.shapes))
+        return self._ends
+
+    def heads(self) -> dict[Head, float]:
+        """What heads cost, nats a token: one of 8 bits nothing, and those with few bits for rare tokens, fewest bytes first.
+
+        The first of them is measured; the others cost less as the weights of their rare rows are less. None has rare rows where the
+        head's bits are given, or nothing but whole rows has a scale.
+        """
+        if self._heads is None:
+            options, self._heads = self.options, {EIGHT_BITS: 0.0}
+            given = options.head_bits != EIGHT.bits or options.rare_rows or options.embedding_bits is not None
+            if not given and options.group > 0 and self.ends().shapes:
+                windows = self._windows(HEAD_TOKENS, min(TRIAL_WINDOW, self.context), self.resolved())
+                found = candidates(weights_of_tokens(self._model().blocks, progress(windows, "rare tokens", "window")))
+                for first, largest in list(found.items())[:1]:
+                    cost = self._head_cost(first)
+                    self._heads = {head: cost * share / largest for head, share in found.items()} | self._heads
+        return self._heads
+
+    def _head_cost(self, head: Head) -> float:
+        """How the loss grows with this head, nats a token, mean of all texts; a tied embedding has its bits, too."""
+        changes = []
+        for number, text in enumerate(self._all_texts()):
+            model = self._model()
+            with rounded_head(model.blocks.model.get_output_embeddings(), head, EIGHT.group_size):
+                name = f"head of {head.mean_bits(self.ends().vocabulary):.2g} bits, text {number + 1}"
+                losses = exact_losses(model.blocks, progress(text.windows, name, "window"))
+            changes.append(float((losses - text.losses).mean()))
+        return max(0.0, float(np.mean(changes)))
 
     def all(self, form: Form) -> dict[str, Form]:
         """Every matrix in one form."""
         return dict.fromkeys(self.shapes, form)
 
-    def saved(self, forms: Mapping[str, Form]) -> float:
-        """The share of the artifact's bytes that these forms save against 8 bits in all blocks."""
+    def saved(self, forms: Mapping[str, Form], head: Head = EIGHT_BITS) -> float:
+        """The share of the artifact's bytes that these forms save against 8 bits in all blocks, and those of the head."""
         size, eight = self._bytes(forms), self._bytes(self.all(EIGHT))
-        return (eight - size) / (eight + self.rest)
+        return (eight - size + self.saved_by_head(head)) / (eight + self.rest)
+
+    def saved_by_head(self, head: Head) -> int:
+        """Bytes that its rare rows save."""
+        ends = self.ends()
+        return ends.bytes(EIGHT_BITS, EIGHT.group_size) - ends.bytes(head, EIGHT.group_size) if head.rare else 0
 
     def _bytes(self, forms: Mapping[str, Form]) -> int:
         return sum(bytes_of(*shape, forms[name], self.options.symmetric) for name, shape in self.shapes.items())
@@ -310,16 +354,23 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     uniform = Form(options.weight_bits, options.group)
     if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform, limit) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
+        room = math.log1p(limit) - math.log1p(trial.growth[str(uniform.bits)])
+        for head in [head for head, cost in trial.heads().items() if head.rare and left_of_uniform * cost <= room]:
+            name = _named(str(uniform.bits), head, trial)
+            if trial.measure(name, trial.all(uniform), left_of_uniform, limit, head=head) <= limit:
+                return Chosen(replace(chosen, rare_rows=head.rare), _because(trial.growth, limit, name), trial.growth)
         return Chosen(chosen, _because(trial.growth, limit, str(uniform.bits)), trial.growth)
     eight = replace(_by_rounding(settled), bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     worth = WORTH_TUNED if options.tuned else WORTH
-    if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or trial.saved(trial.all(Form(4, 64))) < worth:
+    most = trial.saved(trial.all(Form(4, 64)), next(iter(trial.heads())))
+    if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or most < worth:
         return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     items = trial.items()
     mixed = _within(trial, items, limit if options.tuned else AIM * limit, left, worth)
-    chosen = eight if mixed is None else _mixed(settled, items, mixed)
-    taken = "8" if mixed is None else f"{mean_bits(items, mixed):.1f}"
-    return Chosen(chosen, _because(trial.growth, limit, taken), trial.growth)
+    if mixed is None:
+        return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
+    chosen = replace(_mixed(settled, items, mixed.forms), rare_rows=mixed.head.rare)
+    return Chosen(chosen, _because(trial.growth, limit, mixed.name), trial.growth)
 
 
 def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:
@@ -329,9 +380,10 @@ def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:
     return CALIBRATED.get(options.method, 1.0) * (TUNED_MIX if options.tuned else 1.0)
 
 
-def left_of_head(options: QuantizeOptions, bits: int) -> float:
-    """The same of a head, which is rounded at 8 bits, and by gptqmodel in any case."""
-    return left_of(options) if bits < EIGHT.bits and options.method != "gptqmodel" else 1.0
+def left_of_head(options: QuantizeOptions, head: Head) -> float:
+    """The same of a head, whose rows of 8 bits are rounded, and all by gptqmodel."""
+    few = head.bits < EIGHT.bits or head.rare
+    return left_of(options) if few and options.method != "gptqmodel" else 1.0
 
 
 def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int) -> Chosen:
@@ -340,33 +392,54 @@ def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int) -> Chosen:
     items, found = costs.items, fit(costs, size)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left_of(settled, found.forms), all_texts=settled.tuned)
-    head = left_of_head(settled, found.head_bits) * costs.head[found.head_bits]
-    growth = round(math.expm1(math.log1p(growth) + head), 5)
+    head = left_of_head(settled, found.head) * costs.head[found.head]
+    growth, of_head = round(math.expm1(math.log1p(growth) + head), 5), found.head.mean_bits(costs.ends.vocabulary)
     # where all have 8 bits there is nothing that calibration would win
-    rounds = set(found.forms) == {EIGHT} and left_of_head(settled, found.head_bits) == 1.0
+    rounds = set(found.forms) == {EIGHT} and left_of_head(settled, found.head) == 1.0
     chosen = _mixed(_by_rounding(settled) if rounds else settled, items, found.forms)
     because = (
-        f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {found.head_bits} in the head; expected "
+        f"{found.size / 1e6:.1f} MB of {size / 1e6:g} MB: {bits:.2f} bits a weight, {of_head:.2g} in the head; expected "
         f"{100 * growth:+.1f} % of perplexity"
     )
-    return Chosen(replace(chosen, head_bits=found.head_bits), because, trial.growth)
+    return Chosen(replace(chosen, head_bits=found.head.bits, rare_rows=found.head.rare), because, trial.growth)
 
 
-def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: float) -> list[Form] | None:
+@dataclass(frozen=True)
+class _Mix:
+    """A form for each item, a head, and what the two are called."""
+
+    forms: list[Form]
+    head: Head
+    name: str
+
+
+def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: float) -> _Mix | None:
     """The mix of fewest bytes whose measured growth keeps to the limit; None where it saves too little against 8 bits.
 
     The estimates need not add up: a bound that a trial exceeds is lowered by as much.
     """
     allowed = math.log1p(limit) / left
     for _ in range(TRIALS):
-        forms = solve(items, (Form(4, 32), BASE, EIGHT), cost=allowed)
-        if trial.saved(by_matrix(items, forms)) < worth:
+        found = [
+            (forms, head)
+            for head, cost in trial.heads().items()
+            if cost < allowed and (forms := solve(items, (Form(4, 32), BASE, EIGHT), cost=allowed - cost))
+        ]
+        forms, head = max(found, key=lambda pair: trial.saved(by_matrix(items, pair[0]), pair[1]))
+        if trial.saved(by_matrix(items, forms), head) < worth:
             return None
-        growth = trial.measure(f"{mean_bits(items, forms):.1f}", by_matrix(items, forms), left, limit)
+        name = _named(f"{mean_bits(items, forms):.1f}", head, trial)
+        of_method = 1.0 if set(forms) == {EIGHT} else left  # calibration wins nothing there
+        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head)
         if growth <= limit:
-            return forms
+            return _Mix(forms, head, name)
         allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
     return None
+
+
+def _named(bits: str, head: Head, trial: _Trial) -> str:
+    """Bits of the blocks' matrices, and of the head where it has rare rows: what a growth is of."""
+    return f"{bits} (head {head.mean_bits(trial.ends().vocabulary):.1f})" if head.rare else bits
 
 
 def _by_rounding(options: QuantizeOptions) -> QuantizeOptions:

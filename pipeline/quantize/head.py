@@ -1,14 +1,16 @@
 """Which rows of the output head get few bits: those of tokens that are seldom likely.
 
-A quarter to two thirds of a small model is its vocabulary, and most of that belongs to tokens that hardly ever come. What an error d of a
-token's logit costs is, to second order, p (1 - p) d^2 / 2 nats, p its probability: the first tenth of SmolLM2's rows has five sixths of
-that, and the other nine tenths may have 4 bits for a fifth of what 4 bits everywhere cost.
+A quarter to two thirds of a small model is its vocabulary, and most of that belongs to tokens that hardly ever come. What an error
+d of a token's logit costs is, to second order, p (1 - p) d^2 / 2 nats, p its probability: the first tenth of SmolLM2's rows has
+five sixths of that, and the others may have 4 bits for a fourth to two fifths of what 4 bits everywhere cost
+(docs/quantization.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from edgepress.pipeline.quantize.mix import Form, bytes_of
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 
 # What the tokens with few bits may cost together, as shares of what those of all tokens would.
-SHARES = (0.15, 0.07, 0.03)
+SHARES = (0.2, 0.1, 0.05, 0.02)
 # Pieces that a vocabulary is looked at in: tokens beside one another came to be at about the same time of its making.
 _PIECES = 256
 # A part costs an operator and a few look-ups: about what so many pieces save.
@@ -44,7 +46,8 @@ class Head(NamedTuple):
 
     def mean_bits(self, rows: int) -> float:
         """Bits of a weight, without scales and zero points."""
-        return sum((part.stop - part.start) * bits for part, bits in self.parts(rows)) / rows
+        counts = [((part.stop - part.start), bits) for part, bits in self.parts(rows)]
+        return float(sum(count * bits for count, bits in counts) / max(1, sum(count for count, _ in counts)))
 
     def bytes(self, rows: int, columns: int, group_size: int) -> int:
         """As they are stored: no zero points at 8 bits."""
@@ -59,14 +62,14 @@ EIGHT_BITS, FOUR_BITS = Head(8), Head(4)
 
 def weights_of_tokens(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarray:
     """How much an error of each token's logit costs over some texts, float64 (vocabulary,), of sum 1."""
-    total = 0.0
+    total = np.zeros(1)
     for ids in windows:
         hidden = blocks.states(torch.from_numpy(ids)[None], [len(blocks)])[len(blocks)][0]
         for _, logits in blocks.heads(hidden):
             likely = torch.softmax(logits.float(), -1)
             total = total + likely.mul_(1 - likely).sum(0).double().numpy()
-    weights: np.ndarray = np.asarray(total)
-    return weights / weights.sum()
+    weights: np.ndarray = total / total.sum()
+    return weights
 
 
 def rare_rows(weights: np.ndarray, share: float) -> tuple[str, ...]:
@@ -90,9 +93,7 @@ def rare_rows(weights: np.ndarray, share: float) -> tuple[str, ...]:
         return ()
     edges = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
     ends = [*begins.tolist(), len(weights)]
-    return tuple(
-        f"{ends[first]}-{ends[last] - 1}" for first, last in zip(edges[:-1], edges[1:], strict=True) if found[first]
-    )
+    return tuple(f"{ends[first]}-{ends[last] - 1}" for first, last in pairwise(edges) if found[first])
 
 
 def _split(few: np.ndarray, many: np.ndarray, switch: float) -> np.ndarray:
@@ -126,6 +127,7 @@ def rounded_head(module: torch.nn.Module, head: Head, group_size: int) -> Iterat
             weight.copy_(former)
 
 
-def candidates(weights: np.ndarray, shares: Sequence[float] = SHARES) -> list[Head]:
-    """Heads with few bits for rows of so many shares of the weights, fewest bytes first, each once."""
-    return [Head(8, rows) for rows in dict.fromkeys(rare_rows(weights, share) for share in shares) if rows]
+def candidates(weights: np.ndarray, shares: Sequence[float] = SHARES) -> dict[Head, float]:
+    """Heads with few bits for rows of at most such shares of the weights, and their share: fewest bytes first, each once."""
+    heads = [Head(8, rows) for rows in dict.fromkeys(rare_rows(weights, share) for share in shares) if rows]
+    return {head: float(sum(weights[rows].sum() for rows in rows_of(head.rare))) for head in heads}

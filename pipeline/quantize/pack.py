@@ -50,8 +50,8 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         ends = _ends(named, model, options)
         rare = _rare_rows(ends, model, options)
         if ends.head in ends.forms and options.group > 0:
-            bits, group = ends.forms[ends.head]
-            job = replace(job, head=(ends.head, FEW_BITS if rare else bits, group), head_rows=rare)
+            of_head, group = ends.forms[ends.head]
+            job = replace(job, head=(ends.head, FEW_BITS if rare else of_head, group), head_rows=rare)
         linears = load(run)(job) if job.linears else {}
         if missing := sorted(set(job.linears) - set(linears)):
             raise ProofError(f"the quantizer did not return {missing[0]} and {len(missing) - 1} more; nothing was written")

@@ -31,7 +31,7 @@ class Point:
     within: int
     size: int
     bits: float
-    head_bits: int
+    head_bits: float
     growth: float
     usage: Usage | None = None
     asked: bool = False
@@ -92,7 +92,7 @@ def rows(forecast: Forecast, figures: dict[str, float], growth: float | None) ->
         running = (1 / usage.decode_s, 1000 * usage.ttft_s, usage.memory) if usage else (None, None, None)
         cells = _cells(point.size, point.growth, *running)
         name = "expected, chosen" if point.asked else "expected"
-        shown.append([name, cells[0], f"{point.bits:.2f}", str(point.head_bits), *cells[1:]])
+        shown.append([name, cells[0], f"{point.bits:.2f}", f"{point.head_bits:g}", *cells[1:]])
         if point.asked:
             got = [figures.get(name) for name in (SIZE, DECODE, f"{TTFT}{forecast.prompt}", MEMORY)]
             size, *rest = _cells(got[0], growth, *got[1:])

@@ -46,9 +46,9 @@ def test_a_few_rows_of_small_codes_are_no_part() -> None:
     assert len(by_bits(with_few_bits(eight, round_to_nearest("m", WEIGHT, 4, 32, False), [slice(0, 200)]))) == 1
 
 
-@pytest.mark.parametrize("exporter", ["fused", "portable"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "tied", "exporter"), [("gptq", True, "fused"), ("rtn", False, "fused"), ("rtn", True, "portable")]
+)
 def test_the_artifact_computes_what_the_checkpoint_does(
     method: str, tied: bool, exporter: str, text: Path, tmp_path: Path, random_model: Callable[..., Path]
 ) -> None:
@@ -72,7 +72,7 @@ def test_the_artifact_computes_what_the_checkpoint_does(
     heads = [node for node in graph if node.op_type == "MatMulNBits" and node.inputs[1].name.startswith(f"{name}.")]
     assert [node.attributes["bits"].value for node in heads] == [8, 4, 8, 4]
     assert sum(node.op_type == "GatherBlockQuantized" for node in graph) == (4 if tied else 1)
-    ids = np.arange(0, rows, 7)
+    ids = np.arange(0, rows, 37)
     truth = logits_of(Checkpoint(packed.path).model(), ids)
     logits = Decoder(made.path).feed(ids, keep=0)
     assert np.abs(logits - truth).max() <= 1e-3 * truth.std()

@@ -18,6 +18,7 @@ from edgepress.pipeline.plan.frontier import bounds_of, frontier, table
 from edgepress.pipeline.plan.speed import MEASURED, Speeds
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of
 from edgepress.pipeline.report.forecast import Forecast, Point, Usage
 from edgepress.pipeline.report.model import ReportFile, read
@@ -42,7 +43,7 @@ def an_item(cost: float) -> Item:
     return Item(("a",), 256 * 256, costs, {form: bytes_of(256, 256, form, symmetric=False) for form in FORMS})
 
 
-COSTS = Costs(tuple(an_item(0.001 * (n + 1)) for n in range(20)), Ends(((1024, 256),), 10_000), {8: 0.0, 4: 0.1})
+COSTS = Costs(tuple(an_item(0.001 * (n + 1)) for n in range(20)), Ends(((1024, 256),), 10_000), {EIGHT_BITS: 0.0, FOUR_BITS: 0.1})
 # 2 bits are slower than their bytes promise, 8 bits read prompts faster than 4, as kernels do
 SPEEDS = Speeds({
     "2": Usage(0.004, 0.060, 100e6), "4": Usage(0.005, 0.070, 120e6), "8": Usage(0.008, 0.050, 180e6),
@@ -81,8 +82,8 @@ def test_a_plan_shows_what_could_be_made(
 def test_what_was_measured_is_what_is_expected() -> None:
     """Of the artifacts that were measured; others lie between them, and more bytes of the same bits take longer."""
 
-    def of(forms: list[Form], head_bits: int = 8) -> Usage:
-        return SPEEDS.of(COSTS, Fit(head_bits, forms, 0.0, 0))
+    def of(forms: list[Form], head: Head = EIGHT_BITS) -> Usage:
+        return SPEEDS.of(COSTS, Fit(head, forms, 0.0, 0))
 
     for form in MEASURED:
         assert dataclasses.astuple(of([form] * 20)) == pytest.approx(dataclasses.astuple(SPEEDS.usages[str(form.bits)]))
@@ -90,9 +91,9 @@ def test_what_was_measured_is_what_is_expected() -> None:
     assert dataclasses.astuple(between) == pytest.approx((0.0065, 0.060, 150e6), rel=1e-3)
     longer = of([Form(4, 32), Form(8, 64)] * 10)
     assert longer.decode_s > between.decode_s and (longer.memory or 0) > (between.memory or 0)
-    head = of([Form(4, 64)] * 20, 4)
+    head = of([Form(4, 64)] * 20, FOUR_BITS)
     assert dataclasses.astuple(head) == pytest.approx(dataclasses.astuple(SPEEDS.usages["head"]))
-    both = of([Form(8, 64)] * 20, 4)  # a head of few bits does the same beside other blocks
+    both = of([Form(8, 64)] * 20, FOUR_BITS)  # a head of few bits does the same beside other blocks
     assert dataclasses.astuple(both) == pytest.approx((0.0075, 0.051, 150e6))
 
 

@@ -14,6 +14,7 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.budget import Costs, carried, ends_of, fit
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item
 from families import TINY
 from gguf import GGMLQuantizationType
@@ -78,7 +79,7 @@ def test_what_stays_is_counted_as_it_ships(tiny: Path, text: Path, tmp_path: Pat
     names = [name for name in checkpoint.weights.matrices if ".layers." in name]
     ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), names)
     blocks = sum(linear.nbytes for name in names if (linear := checkpoint.weights.packed(name)))
-    assert 0 <= blocks + ends.bytes(8, 32) + ends.rest - whole_bytes(made) <= SLACK
+    assert 0 <= blocks + ends.bytes(EIGHT_BITS, 32) + ends.rest - whole_bytes(made) <= SLACK
 
 
 @pytest.mark.families
@@ -105,10 +106,10 @@ def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:
     names = [name for name in Checkpoint(tiny).weights.names if "proj" in name]
     ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), [name.removesuffix(".weight") for name in names])
     items = (item(1.0),) * 40
-    four = ends.bytes(4, 64) + ends.rest + sum(row.bytes[Form(8, 64)] for row in items)
-    assert fit(Costs(items, ends, {8: 0.0, 4: 1e-9}), four).head_bits == 4
-    eight = ends.bytes(8, 64) + ends.rest + sum(row.bytes[Form(4, 64)] for row in items)
-    assert fit(Costs(items, ends, {8: 0.0, 4: 9.0}), eight).head_bits == 8
+    four = ends.bytes(FOUR_BITS, 64) + ends.rest + sum(row.bytes[Form(8, 64)] for row in items)
+    assert fit(Costs(items, ends, {EIGHT_BITS: 0.0, FOUR_BITS: 1e-9}), four).head == FOUR_BITS
+    eight = ends.bytes(EIGHT_BITS, 64) + ends.rest + sum(row.bytes[Form(4, 64)] for row in items)
+    assert fit(Costs(items, ends, {EIGHT_BITS: 0.0, FOUR_BITS: 9.0}), eight).head == EIGHT_BITS
 
 
 @pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000B", 5000)])

@@ -17,6 +17,7 @@ from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions
 from edgepress.pipeline.own_text import kept
 from edgepress.pipeline.quantize import choose
 from edgepress.pipeline.quantize.choose import EIGHT
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
 from edgepress.pipeline.quantize.mix import Form
 from edgepress.pipeline.quantize.stage import Chosen
 
@@ -113,11 +114,18 @@ def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_the_model
 
 
 @pytest.mark.parametrize(
-    ("method", "tuned", "head_bits", "left"),
-    [("gptq", False, 4, 0.5), ("gptq", True, 4, 0.45), ("gptq", False, 8, 1), ("gptqmodel", True, 4, 1), ("rtn", True, 4, 0.9)],
+    ("method", "tuned", "head", "left"),
+    [
+        ("gptq", False, FOUR_BITS, 0.5),
+        ("gptq", True, FOUR_BITS, 0.45),
+        ("gptq", False, EIGHT_BITS, 1),
+        ("gptq", False, Head(8, ("16-31",)), 0.5),
+        ("gptqmodel", True, FOUR_BITS, 1),
+        ("rtn", True, FOUR_BITS, 0.9),
+    ],
 )
-def test_a_head_loses_what_its_method_leaves(method: str, tuned: bool, head_bits: int, left: float) -> None:
-    assert choose.left_of_head(QuantizeOptions(method=method, tuned=tuned), head_bits) == left
+def test_a_head_loses_what_its_method_leaves(method: str, tuned: bool, head: Head, left: float) -> None:
+    assert choose.left_of_head(QuantizeOptions(method=method, tuned=tuned), head) == left
 
 
 def test_bits_for_what_the_model_writes_are_judged_by_prose_as_well() -> None:
