@@ -351,15 +351,15 @@ class QuantizeOptions(Options):
     max_growth: float | None = option(
         None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
         "on the calibration text, on what the model writes and, where none is given, on technical prose; where that saves a fifth "
-        "of the bytes, or with --tuned, as few as that allows, matrix by matrix",
+        "of the bytes, or with --tuned, as few as that allows, matrix by matrix, and 4 for rare tokens in the head",
     )  # fmt: skip
     target_bits: float | None = option(
         None, "mean bits of a block weight, scales and zero points counted (between 2.4 and 8.4): every matrix gets 2, 4 or 8 bits "
         "in groups of 32 to 128, so that the measured loss is least",
     )  # fmt: skip
     max_size: str | None = option(
-        None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2, 4 or 8 bits, and the head 4 or "
-        "8, so that the measured loss is least", metavar="SIZE",
+        None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2, 4 or 8 bits, and the head 4, 8, "
+        "or 4 for its rare tokens, so that the measured loss is least", metavar="SIZE",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")

@@ -65,7 +65,7 @@ def test_a_plan_shows_what_could_be_made(
     options = PlanOptions(method="rtn", max_size="1.1MB", speed=False)
     points = frontier(Artifact.load(tiny), options).points
     sizes, growths = [point.size for point in points], [point.growth for point in points]
-    assert len(points) > 5 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
+    assert len(points) > 4 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
     assert [point.size <= 1.1e6 for point in points if point.asked] == [True]
     assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
     monkeypatch.setattr(choose, "_Trial", None)  # what is kept needs no model
