@@ -9,9 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepress.models import REFERENCE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float16"}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -161,19 +164,33 @@ def described(folder: Path) -> dict[str, Any]:
 
     model = ir.load(folder / "model.onnx")
     vocabulary = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
-    bits, weights, head = 0, 0, "float"
+    bits, weights, heads = 0, 0, []
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             rows, columns = (node.attributes[key].as_int() for key in ("N", "K"))
             width, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
-            if rows == vocabulary:
-                head = f"{width} bits, block {block}"
+            if rows == vocabulary or (node.name or "").startswith("lm_head."):  # in parts, where rare tokens have fewer bits
+                heads.append((rows, width, block))
             else:
                 weights += rows * columns
-                bits += 8 * sum(v.const_value.nbytes for v in node.inputs[1:] if v is not None and v.const_value is not None)
+                stored = [_stored(value) for value in node.inputs[1:] if value is not None]
+                bits += 8 * sum(tensor.nbytes for tensor in stored if tensor is not None)
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     block_bits = bits / weights if weights else 32.0
+    head = "float"
+    if heads:
+        _, width, block = max(heads, key=lambda part: part[1])
+        few = {other for _, other, _ in heads} - {width}
+        share = sum(rows for rows, other, _ in heads if other in few) / vocabulary
+        head = f"{width} bits, block {block}" + "".join(f", {n} for {100 * share:.0f} % of the tokens" for n in few)
     return {"bytes_per_token": weight_bytes_per_token(model), "head": head, "block_bits": block_bits, "file_bytes": size}
+
+
+def _stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The array behind a constant input: scales are kept in float16 and cast."""
+    producer = value.producer()
+    read = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    return None if read is None else read.const_value
 
 
 def process(python: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 pytestmark = pytest.mark.consumers
 IN_NODE = ("reference", "qwen2")  # a layout that all others read, too
 PROMPT, COUNT = "The old house stood at the end of the lane, and", 24
+RARE = ("256-767", "2000-4999")  # rows of the head that have 4 bits
 MESSAGES = [
     {"role": "user", "content": "Good morning, Zoë."},
     {"role": "assistant", "content": "And to you."},
@@ -81,7 +82,7 @@ def artifacts(random_model: Callable, text: Path, tmp_path_factory: pytest.TempP
         if name == "qwen2":  # a layer without attention has no cache
             parts = PruneOptions(parts="attention", remove_layers=(1,), calibration=text)
             made = stages.run("prune", made, folder / "parts", parts)
-        made = stages.run("quantize", made, folder / "packed", QuantizeOptions(method="rtn", group_size=32))
+        made = stages.run("quantize", made, folder / "packed", QuantizeOptions(method="rtn", group_size=32, rare_rows=RARE))
         layout = NODE if name in IN_NODE else PLAIN
         options = ExportOptions(text=text, accuracy_level="0" if settings else "4", layout=layout)
         found[name] = stages.run("export", made, folder / "onnx", options).path

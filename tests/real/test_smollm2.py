@@ -50,10 +50,16 @@ def test_no_layer_goes_that_the_model_needs(built: Path) -> None:
 def test_bits_are_chosen_and_the_reason_is_given(built: Path) -> None:
     quantized = facts(built, "quantize")
     assert quantized["chosen"]["method"] == "gptq" and "5 % is allowed" in quantized["chosen_because"]
-    expected = {float(bits): growth for bits, growth in quantized["expected_growth"].items()}
-    assert expected[4] > 0.05 > expected[8], "the mix would not be needed"
-    (mixed,) = (bits for bits in expected if 4 < bits < 8)
-    assert 0 < expected[mixed] <= 0.05 and quantized["chosen"]["bits_for"]
+    expected = quantized["expected_growth"]
+    assert expected["4"] > 0.05 > expected["8"], "the mix would not be needed"
+    *_, (taken, growth) = expected.items()
+    assert 4 < float(taken.partition(" ")[0]) < 8 and 0 < growth <= 0.05 and quantized["chosen"]["bits_for"]
+
+
+def test_rare_tokens_have_four_bits(built: Path) -> None:
+    quantized = facts(built, "quantize")
+    few, rows = quantized["rare_rows"]
+    assert 0.3 < few / rows < 0.9 and quantized["chosen"]["rare_rows"]
 
 
 def test_int8_activations_ship_though_they_change_top_tokens(built: Path) -> None:
