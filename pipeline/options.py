@@ -23,6 +23,7 @@ HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is me
 # As calibration text: what the model itself writes, and the shipped prose with as much of that.
 SELF, MIXED = Path("self"), Path("mixed")
 WRITTEN = (SELF, MIXED)
+NONE = "none"  # of --rare-rows
 OWN_TOKENS = 8192  # that the model writes for MIXED at most, and to be judged by
 COST_TOKENS = 8192  # that show what each matrix costs
 SAMPLER = 3  # to be raised when own_text/ writes other ids than before
@@ -341,8 +342,8 @@ class QuantizeOptions(Options):
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
     )
     rare_rows: tuple[str, ...] = option(
-        (), "rows of a head of 8 bits that get 4, as '9216-49151': ids of tokens that are seldom likely; repeat the flag for more "
-        "(--max-growth and --max-size find them)", rules=True,
+        (), "rows of a head of 8 bits that get 4, as '9216-49151': ids of tokens that are seldom likely; repeat the flag for more. "
+        "--max-growth and --max-size find them, unless this is none", rules=True,
     )  # fmt: skip
     embedding_bits: int | None = option(
         None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
@@ -404,8 +405,9 @@ class QuantizeOptions(Options):
             )
         self._check_choice()
         bits_rules(self.bits_for)
-        if rows_of(self.rare_rows) and self.head_bits != 8:
-            raise OptionError(f"--rare-rows is for a head of 8 bits, and it has {self.head_bits}; leave either out")
+        if rows_of(self.rare_rows) and (self.head_bits != 8 or row.run is None):
+            having = f"it has {self.head_bits}" if row.run else f"{name} leaves it as it is"
+            raise OptionError(f"--rare-rows is for a head of 8 bits, and {having}; leave either out")
 
     def _check_choice(self) -> None:
         """What chooses the bits itself leaves nothing else to say of them."""
@@ -418,13 +420,15 @@ class QuantizeOptions(Options):
             raise OptionError(f"{choosing[0]} chooses the bits; leave it or --bits and --bits-for out")
         if not METHODS[self.method].adjustable:
             raise OptionError(f"{choosing[0]} is for {joined(ADJUSTABLE, 'and')}, and the method is {self.method}; leave it out")
+        if self.max_growth is not None and rows_of(self.rare_rows):
+            raise OptionError("--max-growth chooses the rare rows; leave --rare-rows out, or give none")
         if self.max_growth is not None and self.max_growth <= 0:
             raise OptionError(f"--max-growth must be greater than 0, not {self.max_growth}")
         if self.target_bits is not None:
             _check_target_bits(self.target_bits)
         if self.max_size is not None:
             size_in_bytes(self.max_size, "--max-size")
-            if self.head_bits != 8 or self.embedding_bits is not None or self.rare_rows:
+            if self.head_bits != 8 or self.embedding_bits is not None or rows_of(self.rare_rows):
                 raise OptionError(
                     "--max-size chooses the bits of head and embedding; leave --head-bits, --embedding-bits and --rare-rows out"
                 )
@@ -435,7 +439,7 @@ class QuantizeOptions(Options):
         chosen = any(x is not None for x in (self.max_growth, self.target_bits, self.max_size)) or self.act_order
         if (
             chosen
-            or self.rare_rows
+            or rows_of(self.rare_rows)
             or 4 in (self.head_bits, self.embedding_bits)
             or any(rule.bits != 16 for rule in bits_rules(self.bits_for))
         ):
@@ -507,9 +511,9 @@ def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
 
 
 def rows_of(ranges: tuple[str, ...]) -> list[slice]:
-    """``rare_rows``, read. Raises OptionError for what is no range, or ranges that are not in order."""
+    """``rare_rows``, read; "none" is no row. Raises OptionError for what is no range, or ranges that are not in order."""
     read: list[slice] = []
-    for given in ranges:
+    for given in () if ranges == (NONE,) else ranges:
         first, dash, last = given.partition("-")
         if not (dash and first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and len(given) < 40):
             raise OptionError(f"--rare-rows takes a range of ids, as 9216-49151, not '{given}'")

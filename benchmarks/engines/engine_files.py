@@ -169,7 +169,7 @@ def described(folder: Path) -> dict[str, Any]:
         if node.op_type == "MatMulNBits":
             rows, columns = (node.attributes[key].as_int() for key in ("N", "K"))
             width, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
-            if rows == vocabulary or (node.name or "").startswith("lm_head."):  # in parts, where rare tokens have fewer bits
+            if rows == vocabulary or ".layers." not in (node.name or ""):  # in parts, where rare tokens have fewer bits
                 heads.append((rows, width, block))
             else:
                 weights += rows * columns

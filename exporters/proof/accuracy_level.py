@@ -34,6 +34,8 @@ FASTER = 1.05
 SHARE = 0.1  # of what is lost already, that int8 activations may add
 KL_FLOOR, LOSS_FLOOR = 0.01, 0.005  # nats a token that they may add in any case; a loss of 0.005 is half a per cent of perplexity
 WORST = 4  # matrices that get float activations where int8 adds too much
+# What the portable exporter adds to a name, and the row at which a part of a head begins.
+_ADDED = re.compile(r"\.matmul(\.\d+)?$|(?<=^lm_head)\.\d+$")
 PAIRS = 3
 PROMPT_TOKENS, WARM_UP_TOKENS, TIMED_TOKENS = 16, 2, 24
 SECONDS = 2.0  # of a session at most: some widths have no fast kernel at level 0
@@ -192,12 +194,12 @@ def _candidates(folder: Path, graph: ir.Model, reference: ReferenceLogits, optio
 
 def matrix_names(graph: ir.Model) -> list[str]:
     """The matrices whose operators have an accuracy level, in the order of the graph."""
-    return [matrix_name(node.name) for node in graph.graph if node.op_type == "MatMulNBits"]
+    return list(dict.fromkeys(matrix_name(node.name) for node in graph.graph if node.op_type == "MatMulNBits"))
 
 
 def matrix_name(node: str | None) -> str:
-    """The name under which users know a node: without what the portable exporter adds."""
-    return (node or "").removesuffix(".matmul")
+    """The name under which users know a node: without what the portable exporter adds, and the row at which a part of it begins."""
+    return _ADDED.sub("", node or "")
 
 
 def _decide(proof: Parity, rates: dict[int, float], excess: str) -> tuple[int, str]:

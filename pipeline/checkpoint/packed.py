@@ -181,15 +181,19 @@ class PackedLinear:
 
 
 def in_half(scales: np.ndarray, up: bool = False) -> np.ndarray:
-    """Scales rounded to numbers of float16, still float32; what float16 would lose more than 0.4 % of stays as it is.
+    """Scales rounded to numbers of float16, still float32.
 
-    A quantizer rounds its scales before it finds the codes, so that the codes make up for it. up: to none that is smaller, so that
-    as many steps reach as far, but for what float32 itself rounds.
+    A quantizer rounds its scales before it finds the codes, so that the codes make up for it. Those that float16 would lose more
+    than 0.4 % of become the least that it would not, where others are sixteen times as large: a group of weights of next to nothing
+    must not cost its matrix two bytes a scale. Where all are small they stay as they are. up: to none that is smaller, so that as
+    many steps reach as far, but for what float32 itself rounds.
     """
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
         half = (np.where(half < scales * _SAME, np.nextafter(half, np.float16(np.inf)), half) if up else half).astype(np.float32)
-    return np.where((np.abs(scales) >= _LEAST_HALF) & np.isfinite(half), half, scales)
+    size = np.abs(scales)
+    small = np.copysign(_LEAST_HALF, scales) if size.max(initial=0) >= 16 * _LEAST_HALF else scales
+    return np.where(size < _LEAST_HALF, small, np.where(np.isfinite(half), half, scales)).astype(np.float32)
 
 
 def fit_half(scales: np.ndarray) -> bool:

@@ -24,6 +24,7 @@ from edgepress.pipeline.bench.jobs import ColdJob, ColdSample, SpeedJob, SpeedSa
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.worker import WARM_UP_TOKENS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import FEW_BITS
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
@@ -41,7 +42,7 @@ from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
 MEASURED = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
-HEAD_BITS, FEW_BITS = 8, 4
+HEAD_BITS = 8
 # One more has BASE and a head of few bits, which moves as many bytes as all blocks where the vocabulary is large.
 OF_HEAD = "head"
 ROUNDS = 3

@@ -22,43 +22,44 @@ from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
-from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, group_of
 from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
 from transformers import PreTrainedModel
 
 # A table of positions from this size on is made of two small ones (exporters/graph/rotary.py).
 _LONG_TABLE, _STEP = 2**22, 256
 # Of model.onnx, whose nodes grow with the layers: what four models have, rounded up.
-_GRAPH, _GRAPH_LAYER = 16_000, 5_000
+_GRAPH, _GRAPH_LAYER = 20_000, 5_300
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 # Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
-COUNTING = 4
+COUNTING = 5
 _TRIES = 4
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Embedding and output head: shapes of what is stored, the head's last, one matrix where they are tied, and what else weighs.
+    """Embedding and output head: shapes of those that get a form, the head's last, one matrix where they are tied; and the rest.
 
-    rest: bytes of the artifact besides all matrices that get a form.
+    rest: bytes of the artifact besides all matrices that get a form. with_head: whether the head is among the shapes.
     """
 
     shapes: tuple[tuple[int, int], ...]
     rest: int
+    with_head: bool = True
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the head; 0 where it gets no form."""
-        return self.shapes[-1][0] if self.shapes else 0
+        """Rows of the head; 0 where it gets no bits here."""
+        return self.shapes[-1][0] if self.with_head and self.shapes and group_of(self.shapes[-1][1], 64) else 0
 
     def bytes(self, head: Head, group_size: int) -> int:
         """As ``pack`` stores them, in blocks that divide the width; an embedding of its own has no rare rows."""
         total = 0
         for number, (rows, columns) in enumerate(self.shapes):
-            group = next((g for g in (128, 64, 32, 16) if g <= group_size and columns % g == 0), None)
-            form = head if number == len(self.shapes) - 1 else Head(head.bits)
+            group = group_of(columns, group_size)
+            form = head if self.with_head and number == len(self.shapes) - 1 else Head(head.bits)
             total += rows * columns * 4 if group is None else form.bytes(rows, columns, group)
         return total
 
@@ -88,6 +89,7 @@ class Costs:
             "items": rows,
             "shapes": self.ends.shapes,
             "rest": self.ends.rest,
+            "with_head": self.ends.with_head,
             "head": [[head.bits, head.rare, cost] for head, cost in self.head.items()],
         }
 
@@ -98,7 +100,11 @@ class Costs:
             Item(tuple(row["names"]), int(row["weights"]), _by_form(row["costs"], float), _by_form(row["bytes"], int))
             for row in content["items"]
         )
-        ends = Ends(tuple((int(rows), int(columns)) for rows, columns in content["shapes"]), int(content["rest"]))
+        ends = Ends(
+            tuple((int(rows), int(columns)) for rows, columns in content["shapes"]),
+            int(content["rest"]),
+            bool(content["with_head"]),
+        )
         heads = {Head(int(bits), tuple(map(str, rare))): float(cost) for bits, rare, cost in content["head"]}
         return cls(items, ends, heads)
 
@@ -128,7 +134,8 @@ def ends_of(checkpoint: Checkpoint, model: PreTrainedModel, chosen: Sequence[str
     floats = sum(4 * parameter.numel() for parameter in model.parameters() if id(parameter) not in taken)
     files = carried(checkpoint) + _FACTS + _RULE * len(chosen) + _CONFIGS
     graph = _GRAPH + (_GRAPH_LAYER + _scales(model)) * checkpoint.layers
-    return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph)
+    with_head = id(model.get_output_embeddings().weight) not in kept
+    return Ends(tuple(ends.values()), floats + codes + _tables(model) + files + graph, with_head)
 
 
 def _scales(model: PreTrainedModel) -> int:

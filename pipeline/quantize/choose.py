@@ -33,7 +33,7 @@ from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRI
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, check_possible, ends_of, fit
-from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, rounded_head, weights_of_tokens
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, group_of, rounded_head, weights_of_tokens
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -185,11 +185,12 @@ class _Trial:
         limit: float = math.inf,
         all_texts: bool = True,
         head: Head = EIGHT_BITS,
+        group_size: int = EIGHT.group_size,
     ) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
 
         factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. all_texts: judge by all,
-        not by the calibration text alone. head: in this form, where it has rare rows.
+        not by the calibration text alone. head: in this form and in such groups, where it has rare rows.
         """
         self.growth[bits] = -1.0
         for number, text in enumerate(self._all_texts() if all_texts else self.texts[:1]):
@@ -198,7 +199,9 @@ class _Trial:
                 forms_of_all.enter_context(rounded(model.modules, forms, self.options.symmetric, self.weights))
                 if head.rare:
                     module = model.blocks.model.get_output_embeddings()
-                    forms_of_all.enter_context(rounded_head(module, head, EIGHT.group_size))
+                    forms_of_all.enter_context(
+                        rounded_head(module, head, group_of(module.weight.shape[1], group_size) or group_size)
+                    )
                 losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
             del model
             change = factor * float((losses - text.losses).mean())
@@ -222,14 +225,16 @@ class _Trial:
         """What heads cost, nats a token: one of 8 bits nothing, and those with few bits for rare tokens, fewest bytes first.
 
         The first of them is measured; the others cost less as the weights of their rare rows are less. None has rare rows where the
-        head's bits are given, or nothing but whole rows has a scale.
+        head's bits are given, only whole rows have a scale, or gptqmodel quantizes, which would leave the head to rounding.
         """
         if self._heads is None:
             options, self._heads = self.options, {EIGHT_BITS: 0.0}
             given = options.head_bits != EIGHT.bits or options.rare_rows or options.embedding_bits is not None
-            if not given and options.group > 0 and self.ends().shapes:
+            by_row = options.group <= 0 and options.max_size is None
+            if not (given or by_row or options.method == "gptqmodel") and self.ends().vocabulary:
                 windows = self._windows(HEAD_TOKENS, min(TRIAL_WINDOW, self.context), self.resolved())
                 found = candidates(weights_of_tokens(self._model().blocks, progress(windows, "rare tokens", "window")))
+                found = {head: share for head, share in found.items() if self.saved_by_head(head) > 0}
                 for first, largest in list(found.items())[:1]:
                     cost = self._head_cost(first)
                     self._heads = {head: cost * share / largest for head, share in found.items()} | self._heads
@@ -243,6 +248,7 @@ class _Trial:
             with rounded_head(model.blocks.model.get_output_embeddings(), head, EIGHT.group_size):
                 name = f"head of {head.mean_bits(self.ends().vocabulary):.2g} bits, text {number + 1}"
                 losses = exact_losses(model.blocks, progress(text.windows, name, "window"))
+            del model  # the next text may be one that another copy of it writes
             changes.append(float((losses - text.losses).mean()))
         return max(0.0, float(np.mean(changes)))
 
@@ -289,9 +295,10 @@ def _judging(options: QuantizeOptions) -> list[QuantizeOptions]:
 
 def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
     """The file that keeps the costs, by what decides them: the weights, and the text; asked: as it was asked for, by which the
-    head's text is chosen.
+    texts that judge a head are chosen.
     """
     parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
+    parts += [options.calibration_seed, options.head_bits, options.rare_rows, options.embedding_bits, options.method == "gptqmodel"]
     parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
     name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
@@ -354,15 +361,15 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     uniform = Form(options.weight_bits, options.group)
     if trial.measure(str(uniform.bits), trial.all(uniform), left_of_uniform, limit) <= limit:
         chosen = replace(settled, bits=uniform.bits, group_size=uniform.group_size)
-        room = math.log1p(limit) - math.log1p(trial.growth[str(uniform.bits)])
-        for head in [head for head, cost in trial.heads().items() if head.rare and left_of_uniform * cost <= room]:
-            name = _named(str(uniform.bits), head, trial)
-            if trial.measure(name, trial.all(uniform), left_of_uniform, limit, head=head) <= limit:
+        room = math.log1p(AIM * limit) - math.log1p(trial.growth[str(uniform.bits)])
+        for head in [head for head, cost in _heads(trial).items() if head.rare and left_of_uniform * cost <= room]:
+            name, group = _named(str(uniform.bits), head, trial), uniform.group_size
+            if trial.measure(name, trial.all(uniform), left_of_uniform, limit, head=head, group_size=group) <= AIM * limit:
                 return Chosen(replace(chosen, rare_rows=head.rare), _because(trial.growth, limit, name), trial.growth)
         return Chosen(chosen, _because(trial.growth, limit, str(uniform.bits)), trial.growth)
     eight = replace(_by_rounding(settled), bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     worth = WORTH_TUNED if options.tuned else WORTH
-    most = trial.saved(trial.all(Form(4, 64)), next(iter(trial.heads())))
+    most = trial.saved(trial.all(Form(4, 64)), next(iter(_heads(trial))))
     if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or most < worth:
         return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     items = trial.items()
@@ -381,9 +388,10 @@ def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:
 
 
 def left_of_head(options: QuantizeOptions, head: Head) -> float:
-    """The same of a head, whose rows of 8 bits are rounded, and all by gptqmodel."""
-    few = head.bits < EIGHT.bits or head.rare
-    return left_of(options) if few and options.method != "gptqmodel" else 1.0
+    """The same of a head, which is rounded at 8 bits, and by gptqmodel in any case."""
+    if options.method == "gptqmodel" or head == EIGHT_BITS:
+        return 1.0
+    return left_of(replace(options, tuned=False) if head.rare else options)  # a tune stage does not train rare rows
 
 
 def _in_bytes(trial: _Trial, settled: QuantizeOptions, size: int) -> Chosen:
@@ -422,7 +430,7 @@ def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: 
     for _ in range(TRIALS):
         found = [
             (forms, head)
-            for head, cost in trial.heads().items()
+            for head, cost in _heads(trial).items()
             if cost < allowed and (forms := solve(items, (Form(4, 32), BASE, EIGHT), cost=allowed - cost))
         ]
         forms, head = max(found, key=lambda pair: trial.saved(by_matrix(items, pair[0]), pair[1]))
@@ -430,11 +438,17 @@ def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: 
             return None
         name = _named(f"{mean_bits(items, forms):.1f}", head, trial)
         of_method = 1.0 if set(forms) == {EIGHT} else left  # calibration wins nothing there
-        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head)
+        group = most_common(forms, items).group_size
+        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head, group_size=group)
         if growth <= limit:
             return _Mix(forms, head, name)
         allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
     return None
+
+
+def _heads(trial: _Trial) -> dict[Head, float]:
+    """The heads to choose from and what they cost: before a tune stage, which does not train the scales of rare rows, one."""
+    return {EIGHT_BITS: 0.0} if trial.options.tuned else trial.heads()
 
 
 def _named(bits: str, head: Head, trial: _Trial) -> str:

@@ -46,8 +46,7 @@ class Head(NamedTuple):
 
     def mean_bits(self, rows: int) -> float:
         """Bits of a weight, without scales and zero points."""
-        counts = [((part.stop - part.start), bits) for part, bits in self.parts(rows)]
-        return float(sum(count * bits for count, bits in counts) / max(1, sum(count for count, _ in counts)))
+        return sum((part.stop - part.start) * bits for part, bits in self.parts(rows)) / rows if rows else float(self.bits)
 
     def bytes(self, rows: int, columns: int, group_size: int) -> int:
         """As they are stored: no zero points at 8 bits."""
@@ -58,6 +57,11 @@ class Head(NamedTuple):
 
 
 EIGHT_BITS, FOUR_BITS = Head(8), Head(4)
+
+
+def group_of(width: int, longest: int) -> int | None:
+    """Weights with a common scale in embedding and head, None where they stay float: it divides the width, for both read it."""
+    return next((size for size in (128, 64, 32, 16) if size <= longest and width and width % size == 0), None)
 
 
 def weights_of_tokens(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarray:
@@ -79,6 +83,8 @@ def rare_rows(weights: np.ndarray, share: float) -> tuple[str, ...]:
     where there are none.
     """
     size = max(LEAST_ROWS, -(-len(weights) // _PIECES // LEAST_ROWS) * LEAST_ROWS)
+    if len(weights) < 2 * size:
+        return ()
     begins = np.arange(0, len(weights) // size * size, size)  # the last piece is longer
     lost, rows = np.add.reduceat(weights, begins), np.diff([*begins, len(weights)]) / len(weights)
     low, high, found = -30.0, 30.0, np.zeros(len(begins), dtype=bool)
@@ -128,6 +134,9 @@ def rounded_head(module: torch.nn.Module, head: Head, group_size: int) -> Iterat
 
 
 def candidates(weights: np.ndarray, shares: Sequence[float] = SHARES) -> dict[Head, float]:
-    """Heads with few bits for rows of at most such shares of the weights, and their share: fewest bytes first, each once."""
+    """Heads with few bits for rows of at most such shares of the weights (vocabulary,), with the share that they have.
+
+    Fewest bytes first, each once.
+    """
     heads = [Head(8, rows) for rows in dict.fromkeys(rare_rows(weights, share) for share in shares) if rows]
     return {head: float(sum(weights[rows].sum() for rows in rows_of(head.rare))) for head in heads}

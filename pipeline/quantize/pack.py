@@ -13,12 +13,13 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.packed import FEW_BITS, PackedLinear, with_few_bits
+from edgepress.pipeline.checkpoint.packed import FEW_BITS, LEAST_ROWS, MOST_PARTS, PackedLinear, with_few_bits
 from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, folder_bytes, write_json
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions, rows_of
+from edgepress.pipeline.quantize.head import Head, group_of
 from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows
 from edgepress.pipeline.quantize.plan import plan, with_full_names
 from edgepress.pipeline.quantize.proof import prove_errors, prove_written
@@ -114,8 +115,7 @@ def _ends(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptio
         if name in checkpoint.weights.matrices or bits == 16:  # the former have codes, which stay as they are
             continue
         width = checkpoint.shapes.get(f"{name}.weight", (0, 0))[1]
-        longest = options.group if options.group > 0 else 128
-        group = next((g for g in (128, 64, 32, 16) if g <= longest and width and width % g == 0), None)
+        group = group_of(width, options.group if options.group > 0 else 128)
         if group is None:
             log.info("quantize: %s stays float (no group size divides its width)", name)
             continue
@@ -130,6 +130,12 @@ def _rare_rows(ends: _Ends, model: PreTrainedModel, options: QuantizeOptions) ->
         raise OptionError("--rare-rows is for a head that is quantized here, and this one keeps its weights; leave it out")
     if rare and rare[-1].stop > vocabulary:
         raise OptionError(f"--rare-rows {options.rare_rows[-1]} ends beyond the {vocabulary} rows of the head; give less")
+    parts = Head(8, options.rare_rows).parts(vocabulary)
+    if rare and (len(parts) > MOST_PARTS or len(parts) < 2 or any(rows.stop - rows.start < LEAST_ROWS for rows, _ in parts)):
+        raise OptionError(
+            f"--rare-rows divides the {vocabulary} rows of the head into {len(parts)} parts; give ranges that make 2 to "
+            f"{MOST_PARTS} of at least {LEAST_ROWS} rows each"
+        )
     return rare
 
 

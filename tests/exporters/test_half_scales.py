@@ -67,8 +67,18 @@ def test_scales_are_rounded_to_what_half_holds() -> None:
     assert fit_half(nearest) and fit_half(above) and (above >= scales * np.float32(1 - 1e-6)).all()
     assert np.abs(nearest / scales - 1).max() < 0.004 and np.abs(above / scales - 1).max() < 0.004
     assert np.array_equal(in_half(nearest, up=True), nearest)
-    off = np.array([1e-5, 1e-7, 7e4, 0.0], dtype=np.float32)
+    off = np.array([1e-5, 1e-7, 7e-6], dtype=np.float32)
     assert np.array_equal(in_half(off), off) and np.array_equal(in_half(-nearest), -nearest)
+    assert in_half(np.array([7e4], dtype=np.float32))[0] == np.float32(7e4)
+
+
+def test_a_group_of_next_to_nothing_does_not_cost_its_matrix_two_bytes_a_scale() -> None:
+    """An untrained token among others: its weights are lost, which is nothing beside a step of the others."""
+    weight = WEIGHT.copy()
+    weight[5] *= 1e-7
+    for bits in (4, 8):
+        linear = round_to_nearest("m", weight, bits, 32, bits == 8)
+        assert fit_half(linear.scales) and np.abs(linear.dequantized() - weight)[5].max() < 2**-16
 
 
 @pytest.mark.parametrize("step", [0.0123, 0.000731, 1.7])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from edgepress.exporters.proof.accuracy_level import matrix_name
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -66,6 +67,11 @@ def test_the_artifact_computes_what_the_checkpoint_does(
     linear, eight = PackedFile(packed.path)[name], PackedFile(whole.path)[name]
     assert [part.bits for _, part in by_bits(linear)] == [8, 4, 8, 4]
     assert np.array_equal(linear.codes[:64], eight.codes[:64]) and linear.nbytes < eight.nbytes
+    rare = np.r_[64 : rows // 2, rows - 50 : rows]
+    weight = Checkpoint(source).tensor(f"{name}.weight").float().numpy()[rare]  # type: ignore[union-attr]
+    plain = round_to_nearest("m", weight, 4, 32, False).dequantized()
+    error, least = (np.linalg.norm(found - weight) for found in (linear.dequantized()[rare], plain))
+    assert 0 < error < 2 * least and (error == least) == (method == "rtn")  # rows in their places
 
     made = stages.run("export", packed, tmp_path / "onnx", ExportOptions(exporter=exporter, accuracy_level="0", text=text))
     graph = ir.load(made.path / "model.onnx").graph
@@ -87,6 +93,7 @@ def test_the_artifact_computes_what_the_checkpoint_does(
         ({"rare_rows": ("5-9", "10-12")}, "with gaps"),
         ({"rare_rows": ("5-9",), "head_bits": 4}, "head of 8 bits"),
         ({"rare_rows": ("5-9",), "max_size": "9MB"}, "leave --head-bits"),
+        ({"rare_rows": ("5-9",), "max_growth": 0.05}, "chooses the rare rows"),
     ],
 )
 def test_ranges_that_say_nothing_are_refused(given: dict, message: str) -> None:
@@ -94,7 +101,32 @@ def test_ranges_that_say_nothing_are_refused(given: dict, message: str) -> None:
         QuantizeOptions(method="rtn", **given)
 
 
-def test_rows_that_a_head_does_not_have_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="ends beyond"):
-        stages.run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="rtn", rare_rows=("5-999999",)))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(("5-999999",), "ends beyond"), (("3-999",), "into 3 parts"), (("64-70",), "into 3 parts")],
+)
+def test_rows_that_a_head_cannot_store_so_are_refused(given: tuple[str, ...], message: str, tiny: Path, tmp_path: Path) -> None:
+    """Else the manifest would tell of bytes that nothing saved."""
+    with pytest.raises(OptionError, match=message):
+        stages.run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="rtn", rare_rows=given))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_rows_at_all_are_asked_for_by_none(tiny: Path, tmp_path: Path) -> None:
+    made = stages.run("quantize", Artifact.load(tiny), tmp_path / "out", QuantizeOptions(method="rtn", rare_rows=("none",)))
+    assert "rare_rows" not in made.steps[-1].facts
+    assert QuantizeOptions(max_size="9MB", rare_rows=("none",)).rare_rows == ("none",)
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ("lm_head.24384", "lm_head"),
+        ("model.embed_tokens.matmul.64", "model.embed_tokens"),
+        ("lm_head", "lm_head"),
+        ("model.layers.0.mlp.down_proj.matmul", "model.layers.0.mlp.down_proj"),
+        ("transformer.h.0.mlp.2", "transformer.h.0.mlp.2"),
+    ],
+)
+def test_the_parts_of_a_head_are_one_matrix_to_users(node: str, name: str) -> None:
+    assert matrix_name(node) == name

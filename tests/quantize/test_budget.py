@@ -98,7 +98,7 @@ def test_a_size_that_is_not_kept_to_is_told(
 
 def item(cost: float) -> Item:
     costs = {form: cost * 4.0**-form.bits for form in FORMS}
-    return Item(("a",), 64 * 64, costs, {form: 64 * (64 * form.bits // 8 + 4 * (64 // min(form.group_size, 64))) for form in FORMS})
+    return Item(("a",), 64 * 64, costs, {form: 64 * (64 * form.bits // 8 + 2 * (64 // min(form.group_size, 64))) for form in FORMS})
 
 
 def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:

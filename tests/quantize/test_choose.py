@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions
 from edgepress.pipeline.own_text import kept
 from edgepress.pipeline.quantize import choose
@@ -76,6 +78,34 @@ def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: 
     assert len(trial.texts) == 1  # the first text settled it: the model wrote nothing
     monkeypatch.setattr(choose, "readable", lambda *_: False)
     assert len(list(trial._all_texts())) == 2  # a model of stories is not judged by what it cannot read
+
+
+def test_rare_tokens_get_four_bits_where_the_limit_allows(
+    tiny: Path, settled: Callable[..., Chosen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside 4 bits everywhere, beside a mix, and never where the head's bits are given, or a tune stage would not train them."""
+    zipf = 1 / np.arange(1, 5121)  # what a trained model's weights are like
+    monkeypatch.setattr(choose, "weights_of_tokens", lambda *_: zipf / zipf.sum())
+    uniform = settled(max_growth=10.0)
+    assert uniform.options.bits == 4 and uniform.options.rare_rows and len(uniform.growth) == 2
+    assert list(uniform.growth.values())[-1] <= 8.0 and "(head " in uniform.because
+    monkeypatch.setattr(choose, "WORTH", 0.02)
+    mixed = settled(max_growth=uniform.growth["4"] / 3).options
+    assert mixed.bits_for and mixed.rare_rows
+    for given in ({"rare_rows": ("none",)}, {"head_bits": 16}, {"embedding_bits": 8}, {"tuned": True}):
+        assert settled(max_growth=10.0, **given).options.rare_rows == given.get("rare_rows", ())
+    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    costs, ends = trial.heads(), trial.ends()
+    sizes = [ends.bytes(head, 64) for head in costs]
+    assert len(costs) > 2 and sizes == sorted(sizes) and list(costs)[-1] == EIGHT_BITS and costs[EIGHT_BITS] == 0
+    (least, *_) = costs
+    plain = QuantizeOptions(method="rtn", bits=4, group_size=64)
+    made = [
+        stages.run("quantize", Artifact.load(tiny), tmp_path / str(number), replace(plain, rare_rows=rare))
+        for number, rare in enumerate((least.rare, ()))
+    ]
+    stored = [sum(PackedFile(folder.path)[name].nbytes for name in ("model.embed_tokens", "lm_head")) for folder in made]
+    assert stored == [ends.bytes(least, 64), ends.bytes(EIGHT_BITS, 64)]
 
 
 @pytest.mark.usefixtures("settled")
