@@ -1,8 +1,8 @@
 """Which rows of the output head get few bits: those of tokens that are seldom likely.
 
 A quarter to two thirds of a small model is its vocabulary, and most of that belongs to tokens that hardly ever come. What an error
-d of a token's logit costs is, to second order, p (1 - p) d^2 / 2 nats, p its probability: the first tenth of SmolLM2's rows has
-five sixths of that, and the others may have 4 bits for a fourth to two fifths of what 4 bits everywhere cost
+d of a token's logit costs is, to second order, p (1 - p) d^2 / 2 nats, p its probability: the first ninth of SmolLM2's rows has
+four fifths of that, and the others may have 4 bits for a fourth to two fifths of what 4 bits everywhere cost
 (docs/quantization.md).
 """
 
