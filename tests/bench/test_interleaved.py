@@ -41,10 +41,10 @@ def compared(build: Path, tiny: Path, text: Path, edgepress: Call, tmp_path_fact
         packed = PackedFile(build / "03-quantize")
         scales = packed["model.layers.1.mlp.down_proj"].scales
         data = bytearray((copy / "model.onnx.data").read_bytes())
-        offset = data.find(scales.astype("<f4").tobytes())
+        offset = data.find(scales.astype("<f2").tobytes())
         assert offset >= 0
-        value = np.frombuffer(bytes(data[offset : offset + 4]), "<f4")[0]
-        data[offset : offset + 4] = np.float32(value / 2).tobytes()
+        value = np.frombuffer(bytes(data[offset : offset + 2]), "<f2")[0]
+        data[offset : offset + 2] = np.float16(value / 2).tobytes()
         (copy / "model.onnx.data").write_bytes(data)
 
     # beside their checkpoints, as in a build, so that their stages are found
