@@ -23,7 +23,7 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import MANIFEST, JsonObject, folder_bytes
 from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, group_of
-from edgepress.pipeline.quantize.mix import EIGHT, FORMS, Form, Item, bytes_of, most_common, solve
+from edgepress.pipeline.quantize.mix import EIGHT, FORMS, HEAD_GROUP, Form, Item, bytes_of, solve
 from transformers import PreTrainedModel
 
 # A table of positions from this size on is made of two small ones (exporters/graph/rotary.py).
@@ -34,7 +34,6 @@ _GRAPH, _GRAPH_LAYER = 20_000, 5_300
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 # Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
 COUNTING = 5
-_TRIES = 4
 Number = TypeVar("Number", int, float)
 
 
@@ -190,7 +189,7 @@ def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -
     for name in matrices.keys() - checkpoint.spared(matrices):
         blocks[int(name.split(".")[place])] += min(bytes_of(*matrices[name], form, options.symmetric) for form in FORMS)
     ends = Ends(tuple(_shapes_of_ends(model).values()), 0)
-    least = sum(sorted(blocks.values())[:layers]) + ends.bytes(FOUR_BITS, 64)
+    least = sum(sorted(blocks.values())[:layers]) + ends.bytes(FOUR_BITS, HEAD_GROUP)
     assert options.max_size is not None
     if checkpoint.weights.matrices or least <= size_in_bytes(options.max_size, "--max-size"):
         return
@@ -202,13 +201,13 @@ def check_possible(source: Path, options: QuantizeOptions, layers: int | None) -
 
 def least_size(costs: Costs) -> int:
     """Bytes of the smallest artifact."""
-    ends = min(costs.ends.bytes(head, 64) for head in costs.head)
+    ends = min(costs.ends.bytes(head, HEAD_GROUP) for head in costs.head)
     return sum(min(item.bytes.values()) for item in costs.items) + ends + costs.ends.rest
 
 
 def largest_size(costs: Costs) -> int:
     """Bytes of the artifact with 8 bits everywhere."""
-    return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(EIGHT_BITS, EIGHT.group_size) + costs.ends.rest
+    return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(EIGHT_BITS, HEAD_GROUP) + costs.ends.rest
 
 
 def fit(costs: Costs, size: int) -> Fit:
@@ -227,17 +226,12 @@ def fit(costs: Costs, size: int) -> Fit:
 
 
 def _with_head(costs: Costs, head: Head, head_cost: float, size: int) -> Fit | None:
-    """The best with a head, None where none fits: the head's blocks are as long as those of most matrices."""
-    items, ends, group = costs.items, costs.ends, 64
-    for _ in range(_TRIES):
-        left = size - ends.rest - ends.bytes(head, group)
-        if left < sum(min(item.bytes.values()) for item in items):
-            return None
-        forms = solve(items, FORMS, size=left)
-        usual, taken = most_common(forms, items).group_size, sum(item.bytes[form] for item, form in zip(items, forms, strict=True))
-        total = taken + ends.bytes(head, usual) + ends.rest
-        if total <= size:
-            cost = head_cost + sum(item.costs[form] for item, form in zip(items, forms, strict=True))
-            return Fit(head, forms, cost, total)
-        group = usual
-    return None
+    """The best with a head, None where none fits."""
+    items, ends = costs.items, costs.ends.bytes(head, HEAD_GROUP) + costs.ends.rest
+    left = size - ends
+    if left < sum(min(item.bytes.values()) for item in items):
+        return None
+    forms = solve(items, FORMS, size=left)
+    chosen = list(zip(items, forms, strict=True))
+    cost = head_cost + sum(item.costs[form] for item, form in chosen)
+    return Fit(head, forms, cost, ends + sum(item.bytes[form] for item, form in chosen))

@@ -38,14 +38,15 @@ from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
     FORMS,
+    HEAD_GROUP,
     Form,
     Item,
     by_matrix,
     bytes_of,
     mean_bits,
-    most_common,
     rules_of,
     solve,
+    usual_form,
 )  # fmt: skip
 from edgepress.pipeline.quantize.rtn import rounded
 from edgepress.pipeline.quantize.sensitivity import WINDOW, items_of_model
@@ -185,7 +186,7 @@ class _Trial:
         limit: float = math.inf,
         all_texts: bool = True,
         head: Head = EIGHT_BITS,
-        group_size: int = EIGHT.group_size,
+        group_size: int = HEAD_GROUP,
     ) -> float:
         """The expected growth of perplexity with the matrices in these forms, on the text that suffers most.
 
@@ -245,7 +246,7 @@ class _Trial:
         changes = []
         for number, text in enumerate(self._all_texts()):
             model = self._model()
-            with rounded_head(model.blocks.model.get_output_embeddings(), head, EIGHT.group_size):
+            with rounded_head(model.blocks.model.get_output_embeddings(), head, HEAD_GROUP):
                 name = f"head of {head.mean_bits(self.ends().vocabulary):.2g} bits, text {number + 1}"
                 losses = exact_losses(model.blocks, progress(text.windows, name, "window"))
             del model  # the next text may be one that another copy of it writes
@@ -264,7 +265,7 @@ class _Trial:
     def saved_by_head(self, head: Head) -> int:
         """Bytes that its rare rows save."""
         ends = self.ends()
-        return ends.bytes(EIGHT_BITS, EIGHT.group_size) - ends.bytes(head, EIGHT.group_size) if head.rare else 0
+        return ends.bytes(EIGHT_BITS, HEAD_GROUP) - ends.bytes(head, HEAD_GROUP) if head.rare else 0
 
     def _bytes(self, forms: Mapping[str, Form]) -> int:
         return sum(bytes_of(*shape, forms[name], self.options.symmetric) for name, shape in self.shapes.items())
@@ -272,7 +273,7 @@ class _Trial:
     def _bytes_outside(self, weight: torch.nn.Parameter) -> float:
         """Of what is not chosen here: the head and the embedding at the bits of the head, all else in float32."""
         bits = self.options.head_bits if weight.ndim == 2 else 16
-        return weight.numel() * (4 if bits == 16 else (bits + 8 * SCALE_BYTES / EIGHT.group_size) / 8)
+        return weight.numel() * (4 if bits == 16 else (bits + 8 * SCALE_BYTES / HEAD_GROUP) / 8)
 
 
 def _longer(options: QuantizeOptions) -> QuantizeOptions:
@@ -438,8 +439,7 @@ def _within(trial: _Trial, items: list[Item], limit: float, left: float, worth: 
             return None
         name = _named(f"{mean_bits(items, forms):.1f}", head, trial)
         of_method = 1.0 if set(forms) == {EIGHT} else left  # calibration wins nothing there
-        group = most_common(forms, items).group_size
-        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head, group_size=group)
+        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head)
         if growth <= limit:
             return _Mix(forms, head, name)
         allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
@@ -461,7 +461,7 @@ def _by_rounding(options: QuantizeOptions) -> QuantizeOptions:
 
 
 def _mixed(settled: QuantizeOptions, items: Sequence[Item], forms: list[Form]) -> QuantizeOptions:
-    usual = most_common(forms, items)
+    usual = usual_form(forms, items)
     rules = rules_of(by_matrix(items, forms), usual)
     return replace(settled, bits=usual.bits, group_size=usual.group_size, bits_for=rules)
 

@@ -37,6 +37,7 @@ class Form(NamedTuple):
 
 BASE = Form(4, 64)  # of the rounding whose cost is measured; that of others follows from their squared error
 EIGHT = Form(8, 64)
+HEAD_GROUP = EIGHT.group_size  # of the head beside a mix: at 8 bits shorter blocks win next to nothing
 FORMS = (Form(2, 32), Form(2, 64), Form(4, 32), BASE, Form(4, 128), EIGHT)
 
 
@@ -167,9 +168,13 @@ def mean_bits(items: Sequence[Item], forms: Sequence[Form]) -> float:
     return 8 * sum(item.bytes[form] for item, form in zip(items, forms, strict=True)) / sum(item.weights for item in items)
 
 
-def most_common(forms: Sequence[Form], items: Sequence[Item]) -> Form:
-    """The form of most weights."""
-    weights: dict[Form, int] = defaultdict(int)
+def usual_form(forms: Sequence[Form], items: Sequence[Item]) -> Form:
+    """What ``bits`` and ``group_size`` say of a mix: of the forms with blocks as long as the head's, that of most weights.
+
+    Those two hold for all that ``bits_for`` does not name, so for the head's blocks, too.
+    """
+    weights: dict[Form, int] = {BASE: 0}
     for item, form in zip(items, forms, strict=True):
-        weights[form] += item.weights
+        if form.group_size == HEAD_GROUP:
+            weights[form] = weights.get(form, 0) + item.weights
     return max(weights, key=lambda form: weights[form])

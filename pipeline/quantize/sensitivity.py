@@ -15,7 +15,7 @@ from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.own_text.kept import first_read, with_text
 from edgepress.pipeline.quantize.curvature import Errors, costs
-from edgepress.pipeline.quantize.mix import BASE, FORMS, Form, Item, by_matrix, items_of, most_common, rules_of, solve
+from edgepress.pipeline.quantize.mix import BASE, FORMS, Form, Item, by_matrix, items_of, rules_of, solve, usual_form
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
@@ -33,8 +33,8 @@ class Sensitivity:
 
     @property
     def usual(self) -> Form:
-        """The form of most weights."""
-        return most_common(self.forms, self.items)
+        """The form of most weights in blocks as long as the head's."""
+        return usual_form(self.forms, self.items)
 
     @property
     def bits_for(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step, write_manifest
@@ -13,9 +14,9 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize import choose
-from edgepress.pipeline.quantize.budget import Costs, carried, ends_of, fit
+from edgepress.pipeline.quantize.budget import Costs, carried, ends_of, fit, largest_size, least_size
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS
-from edgepress.pipeline.quantize.mix import FORMS, Form, Item
+from edgepress.pipeline.quantize.mix import FORMS, HEAD_GROUP, Form, Item
 from families import TINY
 from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
@@ -97,7 +98,7 @@ def test_a_size_that_is_not_kept_to_is_told(
 
 
 def item(cost: float) -> Item:
-    costs = {form: cost * 4.0**-form.bits for form in FORMS}
+    costs = {form: cost * 4.0**-form.bits * form.group_size**0.3 for form in FORMS}
     return Item(("a",), 64 * 64, costs, {form: 64 * (64 * form.bits // 8 + 2 * (64 // min(form.group_size, 64))) for form in FORMS})
 
 
@@ -110,6 +111,25 @@ def test_the_head_gives_way_where_it_costs_least(tiny: Path) -> None:
     assert fit(Costs(items, ends, {EIGHT_BITS: 0.0, FOUR_BITS: 1e-9}), four).head == FOUR_BITS
     eight = ends.bytes(EIGHT_BITS, 64) + ends.rest + sum(row.bytes[Form(4, 64)] for row in items)
     assert fit(Costs(items, ends, {EIGHT_BITS: 0.0, FOUR_BITS: 9.0}), eight).head == EIGHT_BITS
+
+
+def test_no_bytes_are_left_that_would_win_something(tiny: Path) -> None:
+    """Whatever the size: the head's blocks do not wait for what most matrices get, which waits for the head's bytes."""
+    ends = ends_of(Checkpoint(tiny), Checkpoint(tiny).model(), [])
+    costs = Costs((item(1.0),) * 40, ends, {EIGHT_BITS: 0.0})
+    sizes = np.linspace(least_size(costs), largest_size(costs), 12)[:-1]
+    for size in sizes:
+        found = fit(costs, int(size))
+        paid = ends.rest + ends.bytes(found.head, HEAD_GROUP)
+        paid += sum(row.bytes[form] for row, form in zip(costs.items, found.forms, strict=True))
+        assert paid == found.size <= size
+        better = [
+            row.bytes[other] - row.bytes[form]
+            for row, form in zip(costs.items, found.forms, strict=True)
+            for other in FORMS
+            if row.costs[other] < row.costs[form]
+        ]
+        assert min(better) > size - found.size
 
 
 @pytest.mark.parametrize(("given", "size"), [("90MB", 90 * 10**6), ("1.2 GB", 1_200_000_000), ("64MiB", 64 << 20), ("5000B", 5000)])

@@ -10,7 +10,20 @@ import sys
 import numpy as np
 import pytest
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, FORMS, Form, Item, by_matrix, bytes_of, mean_bits, rules_of, solve
+from edgepress.pipeline.quantize.mix import (
+    BASE,
+    EIGHT,
+    FORMS,
+    HEAD_GROUP,
+    Form,
+    Item,
+    by_matrix,
+    bytes_of,
+    mean_bits,
+    rules_of,
+    solve,
+    usual_form,
+)
 from edgepress.pipeline.quantize.plan import exceptions_of
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 
@@ -49,6 +62,14 @@ def test_no_other_choice_is_better(seed: int) -> None:
         cost = total(chosen, made, "costs")
         smallest = min(total(one, made, "bytes") for one in every if total(one, made, "costs") <= cost * (1 + 1e-9))
         assert total(solve(made, CHOICES, cost=cost), made, "bytes") == pytest.approx(smallest, rel=2e-3)
+
+
+def test_what_rules_do_not_name_has_the_blocks_of_the_head() -> None:
+    """The flags of a mix hold for the head, too, however few weights have its blocks."""
+    made = [Item((f"m.{index}.a",), weights, {}, {}) for index, weights in enumerate((50, 40, 30, 30))]
+    assert usual_form([Form(4, 32), Form(4, 32), EIGHT, EIGHT], made) == EIGHT
+    assert usual_form([BASE, Form(4, 32), EIGHT, Form(4, 128)], made) == BASE
+    assert usual_form([Form(4, 32)] * 4, made).group_size == HEAD_GROUP
 
 
 def test_a_bound_that_nothing_keeps_to_gets_what_comes_nearest() -> None:
