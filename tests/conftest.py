@@ -16,6 +16,7 @@ from edgepress.models import EVALUATION_TEXT, REFERENCE
 from edgepress.pipeline.checkpoint.load import quiet
 from families import TINY
 from filelock import FileLock
+from patience import HUNG
 from refusal import Refused, check_refusal, tree
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -127,7 +128,7 @@ def edgepress() -> Callable[..., Result]:
 
     def run(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Result:
         command = [sys.executable, "-m", "edgepress.pipeline.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}), timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}), timeout=HUNG)
         return Result(done.returncode, done.stdout, done.stderr)
 
     return run

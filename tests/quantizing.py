@@ -27,6 +27,7 @@ from edgepress.pipeline.quantize.plan import WINDOW
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
+from patience import HUNG
 from safetensors.numpy import load_file
 
 
@@ -118,7 +119,7 @@ class GptqRun:
     def dequantized(self) -> dict[str, np.ndarray]:
         """Weights restored by gptqmodel itself, in a process of its own."""
         command = [sys.executable, "-c", DEQUANTIZE, str(self.scratch / "model"), str(self.scratch / "weights.npz")]
-        subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=self.scratch)
+        subprocess.run(command, check=True, capture_output=True, timeout=HUNG, cwd=self.scratch)
         with np.load(self.scratch / "weights.npz") as arrays:
             return dict(arrays)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import HUNG
 from third_party import BNB, WRITE
 from transformers import LlamaConfig
 
@@ -29,7 +30,7 @@ def written(source: Path, text: Path, once: Callable[..., Path]) -> Path:
     def write(out: Path) -> None:
         command = [sys.executable, "-c", WRITE, *map(str, (source, text, out))]
         environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG)
         assert done.returncode == 0, done.stderr[-2000:]
 
     return once("gptq", write)

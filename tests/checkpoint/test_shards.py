@@ -20,6 +20,7 @@ from edgepress.pipeline.checkpoint.shards import INDEX, ShardIndex, read_header,
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import InputError, ModelError
 from edgepress.pipeline.files import read_json
+from patience import HUNG
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -239,7 +240,7 @@ def test_memory(tmp_path: Path) -> None:
         for _ in range(offset // piece.nbytes):
             stream.write(piece.tobytes())
     try:
-        done = subprocess.run([sys.executable, "-c", MEASURE, file, out], capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", MEASURE, file, out], capture_output=True, text=True, check=True, timeout=HUNG)
         before, after, torch_there = done.stdout.split()
         assert int(after) - int(before) < 120 << 20
         assert torch_there == "False"

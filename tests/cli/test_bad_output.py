@@ -16,6 +16,7 @@ import pytest
 from edgepress.pipeline import files, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.own_text import kept
+from patience import HUNG
 from refusal import COMMANDS, Copy, Refused, check_refusal, command
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -262,7 +263,7 @@ def test_files_may_not_grow_in_a_process_of_its_own(tiny: Path, tmp_path: Path) 
         "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = [str(part) for part in command("prune", tiny, tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HUNG)
     check_refusal(done.returncode, done.stderr, ("too large", "choose another output folder"))
     assert not list(tmp_path.iterdir())
 

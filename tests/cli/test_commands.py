@@ -27,6 +27,7 @@ from edgepress.pipeline.model_files import end_tokens
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import stream
 from edgepress.pipeline.text.windows import load_tokenizer
+from patience import HUNG
 
 Call = Callable[..., Any]
 
@@ -90,7 +91,7 @@ for arguments in [["--help"], ["--version"], *([verb, "--help"] for verb in {VER
 heavy = {{"torch", "transformers", "onnxruntime", "onnx", "safetensors", "tokenizers", "huggingface_hub", "numpy", "msgspec"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^code (\d)$", done.stdout, re.MULTILINE) == ["0"] * (2 + len(VERBS)) + ["2"]
     assert len(done.stderr.splitlines()) == 1
@@ -106,7 +107,7 @@ def test_a_command_that_is_not_there(call: Call) -> None:
 def test_help_looks_up_no_version() -> None:
     """Reading a package's metadata imports parsers of mail: a tenth of the time that --help takes."""
     code = "import sys; from edgepress.pipeline.cli import main\ntry: main(['--help'])\nfinally: print('email' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HUNG)
     assert done.stdout.endswith("False\n")
 
 
@@ -226,7 +227,7 @@ def test_output_that_cannot_be_written(arguments: tuple[str, ...], exported: Pat
     """One line, exit 2, and Python does not say it again as it ends."""
     command = [sys.executable, "-m", "edgepress.pipeline.cli", arguments[0], str(exported), *arguments[1:]]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HUNG)
     *_, last = done.stderr.splitlines()
     assert done.returncode == 2 and last.startswith("error: cannot write") and "Exception ignored" not in done.stderr
 
@@ -318,7 +319,7 @@ def test_light_installation_names_what_a_stage_needs(package: str, line: str, ti
     code = "import sys; sys.modules[sys.argv[1]] = None; from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[2:]))"
     places = {"SRC": str(tiny), "OUT": str(tmp_path / "out"), "ONNX": str(exported)}
     arguments = [package, *(places.get(part, part) for part in line.split())]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == f"error: {package} is not installed; in a clone of edgepress: pip install -e '.[build]'"
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
@@ -331,7 +332,7 @@ def test_run_and_show_work_without_the_build_packages(exported: Path) -> None:
         "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     for arguments in (["run", str(exported), PROMPT, "--max-new-tokens", "2"], ["show", str(exported)]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HUNG)
         assert done.returncode == 0 and done.stdout, done.stderr
 
 
@@ -457,7 +458,7 @@ def test_output_is_utf8(encoding: str, exported: Path, tmp_path: Path) -> None:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "edgepress.pipeline.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, env=environment, timeout=60)
+        return subprocess.run(command, capture_output=True, env=environment, timeout=HUNG)
 
     done = run("run", exported, "Once → 中é", "--max-new-tokens", "1")
     assert done.returncode == 0 and done.stdout.startswith("Once → 中é".encode())
@@ -469,7 +470,7 @@ def test_output_is_utf8(encoding: str, exported: Path, tmp_path: Path) -> None:
 def test_closed_streams_lead_nowhere(closed: str, exported: Path) -> None:
     """As under some schedulers; a file of the model must not get the number of one."""
     command = f'"{sys.executable}" -m edgepress.pipeline.cli run "{exported}" Once --max-new-tokens 3 {closed}'
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert ("Once" in done.stdout) == (not closed.startswith(">"))
 
@@ -477,5 +478,5 @@ def test_closed_streams_lead_nowhere(closed: str, exported: Path) -> None:
 def test_a_deleted_current_folder_is_one_line(exported: Path, tmp_path: Path) -> None:
     """Torch would end the process there."""
     command = f'mkdir gone && cd gone && rmdir ../gone && "{sys.executable}" -m edgepress.pipeline.cli show "{exported}"'
-    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has been deleted" in done.stderr

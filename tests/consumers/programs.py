@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 import pytest
+from patience import HUNG
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 LIGHT, OPTIMUM = (ROOT / name / "bin" / "python" for name in (".venv-light", ".venv-optimum"))
@@ -24,7 +25,7 @@ def light(*arguments: object, said: str = "") -> str:
     assert LIGHT.is_file(), "run make test-consumers, which makes the environment"
     command = [str(LIGHT), "-m", "edgepress.pipeline.cli", *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONUTF8": "1"}
-    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, env=environment, cwd="/")
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=HUNG, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -81,7 +82,7 @@ def _beside_modules(script: str) -> Path:
 def _answers(command: list[str], jobs: object, scratch: Path) -> Answers:
     file = scratch / "jobs.json"
     file.write_text(json.dumps(jobs))
-    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=900, cwd=scratch)
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=HUNG, cwd=scratch)
     assert done.returncode == 0, done.stderr[-3000:]
     answers: Answers = json.loads(done.stdout.splitlines()[-1])
     return answers

@@ -32,6 +32,7 @@ from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.stages import run
 from edgepress.pipeline.text.windows import text_windows
 from families import TINY, family_config
+from patience import HUNG
 from quantizing import Trained, job_of, matrices
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig
@@ -231,7 +232,7 @@ def test_the_codes_of_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     np.savez(tmp_path / "given.npz", weight=weight.numpy(), inputs=inputs.numpy())
     monkeypatch.setattr(gptq, "SHARES", (1.0,))
     command = [sys.executable, "-c", WORDS, tmp_path / "given.npz", tmp_path / "theirs.npy", str(gptq.DAMPING)]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300, cwd=tmp_path)
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=HUNG, cwd=tmp_path)
     theirs = np.load(tmp_path / "theirs.npy")
     ours = gptq.quantized("m", weight, gptq.inverse_factor(inputs.T @ inputs), torch.arange(256), 4, 128).dequantized()
     assert np.mean(np.isclose(ours, theirs, atol=1e-4)) > 0.995

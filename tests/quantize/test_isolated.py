@@ -20,6 +20,7 @@ from edgepress.pipeline.options import QuantizeOptions
 from edgepress.pipeline.progress import ENDED, Mirror
 from edgepress.pipeline.quantize import gptq, gptqmodel, isolated
 from edgepress.pipeline.stages import run
+from patience import HUNG
 from quantizing import job_of
 
 
@@ -158,10 +159,10 @@ def test_gptq_killed_outright_goes_on_and_leaves_no_process(
         time.sleep(0.05)
     assert not any(alive(int(pid)) for pid in children)
 
-    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=HUNG).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
     command[-2] = str(tmp_path / "whole")
-    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=HUNG).returncode == 0
     resumed, whole = PackedFile(out), PackedFile(tmp_path / "whole")
     for name, linear in whole.items():
         for part in ("codes", "scales", "zeros"):

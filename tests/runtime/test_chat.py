@@ -29,6 +29,7 @@ from edgepress.pipeline.runtime.sampler import Sampler
 from edgepress.pipeline.text.windows import load_tokenizer
 from families import TINY
 from manifests import recorded
+from patience import HUNG
 from transformers import AutoTokenizer, LlamaConfig
 
 MAIN = "from edgepress.pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -266,7 +267,7 @@ def test_chat_in_the_light_base(artifact: Path) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy}))\n{MAIN}"
     arguments = ["run", str(artifact), "--chat", "--max-new-tokens", "6", "--system", "Be brief."]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], input="Good day\n\nAnd now?\n", capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], input="Good day\n\nAnd now?\n", capture_output=True, text=True, timeout=HUNG
     )
     assert done.returncode == 0 and done.stderr.count("tokens/s") == 2 and len(done.stdout) > 10, done.stderr
 

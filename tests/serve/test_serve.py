@@ -36,6 +36,7 @@ from edgepress.pipeline.serve.answers import Answer
 from edgepress.pipeline.serve.app import LARGEST_BODY, application, is_local
 from edgepress.pipeline.serve.engine import WORTH, Done, Engine, Event, Job
 from families import TINY
+from patience import HUNG
 from transformers import LlamaConfig
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -506,7 +507,7 @@ def test_the_command(artifact: Path, tmp_path: Path) -> None:
         port = int(line.split("127.0.0.1:")[1].split()[0])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         assert client.chat.completions.create(model="", messages=asked("Good day"), max_tokens=2).choices[0].message.content
-        taken = subprocess.run([*start, str(port)], capture_output=True, text=True, timeout=60, check=False)
+        taken = subprocess.run([*start, str(port)], capture_output=True, text=True, timeout=HUNG, check=False)
         assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and "already in use" in taken.stderr, taken.stderr
         stream = client.chat.completions.create(model="", messages=asked("Good day"), max_tokens=1900, stream=True)
         next(iter(stream))
@@ -516,7 +517,7 @@ def test_the_command(artifact: Path, tmp_path: Path) -> None:
         assert process.wait(20) == 0 and process.stderr.read() == ""
     finally:
         process.kill()
-    absent = subprocess.run([*start[:-2], str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    absent = subprocess.run([*start[:-2], str(tmp_path)], capture_output=True, text=True, timeout=HUNG, check=False)
     assert absent.returncode == 2 and absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
 
 

@@ -23,6 +23,7 @@ from edgepress.pipeline.options import ExportOptions, QuantizeOptions, VerifyOpt
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.verify import checks as verify
 from families import TINY
+from patience import HUNG
 from transformers import LlamaConfig, PreTrainedModel
 
 CHECKS = ["files", "graph", "tokenizer", "chat template", "loads", "generates"]
@@ -234,7 +235,7 @@ def test_the_light_base_is_enough(made: tuple[Artifact, Artifact]) -> None:
     """Without torch, transformers and onnx: what needs them is reported as not checked."""
     code = f"import sys; sys.modules.update(dict.fromkeys({LIGHT}))\n{MAIN}"
     arguments = ["verify", str(made[1].path), "--original", str(made[0].path)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0 and not done.stderr, done.stderr
     states = {line[13:].partition(":")[0]: line for line in done.stdout.splitlines()}
     for name, package in (("graph", "onnx"), ("parity", "torch")):
