@@ -225,12 +225,13 @@ np.save(sys.argv[2], task.quantize()[0].float().numpy())
 
 @pytest.mark.families
 def test_the_codes_of_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With whole ranges and its damping, groups as long as its blocks: the same weights, but for ties in float32."""
+    """With whole ranges and its damping, groups as long as its blocks, scales of four bytes: the same weights, but for ties."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2048, 256, generator=generator) @ (torch.randn(256, 256, generator=generator) / 16 + torch.eye(256))
     weight = torch.randn(64, 256, generator=generator)
     np.savez(tmp_path / "given.npz", weight=weight.numpy(), inputs=inputs.numpy())
     monkeypatch.setattr(gptq, "SHARES", (1.0,))
+    monkeypatch.setattr(gptq, "in_half", lambda scales, **_: scales)
     command = [sys.executable, "-c", WORDS, tmp_path / "given.npz", tmp_path / "theirs.npy", str(gptq.DAMPING)]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=HUNG, cwd=tmp_path)
     theirs = np.load(tmp_path / "theirs.npy")
