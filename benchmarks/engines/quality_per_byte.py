@@ -143,10 +143,10 @@ def ours(checkpoint: Path, folder: Path, known: Engines, options: argparse.Names
     engines: Engines = {}
     text = ["--calibration", str(options.calibration), "--calibration-tokens", str(TOKENS)]
     beside = carried(Checkpoint(checkpoint))  # tokenizers are not counted in these tables
-    sizes = {
-        f"in {name.split()[1].rstrip(',')}'s bytes": f"--method gptq --max-size {engine['file_bytes'] + beside}"
-        for name, engine in known.items()
-    }
+    sizes: dict[str, str] = {}
+    for name, engine in known.items():
+        row = f"in {name.split()[1].rstrip(',')}'s bytes"
+        sizes |= {row: f"--method gptq --max-size {engine['file_bytes'] + beside}", f"{row}, tuned": ""}
     for name, flags in (OURS | sizes).items():
         if options.only and not any(part in name for part in options.only):
             continue
