@@ -62,8 +62,9 @@ def test_the_same_without_removal_is_built_and_measured_beside(built: Path) -> N
     assert baseline["stages"][0] == content["stages"][0]
     assert baseline["figures"]["quality.kl_mean"]["median"] < content["figures"]["quality.kl_mean"]["median"]
     assert {c["than"] for c in content["comparisons"]} == {content["artifact"]}
-    decision, _, top = (built / "05-bench" / "report.md").read_text().splitlines()[2:5]
-    assert decision.startswith("**Ship ") and "baseline" in top and ("Pruning does not pay off" in top or "without 2 layers" in top)
+    decision, _, *lines = (built / "05-bench" / "report.md").read_text().splitlines()[2:6]  # a busy machine has a line of its own
+    (top,) = (line for line in lines if "baseline" in line)
+    assert decision.startswith("**Ship ") and ("Pruning does not pay off" in top or "without 2 layers" in top)
 
 
 def test_pruned_stage_is_a_plain_checkpoint(built: Path, text: Path) -> None:
