@@ -32,8 +32,8 @@ _LONG_TABLE, _STEP = 2**22, 256
 _GRAPH, _GRAPH_LAYER = 20_000, 5_300
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
-# Of what is counted besides the weights, for costs that were kept: raised where ``ends_of`` counts otherwise.
-COUNTING = 5
+# Of costs that were kept: raised where ``ends_of`` counts otherwise, or a head is measured otherwise.
+COUNTING = 6
 Number = TypeVar("Number", int, float)
 
 
@@ -51,7 +51,7 @@ class Ends:
     @property
     def vocabulary(self) -> int:
         """Rows of the head; 0 where it gets no bits here."""
-        return self.shapes[-1][0] if self.with_head and self.shapes and group_of(self.shapes[-1][1], 64) else 0
+        return self.shapes[-1][0] if self.with_head and self.shapes and group_of(self.shapes[-1][1], HEAD_GROUP) else 0
 
     def bytes(self, head: Head, group_size: int) -> int:
         """As ``pack`` stores them, in blocks that divide the width; an embedding of its own has no rare rows."""

@@ -33,7 +33,7 @@ from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRI
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, check_possible, ends_of, fit
-from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, group_of, rounded_head, weights_of_tokens
+from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, rounded_head, weights_of_tokens
 from edgepress.pipeline.quantize.mix import (
     BASE,
     EIGHT,
@@ -200,9 +200,7 @@ class _Trial:
                 forms_of_all.enter_context(rounded(model.modules, forms, self.options.symmetric, self.weights))
                 if head.rare:
                     module = model.blocks.model.get_output_embeddings()
-                    forms_of_all.enter_context(
-                        rounded_head(module, head, group_of(module.weight.shape[1], group_size) or group_size)
-                    )
+                    forms_of_all.enter_context(rounded_head(module, head, group_size))
                 losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
             del model
             change = factor * float((losses - text.losses).mean())

@@ -118,9 +118,13 @@ def _split(few: np.ndarray, many: np.ndarray, switch: float) -> np.ndarray:
 
 @contextmanager
 def rounded_head(module: torch.nn.Module, head: Head, group_size: int) -> Iterator[None]:
-    """Within the context the head has the weights that rounding leaves; a tied embedding has them, too."""
+    """Within the context the head has the weights that rounding leaves; a tied embedding has them, too.
+
+    group_size: the longest; one that divides the width is taken, as ``pack`` does.
+    """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    group_size = group_of(weight.shape[1], group_size) or group_size
     former = weight.detach().clone()
     try:
         with torch.no_grad():

@@ -87,3 +87,12 @@ def test_a_head_is_rounded_and_comes_back(tiny: Path) -> None:
         error = (module.weight - former).abs().mean(1)
         assert error[100:300].min() > 4 * error[:100].max()
     assert torch.equal(module.weight, former)
+
+
+def test_a_head_is_measured_in_the_groups_that_are_stored() -> None:
+    """Its width decides them: none that it does not divide into."""
+    module = torch.nn.Linear(96, 64, bias=False)
+    former = module.weight.detach().numpy().copy()
+    with rounded_head(module, EIGHT_BITS, 64):
+        stored = round_to_nearest("head", former, 8, 32, symmetric=True).dequantized()
+        assert np.array_equal(module.weight.detach().numpy(), stored)
