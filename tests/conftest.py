@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 import torch
 from edgepress.models import EVALUATION_TEXT, REFERENCE
 from edgepress.pipeline.checkpoint.load import quiet
+from edgepress.pipeline.files import remove
+from edgepress.pipeline.registry import load
 from families import TINY
 from filelock import FileLock
 from patience import HUNG
@@ -34,10 +39,52 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip the tests that have not begun after so many minutes")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"not begun within {minutes:g} minutes")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all others in their order."""
     place = {path: number for number, path in enumerate(LONGEST)}
     items.sort(key=lambda item: min((place[end] for end in LONGEST if str(item.path).endswith(f"/{end}")), default=len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_a_process_of_its_own() -> Iterator[None]:
+    """What edgepress isolates for its memory alone runs here: a process takes seconds to import what this one has.
+
+    What patches libraries keeps its process, and so has whatever runs the command line or asks for ``isolation``.
+    """
+    stage = importlib.import_module("edgepress.pipeline.quantize.stage")
+    isolated = stage.run_isolated
+
+    def here(function: str, arguments: tuple[object, ...], label: str, scratch: Path) -> object:
+        if label not in ("gptq", "choosing the bits"):
+            return isolated(function, arguments, label, scratch)
+        function, arguments = pickle.loads(pickle.dumps((function, arguments)))
+        result = pickle.loads(pickle.dumps(load(function)(*arguments)))
+        remove(scratch)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "run_isolated", here)
+        yield
+
+
+@pytest.fixture
+def isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Isolated work in a process of its own, as edgepress does it."""
+    stage = importlib.import_module("edgepress.pipeline.quantize.stage")
+    monkeypatch.setattr(stage, "run_isolated", importlib.import_module("edgepress.pipeline.quantize.isolated").run_isolated)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def test_fused_after_removal(checkpoint: Build, exported: Build) -> None:
 
 @pytest.mark.families
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize(("pruned", "method"), [(False, "none"), (False, "rtn"), (True, "none"), (True, "rtn")])
+@pytest.mark.parametrize(("pruned", "method"), [(False, "none"), (True, "rtn")])
 def test_fused_families(name: str, pruned: bool, method: str, checkpoint: Build, exported: Build) -> None:
     check(name, pruned, checkpoint(name, pruned, method), exported(name, pruned, method))
 

@@ -414,6 +414,7 @@ def test_what_another_job_left_is_not_taken(broken: bytes, tiny: Path, text: Pat
     assert len(gptq.quantize(job)) == 28
 
 
+@pytest.mark.usefixtures("isolation")
 def test_the_stage(tiny: Path, text: Path, tmp_path: Path) -> None:
     """What it records, and that nothing is left beside the folder."""
     packed, linears = made(tiny, tmp_path / "out", text)
