@@ -127,7 +127,7 @@ def _add_flag(
     if kind.type is bool:
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action=argparse.BooleanOptionalAction)
     elif kind.many and kind.type is str:  # may be given once for each; rules must be
-        metavar = "RULE" if setting_of(item).rules else "NAME,..."
+        metavar = setting_of(item).metavar or ("RULE" if setting_of(item).rules else "NAME,...")
         group.add_argument(name, dest=item.name, help=text, default=_ABSENT, action="append", metavar=metavar)
     else:
         metavar = {int: "N", float: "F", Path: "PATH", str: "NAME"}[kind.type] + (",..." if kind.many else "")

@@ -342,8 +342,8 @@ class QuantizeOptions(Options):
         8, "bits of the output head, and of the embedding where the two are tied; 16 leaves it float", (4, 8, 16)
     )
     rare_rows: tuple[str, ...] = option(
-        (), "rows of a head of 8 bits that get 4, as '9216-49151': ids of tokens that are seldom likely; repeat the flag for more. "
-        "--max-growth and --max-size find them, unless this is none", rules=True,
+        (), "rows of a head of 8 bits that get 4, as '9216-49151': ids of tokens that are seldom likely, ranges in their order. "
+        "--max-growth and --max-size find them, unless this is none", metavar="FIRST-LAST,...",
     )  # fmt: skip
     embedding_bits: int | None = option(
         None, "bits of the embedding (default: those of the head, which decides where the two are tied); 16 leaves it float",
@@ -352,7 +352,8 @@ class QuantizeOptions(Options):
     max_growth: float | None = option(
         None, "perplexity may grow by this share (0.05 is 5 %): with no --bits, 8 are taken where 4 would lose more, as measured "
         "on the calibration text, on what the model writes and, where none is given, on technical prose; where that saves a fifth "
-        "of the bytes, or with --tuned, as few as that allows, matrix by matrix, and 4 for rare tokens in the head",
+        "of the bytes, or with --tuned, as few as that allows, matrix by matrix; without --tuned, rare tokens of the head get 4 "
+        "where the body has not 8 everywhere",
     )  # fmt: skip
     target_bits: float | None = option(
         None, "mean bits of a block weight, scales and zero points counted (between 2.4 and 8.4): every matrix gets 2, 4 or 8 bits "
@@ -513,7 +514,7 @@ def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
 def rows_of(ranges: tuple[str, ...]) -> list[slice]:
     """``rare_rows``, read; "none" is no row. Raises OptionError for what is no range, or ranges that are not in order."""
     read: list[slice] = []
-    for given in () if ranges == (NONE,) else ranges:
+    for given in () if tuple(ranges) == (NONE,) else ranges:
         first, dash, last = given.partition("-")
         if not (dash and first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and len(given) < 40):
             raise OptionError(f"--rare-rows takes a range of ids, as 9216-49151, not '{given}'")
@@ -639,6 +640,9 @@ class PlanOptions(BoundOptions):
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
     symmetric: bool = option(False, "reckon without zero points")
+    rare_rows: tuple[str, ...] = option(
+        (), "rare tokens get 4 bits in a head of 8 where that loses least, unless this is", {NONE: "they keep 8"}, metavar=NONE
+    )
     calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
     calibration_skip: int = _calibration_skip()

@@ -25,6 +25,7 @@ from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
     BLOCKS,
+    NONE,
     WEB,
     WRITTEN,
     BenchOptions,
@@ -269,7 +270,8 @@ def split_bounds(flags: Mapping[str, object]) -> tuple[BoundOptions, dict[str, o
     names = {item.name for item in dataclasses.fields(BoundOptions)}
     bounds = make(BoundOptions, {name: value for name, value in flags.items() if name in names})
     rest = {name: value for name, value in flags.items() if name not in names}
-    if bounds.given and (clash := sorted(_SETTLED & rest.keys())):
+    settled = {name: given for name, given in rest.items() if name in _SETTLED and (name, given) != ("rare_rows", [NONE])}
+    if bounds.given and (clash := sorted(settled)):
         raise OptionError(f"{bounds.first} chooses the bits of every matrix itself; leave {flag(clash[0])} out")
     return bounds, rest
 
@@ -367,7 +369,8 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
         raise OptionError(f"{asked} is of this machine's CPU, and the target is {export.target}; leave one of them out")
     if not METHODS[quantize.method].adjustable:
         raise OptionError(f"{asked} chooses the bits of every matrix, and {quantize.method} has none to choose; leave --method out")
-    if settled := [name for name in sorted(_SETTLED - {"max_growth"}) if getattr(quantize, name) != getattr(_USUAL, name)]:
+    usual = dataclasses.replace(_USUAL, rare_rows=(NONE,) if quantize.rare_rows == (NONE,) else ())
+    if settled := [name for name in sorted(_SETTLED - {"max_growth"}) if getattr(quantize, name) != getattr(usual, name)]:
         raise OptionError(f"{asked} chooses the bits of every matrix, and the recipe gives {settled[0]}; leave one of them out")
     _check_ahead(original.path, steps)  # before minutes of measuring
     known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}

@@ -14,6 +14,7 @@ OPSET = 21
 # GenAI reads models up to this; 10 came with opset 21.
 IR_VERSION = 10
 LAST = np.iinfo(np.int64).max
+PART = ".rows"  # in the name of a part of a matrix, before the row at which it begins
 
 
 class Builder:
@@ -78,7 +79,8 @@ class Builder:
         if isinstance(weight, np.ndarray):
             return self.op("MatMul", [x, self.constant(f"{weight_name}.weight", weight.T)], name)
         if len(parts := by_bits(weight)) > 1:
-            scores = [self.linear(x, part, f"{name}.{row}", accuracy_level, f"{weight_name}.{row}") for row, part in parts]
+            names = [(f"{name}{PART}{row}", f"{weight_name}{PART}{row}") for row, _ in parts]
+            scores = [self.linear(x, p, node, accuracy_level, own) for (_, p), (node, own) in zip(parts, names, strict=True)]
             return self.op("Concat", scores, name, axis=-1)
         kind, constants, attributes = operator(weight, accuracy_level)
         if weight.permutation is not None:
@@ -123,16 +125,18 @@ class Builder:
         """Rows by ids of a matrix in parts, each with the row at which it begins: looked up in all of them, one is taken."""
         rows: ir.Value | None = None
         for number, (first, part) in enumerate(parts):
-            own = self.op("Sub", [ids, self.constant(f"{name}.{first}.first", np.array(first))], f"{name}.{first}.from")
+            own = self.op("Sub", [ids, self.constant(f"{name}{PART}{first}.first", np.array(first))], f"{name}{PART}{first}.from")
             bounds = [self.constant(f"int64_{n}", np.array(n)) for n in (0, part.shape[0] - 1)]
-            own = self.op("Clip", [own, *bounds], f"{name}.{first}.ids")
-            found = self.embedding(own, part, f"{name}.{first}")
+            own = self.op("Clip", [own, *bounds], f"{name}{PART}{first}.ids")
+            found = self.embedding(own, part, f"{name}{PART}{first}")
             if rows is None:
                 rows = found
                 continue
-            before = self.op("Less", [ids, self.constant(f"{name}.{first}.first", np.array(first))], f"{name}.{first}.before")
-            before = self.op("Unsqueeze", [before, self.integers(-1)], f"{name}.{first}.before_rows")
-            rows = self.op("Where", [before, rows, found], name if number == len(parts) - 1 else f"{name}.{first}.so_far")
+            before = self.op(
+                "Less", [ids, self.constant(f"{name}{PART}{first}.first", np.array(first))], f"{name}{PART}{first}.before"
+            )
+            before = self.op("Unsqueeze", [before, self.integers(-1)], f"{name}{PART}{first}.before_rows")
+            rows = self.op("Where", [before, rows, found], name if number == len(parts) - 1 else f"{name}{PART}{first}.so_far")
         assert rows is not None
         return rows
 

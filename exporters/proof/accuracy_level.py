@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from edgepress.exporters.graph.builder import PART
 from edgepress.exporters.graph.files import level_0, save_variant, variant
 from edgepress.exporters.proof import parity
 from edgepress.exporters.proof.parity import Parity
@@ -34,8 +35,8 @@ FASTER = 1.05
 SHARE = 0.1  # of what is lost already, that int8 activations may add
 KL_FLOOR, LOSS_FLOOR = 0.01, 0.005  # nats a token that they may add in any case; a loss of 0.005 is half a per cent of perplexity
 WORST = 4  # matrices that get float activations where int8 adds too much
-# What the portable exporter adds to a name, and the row at which a part of a head begins.
-_ADDED = re.compile(r"\.matmul(\.\d+)?$|(?<=^lm_head)\.\d+$")
+# What the portable exporter adds to a name, and the row at which a part of a matrix begins.
+_ADDED = re.compile(rf"(\.matmul)?({re.escape(PART)}\d+)?$")
 PAIRS = 3
 PROMPT_TOKENS, WARM_UP_TOKENS, TIMED_TOKENS = 16, 2, 24
 SECONDS = 2.0  # of a session at most: some widths have no fast kernel at level 0

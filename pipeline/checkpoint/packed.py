@@ -42,7 +42,7 @@ CODEBOOKS = {
 FEW_BITS = 4  # of the rows of a head that seldom matter
 MOST_PARTS, LEAST_ROWS = 8, 16  # that a matrix is split into, and rows of each
 SCALE_BYTES = 2  # of one in the file
-_LEAST_HALF = 2.0**-16  # below it float16 has fewer than eight bits of a number left
+LEAST_HALF = np.float32(2**-16)  # below it float16 has fewer than eight bits of a number left
 _SAME = np.float32(1 - 2**-22)  # two of float32's steps: a scale that was one of float16 stays that one
 _ROWS = 256  # of a matrix dequantized at a time: several times as fast while the steps stay in the processor's cache
 
@@ -180,20 +180,21 @@ class PackedLinear:
         return restored
 
 
-def in_half(scales: np.ndarray, up: bool = False) -> np.ndarray:
+def in_half(scales: np.ndarray, up: bool = False, largest: float = 0.0) -> np.ndarray:
     """Scales rounded to numbers of float16, still float32.
 
     A quantizer rounds its scales before it finds the codes, so that the codes make up for it. Those that float16 would lose more
     than 0.4 % of become the least that it would not, where others are sixteen times as large: a group of weights of next to nothing
     must not cost its matrix two bytes a scale. Where all are small they stay as they are. up: to none that is smaller, so that as
-    many steps reach as far, but for what float32 itself rounds.
+    many steps reach as far, but for what float32 itself rounds. largest: a scale that others of their matrix reach. A group of
+    zeros, which any scale will do, counts as small with LEAST_HALF.
     """
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
         half = (np.where(half < scales * _SAME, np.nextafter(half, np.float16(np.inf)), half) if up else half).astype(np.float32)
     size = np.abs(scales)
-    small = np.copysign(_LEAST_HALF, scales) if size.max(initial=0) >= 16 * _LEAST_HALF else scales
-    return np.where(size < _LEAST_HALF, small, np.where(np.isfinite(half), half, scales)).astype(np.float32)
+    small = np.copysign(LEAST_HALF, scales) if size.max(initial=largest) >= 16 * LEAST_HALF else scales
+    return np.where(size < LEAST_HALF, small, np.where(np.isfinite(half), half, scales)).astype(np.float32)
 
 
 def fit_half(scales: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint import packed
-from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear, in_half
+from edgepress.pipeline.checkpoint.packed import LEAST_HALF, SCALE_BYTES, PackedFile, PackedLinear, in_half
 from edgepress.pipeline.checkpoint.stream import TOKENS, Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
@@ -24,7 +24,7 @@ from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, MOVED, Input, L
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows, taken_up
 from edgepress.pipeline.quantize.proof import check_codes
-from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
+from edgepress.pipeline.quantize.rtn import least_largest_scale, matrix_of, round_to_nearest
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -48,14 +48,16 @@ def quantized(
     group_size: int,
     symmetric: bool = False,
     permuted: bool = False,
+    largest: float | None = None,
 ) -> PackedLinear:
     """A matrix (out, in), float32, rounded by GPTQ (algorithm 1; blocks end where groups do, so that a scale fits what it rounds).
 
     order: in which its columns are rounded, (in,). factor: of ``inverse_factor``, of the Hessian in that order. A group's scale and
     zero point are found once all columns before it are rounded. permuted: groups lie along the order, which is stored (act-order);
-    otherwise it must be one of ``group_order``.
+    otherwise it must be one of ``group_order``. largest: ``least_largest_scale`` of the matrix of which these are some rows.
     """
     rows, columns = weight.shape
+    largest = least_largest_scale(weight, bits) if largest is None else largest
     length = columns if group_size == -1 else group_size
     left = weight[:, order].T.contiguous()  # a column lies in one piece
     codes = torch.empty((columns, rows), dtype=torch.uint8)
@@ -63,7 +65,7 @@ def quantized(
     top, size = (1 << bits) - 1, min(length, COLUMNS)
     for first in range(0, columns, size):
         if first % length == 0:
-            scale, zero = _grid(left[first : first + length], costs[first : first + length], bits, symmetric)
+            scale, zero = _grid(left[first : first + length], costs[first : first + length], bits, symmetric, largest)
             found.append((scale, zero))
         part, block = left[first : first + size], factor[first : first + size, first : first + size]
         errors = torch.empty_like(part)
@@ -96,10 +98,10 @@ def group_order(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.cat([within[groups.amax(1).argsort(descending=True, stable=True)].flatten(), short])
 
 
-def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row of a group (columns, rows): of ranges cut at both ends, the one that loses least.
 
-    costs: of a column's squared error, (columns,): what equation 1 of the paper has for it.
+    costs: of a column's squared error, (columns,): what equation 1 of the paper has for it. largest: see ``in_half``.
     """
     top = (1 << bits) - 1
     if symmetric:
@@ -111,7 +113,7 @@ def _grid(part: torch.Tensor, costs: torch.Tensor, bits: int, symmetric: bool) -
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for share in SHARES:
         scale = (high - low).mul_(share / top)
-        scale = torch.from_numpy(in_half(torch.where(scale > 0, scale, 1).numpy()))
+        scale = torch.from_numpy(in_half(torch.where(scale > 0, scale, float(LEAST_HALF)).numpy(), largest=largest))
         zero = torch.full_like(scale, 1 << (bits - 1)) if symmetric else (-share * low / scale).round_().clamp_(0, top)
         code = (part / scale).round_().add_(zero).clamp_(0, top)
         error = code.sub_(zero).mul_(scale).sub_(part).square_().T @ costs
@@ -178,7 +180,7 @@ def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
-        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, has_bfloat16()],
+        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, SCALE_BYTES, has_bfloat16()],
         "windows": windows,
     }
 
@@ -235,7 +237,8 @@ def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
     order = group_order(hessian.diagonal(), group_size)
     factor = inverse_factor(hessian[order][:, order])
     pieces = (weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS))
-    head = PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size) for piece in pieces])
+    largest = least_largest_scale(weight, bits)
+    head = PackedLinear.stacked([quantized(name, piece, factor, order, bits, group_size, largest=largest) for piece in pieces])
     check_codes(head, weight, bits, group_size, symmetric=False)
     return {name: head}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.packed import PackedLinear, in_half
+from edgepress.pipeline.checkpoint.packed import LEAST_HALF, PackedLinear, in_half
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
@@ -31,9 +31,22 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
     symmetric: scale = absmax / (2^(bits-1) - 1/2), zero point 2^(bits-1), so that both ends of the range lie half
     a step inside the codes. Otherwise scale = (max - min) / (2^bits - 1) over a range that includes 0, which stays exact.
     """
-    if weight.shape[0] > _ROWS:  # rows do not meet, and a whole head in float32 would stand in memory several times
-        pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
-        return PackedLinear.stacked([round_to_nearest(name, piece, bits, group_size, symmetric) for piece in pieces])
+    largest = least_largest_scale(weight, bits)
+    if weight.shape[0] <= _ROWS:
+        return _rounded(name, weight, bits, group_size, symmetric, largest)
+    # rows do not meet, and a whole head in float32 would stand in memory several times
+    pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
+    return PackedLinear.stacked([_rounded(name, piece, bits, group_size, symmetric, largest) for piece in pieces])
+
+
+def least_largest_scale(weight: np.ndarray | torch.Tensor, bits: int) -> float:
+    """What the largest scale of a matrix is at least, if its groups reach as far as their weights."""
+    return max(float(weight.max()), -float(weight.min())) / ((1 << bits) - 1)
+
+
+def _rounded(
+    name: str, weight: np.ndarray | torch.Tensor, bits: int, group_size: int, symmetric: bool, largest: float
+) -> PackedLinear:
     weight = weight.float().numpy() if isinstance(weight, torch.Tensor) else weight
     rows, columns = weight.shape
     length, group_size = group_size, columns if group_size == -1 else group_size
@@ -49,7 +62,7 @@ def round_to_nearest(name: str, weight: np.ndarray | torch.Tensor, bits: int, gr
     else:
         low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
         scales = (high - low) / top
-    scales = in_half(np.where(scales > 0, scales, 1).astype(np.float32), up=True)  # a group of zeros: any scale will do
+    scales = in_half(np.where(scales > 0, scales, LEAST_HALF).astype(np.float32), True, largest)
     if not symmetric:
         zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
         offset = zeros[..., None].astype(np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.methods import METHODS
-from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
+from edgepress.pipeline.options import QuantizeOptions, rows_of, size_in_bytes
 from edgepress.pipeline.quantize.isolated import run_isolated
 from edgepress.pipeline.registry import require
 
@@ -59,7 +59,7 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
     settled = chosen.options
     kinds = len(settled.bits_for)
     others = f" but for {kinds} kind{'s'[: kinds != 1]} of matrices" if kinds else ""
-    others += ", 4 bits for rare tokens in the head" if settled.rare_rows else ""
+    others += ", 4 bits for rare tokens in the head" if rows_of(settled.rare_rows) else ""
     log.info(
         "quantize: %s, %d bits, groups of %d%s; %s", settled.method, settled.weight_bits, settled.group, others, chosen.because
     )
@@ -70,7 +70,7 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
         "bits_for": settled.bits_for,
     }
     facts: JsonObject = {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
-    if settled.rare_rows:
+    if rows_of(settled.rare_rows):
         taken["rare_rows"] = settled.rare_rows
     if options.max_size is not None:
         taken["head_bits"] = settled.head_bits

@@ -6,11 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import weight_bytes_per_token
 from edgepress.exporters.graph.half_scales import CAST, keep_scales_in_half
 from edgepress.pipeline.checkpoint.packed import PackedLinear, fit_half, in_half
-from edgepress.pipeline.quantize.rtn import round_to_nearest
+from edgepress.pipeline.quantize.gptq import quantized
+from edgepress.pipeline.quantize.rtn import least_largest_scale, round_to_nearest
 
 WEIGHT = np.random.default_rng(0).normal(size=(24, 128)).astype(np.float32)
 
@@ -79,6 +81,27 @@ def test_a_group_of_next_to_nothing_does_not_cost_its_matrix_two_bytes_a_scale()
     for bits in (4, 8):
         linear = round_to_nearest("m", weight, bits, 32, bits == 8)
         assert fit_half(linear.scales) and np.abs(linear.dequantized() - weight)[5].max() < 2**-16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_group_of_zeros_does_not_make_a_matrix_of_small_weights_coarse(bits: int) -> None:
+    """Its scale, which nothing reads, once counted as a large one, to which those of the others were nothing."""
+    small = WEIGHT * np.float32(1e-5)
+    with_zeros = np.concatenate([small, np.zeros((1, 128), np.float32)])
+    for symmetric in (False, True):
+        whole = round_to_nearest("m", with_zeros, bits, 32, symmetric).dequantized()
+        assert np.array_equal(whole[:-1], round_to_nearest("m", small, bits, 32, symmetric).dequantized()) and not whole[-1].any()
+
+
+def test_rows_that_are_rounded_apart_have_scales_of_one_size() -> None:
+    """The last rows of a head are tokens that no one trained: were theirs float32, all scales of the head would be."""
+    weight = torch.from_numpy(np.random.default_rng(2).normal(size=(4096 + 64, 64)).astype(np.float32))
+    weight[4096:] *= 1e-6
+    assert fit_half(round_to_nearest("m", weight, 8, 64, False).scales)
+    order, factor = torch.arange(64), torch.eye(64)
+    of_all = least_largest_scale(weight, 4)
+    assert fit_half(quantized("m", weight[4096:], factor, order, 4, 64, largest=of_all).scales)
+    assert not fit_half(quantized("m", weight[4096:], factor, order, 4, 64).scales)
 
 
 @pytest.mark.parametrize("step", [0.0123, 0.000731, 1.7])

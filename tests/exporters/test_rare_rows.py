@@ -121,12 +121,13 @@ def test_no_rows_at_all_are_asked_for_by_none(tiny: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("node", "name"),
     [
-        ("lm_head.24384", "lm_head"),
-        ("model.embed_tokens.matmul.64", "model.embed_tokens"),
+        ("lm_head.rows24384", "lm_head"),
+        ("model.embed_tokens.matmul.rows64", "model.embed_tokens"),
+        ("model.layers.3.self_attn.qkv_proj.rows64", "model.layers.3.self_attn.qkv_proj"),
         ("lm_head", "lm_head"),
         ("model.layers.0.mlp.down_proj.matmul", "model.layers.0.mlp.down_proj"),
         ("transformer.h.0.mlp.2", "transformer.h.0.mlp.2"),
     ],
 )
-def test_the_parts_of_a_head_are_one_matrix_to_users(node: str, name: str) -> None:
+def test_the_parts_of_a_matrix_are_one_to_users(node: str, name: str) -> None:
     assert matrix_name(node) == name

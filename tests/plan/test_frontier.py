@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from edgepress.pipeline import recipe
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, size_in_bytes
+from edgepress.pipeline.flags import make
+from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
 from edgepress.pipeline.plan import speed as speed_module
@@ -157,6 +159,20 @@ def test_bounds_that_contradict(tiny: Path, tmp_path: Path, call: Callable, flag
     result = call("build", tiny, tmp_path / "out", *flags)
     assert result.code == 2 and reason in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_rare_tokens_may_keep_their_bits_under_a_bound(known: None, tiny: Path, tmp_path: Path) -> None:
+    """The one thing about the head that a bound leaves to the user; what is planned and what is built know of it."""
+    bounds, rest = recipe.split_bounds({"min_speed": "1", "rare_rows": ["none"]})
+    quantize, export = make(QuantizeOptions, rest), ("export", ExportOptions())
+    (_, sized), _ = recipe._keeping_to(bounds, Artifact.load(tiny), tmp_path, [("quantize", quantize), export])[0]
+    assert isinstance(sized, QuantizeOptions) and sized.rare_rows == ("none",) and sized.max_size
+    assert PlanOptions(rare_rows=("none",)).quantize().rare_rows == ("none",)
+    with pytest.raises(OptionError, match="leave --rare-rows out"):
+        recipe.split_bounds({"min_speed": "1", "rare_rows": ["64-99"]})
+    rows = ("quantize", QuantizeOptions(rare_rows=("64-99",)))
+    with pytest.raises(OptionError, match="leave one of them out"):
+        recipe._keeping_to(bounds, Artifact.load(tiny), tmp_path, [rows, export])
 
 
 def test_a_recipe_that_contradicts_a_bound(tiny: Path, tmp_path: Path, call: Callable) -> None:

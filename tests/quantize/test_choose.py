@@ -94,6 +94,9 @@ def test_rare_tokens_get_four_bits_where_the_limit_allows(
     assert mixed.bits_for and mixed.rare_rows
     for given in ({"rare_rows": ("none",)}, {"head_bits": 16}, {"embedding_bits": 8}, {"tuned": True}):
         assert settled(max_growth=10.0, **given).options.rare_rows == given.get("rare_rows", ())
+    asked = QuantizeOptions(method="rtn", group_size=64, max_growth=10.0, rare_rows=("none",))
+    none = stages.run("quantize", Artifact.load(tiny), tmp_path / "none", asked).steps[-1].facts
+    assert none["chosen"]["bits"] == 4 and "rare_rows" not in none["chosen"]
     trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     costs, ends = trial.heads(), trial.ends()
     sizes = [ends.bytes(head, 64) for head in costs]

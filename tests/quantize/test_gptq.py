@@ -471,8 +471,8 @@ def test_codes_that_restore_something_else_are_caught(
 ) -> None:
     """Zero points off by one, in a matrix or in the head, which is the embedding."""
 
-    def spoilt(name: str, *rest: Any) -> PackedLinear:
-        linear = right(name, *rest)
+    def spoilt(name: str, *rest: Any, **others: Any) -> PackedLinear:
+        linear = right(name, *rest, **others)
         assert linear.zeros is not None
         zeros = np.minimum(linear.zeros + 1, 15).astype(np.uint8)
         return dataclasses.replace(linear, zeros=zeros) if name == wrong else linear
