@@ -102,6 +102,7 @@ def test_the_way_back_is_exact(both: tuple[Path, Path], text: Path, tmp_path: Pa
     assert np.array_equal(at_level_0(both[1], tmp_path).feed(ids, keep=0), Decoder(both[0]).feed(ids, keep=0))
 
 
+@pytest.mark.families
 def test_bench_holds_it_to_its_own_promise(both: tuple[Path, Path], reference: Path, text: Path, tmp_path: Path) -> None:
     """What int8 keys and values cost is no damage; with float ones the same weights reproduce the checkpoint."""
     short = {"text_tokens": 256, "repeats": 1, "prompt_lengths": (16,), "new_tokens": 8}

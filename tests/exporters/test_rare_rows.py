@@ -48,7 +48,8 @@ def test_a_few_rows_of_small_codes_are_no_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "tied", "exporter"), [("gptq", True, "fused"), ("rtn", False, "fused"), ("rtn", True, "portable")]
+    ("method", "tied", "exporter"),
+    [("gptq", True, "fused"), ("rtn", False, "fused"), pytest.param("rtn", True, "portable", marks=pytest.mark.families)],
 )
 def test_the_artifact_computes_what_the_checkpoint_does(
     method: str, tied: bool, exporter: str, text: Path, tmp_path: Path, random_model: Callable[..., Path]
