@@ -40,14 +40,14 @@ def against_quality(reports: Sequence[Report], kind: str) -> str:
         return ""
     figure, axes = _figure(3.6)
     drawn = [reports[number] for number in known]
-    methods = list(dict.fromkeys(r.quantization.label for r in drawn))
+    methods = list(dict.fromkeys(r.quantization.series for r in drawn))
     amounts = sorted({(len(r.removed_layers), sum(r.parts_removed.values()), r.channels_removed, r.removed) for r in drawn})
     removals = [removed for *_, removed in amounts]
     scale = 1e-6 if kind == "size" else 1.0
     for number, (cost, quality) in known.items():
         report, x, y = reports[number], scale * cost.median, quality.median
         rounds = [[x - scale * min(cost.values)], [scale * max(cost.values) - x]]
-        colour = _COLOURS[methods.index(report.quantization.label) % len(_COLOURS)]
+        colour = _COLOURS[methods.index(report.quantization.series) % len(_COLOURS)]
         marker = _MARKERS[removals.index(report.removed) % len(_MARKERS)]
         axes.errorbar(x, y, quality.standard_error, rounds, marker, color=colour, markersize=8, elinewidth=1)
         axes.annotate(str(number + 1), (x, y), xytext=(6, 5), textcoords="offset points")

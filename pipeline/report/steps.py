@@ -108,7 +108,7 @@ class Quantization:
     """The options that decide the format of the weights; the default is a model that was never quantized.
 
     kept_codes: how many matrices kept the codes of their GGUF file, whatever the options say. rare_rows: rows of the head that
-    have 4 bits, and all of them.
+    have 4 bits, and all of them. bits_per_weight: of all quantized matrices, scales counted; 0 where it is not known.
     """
 
     method: str = "none"
@@ -119,19 +119,28 @@ class Quantization:
     bits_for: tuple[str, ...] = ()
     kept_codes: int = 0
     rare_rows: tuple[int, ...] = ()
+    bits_per_weight: float = field(default=0.0, compare=False)  # a pruned model in the same form has other bits
 
     def __post_init__(self) -> None:
         if self.rare_rows and (len(self.rare_rows) != 2 or not 0 < self.rare_rows[0] <= self.rare_rows[1]):
             raise ValueError("rare rows are not some of all")
+        if not 0 <= self.bits_per_weight < 64:
+            raise ValueError("bits of a weight are not from 0 to 64")
 
     @property
-    def label(self) -> str:
-        """The method's label in tables, as ``gptq 4 bits/128``."""
+    def series(self) -> str:
+        """Artifacts of one kind in a plot: the method's label, as ``gptq 4 bits/128``, or ``gptq, mixed``."""
         row = METHODS.get(self.method)
         group = "row" if self.group_size == -1 else self.group_size
         label = self.method if row is None else row.label.format(bits=self.bits, group_size=group)
-        label = f"{label}, mixed" if self.bits_for else label
+        label = f"{self.method}, mixed" if self.bits_for else label
         return f"GGUF's codes, rest {label}" if self.kept_codes else label
+
+    @property
+    def label(self) -> str:
+        """Its name in tables: a mix has the bits of all quantized weights together, as ``gptq, mixed, 5.4 bits a weight``."""
+        mean = f", {self.bits_per_weight:.1f} bits a weight" if self.bits_for and self.bits_per_weight else ""
+        return self.series + mean
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,9 @@ class Step:
     def quantization(self) -> Quantization | None:
         """Of a quantize step."""
         options = self.options | self.facts.get("chosen", {})  # with --max-growth, the stage settles them
-        options = options | {"kept_codes": self.facts.get("kept_codes", 0), "rare_rows": self.facts.get("rare_rows", [])}
+        options = options | {
+            name: self.facts[name] for name in ("kept_codes", "rare_rows", "bits_per_weight") if name in self.facts
+        }
         return typed(Quantization, options, "quantize") if self.stage == "quantize" else None
 
     @cached_property

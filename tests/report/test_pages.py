@@ -73,6 +73,9 @@ def test_labels_come_from_the_table_of_methods() -> None:
     assert PRUNED.quantization.label == "gptq 4 bits/64"
     options = {"method": "int8", "bits": 8, "group_size": 128}
     assert Step("quantize", options).quantization.label == "int8"
+    mix = Step("quantize", options | {"method": "gptq", "bits_for": [".*=4"]}, {"bits_per_weight": 5.37}).quantization
+    assert mix.label == "gptq, mixed, 5.4 bits a weight" and mix.series == "gptq, mixed"
+    assert mix == replace(mix, bits_per_weight=5.2), "a removal is compared with the same form"
     unknown = Step("quantize", options | {"method": "awq"})
     assert unknown.quantization.label == "awq" and describe(unknown) == "quantize: awq; head float"
     assert describe(Step("quantize", {"method": "none"})) == "quantize: none"
