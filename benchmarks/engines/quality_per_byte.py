@@ -1,7 +1,7 @@
 """Quality for bytes: one checkpoint under our quantizers and under llama.cpp's, with and without its importance matrix.
 
     python benchmarks/engines/quality_per_byte.py CHECKPOINT --llama LLAMA_PYTHON --text wiki.test.raw --text stories.txt
-        [--off-grid] [--calibration mixed|TEXT] [--tune-tokens 65536] [--only PART] [--plot FILE.svg]
+        [--off-grid] [--calibration mixed|TEXT] [--tune-tokens 65536] [--only PART] [--untuned] [--plot FILE.svg]
 
 CHECKPOINT: llama, qwen2 or gemma3 with float weights, a .gguf file or "reference". Both sides calibrate on the same tokens of
 --calibration (the importance matrix, GPTQ, the choice of bits); --text is what none of them has read. LLAMA_PYTHON: see compare.py.
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=MIXED, help="a text, or mixed (default): prose and the model's own")
     parser.add_argument("--tune-tokens", type=int, default=65536, help="of a tune stage (default: %(default)s)")
     parser.add_argument("--only", action="append", help="our rows whose name contains this (default: all)")
+    parser.add_argument("--untuned", action="store_true", help="leave out the rows after a tune stage, which take most of the time")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp's (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama", default=sys.executable, help="python of an environment with llama-cpp-python and gguf")
@@ -148,7 +149,7 @@ def ours(checkpoint: Path, folder: Path, known: Engines, options: argparse.Names
         row = f"in {name.split()[1].rstrip(',')}'s bytes"
         sizes |= {row: f"--method gptq --max-size {engine['file_bytes'] + beside}", f"{row}, tuned": ""}
     for name, flags in (OURS | sizes).items():
-        if options.only and not any(part in name for part in options.only):
+        if (options.only and not any(part in name for part in options.only)) or (options.untuned and not flags):
             continue
         packed = folder / "packed" / name.replace("/", "-")
         packed.parent.mkdir(exist_ok=True)
