@@ -1,4 +1,4 @@
-"""Memory: what is given back, and what there is."""
+"""Memory: what is given back, and what there is; and in which type the processor multiplies faster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from edgepress.pipeline import machine
 
 _CHILD = """
@@ -59,3 +60,25 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
 def test_available_memory_is_a_part_of_all_there_is() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0.01 * total < (machine.available_memory() or 0) <= total
+
+
+@pytest.mark.parametrize(("gain", "preferred"), [(2.0, True), (1.0, False), (0.6, False)])
+def test_bfloat16_where_it_is_faster(gain: float, preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has it may still take longer: it is measured, on one thread, by the time that this takes."""
+    now, threads = 0.0, torch.get_num_threads()
+
+    def multiply(matrix: torch.Tensor, other: torch.Tensor) -> None:
+        nonlocal now
+        assert torch.get_num_threads() == 1
+        now += 1.0 if matrix.dtype == torch.float32 else 1 / gain
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.nn.functional, "linear", multiply)
+    monkeypatch.setattr(machine.time, "thread_time", lambda: now)
+    machine._gain_of_bfloat16.cache_clear()
+    try:
+        assert machine.prefers_bfloat16() == preferred and torch.get_num_threads() == threads
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        assert not machine.prefers_bfloat16()
+    finally:
+        machine._gain_of_bfloat16.cache_clear()

@@ -24,7 +24,7 @@ from edgepress.pipeline.checkpoint.blocks import (
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.offloaded import in_memory
 from edgepress.pipeline.errors import ModelError, OutputError
-from edgepress.pipeline.machine import has_bfloat16
+from edgepress.pipeline.machine import prefers_bfloat16
 from edgepress.pipeline.text.windows import padded
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,8 +53,8 @@ class Stream:
     """The residual stream of windows of token ids, (batch, tokens, hidden) a batch, between two blocks of a model.
 
     done: the number of blocks that it went through. A block may be changed while it is in memory, and be run any number of times
-    before the stream ``advance``s. On a processor that has bfloat16 blocks compute in it, and add to a stream of float32. Raises
-    ModelError where the decoder blocks cannot be told, or where something happens to the stream between them.
+    before the stream ``advance``s. On a processor that is faster in bfloat16 blocks compute in it, and add to a stream of float32.
+    Raises ModelError where the decoder blocks cannot be told, or where something happens to the stream between them.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: list[np.ndarray]) -> None:
@@ -173,7 +173,7 @@ class Stream:
 
     def _run(self, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = batch.calls[self.done]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()):
             return block_output(self._blocks[self.done](hidden, *args, **kwargs))
 
     @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -50,15 +52,16 @@ class Quality:
     def add_part(self, following: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
         """Score positions by the ids that follow them; what the last position of a window gives has none and is left out."""
         step = max(1, _NUMBERS // logits.shape[-1])
-        for first in range(0, len(following), step):
-            rows = slice(first, min(first + step, len(following)))
-            scores, true = log_softmax(logits[rows]), following[rows]
-            self.losses.append(-scores[np.arange(len(true)), true])
-            if original is not None:
-                reference = log_softmax(original[rows])
-                self.divergences.append((np.exp(reference) * (reference - scores)).sum(-1))
-                self.changes.append(self.losses[-1] + reference[np.arange(len(true)), true])
-                self.agreements.append(reference.argmax(-1) == scores.argmax(-1))
+        parts = [slice(first, min(first + step, len(following))) for first in range(0, len(following), step)]
+
+        def scored(rows: slice) -> tuple[np.ndarray, ...]:
+            return _scored(following[rows], logits[rows], None if original is None else original[rows])
+
+        with ThreadPoolExecutor(max(1, min(len(parts), os.cpu_count() or 1))) as threads:  # numpy lets others run meanwhile
+            for losses, *others in threads.map(scored, parts):
+                self.losses.append(losses)
+                for samples, found in zip((self.divergences, self.changes, self.agreements), others, strict=bool(others)):
+                    samples.append(found)
 
     def figures(self) -> QualityFigures:
         """Means over all tokens scored so far, as plain numbers."""
@@ -76,6 +79,18 @@ class Quality:
         """Mean change of the loss against the original's, nats a token, and its standard error."""
         changes = np.concatenate(self.changes)
         return float(changes.mean()), standard_error(changes)
+
+
+def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Losses of the true ids (positions,); with the original's logits divergences, changes of the loss and agreements, too."""
+    positions = np.arange(len(true))
+    scores = log_softmax(logits)
+    losses = -scores[positions, true]
+    if original is None:
+        return (losses,)
+    reference = log_softmax(original)
+    divergences = (np.exp(reference) * (reference - scores)).sum(-1)
+    return losses, divergences, losses + reference[positions, true], reference.argmax(-1) == scores.argmax(-1)
 
 
 def standard_error(values: np.ndarray) -> float:

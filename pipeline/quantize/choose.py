@@ -72,9 +72,9 @@ WORTH, WORTH_TUNED = 0.2, 0.03
 AIM = 0.8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Text:
-    """Windows of token ids, and the loss of each of their tokens with the weights as they are."""
+    """Windows of token ids, and the loss of each of their tokens with the weights as they are; equal to itself alone."""
 
     windows: list[np.ndarray]
     losses: np.ndarray
@@ -96,6 +96,7 @@ class _Trial:
         self.checkpoint = Checkpoint(source.path, options.trust_remote_code)
         self.context, self.weights = self.checkpoint.context, self.checkpoint.index
         self.texts: list[_Text] = []
+        self._suffering: list[_Text] = []  # what was measured last, the greatest loss first
         self.judging = _judging(options)
         self._resolved = resolved
         self.growth: dict[str, float] = {}
@@ -193,8 +194,8 @@ class _Trial:
         factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. all_texts: judge by all,
         not by the calibration text alone. head: in this form and in such groups, where it has rare rows.
         """
-        self.growth[bits] = -1.0
-        for number, text in enumerate(self._all_texts() if all_texts else self.texts[:1]):
+        self.growth[bits], changes = -1.0, dict[_Text, float]()
+        for number, text in enumerate(self._in_turn() if all_texts else self.texts[:1]):
             model = self._model()
             with ExitStack() as forms_of_all:
                 forms_of_all.enter_context(rounded(model.modules, forms, self.options.symmetric, self.weights))
@@ -203,11 +204,18 @@ class _Trial:
                     forms_of_all.enter_context(rounded_head(module, head, group_size))
                 losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
             del model
-            change = factor * float((losses - text.losses).mean())
+            changes[text] = change = factor * float((losses - text.losses).mean())
             self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
             if self.growth[bits] > limit:
                 break
+        self._suffering = sorted(changes, key=changes.__getitem__, reverse=True) + [t for t in self._suffering if t not in changes]
         return self.growth[bits]
+
+    def _in_turn(self) -> Iterator[_Text]:
+        """All texts: first those that suffered most, one of which may settle the matter, then those that were not measured yet."""
+        measured = list(self._suffering)
+        yield from measured
+        yield from (text for text in self._all_texts() if text not in measured)
 
     def costs(self) -> Costs:
         """What there is to choose from, measured now."""

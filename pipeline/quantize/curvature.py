@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, block_linears
-from edgepress.pipeline.machine import has_bfloat16, release_memory
+from edgepress.pipeline.machine import prefers_bfloat16, release_memory
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ class Errors:
         self.together: list[list[str]] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._errors = {}
-        halved = {id(p) for p in model.parameters() if p.ndim == 2} if spent and has_bfloat16() else set()
+        halved = {id(p) for p in model.parameters() if p.ndim == 2} if spent and prefers_bfloat16() else set()
         for name, module in progress(self.modules.items(), "rounding", "matrix"):
             weight = matrix_of(module)
             restored = round_to_nearest(name, weight.numpy(), bits, group_size, symmetric).dequantized()
@@ -101,7 +101,7 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()):
                 logits = model(input_ids=ids, use_cache=False).logits
             with torch.no_grad():
                 chances = torch.softmax(logits.float(), -1)

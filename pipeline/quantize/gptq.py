@@ -18,7 +18,7 @@ from edgepress.pipeline.checkpoint.packed import LEAST_HALF, SCALE_BYTES, Packed
 from edgepress.pipeline.checkpoint.stream import TOKENS, Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
-from edgepress.pipeline.machine import has_bfloat16, release_memory
+from edgepress.pipeline.machine import prefers_bfloat16, release_memory
 from edgepress.pipeline.quantize import inputs
 from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, MOVED, Input, Linear, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
@@ -180,7 +180,7 @@ def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
-        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, SCALE_BYTES, has_bfloat16()],
+        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, SCALE_BYTES, prefers_bfloat16()],
         "windows": windows,
     }
 

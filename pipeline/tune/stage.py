@@ -22,7 +22,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
-from edgepress.pipeline.machine import has_bfloat16, release_memory, training_device
+from edgepress.pipeline.machine import prefers_bfloat16, release_memory, training_device
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import SELF, TuneOptions
 from edgepress.pipeline.own_text.kept import with_text
@@ -158,8 +158,8 @@ def _beginning(windows: list[np.ndarray], tokens: int) -> list[np.ndarray]:
 
 
 def _bfloat16_serves(teacher: PreTrainedModel, window: np.ndarray) -> bool:
-    """Whether the processor multiplies in bfloat16, and the original's predictions stay what they are."""
-    if not (torch.cuda.is_bf16_supported(including_emulation=False) if teacher.device.type == "cuda" else has_bfloat16()):
+    """Whether the processor multiplies faster in bfloat16, and the original's predictions stay what they are."""
+    if not (torch.cuda.is_bf16_supported(including_emulation=False) if teacher.device.type == "cuda" else prefers_bfloat16()):
         return False
     exact = torch.from_numpy(logits_of(teacher, window))
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16):

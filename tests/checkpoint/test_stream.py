@@ -21,7 +21,7 @@ FAST = ("llama", "gemma3_text", "gpt2", "mixtral")
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("edgepress.pipeline.checkpoint.stream.prefers_bfloat16", lambda: False)
 
 
 def windows() -> list[np.ndarray]:
@@ -85,7 +85,7 @@ def test_states_in_bfloat16(
     source = random_model(family_config(family), tmp_path / "model")
     found = []
     for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr("edgepress.pipeline.checkpoint.stream.prefers_bfloat16", lambda has=has: has)
         stream = Stream(Checkpoint(source), windows())
         while stream.done < len(stream):
             with stream.block():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.machine import prefers_bfloat16
 from edgepress.pipeline.metrics.torch_scores import divergences
 from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.rtn import rounded
@@ -61,7 +62,7 @@ def test_a_model_that_nobody_needs_any_more_costs_the_same(
     model = Checkpoint(tiny).model()
     spent = costs(model, Errors(model, *FORM, spent=True), windows)
     assert sum(spent.values()) == pytest.approx(sum(estimated[1].values()), rel=0.05)
-    if torch.cpu._is_avx512_bf16_supported():
+    if prefers_bfloat16():
         assert {p.ndim for p in model.parameters() if p.dtype == torch.bfloat16} == {2}
         assert {b.dtype for b in model.buffers()} == {torch.float32}
 

@@ -265,7 +265,7 @@ def test_each_matrix_reads_what_those_before_it_make(
     Each is moved towards what would make up for what its input has lost, as far as half of the tokens confirm what the others say.
     """
     shares: list[float] = []
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("edgepress.pipeline.checkpoint.stream.prefers_bfloat16", lambda: False)
     monkeypatch.setattr(stream, "TOKENS", 128)
     job = job_in(tmp_path, tiny, text)
     rows, found = job.windows(), gptq.quantize(job)

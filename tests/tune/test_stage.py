@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -196,9 +195,9 @@ def test_minutes_decide_how_long(quantized: Artifact, tiny: Path, options: Make,
 
 def test_bfloat16_only_where_it_serves(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, window = Checkpoint(tiny).model(), np.arange(1, 60)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(stage, "prefers_bfloat16", lambda: False)
     assert not stage._bfloat16_serves(model, window)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(stage, "prefers_bfloat16", lambda: True)
     assert stage._bfloat16_serves(model, window)
     monkeypatch.setattr(stage, "NOISE", 0.0)
     assert not stage._bfloat16_serves(model, window)
