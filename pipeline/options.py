@@ -25,7 +25,7 @@ SELF, MIXED = Path("self"), Path("mixed")
 WRITTEN = (SELF, MIXED)
 NONE = "none"  # of --rare-rows
 OWN_TOKENS = 8192  # that the model writes for MIXED at most, and to be judged by
-COST_TOKENS = 8192  # that show what each matrix costs
+COST_TOKENS = 4096  # that show what each matrix costs
 SAMPLER = 3  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",

@@ -21,6 +21,7 @@ from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
 
 BATCH = 8  # windows, fewer where the vocabulary is large
+DRAWS = 2  # of tokens for each window: a backward pass is cheaper than a window more
 _LOGITS = 2**23  # of a batch: 32 MB; more windows at a time are hardly faster, and what goes on within them takes memory
 
 
@@ -105,10 +106,13 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
                 logits = model(input_ids=ids, use_cache=False).logits
             with torch.no_grad():
                 chances = torch.softmax(logits.float(), -1)
-                drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
-                # what the negative log-likelihood of the drawn tokens has for a gradient, in place of three more arrays as large
-                chances.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=chances.dtype))
-            logits.backward(chances.to(logits.dtype))
-        for name, factor in errors.factors.items():
-            squares[name] += 0.0 if factor.grad is None else float(factor.grad.double().square().sum())
+            for rest in reversed(range(DRAWS)):
+                with torch.no_grad():
+                    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
+                    # what the negative log-likelihood of the drawn tokens has for a gradient
+                    toward = (chances.clone() if rest else chances).to(logits.dtype)
+                    toward.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=toward.dtype))
+                found = torch.autograd.grad(logits, list(errors.factors.values()), toward, retain_graph=rest > 0, allow_unused=True)
+                for name, gradient in zip(errors.factors, found, strict=True):
+                    squares[name] += 0.0 if gradient is None else float(gradient.double().square().sum()) / DRAWS
     return {name: square / (2 * sum(map(len, windows))) for name, square in squares.items()}

@@ -20,7 +20,7 @@ from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
-WINDOW = 128  # tokens: many short windows make the estimate better than few long ones
+WINDOW = 64  # tokens: many short windows make the estimate better than few long ones
 
 
 @dataclass(frozen=True)
