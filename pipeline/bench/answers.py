@@ -6,9 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgepress.pipeline.bench.evaluate import ANSWER_TOKENS
+from edgepress.pipeline.bench.jobs import Continuations
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.model_files import end_tokens
-from edgepress.pipeline.report.model import Answer
+from edgepress.pipeline.report.model import Answer, Parting
 from edgepress.pipeline.runtime.chat_template import read_template
 from edgepress.pipeline.text.windows import context_length, load_tokenizer
 
@@ -27,16 +28,23 @@ def asked(folder: Path, window: Ids) -> Ids:
     return ids if len(ids) + ANSWER_TOKENS <= context_length(folder) else ()
 
 
-def answer(folder: Path, window: Ids, ids: Ids, *continued: Ids) -> Answer:
-    """What was asked, and answered by the original and the artifact, as text up to the token that ends an answer."""
+def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
+    """What was asked, and answered by the original and the artifact, as text up to the token that ends an answer.
+
+    Where they part within that, it is said how likely the original held either word.
+    """
     tokenizer, ends = load_tokenizer(folder), end_tokens(folder)
-
-    def text(tokens: Ids) -> str:
-        stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return _line(tokenizer.decode(tokens[:stop])) + (" ..." if stop == len(tokens) else "")
-
-    prompt = _line(tokenizer.decode(ids)) if ids == _passage(window) else QUESTION
-    return Answer(prompt, *map(text, continued))
+    stops = [next((place for place, token in enumerate(ids) if token in ends), len(ids)) for ids in (both.original, both.artifact)]
+    original, artifact = (
+        _line(tokenizer.decode(ids[:stop])) + (" ..." if stop == len(ids) else "")
+        for ids, stop in zip((both.original, both.artifact), stops, strict=True)
+    )
+    parting = None
+    if both.place is not None and both.held is not None and both.place <= min(stops):
+        words = (tokenizer.decode([ids[both.place]], skip_special_tokens=False).strip() for ids in (both.original, both.artifact))
+        parting = Parting(*words, *both.held)
+    prompt = _line(tokenizer.decode(both.asked)) if both.asked == _passage(window) else QUESTION
+    return Answer(prompt, original, artifact, parting)
 
 
 def _line(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from edgepress.pipeline.bench.jobs import QualityEvent, QualityFigures, QualityJob, Scored, ScoringRow
+from edgepress.pipeline.bench.jobs import Continuations, QualityEvent, QualityFigures, QualityJob, Scored, ScoringRow
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.machine import large_blocks_given_back, release_memory, rows_at_once
 from edgepress.pipeline.metrics.scores import Quality
@@ -58,7 +58,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
             if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
                 if asked:
-                    answers = (job.asked, tuple(original.answers[0]), tuple(model.greedy(asked[0], ANSWER_TOKENS)))
+                    answers = _answers(job.asked, original.answers[0], model.greedy(asked[0], ANSWER_TOKENS))
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
             yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode(), answers))
@@ -94,6 +94,11 @@ class _Torch:
         from edgepress.pipeline.metrics.torch_scores import greedy_tokens
 
         return greedy_tokens(self._model, ids, count)
+
+    def chances(self, ids: np.ndarray, count: int) -> list[dict[int, float]]:
+        from edgepress.pipeline.metrics.torch_scores import greedy_chances
+
+        return greedy_chances(self._model, ids, count)
 
 
 class _Streamed:
@@ -168,12 +173,12 @@ class _Models:
 class _Original:
     """The original's logits by window, made as often as asked for from what left its last block; its blocks are freed.
 
-    greedy: its continuations of the prompts; answers: of what was asked.
+    greedy: its continuations of the prompts; answers: of what was asked, with the probabilities of the likeliest tokens.
     """
 
     def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray], asked: list[np.ndarray]) -> None:
         self.greedy = [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
-        self.answers = [model.greedy(prompt, ANSWER_TOKENS) for prompt in asked]
+        self.answers = [model.chances(prompt, ANSWER_TOKENS) for prompt in asked]
         self._scoring = model.scoring
         self._recorded = [self._scoring.recorded(window) for window in windows]
         self._scoring.drop_blocks()
@@ -181,6 +186,14 @@ class _Original:
 
     def parts(self, number: int, positions: slice = slice(0, None)) -> Iterator[_Part]:
         return self._scoring.parts(self._recorded[number], positions.start, positions.stop)
+
+
+def _answers(asked: tuple[int, ...], chances: list[dict[int, float]], artifact: list[int]) -> Continuations:
+    """What both answer, and how likely the original held the two tokens at which they part; 0 for one not among its likeliest."""
+    original = [next(iter(known)) for known in chances]
+    place = next((place for place, (one, other) in enumerate(zip(original, artifact, strict=True)) if one != other), None)
+    held = None if place is None else (chances[place][original[place]], chances[place].get(artifact[place], 0.0))
+    return Continuations(asked, tuple(original), tuple(artifact), place, held)
 
 
 def _prompts(windows: list[np.ndarray]) -> list[np.ndarray]:

@@ -124,16 +124,28 @@ class QualityFigures:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64.
+class Continuations:
+    """Token ids of what was asked, and with which the original and the artifact continue it, greedily.
 
-    answers: token ids of what was asked, and with which the original and this model continue it, greedily.
+    place: of the first token that differs, None where none does; held: how likely the original held its own there, and the
+    artifact's, which is 0 where others were likelier.
     """
+
+    asked: tuple[int, ...]
+    original: tuple[int, ...]
+    artifact: tuple[int, ...]
+    place: int | None = None
+    held: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answer for one row. losses: of every scored token in nats, float32 (tokens,), as base64."""
 
     key: str
     figures: QualityFigures
     losses: str
-    answers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    answers: Continuations | None = None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
     if isinstance(answers[-1], Scored) and answers[-1].answers:
-        subject.answers = (answer(subject.path, text[0], *answers[-1].answers),)
+        subject.answers = (answer(subject.path, text[0], answers[-1].answers),)
 
 
 def _stage_row(row: Row, answer: Scored | Failed, loss: np.ndarray | None, text_bytes: int) -> StageRow:

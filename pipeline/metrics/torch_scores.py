@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 # A batch of windows has positions for so many logits, which are never made all at once.
 _LOGITS = 2**26
+LIKELIEST = 16  # tokens whose probabilities are kept where a model answers
 
 
 def batches(
@@ -47,17 +48,24 @@ def logits_of(model: PreTrainedModel, ids: np.ndarray, keep: int = 0) -> np.ndar
 
 def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[int]:
     """Plain greedy continuation of ids (tokens,) with the cache: no penalty or stop token of a generation config interferes."""
-    tokens: list[int] = []
+    return [next(iter(chances)) for chances in greedy_chances(model, ids, count)]
+
+
+def greedy_chances(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[dict[int, float]]:
+    """The same, and for each token the probabilities of the ``LIKELIEST`` there, its own first."""
+    found: list[dict[int, float]] = []
     new, past = torch.from_numpy(ids)[None], None
     with torch.inference_mode():
         for _ in range(count):
-            if len(ids) + len(tokens) - 1 in switches(model.config):  # keys in the cache have other frequencies
-                new, past = torch.tensor([[*ids.tolist(), *tokens]]), None
+            if len(ids) + len(found) - 1 in switches(model.config):  # keys in the cache have other frequencies
+                new, past = torch.tensor([[*ids.tolist(), *(next(iter(chances)) for chances in found)]]), None
             output = model(input_ids=new, past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            new = output.logits[:, -1:].argmax(-1)
-            tokens.append(int(new))
-    return tokens
+            past, logits = output.past_key_values, output.logits[0, -1]
+            taken, chances = int(logits.argmax()), torch.softmax(logits.float(), -1)
+            likeliest = chances.topk(min(LIKELIEST, len(chances))).indices.tolist()
+            found.append({token: float(chances[token]) for token in dict.fromkeys([taken, *likeliest])})
+            new = torch.tensor([[taken]])
+    return found
 
 
 class Logits:

@@ -83,12 +83,23 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """The first words in which two answers differ, and how likely the original held either; 0 where many others were likelier."""
+
+    original: str
+    artifact: str
+    original_chance: float
+    artifact_chance: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the original and the shipped files answer, greedily, to the same question or passage of a text."""
 
     asked: str
     original: str
     artifact: str
+    parting: Parting | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from edgepress.pipeline.report import forecast
 from edgepress.pipeline.report.decision import decision
-from edgepress.pipeline.report.model import Environment, Report, ReportFile, for_people
+from edgepress.pipeline.report.model import Environment, Parting, Report, ReportFile, for_people
 from edgepress.pipeline.report.steps import Removal
 from edgepress.pipeline.report.tables import (
     COMPARISON_HEADER,
@@ -146,8 +146,16 @@ def answer_rows(reports: Sequence[Report]) -> list[tuple[str, str]]:
     questions: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for report in reports:
         for one in report.answers:
-            questions.setdefault((one.asked, one.original), []).append((report.artifact, one.artifact))
+            said = one.artifact if one.parting is None else f"{one.artifact} ({_parting(one.parting)})"
+            questions.setdefault((one.asked, one.original), []).append((report.artifact, said))
     return [row for (asked, original), said in questions.items() for row in (("asked", asked), ("original", original), *said)]
+
+
+def _parting(one: Parting) -> str:
+    """Whether a near tie or a plain mistake led an answer elsewhere."""
+    other = f"{100 * one.artifact_chance:.0f} %" if one.artifact_chance >= 0.01 else "less than 1 %"
+    own = f'"{one.original}" {100 * one.original_chance:.0f} %'
+    return f'it parts from the original where that gives {own} and "{one.artifact}" {other}'
 
 
 def environments(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench import answers, evaluate
-from edgepress.pipeline.bench.jobs import QualityJob, ScoringRow
+from edgepress.pipeline.bench.jobs import Continuations, QualityJob, ScoringRow
 from edgepress.pipeline.bench.stage import bench
 from edgepress.pipeline.checkpoint.load import load_model
-from edgepress.pipeline.metrics.torch_scores import greedy_tokens
+from edgepress.pipeline.metrics.torch_scores import greedy_tokens, logits_of
 from edgepress.pipeline.options import BenchOptions
-from edgepress.pipeline.report.model import Answer, read
+from edgepress.pipeline.report.model import Answer, Parting, read
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.text.windows import load_tokenizer, text_windows
 
@@ -34,7 +35,7 @@ def test_a_model_that_chats_is_asked_a_question(tiny: Path, window: tuple[int, .
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     ids = answers.asked(folder, window)
     assert load_tokenizer(folder).decode(ids, skip_special_tokens=False) == f"[user] {answers.QUESTION}\n[assistant]"
-    assert answers.answer(folder, window, ids, (5,), (6,)).asked == answers.QUESTION
+    assert answers.answer(folder, window, Continuations(ids, (5,), (6,))).asked == answers.QUESTION
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert answers.asked(folder, window) == answers._passage(window)
 
@@ -56,20 +57,38 @@ def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]
     """The original in torch, the artifact from its files, greedily."""
     job = QualityJob((window,), str(tiny), (ScoringRow("onnx", "onnx", str(build / "04-export")),), False, "cpu", window[:9])
     (scored,) = (event.scored for event in evaluate.quality(job) if event.scored)
-    prompt = np.array(window[:9])
-    assert scored.answers == (
-        window[:9],
-        tuple(greedy_tokens(load_model(tiny), prompt, evaluate.ANSWER_TOKENS)),
-        tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS)),
-    )
+    prompt, model, found = np.array(window[:9]), load_model(tiny), scored.answers
+    assert found is not None and found.asked == window[:9]
+    assert found.original == tuple(greedy_tokens(model, prompt, evaluate.ANSWER_TOKENS))
+    assert found.artifact == tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS))
+    pairs = list(zip(found.original, found.artifact, strict=True))
+    assert found.place == next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    if found.place is not None:
+        ids = np.array([*window[:9], *found.original[: found.place]])
+        chances = torch.softmax(torch.from_numpy(logits_of(model, ids, keep=1)[0]), -1)
+        assert found.held == pytest.approx([float(chances[token]) for token in pairs[found.place]], abs=1e-5)
+
+
+def test_where_answers_part_the_originals_chances_are_said() -> None:
+    """A near tie is no mistake; a word that the original did not think of is one."""
+    chances = [{5: 0.9, 8: 0.05}, {6: 0.41, 7: 0.4}, {3: 1.0}]
+    assert evaluate._answers((1,), chances, [5, 7, 2]) == Continuations((1,), (5, 6, 3), (5, 7, 2), 1, (0.41, 0.4))
+    assert evaluate._answers((1,), chances, [2, 7, 2]).held == (0.9, 0.0)
+    assert evaluate._answers((1,), chances, [5, 6, 3]).held is None
 
 
 def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, ...]) -> None:
     """Its end token and what follows are not shown; of one that does not end, that it goes on is."""
     words = tuple(load_tokenizer(tiny).encode("a fine day", add_special_tokens=False).ids)
-    found = answers.answer(tiny, window, answers._passage(window), (*words, 0, 7, 7), words)
-    assert found.original == "a fine day" and found.artifact == "a fine day ..."
-    assert found.asked == " ".join(load_tokenizer(tiny).decode(answers._passage(window)).split())
+    passage, original = answers._passage(window), (*words, 0, 7, 7)
+    found = answers.answer(tiny, window, Continuations(passage, original, words, None, None))
+    assert found.original == "a fine day" and found.artifact == "a fine day ..." and found.parting is None
+    assert found.asked == " ".join(load_tokenizer(tiny).decode(passage).split())
+    other = (words[0], words[0], *words[2:])
+    parting = answers.answer(tiny, window, Continuations(passage, original, other, 1, (0.5, 0.25))).parting
+    assert parting == Parting(*(load_tokenizer(tiny).decode([ids[1]]).strip() for ids in (words, words[:1] * 2)), 0.5, 0.25)
+    late = (*words, 0, 8, 7)  # it is not read so far
+    assert answers.answer(tiny, window, Continuations(passage, original, late, len(words) + 1, (0.5, 0.25))).parting is None
 
 
 @pytest.mark.families

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from edgepress.pipeline.report.html import html
+from edgepress.pipeline.report.model import Answer, Parting
 from edgepress.pipeline.report.steps import Step, describe
 from edgepress.pipeline.report.tables import artifact_rows, figure_rows, made_by
 from edgepress.pipeline.report.text import markdown, terminal
@@ -38,6 +39,18 @@ def test_markdown_and_terminal_show_the_same() -> None:
         for part in ("7.00 MB", "0.06 nat", "slower", "no difference shown"):
             assert part in text, part
     assert "**2: 0.02 (removed)**" in markdown(content)
+
+
+def test_an_answer_says_whether_a_near_tie_led_it_elsewhere() -> None:
+    """Both pages and the terminal, beside the artifact's answer; nothing where the answers are the same."""
+    told = replace(WHOLE, answers=(Answer("2 + 2?", "The sum is 4.", "This is 4.", Parting("The", "This", 0.151, 0.144)),))
+    content = content_of(
+        told, replace(PRUNED, answers=(Answer("2 + 2?", "The sum is 4.", "Two.", Parting("The", "Two", 0.151, 0.0)),))
+    )
+    for text in (markdown(content), terminal(content), html(content).replace("&#34;", '"')):
+        assert 'This is 4. (it parts from the original where that gives "The" 15 % and "This" 14 %)' in text
+        assert 'Two. (it parts from the original where that gives "The" 15 % and "Two" less than 1 %)' in text
+    assert "parts from" not in terminal(content_of(replace(WHOLE, answers=(Answer("2 + 2?", "4.", "4."),))))
 
 
 def test_headers_are_the_fields_terms() -> None:
