@@ -41,8 +41,8 @@ def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
     )
     parting = None
     if both.place is not None and both.held is not None and both.place <= min(stops):
-        words = (tokenizer.decode([ids[both.place]], skip_special_tokens=False).strip() for ids in (both.original, both.artifact))
-        parting = Parting(*words, *both.held)
+        own, other = (tokenizer.decode([ids[both.place]], skip_special_tokens=False) for ids in (both.original, both.artifact))
+        parting = Parting(own.strip(), other.strip(), *both.held)
     prompt = _line(tokenizer.decode(both.asked)) if both.asked == _passage(window) else QUESTION
     return Answer(prompt, original, artifact, parting)
 
