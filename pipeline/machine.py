@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -106,6 +107,11 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prefers_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16, and faster than in float32.
 
@@ -132,7 +138,7 @@ def _gain_of_bfloat16() -> float:
                 least[which] = min(least[which], time.thread_time() - begun)
     finally:
         torch.set_num_threads(threads)
-    return least[0] / least[1]
+    return least[0] / least[1] if least[1] else 1.0  # of a clock that is too coarse
 
 
 def training_device() -> torch.device:

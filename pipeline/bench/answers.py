@@ -40,9 +40,10 @@ def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
         for ids, stop in zip((both.original, both.artifact), stops, strict=True)
     )
     parting = None
-    if both.place is not None and both.held is not None and both.place <= min(stops):
+    # where both end, though by another token, nothing of it is seen
+    if both.place is not None and both.held is not None and both.place <= min(stops) and set(stops) != {both.place}:
         own, other = (tokenizer.decode([ids[both.place]], skip_special_tokens=False) for ids in (both.original, both.artifact))
-        parting = Parting(own.strip(), other.strip(), *both.held)
+        parting = Parting(own, other, *both.held)
     prompt = _line(tokenizer.decode(both.asked)) if both.asked == _passage(window) else QUESTION
     return Answer(prompt, original, artifact, parting)
 

@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edgepress.pipeline.machine import cores
 from edgepress.pipeline.registry import versions
 from edgepress.pipeline.report.model import Cpu, Environment, Machine
 from edgepress.pipeline.runtime.targets import TARGETS, gpus
@@ -42,7 +43,7 @@ def machine(target: str) -> Machine:
         system=platform.platform(),
         python=platform.python_version(),
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         versions=versions(*_PACKAGES),
         gpus=tuple(gpus()) if target == "cuda" else None,
     )

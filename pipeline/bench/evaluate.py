@@ -173,7 +173,7 @@ class _Models:
 class _Original:
     """The original's logits by window, made as often as asked for from what left its last block; its blocks are freed.
 
-    greedy: its continuations of the prompts; answers: of what was asked, with the probabilities of the likeliest tokens.
+    greedy: its continuations of the prompts; answers: of what was asked, with the probabilities of likely tokens.
     """
 
     def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray], asked: list[np.ndarray]) -> None:
@@ -189,7 +189,7 @@ class _Original:
 
 
 def _answers(asked: tuple[int, ...], chances: list[dict[int, float]], artifact: list[int]) -> Continuations:
-    """What both answer, and how likely the original held the two tokens at which they part; 0 for one not among its likeliest."""
+    """What both answer, and how likely the original held the two tokens at which they part; 0 for less than 1 %."""
     original = [next(iter(known)) for known in chances]
     place = next((place for place, (one, other) in enumerate(zip(original, artifact, strict=True)) if one != other), None)
     held = None if place is None else (chances[place][original[place]], chances[place].get(artifact[place], 0.0))

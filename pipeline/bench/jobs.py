@@ -128,7 +128,7 @@ class Continuations:
     """Token ids of what was asked, and with which the original and the artifact continue it, greedily.
 
     place: of the first token that differs, None where none does; held: how likely the original held its own there, and the
-    artifact's, which is 0 where others were likelier.
+    artifact's, 0 for less than 1 %.
     """
 
     asked: tuple[int, ...]

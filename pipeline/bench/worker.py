@@ -34,6 +34,7 @@ from edgepress.pipeline.bench.memory import peak_rss, pss
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.files import JsonObject, files_below, graph_files, read_json
+from edgepress.pipeline.machine import cores
 from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.runtime.decoder import Decoder
@@ -151,7 +152,7 @@ def bandwidth(job: BandwidthJob) -> Iterator[Bandwidth]:
 
     Each thread takes the maximum of its own int32 array: one load and one vector instruction a cache line.
     """
-    count = job.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    count = job.threads or cores()
     arrays = [np.ones(BANDWIDTH_BYTES // 4 // count, dtype=np.int32) for _ in range(count)]
     best = 0.0
     for _ in range(BANDWIDTH_PASSES):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
+from edgepress.pipeline.machine import cores
 
+_THREADS = 8  # at most: each has five arrays of 4 MB
 _NUMBERS = 1 << 19  # logits at a time: their float64 copies stay in the processor's cache, which is two to three times as fast
 
 
@@ -57,7 +58,7 @@ class Quality:
         def scored(rows: slice) -> tuple[np.ndarray, ...]:
             return _scored(following[rows], logits[rows], None if original is None else original[rows])
 
-        with ThreadPoolExecutor(max(1, min(len(parts), os.cpu_count() or 1))) as threads:  # numpy lets others run meanwhile
+        with ThreadPoolExecutor(max(1, min(len(parts), _THREADS, cores()))) as threads:  # numpy lets others run meanwhile
             for losses, *others in threads.map(scored, parts):
                 self.losses.append(losses)
                 for samples, found in zip((self.divergences, self.changes, self.agreements), others, strict=bool(others)):

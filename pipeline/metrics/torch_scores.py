@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 # A batch of windows has positions for so many logits, which are never made all at once.
 _LOGITS = 2**26
-LIKELIEST = 16  # tokens whose probabilities are kept where a model answers
+LIKELY = 0.01  # probability of tokens that are told where a model answers
 
 
 def batches(
@@ -52,7 +52,7 @@ def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[i
 
 
 def greedy_chances(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[dict[int, float]]:
-    """The same, and for each token the probabilities of the ``LIKELIEST`` there, its own first."""
+    """The same, and for each token its probability, first, and those of all others that were ``LIKELY`` there."""
     found: list[dict[int, float]] = []
     new, past = torch.from_numpy(ids)[None], None
     with torch.inference_mode():
@@ -62,8 +62,8 @@ def greedy_chances(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[
             output = model(input_ids=new, past_key_values=past, use_cache=True)
             past, logits = output.past_key_values, output.logits[0, -1]
             taken, chances = int(logits.argmax()), torch.softmax(logits.float(), -1)
-            likeliest = chances.topk(min(LIKELIEST, len(chances))).indices.tolist()
-            found.append({token: float(chances[token]) for token in dict.fromkeys([taken, *likeliest])})
+            likely = torch.nonzero(chances >= LIKELY)[:, 0].tolist()
+            found.append({token: float(chances[token]) for token in dict.fromkeys([taken, *likely])})
             new = torch.tensor([[taken]])
     return found
 

@@ -33,6 +33,7 @@ from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRI
 from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, check_possible, ends_of, fit
+from edgepress.pipeline.quantize.curvature import DRAWS
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head, candidates, rounded_head, weights_of_tokens
 from edgepress.pipeline.quantize.mix import (
     BASE,
@@ -208,7 +209,9 @@ class _Trial:
             self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
             if self.growth[bits] > limit:
                 break
-        self._suffering = sorted(changes, key=changes.__getitem__, reverse=True) + [t for t in self._suffering if t not in changes]
+        if all_texts:
+            rest = [text for text in self._suffering if text not in changes]
+            self._suffering = sorted(changes, key=changes.__getitem__, reverse=True) + rest
         return self.growth[bits]
 
     def _in_turn(self) -> Iterator[_Text]:
@@ -307,7 +310,9 @@ def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
     parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
     parts += [options.calibration_seed, options.head_bits, options.rare_rows, options.embedding_bits, options.method == "gptqmodel"]
     parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
-    name = hashlib.sha256(repr([*parts, COST_TOKENS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()).hexdigest()
+    name = hashlib.sha256(
+        repr([*parts, COST_TOKENS, WINDOW, DRAWS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()
+    ).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
 
 

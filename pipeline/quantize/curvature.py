@@ -82,6 +82,7 @@ class Errors:
     def _adding(self, name: str) -> Callable[[torch.nn.Module, BlockArgs, torch.Tensor], torch.Tensor]:
         def add(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> torch.Tensor:
             self._inputs[name] = args[0]  # kept, so that no other tensor gets its place
+            # in bfloat16 on any processor: to widen the errors for each batch takes as long as it saves
             moved = torch.nn.functional.linear(args[0].detach().bfloat16(), self._errors[name]).to(output.dtype)
             factor = self.factors[name]
             factor = factor.repeat_interleave(len(output) // len(factor))  # some blocks join windows and tokens
@@ -93,7 +94,7 @@ class Errors:
 def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], seed: int = 0) -> dict[str, float]:
     """KL(model || model with this matrix alone rounded), nats a token, for every block matrix.
 
-    windows: token ids, all of one length. The estimate's standard error is sqrt(2 / windows) of it.
+    windows: token ids, all of one length. The estimate's standard error is at least sqrt(2 / windows / DRAWS) of it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -109,9 +110,9 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
             for rest in reversed(range(DRAWS)):
                 with torch.no_grad():
                     drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
-                    # what the negative log-likelihood of the drawn tokens has for a gradient
-                    toward = (chances.clone() if rest else chances).to(logits.dtype)
-                    toward.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=toward.dtype))
+                    # what the negative log-likelihood of the drawn tokens has for a gradient, before anything is rounded
+                    toward = chances.clone() if rest else chances
+                    toward = toward.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=toward.dtype)).to(logits.dtype)
                 found = torch.autograd.grad(logits, list(errors.factors.values()), toward, retain_graph=rest > 0, allow_unused=True)
                 for name, gradient in zip(errors.factors, found, strict=True):
                     squares[name] += 0.0 if gradient is None else float(gradient.double().square().sum()) / DRAWS

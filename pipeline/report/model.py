@@ -84,7 +84,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Parting:
-    """The first words in which two answers differ, and how likely the original held either; 0 where many others were likelier."""
+    """The first words in which two answers differ, and how likely the original held either; 0 for less than 1 %."""
 
     original: str
     artifact: str

@@ -21,7 +21,7 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.update import replace_tensors
 from edgepress.pipeline.errors import EdgepressError, OptionError, ProofError
-from edgepress.pipeline.files import JsonObject, remove, sha256
+from edgepress.pipeline.files import JsonObject, read_json, remove, sha256, write_json
 from edgepress.pipeline.machine import prefers_bfloat16, release_memory, training_device
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of
 from edgepress.pipeline.options import SELF, TuneOptions
@@ -111,7 +111,7 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
     # What is more than enough to judge by teaches.
     fitted = [*texts.fit, *texts.selection[len(sets["selection"]) :], *texts.judging[len(sets["judging"]) :]]
     teacher = original.model().to(training_device())
-    bfloat16 = _bfloat16_serves(teacher, texts.judging[0])
+    bfloat16 = _precision(teacher, texts.judging[0], scratch / "bfloat16.json")
     lessons = {name: Lesson(windows, record(teacher, windows, scratch / name)) for name, windows in sets.items()}
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         fit = Lesson(fitted, record(teacher, fitted, scratch / "fit"))
@@ -155,6 +155,13 @@ def _tune(checkpoint: Checkpoint, original: Checkpoint, out: Path, options: Tune
 def _beginning(windows: list[np.ndarray], tokens: int) -> list[np.ndarray]:
     """As many windows as ``tokens`` hold, at least one."""
     return windows[: max(1, tokens // len(windows[0]))]
+
+
+def _precision(teacher: PreTrainedModel, window: np.ndarray, kept: Path) -> bool:
+    """Whether to multiply in bfloat16: found out once for an interrupted training, of which all is in one type."""
+    if not kept.is_file():
+        write_json(kept, {"bfloat16": _bfloat16_serves(teacher, window)})
+    return bool(read_json(kept)["bfloat16"])
 
 
 def _bfloat16_serves(teacher: PreTrainedModel, window: np.ndarray) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.machine import prefers_bfloat16
 from edgepress.pipeline.metrics.torch_scores import divergences
+from edgepress.pipeline.quantize import curvature
 from edgepress.pipeline.quantize.curvature import Errors, costs
 from edgepress.pipeline.quantize.rtn import rounded
 from families import family_config
@@ -55,14 +55,16 @@ def test_matrices_that_read_one_input_are_together(estimated: tuple[Errors, dict
     assert len(estimated[0].together) == 16
 
 
+@pytest.mark.parametrize("has", [True, False])
 def test_a_model_that_nobody_needs_any_more_costs_the_same(
-    tiny: Path, windows: list[np.ndarray], estimated: tuple[Errors, dict[str, float]]
+    has: bool, tiny: Path, windows: list[np.ndarray], estimated: tuple[Errors, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its matrices are halved, its norms and tables of angles are not: the pass itself computes in bfloat16."""
+    monkeypatch.setattr(curvature, "prefers_bfloat16", lambda: has)
     model = Checkpoint(tiny).model()
     spent = costs(model, Errors(model, *FORM, spent=True), windows)
     assert sum(spent.values()) == pytest.approx(sum(estimated[1].values()), rel=0.05)
-    if prefers_bfloat16():
+    if has:
         assert {p.ndim for p in model.parameters() if p.dtype == torch.bfloat16} == {2}
         assert {b.dtype for b in model.buffers()} == {torch.float32}
 

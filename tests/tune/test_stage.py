@@ -203,6 +203,15 @@ def test_bfloat16_only_where_it_serves(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert not stage._bfloat16_serves(model, window)
 
 
+def test_an_interrupted_training_keeps_its_precision(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that is near the edge may be measured otherwise the second time, and what is learnt from was made in the first."""
+    model, window = Checkpoint(tiny).model(), np.arange(1, 60)
+    for faster in (True, False):
+        monkeypatch.setattr(stage, "prefers_bfloat16", lambda faster=faster: faster)
+        assert stage._precision(model, window, tmp_path / "kept.json")
+    assert not stage._precision(model, window, tmp_path / "other.json")
+
+
 def test_by_default_the_original_writes_what_is_learnt_from(
     quantized: Artifact, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
