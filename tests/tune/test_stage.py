@@ -204,7 +204,7 @@ def test_bfloat16_only_where_it_serves(tiny: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupted_training_keeps_its_precision(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that is near the edge may be measured otherwise the second time, and what is learnt from was made in the first."""
+    """A processor that is near the edge may be measured otherwise later, and what is learnt from was made before."""
     model, window = Checkpoint(tiny).model(), np.arange(1, 60)
     for faster in (True, False):
         monkeypatch.setattr(stage, "prefers_bfloat16", lambda faster=faster: faster)
