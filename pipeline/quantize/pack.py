@@ -21,7 +21,7 @@ from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions, rows_of
 from edgepress.pipeline.quantize.head import Head, group_of
 from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows
-from edgepress.pipeline.quantize.plan import plan, with_full_names
+from edgepress.pipeline.quantize.plan import Read, plan, with_full_names
 from edgepress.pipeline.quantize.proof import prove_errors, prove_written
 from edgepress.pipeline.quantize.rtn import round_to_nearest
 from edgepress.pipeline.registry import load
@@ -47,7 +47,7 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
 
     model = checkpoint.meta_model()
     with with_full_names(checkpoint, model, out) as named:
-        job, used = plan(named, model, options, scratch)
+        job, seen = plan(named, model, options, scratch)
         ends = _ends(named, model, options)
         rare = _rare_rows(ends, model, options)
         if ends.head in ends.forms and options.group > 0:
@@ -80,8 +80,8 @@ def quantize_checkpoint(source: Artifact, out: Path, options: QuantizeOptions, s
         **({"rare_rows": [sum(rows.stop - rows.start for rows in rare), linears[ends.head].shape[0]]} if rare else {}),
         "bits": {str(n): bits.count(n) for n in sorted(set(bits))},
         "kept_float": _kept_float(model, {*linears, *named.spared(job.untouched)}),
-        "calibration": _calibration(used, options),
-        "calibration_positions": sum(len(row) for row in used),
+        "calibration": _calibration(seen, options),
+        "calibration_positions": sum(map(len, seen.windows)),
         **_sizes(linears),
         **_other_blocks(linears, job),
         "relative_error": errors,
@@ -187,13 +187,14 @@ def _kept_float(model: PreTrainedModel, linears: Collection[str]) -> list[str]:
     return list(kept)
 
 
-def _calibration(used: list[np.ndarray], options: QuantizeOptions) -> JsonObject:
-    """What was read, so that a run can be repeated: hash of the ids, how many, and how they were chosen."""
-    if not used:
+def _calibration(seen: Read, options: QuantizeOptions) -> JsonObject:
+    """What was read, so that a run can be repeated: which text, hash of the ids, how many, and how they were chosen."""
+    if not seen.windows:
         return {}
     return {
-        "sha256_of_ids": hashlib.sha256(np.concatenate(used).tobytes()).hexdigest(),
-        "windows": len(used),
+        "text": seen.text,
+        "sha256_of_ids": hashlib.sha256(np.concatenate(seen.windows).tobytes()).hexdigest(),
+        "windows": len(seen.windows),
         "token_budget": options.calibration_tokens,
         "seed": "the text from its beginning" if options.calibration_seed is None else options.calibration_seed,
     }

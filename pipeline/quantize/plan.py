@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import QuantizeOptions, bits_rules
 from edgepress.pipeline.own_text.kept import first_read, with_text
 from edgepress.pipeline.quantize.job import QuantizeJob
-from edgepress.pipeline.text.windows import text_windows
+from edgepress.pipeline.text.windows import IDS, text_windows
 from transformers import PreTrainedModel
 
 # Tokens of a calibration window. A text begins with a token that all later ones attend to (an attention sink, Xiao et al. 2023,
@@ -26,10 +27,16 @@ WINDOW = 64
 READ_TOKENS = 256  # of the calibration text, which show whether the model reads it
 
 
-def plan(
-    checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions, scratch: Path
-) -> tuple[QuantizeJob, list[np.ndarray]]:
-    """The job of a quantizer; the list is filled with the calibration windows once the quantizer asks for them.
+@dataclass
+class Read:
+    """What a quantizer read of the calibration text. text: ``mixed``, ``self`` or a file's name; empty where it read nothing."""
+
+    windows: list[np.ndarray] = field(default_factory=list)
+    text: str = ""
+
+
+def plan(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOptions, scratch: Path) -> tuple[QuantizeJob, Read]:
+    """The job of a quantizer, and what it read, which is known once it asked for its windows.
 
     Raises ModelError where the checkpoint does not hold the model's matrices, OptionError for a rule that matches none.
     """
@@ -43,23 +50,25 @@ def plan(
     spared = checkpoint.spared(matrices)
     exceptions = exceptions_of(options, [name for name in matrices if name not in spared])
     untouched = frozenset(name for name, (bits, _) in exceptions.items() if bits == 16) | spared
-    used: list[np.ndarray] = []
+    read = Read()
 
     def windows() -> list[np.ndarray]:
         given = with_text(options, checkpoint.path)
-        used[:] = text_windows(
+        # the shipped prose alone where a model writes nothing for ``mixed``
+        read.text = str(options.calibration) if given.calibration.name.endswith(IDS) else given.calibration.name
+        read.windows = text_windows(
             given.calibration, checkpoint.path, budget=given.calibration_tokens, skip=given.calibration_skip, shortest=16,
             length=min(WINDOW, checkpoint.context), seed=given.calibration_seed, key=given.text_key,
         )  # fmt: skip
         with suppress(ModelError):  # of a checkpoint whose tensors have other names than the modules
-            loss = mean_loss(checkpoint.offloaded_model(), used[: max(1, READ_TOKENS // WINDOW)])
+            loss = mean_loss(checkpoint.offloaded_model(), read.windows[: max(1, READ_TOKENS // WINDOW)])
             warn_unless_readable(loss, model.config.vocab_size, first_read(options.calibration))
-        return used
+        return read.windows
 
     linears = {name: shape for name, shape in matrices.items() if name not in untouched}
     usual = (options.weight_bits, options.group)
     others = {name: form for name, form in exceptions.items() if form[0] != 16 and form != usual}
-    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, untouched, transposed), used
+    return QuantizeJob(checkpoint, linears, windows, options, scratch, others, untouched, transposed), read
 
 
 def foresee(source: Path, options: QuantizeOptions, removed: int) -> None:

@@ -121,8 +121,10 @@ def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path
     (file,) = cache.iterdir()
     assert {artifact.steps[-1].facts["calibration"]["sha256"] for artifact in (pruned, healed)} == {sha256(file)}
     given, checkpoint = QuantizeOptions(calibration_model=tiny, **options), Checkpoint(pruned.path)
-    job, used = plan(checkpoint, checkpoint.meta_model(), given, tmp_path / "scratch")
-    assert not used and np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512, length=WINDOW)[1])
+    job, seen = plan(checkpoint, checkpoint.meta_model(), given, tmp_path / "scratch")
+    assert not seen.windows and not seen.text
+    assert np.array_equal(job.windows()[1], text_windows(file, tiny, budget=512, length=WINDOW)[1])
+    assert len(seen.windows) == 8 and seen.text == "self"
     assert {*cache.iterdir()} == {file} and with_text(replace(given, calibration_model=None), pruned.path).calibration != file
 
 
@@ -168,16 +170,21 @@ def test_a_mixed_text_has_both_by_turns(tiny: Path, cache: Path, monkeypatch: py
 
 
 def test_a_model_that_does_not_fit_into_memory_writes_nothing(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kept, "OWN_TOKENS", 2000)
     weights = 4 * Checkpoint(tiny).meta_model().num_parameters()
     monkeypatch.setattr(kept, "available_memory", lambda: 2 * weights - 1)
     assert with_text(QuantizeOptions(), tiny).calibration == CALIBRATION_TEXT
     assert "the shipped prose alone calibrates" in caplog.text and "GB that are free" in caplog.text
+    job, seen = plan(Checkpoint(tiny), Checkpoint(tiny).meta_model(), QuantizeOptions(calibration_tokens=64), tmp_path / "scratch")
+    job.windows()
+    assert seen.text == CALIBRATION_TEXT.name  # and so says the manifest
     for enough in (2 * weights, None, 1000):  # what is written already takes no memory
         monkeypatch.setattr(kept, "available_memory", lambda enough=enough: enough)
         assert with_text(QuantizeOptions(), tiny).calibration != CALIBRATION_TEXT
+    job.windows()
+    assert seen.text == "mixed"
 
 
 def test_the_prose_is_left_where_a_model_makes_no_text(

@@ -422,6 +422,7 @@ def test_the_stage(tiny: Path, text: Path, tmp_path: Path) -> None:
     facts = packed.steps[-1].facts
     rows = text_windows(text, tiny, budget=1024, length=WINDOW, shortest=16)
     assert facts["calibration_positions"] == sum(map(len, rows)) and facts["bits"] == {"4": 28}
+    assert facts["calibration"]["text"] == text.name and facts["calibration"]["windows"] == len(rows)
     assert {len(row) for row in rows[:-1]} == {64}  # the first token of a text must count: see plan.WINDOW
     assert max(facts["relative_error"].values()) < 0.2
 
