@@ -18,8 +18,8 @@ from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.torch_scores import divergences
-from edgepress.pipeline.quantize.choose import HEAD_TOKENS, TRIAL_WINDOW
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, SHARES, candidates, rounded_head, weights_of_tokens
+from edgepress.pipeline.quantize.trials import HEAD_TOKENS, TRIAL_WINDOW
 from edgepress.pipeline.text.windows import text_windows
 
 GROUP = 64

@@ -30,7 +30,7 @@ from edgepress.pipeline.options import (
 )
 
 _SIDE, _PRODUCTS = 1024, 8
-# Of quantize/choose.py and text/windows.py, which load numpy.
+# Of quantize/trials.py and text/windows.py, which load numpy.
 TRIAL_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 512, 2**25
 SOLVING = {"gptq": 8000, "gptqmodel": 15000}  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0

@@ -15,7 +15,7 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions
-from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize import trials
 from edgepress.pipeline.recipe import plan, read
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.text import windows
@@ -92,7 +92,7 @@ def test_the_expectation_in_words() -> None:
 
 def test_its_figures_are_those_of_the_stages() -> None:
     """Written down a second time, because --help must not load numpy."""
-    assert expectation.TRIAL_TOKENS == choose.TRIAL_TOKENS
+    assert expectation.TRIAL_TOKENS == trials.TRIAL_TOKENS
     expected = (windows.PROOF_TOKENS, windows.PROOF_LOGITS)
     assert expected == (expectation.PROOF_TOKENS, expectation.PROOF_LOGITS)
     assert expectation.MOST_PASSES == train.PASSES

@@ -12,8 +12,9 @@ from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
-from edgepress.pipeline.quantize.choose import costs_of, left_of, left_of_head
+from edgepress.pipeline.quantize.choose import left_of, left_of_head
 from edgepress.pipeline.quantize.mix import mean_bits
+from edgepress.pipeline.quantize.trials import costs_of
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
 POINTS = 12

@@ -21,7 +21,7 @@ from edgepress.pipeline.flags import Options
 from edgepress.pipeline.options import MIXED, SELF, HealOptions, PruneOptions, QuantizeOptions, SensitivityOptions, TuneOptions
 from edgepress.pipeline.own_text import kept, sampler
 from edgepress.pipeline.own_text.kept import own_text, with_text
-from edgepress.pipeline.quantize import choose, sensitivity
+from edgepress.pipeline.quantize import choose, sensitivity, trials
 from edgepress.pipeline.quantize.plan import WINDOW, plan
 from edgepress.pipeline.text.windows import ids_of, read_ids, text_windows
 from edgepress.pipeline.tune import stage as tune
@@ -130,7 +130,7 @@ def test_prune_heal_and_quantize_read_one_text(tiny: Path, cache: Path, tmp_path
 
 def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice of bits, sensitivity, and tune, which takes what --original writes."""
-    monkeypatch.setattr(choose, "COST_TOKENS", 512)
+    monkeypatch.setattr(trials, "COST_TOKENS", 512)
     file, read = own_text(Checkpoint(tiny), 512), []
 
     def reads(path: Path, *_: object, **__: object) -> None:
@@ -138,7 +138,7 @@ def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monke
         raise TextError("enough")
 
     options = {"calibration": SELF, "calibration_tokens": 512}
-    for module in (choose, sensitivity):
+    for module in (trials, sensitivity):
         monkeypatch.setattr(module, "text_windows", reads)
     monkeypatch.setattr(tune, "healing_sets", lambda folder, options, *_: reads(options.calibration))
     packed = stages.run("quantize", Artifact.load(tiny), tmp_path / "packed", QuantizeOptions(method="rtn"))

@@ -18,7 +18,7 @@ from edgepress.pipeline.plan import speed as speed_module
 from edgepress.pipeline.plan.bounds import Planned
 from edgepress.pipeline.plan.frontier import bounds_of, frontier, table
 from edgepress.pipeline.plan.speed import MEASURED, Speeds
-from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize import trials
 from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
 from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of
@@ -33,9 +33,9 @@ from transformers import LlamaConfig
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Little text, every size shown, nothing kept from elsewhere."""
-    monkeypatch.setattr(choose, "TRIAL_TOKENS", 256)
-    monkeypatch.setattr(choose, "COST_TOKENS", 512)
-    monkeypatch.setattr(choose, "WINDOW", 32)
+    monkeypatch.setattr(trials, "TRIAL_TOKENS", 256)
+    monkeypatch.setattr(trials, "COST_TOKENS", 512)
+    monkeypatch.setattr(trials, "WINDOW", 32)
     monkeypatch.setattr(frontier_module, "USELESS", 1e9)
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
 
@@ -70,7 +70,7 @@ def test_a_plan_shows_what_could_be_made(
     assert len(points) > 4 and sizes == sorted(sizes) and growths[0] > growths[-1] and growths == sorted(growths, reverse=True)
     assert [point.size <= 1.1e6 for point in points if point.asked] == [True]
     assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
-    monkeypatch.setattr(choose, "_Trial", None)  # what is kept needs no model
+    monkeypatch.setattr(trials, "Trial", None)  # what is kept needs no model
     result = call("plan", tiny, "--method", "rtn", "--max-size", "1.1MB", "--no-speed")
     assert result.code == 0 and result.out.count("--max-size") == len(points) and result.out.count("asked for") == 1
     assert "tokens/s" not in result.out

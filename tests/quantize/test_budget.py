@@ -13,7 +13,7 @@ from edgepress.pipeline.artifact import Artifact, Step, write_manifest
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import ExportOptions, ImportOptions, QuantizeOptions, size_in_bytes
-from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize import choose, trials
 from edgepress.pipeline.quantize.budget import Costs, carried, ends_of, fit, largest_size, least_size
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS
 from edgepress.pipeline.quantize.mix import FORMS, HEAD_GROUP, Form, Item
@@ -26,9 +26,9 @@ from transformers import Gemma3TextConfig, LlamaConfig
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little text."""
-    monkeypatch.setattr(choose, "TRIAL_TOKENS", 256)
-    monkeypatch.setattr(choose, "COST_TOKENS", 512)
-    monkeypatch.setattr(choose, "WINDOW", 32)
+    monkeypatch.setattr(trials, "TRIAL_TOKENS", 256)
+    monkeypatch.setattr(trials, "COST_TOKENS", 512)
+    monkeypatch.setattr(trials, "WINDOW", 32)
 
 
 SHAPE = {**TINY, "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 320}
@@ -162,17 +162,17 @@ def test_costs_are_known_of_a_copy(tiny: Path, text: Path, tmp_path: Path, quick
     """A build that prunes nothing quantizes a copy of what was planned, with another manifest; what ships beside is counted."""
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
     options = QuantizeOptions(method="rtn", calibration=text)
-    planned = choose.costs_of(Artifact.load(tiny), options)
+    planned = trials.costs_of(Artifact.load(tiny), options)
     shutil.copytree(tiny, tmp_path / "copy")
     (tmp_path / "copy" / "influence.json").write_text("{}")
     write_manifest(tmp_path / "copy", "hf", (Step("prune", {}, {}, 1.0, {}),), "of another")
     copy = Artifact.load(tmp_path / "copy")
     assert copy.identity() != Artifact.load(tiny).identity()  # it tells of influences
-    monkeypatch.setattr(choose, "_Trial", None)
-    found = choose.costs_of(copy, options)
+    monkeypatch.setattr(trials, "Trial", None)
+    found = trials.costs_of(copy, options)
     assert found.items == planned.items and found.head == planned.head
     assert found.ends.rest - planned.ends.rest == carried(Checkpoint(copy.path)) - carried(Checkpoint(tiny)) > 0
     shutil.copytree(tiny, tmp_path / "another")
     (tmp_path / "another" / "config.json").write_text((tiny / "config.json").read_text() + " ")
     with pytest.raises(TypeError):  # another model, for all that is known
-        choose.costs_of(Artifact.load(tmp_path / "another"), options)
+        trials.costs_of(Artifact.load(tmp_path / "another"), options)

@@ -17,7 +17,7 @@ from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedFile
 from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions
 from edgepress.pipeline.own_text import kept
-from edgepress.pipeline.quantize import choose
+from edgepress.pipeline.quantize import choose, trials
 from edgepress.pipeline.quantize.choose import EIGHT
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
 from edgepress.pipeline.quantize.mix import Form
@@ -27,10 +27,10 @@ from edgepress.pipeline.quantize.stage import Chosen
 @pytest.fixture
 def settled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Chosen]:
     """The choice for the tiny model, on little text."""
-    monkeypatch.setattr(choose, "TRIAL_TOKENS", 512)
+    monkeypatch.setattr(trials, "TRIAL_TOKENS", 512)
     monkeypatch.setattr(kept, "OWN_TOKENS", 512)
-    monkeypatch.setattr(choose, "COST_TOKENS", 1024)
-    monkeypatch.setattr(choose, "WINDOW", 32)
+    monkeypatch.setattr(trials, "COST_TOKENS", 1024)
+    monkeypatch.setattr(trials, "WINDOW", 32)
     return lambda **options: choose.choose(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64, **options))
 
 
@@ -65,8 +65,8 @@ def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen],
 @pytest.mark.usefixtures("settled")
 def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the shipped prose, by what the model writes and by prose of another kind, for bits may suit one of them."""
-    monkeypatch.setattr(choose, "readable", lambda *_: True)
-    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    monkeypatch.setattr(trials, "readable", lambda *_: True)
+    trial = trials.Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     together, alone = trial.measure("4", trial.all(Form(4, 64)), 1.0), []
     trial.measure("4", trial.all(Form(8, 64)), 1.0, all_texts=False)  # of the first text alone, which changes no order
     texts, order = list(trial.texts), list(trial._in_turn())
@@ -80,7 +80,7 @@ def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: 
     trial.texts = trial.texts[:1]
     trial.measure("4", trial.all(Form(4, 64)), 1.0, limit=-1.0)
     assert len(trial.texts) == 1  # the first text settled it: the model wrote nothing
-    monkeypatch.setattr(choose, "readable", lambda *_: False)
+    monkeypatch.setattr(trials, "readable", lambda *_: False)
     assert len(list(trial._all_texts())) == 2  # a model of stories is not judged by what it cannot read
 
 
@@ -89,7 +89,7 @@ def test_rare_tokens_get_four_bits_where_the_limit_allows(
 ) -> None:
     """Beside 4 bits everywhere, beside a mix, and never where the head's bits are given, or a tune stage would not train them."""
     zipf = 1 / np.arange(1, 5121)  # what a trained model's weights are like
-    monkeypatch.setattr(choose, "weights_of_tokens", lambda *_: zipf / zipf.sum())
+    monkeypatch.setattr(trials, "weights_of_tokens", lambda *_: zipf / zipf.sum())
     uniform = settled(max_growth=10.0)
     assert uniform.options.bits == 4 and uniform.options.rare_rows and len(uniform.growth) == 2
     assert list(uniform.growth.values())[-1] <= 8.0 and "(head " in uniform.because
@@ -101,7 +101,7 @@ def test_rare_tokens_get_four_bits_where_the_limit_allows(
     asked = QuantizeOptions(method="rtn", group_size=64, max_growth=10.0, rare_rows=("none",))
     none = stages.run("quantize", Artifact.load(tiny), tmp_path / "none", asked).steps[-1].facts
     assert none["chosen"]["bits"] == 4 and "rare_rows" not in none["chosen"]
-    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    trial = trials.Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     costs, ends = trial.heads(), trial.ends()
     sizes = [ends.bytes(head, 64) for head in costs]
     assert len(costs) > 2 and sizes == sorted(sizes) and list(costs)[-1] == EIGHT_BITS and costs[EIGHT_BITS] == 0
@@ -117,7 +117,7 @@ def test_rare_tokens_get_four_bits_where_the_limit_allows(
 
 @pytest.mark.usefixtures("settled")
 def test_what_a_mix_saves_is_what_the_folder_saves(tiny: Path, tmp_path: Path) -> None:
-    trial = choose._Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
+    trial = trials.Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     sizes = []
     for bits in (4, 8):
         options = QuantizeOptions(method="rtn", bits=bits, group_size=64)
@@ -141,10 +141,10 @@ def test_a_mix_of_weights_that_were_quantized_before_is_rounded_unless_the_model
         options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=text, calibration_tokens=1024)
         chosen = choose.choose(source, options).options
         assert chosen.bits_for and (chosen.method, chosen.calibration) == (method, text)
-    monkeypatch.setattr(choose, "with_text", lambda options, _: replace(options, calibration=CALIBRATION_TEXT))
+    monkeypatch.setattr(trials, "with_text", lambda options, _: replace(options, calibration=CALIBRATION_TEXT))
     options = QuantizeOptions(method="gptq", group_size=64, max_growth=limit, calibration=MIXED, calibration_tokens=1024)
     assert choose.choose(imported, options).options.method == "rtn"  # no memory: the prose alone would calibrate
-    trial = choose._Trial(imported, options)
+    trial = trials.Trial(imported, options)
     assert SELF in [given.calibration for given in trial.judging]
     list(trial._all_texts())
     assert SELF not in [given.calibration for given in trial.judging]  # nor does the model write to be judged
@@ -166,7 +166,7 @@ def test_a_head_loses_what_its_method_leaves(method: str, tuned: bool, head: Hea
 
 
 def test_bits_for_what_the_model_writes_are_judged_by_prose_as_well() -> None:
-    judging = choose._judging(QuantizeOptions(calibration=SELF))
+    judging = trials._judging(QuantizeOptions(calibration=SELF))
     assert [given.calibration for given in judging] == [SELF, CALIBRATION_TEXT, OTHER_TEXT]
 
 
@@ -205,7 +205,7 @@ def test_a_mean_is_kept_to(target: float, settled: Callable[..., Chosen], tiny: 
 def test_bytes_are_those_that_will_be_written(symmetric: bool, tiny: Path, tmp_path: Path) -> None:
     """Symmetric matrices have no zero points."""
     options = QuantizeOptions(method="rtn", bits=4, group_size=64, symmetric=symmetric)
-    expected = sum(item.bytes[Form(4, 64)] for item in choose._Trial(Artifact.load(tiny), options).items())
+    expected = sum(item.bytes[Form(4, 64)] for item in trials.Trial(Artifact.load(tiny), options).items())
     weights = Checkpoint(stages.run("quantize", Artifact.load(tiny), tmp_path / "q", options).path).weights
     blocks = [weights.packed(name) for name in weights.matrices if "layers" in name]
     assert expected == sum(matrix.nbytes for matrix in blocks if matrix)
