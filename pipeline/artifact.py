@@ -247,6 +247,8 @@ def onnx_folder(folder: Path) -> Path:
         return folder
     if folder.is_file() and folder.suffix == ".gguf":
         raise InputError(f"{folder} is a GGUF file; press it first: edgepress build {folder} OUT, then give OUT")
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give the folder that edgepress export or build wrote")
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; give the folder that edgepress export or build wrote")
     exported = sorted(folder.glob("*/model.onnx"))

@@ -41,6 +41,7 @@ def bench(source: Artifact, out: Path, options: BenchOptions) -> JsonObject:
     if journal.resumed:
         log.info("bench: resuming an interrupted run with %d finished measurements", journal.resumed)
     for subject in subjects:
+        subject.text = options.text.name
         subject.figures |= size(subject)
     speed([*subjects, *originals], [*jobs, *beside], options, journal)
     _check_any_left(subjects)

@@ -42,6 +42,7 @@ class Subject:
     failed: dict[str, str] = field(default_factory=dict)
     rows: tuple[StageRow, ...] = ()
     answers: tuple[Answer, ...] = ()
+    text: str = ""
     forecast: Forecast | None = None
     original: Original | None = None
     rounds: int | None = None
@@ -104,6 +105,7 @@ class Subject:
             run=run,
             forecast=self.forecast,
             original=self.original,
+            text=self.text,
         )
 
 

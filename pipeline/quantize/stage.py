@@ -58,11 +58,10 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
     assert isinstance(chosen, Chosen)
     settled = chosen.options
     kinds = len(settled.bits_for)
-    others = f" but for {kinds} kind{'s'[: kinds != 1]} of matrices" if kinds else ""
-    others += ", 4 bits for rare tokens in the head" if rows_of(settled.rare_rows) else ""
-    log.info(
-        "quantize: %s, %d bits, groups of %d%s; %s", settled.method, settled.weight_bits, settled.group, others, chosen.because
-    )
+    form = f"{settled.weight_bits} bits, groups of {settled.group}"
+    form = f"a mix of bits, matrix by matrix (--bits-for, {kinds} rules)" if kinds else form
+    form += ", 4 bits for rare tokens in the head" if rows_of(settled.rare_rows) else ""
+    log.info("quantize: %s, %s; %s", settled.method, form, chosen.because)
     taken: JsonObject = {
         "method": settled.method,
         "bits": settled.weight_bits,

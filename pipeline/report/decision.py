@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from edgepress.pipeline.report.comparison import against_original, compare, losing
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, SIZE
 from edgepress.pipeline.report.model import Report
-from edgepress.pipeline.report.tables import shown
+from edgepress.pipeline.report.tables import prompt_length, shown
 from edgepress.pipeline.report.verdict import interval, times, unfit
 
+PREFILL = "speed.prefill_tokens_per_s."
 LITTLE = 1.05  # of the original's perplexity: what the shipped recipes allow
 
 
@@ -61,10 +62,22 @@ def _gain(report: Report) -> str:
     if speed is None:
         return ""
     proven = speed.rounds > 1 and not speed.low <= 1 <= speed.high
-    said = f"{speed.value:.3g} times {'as fast as' if proven else 'the decode rate of'} the original under transformers"
+    said = f"decodes {speed.value:.3g} times as fast as" if proven else f"{speed.value:.3g} times the decode rate of"
+    known = interval(speed, 3)
+    known = known if ":" in known else f"99 % interval {known}"
     held = "" if memory is None else f", at {100 * memory.value:.0f} % of its memory"
     web = any(step.export.target == "web" for step in report.steps if step.export)
-    return f", {said} ({interval(speed, 3)}){held}" + (", by onnxruntime on the CPU: a browser is slower" if web else "")
+    held += ", by onnxruntime on the CPU: a browser is slower" if web else ""
+    return f", {said} the original under transformers ({known}){_prompts(report)}{held}"
+
+
+def _prompts(report: Report) -> str:
+    """That the artifact reads prompts slower than the original, where it is shown to."""
+    length = max((prompt_length(name) for name in report.figures if name.startswith(PREFILL)), default=0)
+    rate = against_original(report, f"{PREFILL}{length}")
+    if rate is None or rate.rounds < 2 or rate.high >= 1:
+        return ""
+    return f", reads a prompt of {length} tokens {rate.value:.2g} times as fast"
 
 
 def _figures(report: Report) -> str:

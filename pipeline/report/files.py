@@ -58,7 +58,8 @@ def gather(folders: list[Path]) -> ReportFile:
 
 def _report_file(folder: Path) -> Path:
     if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}; give a folder that edgepress bench or build wrote")
+        what = f"{folder} is a file" if folder.is_file() else f"no such folder: {folder}"
+        raise InputError(f"{what}; give a folder that edgepress bench or build wrote")
     path = real(folder)
     candidates = [
         path,

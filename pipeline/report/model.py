@@ -167,7 +167,8 @@ class Report:
 
     identity: hash of its files. figures: by flat dotted name. missing: figure -> why it could not be measured.
     failed: kind of measurement -> how its process died. run: shared by artifacts that were measured in interleaved rounds.
-    forecast: what was expected before it was made, where a build planned it. original: measured in the same run.
+    forecast: what was expected before it was made, where a build planned it. original: measured in the same run. text: name of
+    the file that quality was measured on.
     """
 
     artifact: str
@@ -182,6 +183,7 @@ class Report:
     answers: tuple[Answer, ...] = ()
     forecast: Forecast | None = None
     original: Original | None = None
+    text: str = ""
 
     def __post_init__(self) -> None:
         """Size, speed, time and memory are compared as ratios."""

@@ -263,7 +263,8 @@ def describe(step: Step) -> str:
         because = f" ({made.not_fused_because})" if made.not_fused_because else ""
         exact = f" but for {len(made.exact_layers)} matrices at 0" if made.exact_layers else ""
         cache = "" if made.cache == "float" else f", cache of {made.cache}"
-        return f"export: {made.exporter} graph{because}, accuracy level {made.accuracy_level}{exact}{cache}"
+        level = f"accuracy level {made.accuracy_level}, {'int8' if made.accuracy_level == 4 else 'float'} activations"
+        return f"export: {made.exporter} graph{because}, {level}{exact}{cache}"
     return step.stage
 
 
@@ -273,8 +274,10 @@ def _quantized(made: Quantization, head: int | None) -> str:
         return f"quantize: {made.method}"
     symmetry = "symmetric" if made.symmetric else "asymmetric"
     groups = "one scale a row" if made.group_size == -1 else f"groups of {made.group_size}"
-    details = f", {made.bits} bits, {groups}, {symmetry}" if row is not None and row.adjustable else ""
-    details += ", other bits for some matrices" if made.bits_for else ""
+    bits = f"{made.bits} bits, {groups}"
+    if made.bits_for:  # what most matrices have says little of a mix
+        bits = f"a mix of {made.bits_per_weight:.1f} bits a weight" if made.bits_per_weight else f"{bits}, others for some matrices"
+    details = f", {bits}, {symmetry}" if row is not None and row.adjustable else ""
     kept = f"{made.kept_codes} matrices keep the codes of the GGUF file; the rest: " if made.kept_codes else ""
     ends = "float" if head is None else f"{head} bits"
     if made.rare_rows:

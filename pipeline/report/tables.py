@@ -187,8 +187,10 @@ def _interval(comparison: Comparison) -> str:
 
 
 def made_by(report: Report) -> list[str]:
-    """How the artifact came to be, a line a stage."""
-    return [describe(step) for step in report.steps]
+    """How the artifact came to be, a line a stage, and on which text its quality was measured."""
+    tokens = report.figures.get("quality.tokens")
+    known = [f"quality: on {tokens.median:,.0f} tokens of {report.text}"] if tokens and report.text else []
+    return [*(describe(step) for step in report.steps), *known]
 
 
 def prompt_length(figure: str) -> int:

@@ -156,7 +156,9 @@ def test_named_layers_stay_float(export: Callable) -> None:
     assert {name: level for name, level in levels.items() if level == 0} == {f"model.layers.{i}.mlp.down_proj": 0 for i in range(4)}
     assert len(levels) == 17 and made.steps[-1].facts["exact_layers"] == [name for name, level in levels.items() if level == 0]
     export = made.steps[-1]
-    assert "accuracy level 4 but for 4 matrices at 0" in describe(Step(export.stage, export.options, export.facts))
+    assert "accuracy level 4, int8 activations but for 4 matrices at 0" in describe(
+        Step(export.stage, export.options, export.facts)
+    )
 
 
 def test_the_matrix_with_the_outlier_is_found(export: Callable) -> None:

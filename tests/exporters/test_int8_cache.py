@@ -111,7 +111,7 @@ def test_bench_holds_it_to_its_own_promise(both: tuple[Path, Path], reference: P
     rows = {row.name: row for row in report.stages}
     assert list(rows) == ["original", "onnx_level_0", "onnx"] and not any(row.suspect for row in rows.values())
     assert (rows["onnx_level_0"].token_change_nats or 0) < 1e-4 < (rows["onnx"].token_change_nats or 0)
-    assert any(line.endswith("accuracy level 0, cache of int8") for line in made_by(report))
+    assert any(line.endswith("accuracy level 0, float activations, cache of int8") for line in made_by(report))
 
 
 def test_verify_proves_it_against_the_checkpoint(both: tuple[Path, Path], reference: Path, text: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from edgepress.pipeline.report.decision import decision
 from edgepress.pipeline.report.html import html
-from edgepress.pipeline.report.model import Report
+from edgepress.pipeline.report.model import Figure, Report
 from edgepress.pipeline.report.steps import Step
 from edgepress.pipeline.report.text import markdown, terminal
 from made_up import PRUNED, WHOLE, a_report, an_original, content_of
@@ -54,14 +54,36 @@ def test_who_can_run_the_file_that_it_was_made_from_is_told() -> None:
             assert said.startswith(otherwise) != told
 
 
+def test_prompts_that_are_read_slower_are_told() -> None:
+    """A reader of the first line alone would take decoding for all; nothing is said where the rounds do not show it."""
+
+    def rate(*values: float) -> dict[str, Figure]:
+        return {"speed.prefill_tokens_per_s.128": Figure.of("token/second", list(values))}
+
+    original = an_original([20.0, 20.2, 19.8])
+    for theirs, told in ((rate(100, 101, 99), True), (rate(60, 61, 59), False), (rate(50, 90, 70), False)):
+        beside = replace(original, figures=original.figures | theirs)
+        said = decision([replace(WHOLE, original=beside, figures=WHOLE.figures | rate(70, 71, 69))])
+        assert (", reads a prompt of 128 tokens 0.7 times as fast, at 20 % of its memory" in said) == told, said
+
+
 @pytest.mark.parametrize(
     ("decode", "says"),
     [
         ([0.5], "200 times the decode rate of the original under transformers (one round: no interval), at 20 % of its memory"),
-        ([20.0, 20.2, 19.8], "5 times as fast as the original under transformers (4.99 to 5.02), at 20 % of its memory"),
+        (
+            [20.0, 20.2, 19.8],
+            "decodes 5 times as fast as the original under transformers (99 % interval 4.99 to 5.02), at 20 % of its memory",
+        ),
         ([20.0], "5 times the decode rate of the original under transformers (one round: no interval), at 20 % of its memory"),
-        ([200.0, 202.0, 198.0], "0.5 times as fast as the original under transformers (0.499 to 0.502), at 20 % of its memory"),
-        ([90.0, 101.0, 110.0], "1 times the decode rate of the original under transformers (0.549 to 1.82), at 20 % of its memory"),
+        (
+            [200.0, 202.0, 198.0],
+            "decodes 0.5 times as fast as the original under transformers (99 % interval 0.499 to 0.502), at 20 % of its memory",
+        ),
+        (
+            [90.0, 101.0, 110.0],
+            "1 times the decode rate of the original under transformers (99 % interval 0.549 to 1.82), at 20 % of its memory",
+        ),
         ([3.0, 20.0], "times the decode rate of the original under transformers (2 rounds: too few for an interval), at"),
     ],
 )

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from edgepress.pipeline.report.html import html
-from edgepress.pipeline.report.model import Answer, Parting
+from edgepress.pipeline.report.model import Answer, Figure, Parting
 from edgepress.pipeline.report.steps import Step, describe
 from edgepress.pipeline.report.tables import artifact_rows, figure_rows, made_by
 from edgepress.pipeline.report.text import markdown, terminal
@@ -51,6 +51,21 @@ def test_an_answer_says_whether_a_near_tie_led_it_elsewhere() -> None:
         assert 'This is 4. (it parts from the original where that gives "The" 15 % and "This" 14 %)' in text
         assert 'Two. (it parts from the original where that gives "The" 15 % and "Two" less than 1 %)' in text
     assert "parts from" not in terminal(content_of(replace(WHOLE, answers=(Answer("2 + 2?", "4.", "4."),))))
+
+
+def test_the_text_is_named() -> None:
+    named = replace(WHOLE, text="mine.txt", figures=WHOLE.figures | {"quality.tokens": Figure.of("token", [7905])})
+    assert made_by(named)[-1] == "quality: on 7,905 tokens of mine.txt" and made_by(WHOLE)[-1].startswith("export")
+    for page in (markdown(content_of(named)), html(content_of(named))):
+        assert "quality: on 7,905 tokens of mine.txt" in page
+
+
+def test_a_mix_is_described_by_its_mean() -> None:
+    """What most of its matrices have may be what the fewer weights have."""
+    options = {"method": "gptq", "bits": 8, "group_size": 64, "bits_for": [".*up_proj=4/32"]}
+    told = describe(Step("quantize", options, {"bits_per_weight": 6.164, "head": "float"}))
+    assert told == "quantize: gptq, a mix of 6.2 bits a weight, asymmetric; head float"
+    assert "8 bits, groups of 64, others for some matrices" in describe(Step("quantize", options, {"head": "float"}))
 
 
 def test_headers_are_the_fields_terms() -> None:

@@ -160,7 +160,7 @@ def _read(file: Path) -> GGUFReader:
         architecture = reader.get_field("general.architecture")
         name = "" if architecture is None else str(architecture.contents())
     except Exception as error:  # the reader maps the file and trusts its numbers
-        raise InputError(f"{file} is damaged or cut short ({type(error).__name__}); replace it") from error
+        raise InputError(f"{file} is damaged or cut short; replace it") from error
     if not ends or max(ends) > file.stat().st_size:
         raise InputError(f"{file} is damaged or cut short; replace it")
     if name in _VISION:
