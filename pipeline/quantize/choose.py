@@ -28,7 +28,7 @@ CALIBRATED = {"gptq": 0.5, "gptqmodel": 0.7}
 # The same of a tune stage, where all matrices have 4 bits, and where they have as many as each needs: there is less to win back
 # (docs/tuning.md).
 TUNED, TUNED_MIX = 0.6, 0.9
-TRIALS = 4
+TRIALS = 6  # one that fails takes a text alone, mostly
 # A mix that saves less of the artifact's bytes than this is not worth what it costs: most of the loss that is allowed, where 8 bits
 # lose next to nothing. A tune stage wins some of it back, and who asked for one wants few bytes.
 WORTH, WORTH_TUNED = 0.2, 0.03
