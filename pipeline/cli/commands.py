@@ -247,6 +247,8 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
+        if not artifact.family:
+            raise InputError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
         what = f"a Hugging Face checkpoint ({artifact.family}), not written by edgepress"
         if (folder / "model.onnx").is_file():
             what = "an ONNX model whose manifest.json is missing, so nothing says how it was made; copy the complete folder"

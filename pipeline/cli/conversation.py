@@ -148,7 +148,8 @@ def _set(talk: Conversation, text: str) -> None:
     given = dataclasses.asdict(talk.options) | {name: value.strip() or getattr(RunOptions, name)}  # the default
     talk.set(**{name: getattr(make(RunOptions, given), name)})
     chosen = getattr(talk.options, name)
-    say(f"{name.replace('_', '-')} {'as the model has it' if chosen is None else chosen}: {talk.drawing}")
+    said = f"{name.replace('_', '-')} {'as the model has it' if chosen is None else chosen}"
+    say(said if said == talk.drawing else f"{said}: {talk.drawing}")
 
 
 def _save(talk: Conversation, text: str) -> None:

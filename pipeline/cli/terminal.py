@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import TextIO, cast
 
 from edgepress.pipeline.documents import short_line
@@ -83,6 +84,8 @@ _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def _disk_reason(error: OSError) -> str:
     """What went wrong with a file, and what to do about it."""
     name, reason = error.filename or "a file", error.strerror or str(error)
+    if error.errno == errno.ENOENT and not (parent := Path(name).parent).is_dir():
+        return f"no such folder: {parent}; make it, or give another"
     if error.errno == errno.ENAMETOOLONG:
         return f"{name}: {reason}; choose another output folder"
     if error.errno in _WRITING or (error.errno is None and "written" in reason):  # numpy counts the bytes, without an errno

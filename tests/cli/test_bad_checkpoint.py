@@ -331,3 +331,15 @@ def test_unreachable_hub_model(refused: Refused, tmp_path: Path, monkeypatch: py
 def test_missing_artifact(verb: str, refused: Refused, tmp_path: Path) -> None:
     """The verbs that read artifacts name the folder they were given."""
     refused(verb, tmp_path / "absent", *(["Once"] if verb == "run" else []), says="absent")
+
+
+@pytest.mark.parametrize("verb", ["bench", "run", "verify", "report"])
+def test_a_file_where_an_artifact_is_asked_for(verb: str, refused: Refused, tmp_path: Path) -> None:
+    """It is there, so that it is not is no help."""
+    (tmp_path / "note.txt").write_text("words")
+    refused(verb, tmp_path / "note.txt", *(["Once"] if verb == "run" else []), says=("note.txt is a file", "give"))
+
+
+def test_a_config_of_no_model_is_not_shown(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused("show", tmp_path, says=("config.json has no model_type", "give another folder"))

@@ -311,3 +311,8 @@ def test_the_folder_of_a_build_is_no_output_of_a_stage(refused: Refused, tiny: P
     (stage / "manifest.json").write_text("{}")
     says = ("is the folder of a build, with 04-export in it", "choose another output folder")
     refused(*command("quantize", tiny, tmp_path / "out"), says=says)
+
+
+def test_a_report_into_a_folder_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "docs" / "example"
+    refused("report", example, "--out", tmp_path / "nowhere" / "report.md", says=("no such folder", "nowhere", "give another"))
