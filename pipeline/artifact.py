@@ -24,6 +24,7 @@ from edgepress.pipeline.files import (
     is_sensitivity,
     leads_out,
     link_or_copy,
+    not_a_folder,
     read_json,
     real,
     sha256,
@@ -247,10 +248,8 @@ def onnx_folder(folder: Path) -> Path:
         return folder
     if folder.is_file() and folder.suffix == ".gguf":
         raise InputError(f"{folder} is a GGUF file; press it first: edgepress build {folder} OUT, then give OUT")
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; give the folder that edgepress export or build wrote")
     if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}; give the folder that edgepress export or build wrote")
+        raise InputError(f"{not_a_folder(folder)}; give the folder that edgepress export or build wrote")
     exported = sorted(folder.glob("*/model.onnx"))
     if not exported:
         raise InputError(f"no model.onnx in {folder}; give the folder that edgepress export or build wrote")

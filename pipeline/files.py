@@ -135,6 +135,11 @@ def real(path: Path) -> Path:
     return place
 
 
+def not_a_folder(path: Path) -> str:
+    """What is wrong with a path where a folder was asked for."""
+    return f"{path} is a file" if path.is_file() else f"no such folder: {path}"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

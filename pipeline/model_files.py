@@ -74,6 +74,12 @@ def check_files(folder: Path, spare: bool = False) -> None:
             )
 
 
+def check_model_type(folder: Path, config: JsonObject) -> None:
+    """Raise ModelError for a config.json of something else."""
+    if "model_type" not in config:
+        raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
+
+
 def read_config(folder: Path) -> JsonObject:
     """config.json. Raises InputError when it is absent or no JSON, ModelError for a value that no model can have."""
     file = folder / "config.json"

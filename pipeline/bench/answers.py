@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from edgepress.pipeline.bench.evaluate import ANSWER_TOKENS
+from edgepress.pipeline.bench.evaluate import ANSWER_TOKENS, in_common
 from edgepress.pipeline.bench.jobs import Continuations
 from edgepress.pipeline.errors import InputError
 from edgepress.pipeline.model_files import end_tokens
@@ -40,10 +40,11 @@ def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
         for ids, stop in zip((both.original, both.artifact), stops, strict=True)
     )
     parting = None
-    # where both end, though by another token, nothing of it is seen
-    if both.place is not None and both.held is not None and both.place <= min(stops) and set(stops) != {both.place}:
-        own, other = (tokenizer.decode([ids[both.place]], skip_special_tokens=False) for ids in (both.original, both.artifact))
-        parting = Parting(own, other, *both.held)
+    if both.held is not None:
+        place = in_common(both.original, both.artifact)
+        if place <= min(stops) and set(stops) != {place}:  # where both end, though by another token, nothing of it is seen
+            own, other = (tokenizer.decode([ids[place]], skip_special_tokens=False) for ids in (both.original, both.artifact))
+            parting = Parting(own, other, *both.held)
     prompt = _line(tokenizer.decode(both.asked)) if both.asked == _passage(window) else QUESTION
     return Answer(prompt, original, artifact, parting)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -191,9 +191,14 @@ class _Original:
 def _answers(asked: tuple[int, ...], chances: list[dict[int, float]], artifact: list[int]) -> Continuations:
     """What both answer, and how likely the original held the two tokens at which they part; 0 for less than 1 %."""
     original = [next(iter(known)) for known in chances]
-    place = next((place for place, (one, other) in enumerate(zip(original, artifact, strict=True)) if one != other), None)
-    held = None if place is None else (chances[place][original[place]], chances[place].get(artifact[place], 0.0))
-    return Continuations(asked, tuple(original), tuple(artifact), place, held)
+    place = in_common(original, artifact)
+    held = None if place == len(original) else (chances[place][original[place]], chances[place].get(artifact[place], 0.0))
+    return Continuations(asked, tuple(original), tuple(artifact), held)
+
+
+def in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens of two continuations before the first that differs."""
+    return next((place for place, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), len(first))
 
 
 def _prompts(windows: list[np.ndarray]) -> list[np.ndarray]:
@@ -203,5 +208,4 @@ def _prompts(windows: list[np.ndarray]) -> list[np.ndarray]:
 
 def _matches(original: list[list[int]], model: list[list[int]]) -> tuple[int, ...]:
     """Greedy tokens in common before the first that differs, by prompt."""
-    pairs = [list(zip(*continued, strict=True)) for continued in zip(original, model, strict=True)]
-    return tuple(next((i for i, (a, b) in enumerate(pair) if a != b), len(pair)) for pair in pairs)
+    return tuple(map(in_common, original, model))

@@ -127,14 +127,13 @@ class QualityFigures:
 class Continuations:
     """Token ids of what was asked, and with which the original and the artifact continue it, greedily.
 
-    place: of the first token that differs, None where none does; held: how likely the original held its own there, and the
-    artifact's, 0 for less than 1 %.
+    held: how likely the original held its own token where the two part, and the artifact's, 0 for less than 1 %; None where they
+    do not part.
     """
 
     asked: tuple[int, ...]
     original: tuple[int, ...]
     artifact: tuple[int, ...]
-    place: int | None = None
     held: tuple[float, float] | None = None
 
 

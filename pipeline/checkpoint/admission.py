@@ -11,7 +11,7 @@ from pathlib import Path
 from edgepress.pipeline.checkpoint.shards import shards
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, leads_out, read_json
-from edgepress.pipeline.model_files import check_files, end_tokens, read_config
+from edgepress.pipeline.model_files import check_files, check_model_type, end_tokens, read_config
 
 log = logging.getLogger("edgepress")
 ADAPTER = "adapter_config.json"
@@ -112,8 +112,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool, quantized: bool = Fa
         raise ModelError(
             f"{folder} holds {architectures[0]}, which is not a causal language model; give a ...ForCausalLM checkpoint"
         )
-    if "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
+    check_model_type(folder, config)
     check_code(folder, config, trust_remote_code)
     if (settings := settings_of(folder)) is not None and not (quantized and settings["quant_method"] in READABLE):
         method = settings["quant_method"]

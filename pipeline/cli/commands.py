@@ -34,6 +34,7 @@ from edgepress.pipeline.cli.terminal import (
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make, parts
+from edgepress.pipeline.model_files import check_model_type, read_config
 from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, SweepOptions, VerifyOptions
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
@@ -247,8 +248,7 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
     if not artifact.steps:
-        if not artifact.family:
-            raise InputError(f"{folder / 'config.json'} has no model_type, so it is not a Hugging Face model; give another folder")
+        check_model_type(folder, read_config(folder))
         what = f"a Hugging Face checkpoint ({artifact.family}), not written by edgepress"
         if (folder / "model.onnx").is_file():
             what = "an ONNX model whose manifest.json is missing, so nothing says how it was made; copy the complete folder"

@@ -281,9 +281,8 @@ def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
     parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
     parts += [options.calibration_seed, options.head_bits, options.rare_rows, options.embedding_bits, options.method == "gptqmodel"]
     parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
-    name = hashlib.sha256(
-        repr([*parts, COST_TOKENS, WINDOW, DRAWS, TRIAL_TOKENS, FORMS, version("edgepress")]).encode()
-    ).hexdigest()
+    parts += [COST_TOKENS, WINDOW, DRAWS, TRIAL_TOKENS, FORMS, version("edgepress")]
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
 
 

@@ -63,8 +63,7 @@ def _gain(report: Report) -> str:
         return ""
     proven = speed.rounds > 1 and not speed.low <= 1 <= speed.high
     said = f"decodes {speed.value:.3g} times as fast as" if proven else f"{speed.value:.3g} times the decode rate of"
-    known = interval(speed, 3)
-    known = known if ":" in known else f"99 % interval {known}"
+    known = interval(speed, 3, "99 % interval ")
     held = "" if memory is None else f", at {100 * memory.value:.0f} % of its memory"
     web = any(step.export.target == "web" for step in report.steps if step.export)
     held += ", by onnxruntime on the CPU: a browser is slower" if web else ""

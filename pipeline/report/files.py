@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import real, write_whole
+from edgepress.pipeline.files import not_a_folder, real, write_whole
 from edgepress.pipeline.report import model
 from edgepress.pipeline.report.model import Comparison, Report, ReportFile
 from edgepress.pipeline.report.text import markdown
@@ -58,8 +58,7 @@ def gather(folders: list[Path]) -> ReportFile:
 
 def _report_file(folder: Path) -> Path:
     if not folder.is_dir():
-        what = f"{folder} is a file" if folder.is_file() else f"no such folder: {folder}"
-        raise InputError(f"{what}; give a folder that edgepress bench or build wrote")
+        raise InputError(f"{not_a_folder(folder)}; give a folder that edgepress bench or build wrote")
     path = real(folder)
     candidates = [
         path,

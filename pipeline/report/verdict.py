@@ -198,11 +198,11 @@ def times(ratio: Ratio) -> str:
     return f"{ratio.value:.4g}x, {interval(ratio)}"
 
 
-def interval(ratio: Ratio, digits: int = 4) -> str:
-    """``1.05 to 1.20``, or why there is none."""
+def interval(ratio: Ratio, digits: int = 4, name: str = "") -> str:
+    """``1.05 to 1.20``, with a name before it, or why there is none."""
     if ratio.rounds > 1 and ratio.high > WIDEST * ratio.low:
         return f"{ratio.rounds} rounds: too few for an interval"
-    return f"{ratio.low:.{digits}g} to {ratio.high:.{digits}g}" if ratio.rounds > 1 else "one round: no interval"
+    return f"{name}{ratio.low:.{digits}g} to {ratio.high:.{digits}g}" if ratio.rounds > 1 else "one round: no interval"
 
 
 def _losses(first: Report, second: Report) -> str:

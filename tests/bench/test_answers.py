@@ -62,36 +62,38 @@ def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]
     assert found.original == tuple(greedy_tokens(model, prompt, evaluate.ANSWER_TOKENS))
     assert found.artifact == tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS))
     pairs = list(zip(found.original, found.artifact, strict=True))
-    assert found.place == next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-    if found.place is not None:
-        ids = np.array([*window[:9], *found.original[: found.place]])
+    place = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    assert evaluate.in_common(found.original, found.artifact) == place and (found.held is None) == (place == len(pairs))
+    if place < len(pairs):
+        ids = np.array([*window[:9], *found.original[:place]])
         chances = torch.softmax(torch.from_numpy(logits_of(model, ids, keep=1)[0]), -1)
-        own, other = (float(chances[token]) for token in pairs[found.place])
+        own, other = (float(chances[token]) for token in pairs[place])
         assert found.held == pytest.approx([own, other if other >= 0.01 else 0.0], abs=1e-5)
 
 
 def test_where_answers_part_the_originals_chances_are_said() -> None:
     """A near tie is no mistake; a word that the original did not think of is one."""
     chances = [{5: 0.9, 8: 0.05}, {6: 0.41, 7: 0.4}, {3: 1.0}]
-    assert evaluate._answers((1,), chances, [5, 7, 2]) == Continuations((1,), (5, 6, 3), (5, 7, 2), 1, (0.41, 0.4))
+    assert evaluate._answers((1,), chances, [5, 7, 2]) == Continuations((1,), (5, 6, 3), (5, 7, 2), (0.41, 0.4))
     assert evaluate._answers((1,), chances, [2, 7, 2]).held == (0.9, 0.0)
     assert evaluate._answers((1,), chances, [5, 6, 3]).held is None
 
 
-def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, ...]) -> None:
+def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its end token and what follows are not shown; of one that does not end, that it goes on is."""
     words = tuple(load_tokenizer(tiny).encode("a fine day", add_special_tokens=False).ids)
     passage, original = answers._passage(window), (*words, 0, 7, 7)
-    found = answers.answer(tiny, window, Continuations(passage, original, words, None, None))
+    found = answers.answer(tiny, window, Continuations(passage, original, words))
     assert found.original == "a fine day" and found.artifact == "a fine day ..." and found.parting is None
     assert found.asked == " ".join(load_tokenizer(tiny).decode(passage).split())
-    other = (words[0], words[0], *words[2:])
-    parting = answers.answer(tiny, window, Continuations(passage, original, other, 1, (0.5, 0.25))).parting
+    other = (words[0], words[0], *words[2:], 0, 7, 7)
+    parting = answers.answer(tiny, window, Continuations(passage, original, other, (0.5, 0.25))).parting
     assert parting == Parting(*(load_tokenizer(tiny).decode([ids[1]]) for ids in (words, words[:1] * 2)), 0.5, 0.25)
-    ended = (*words[:1], 0)
-    assert answers.answer(tiny, window, Continuations(passage, ended, ended, 1, (0.5, 0.25))).parting is None  # both end there
     late = (*words, 0, 8, 7)  # it is not read so far
-    assert answers.answer(tiny, window, Continuations(passage, original, late, len(words) + 1, (0.5, 0.25))).parting is None
+    assert answers.answer(tiny, window, Continuations(passage, original, late, (0.5, 0.25))).parting is None
+    monkeypatch.setattr(answers, "end_tokens", lambda _: {0, 7})
+    ended = ((words[0], 0), (words[0], 7))  # both end there
+    assert answers.answer(tiny, window, Continuations(passage, *ended, (0.5, 0.25))).parting is None
 
 
 @pytest.mark.families
