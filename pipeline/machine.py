@@ -115,7 +115,7 @@ def cores() -> int:
 def prefers_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16, and faster than in float32.
 
-    That it can says nothing: an EPYC takes half of the time, a Xeon whose AMX is out of reach takes 1.6 times as long.
+    That it can says nothing: an EPYC is faster, a Xeon whose AMX is out of reach slower than in float32.
     """
     import torch
 

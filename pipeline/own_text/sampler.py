@@ -59,8 +59,7 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.devic
 def dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor has it, and what is sampled differs by less than another seed's.
 
-    A token of each row at a time is bound by memory, which half of the bytes relieve: 1.6 times as fast even where large products
-    are slower in it.
+    A token of each row at a time is bound by memory, which half of the bytes relieve, even where large products are slower in it.
     """
     capable = torch.cpu.get_capabilities()
     native = capable.get("avx512_bf16") or capable.get("amx_bf16")
