@@ -21,7 +21,7 @@ class Method:
 
     help: str
     run: str | None
-    bits: tuple[int, ...] = (4, 2, 3, 8)
+    bits: tuple[int, ...] = (4, 2, 3, 5, 6, 8)
     groups: tuple[int, ...] = GROUPS
     packages: tuple[str, ...] = ()
     adjustable: bool = False
@@ -53,6 +53,7 @@ METHODS = {
     "gptqmodel": Method(
         "GPTQ through gptqmodel, the whole model in memory",
         "edgepress.pipeline.quantize.gptqmodel:quantize",
+        bits=(4, 2, 3, 8),
         packages=("gptqmodel",),
         adjustable=True,
         act_order=True,

@@ -326,9 +326,7 @@ class QuantizeOptions(Options):
     """
 
     method: str = option("gptq", "how weights are quantized", {name: row.help for name, row in METHODS.items()})
-    bits: int | None = option(
-        None, f"bits of a weight, for {joined(ADJUSTABLE, 'and')} (default: 4); 3 are for measuring, export refuses them", BITS
-    )
+    bits: int | None = option(None, f"bits of a weight, for {joined(ADJUSTABLE, 'and')} (default: 4)", BITS)
     group_size: int | None = option(
         None, f"weights that share one scale; -1 is a whole row (default: {defaults_of_group_size()})", GROUP_SIZES
     )
@@ -498,14 +496,14 @@ class BitsRule:
 
 def bits_rules(rules: tuple[str, ...]) -> list[BitsRule]:
     """``bits_for``, read. Raises OptionError for what is no such rule."""
-    read = []
+    read, widths, groups = [], (*BITS, 16), tuple(size for size in GROUP_SIZES if size > 0)
     for rule in rules:
         pattern, sign, form = rule.rpartition("=")
         bits, slash, group = form.partition("/")
-        if not sign or bits not in ("2", "3", "4", "8", "16") or (slash and group not in ("16", "32", "64", "128", "256")):
+        if not sign or bits not in map(str, widths) or (slash and group not in map(str, groups)):
             raise OptionError(
-                f"--bits-for takes PATTERN=BITS or PATTERN=BITS/GROUP, BITS one of 2, 3, 4, 8, 16 and GROUP one of 16, 32, 64, "
-                f"128, 256, not '{rule}'"
+                f"--bits-for takes PATTERN=BITS or PATTERN=BITS/GROUP, BITS one of {', '.join(map(str, widths))} and GROUP one of "
+                f"{', '.join(map(str, groups))}, not '{rule}'"
             )
         read.append(BitsRule(regular_expression("--bits-for", pattern), int(bits), int(group) if slash else None))
     return read

@@ -39,7 +39,6 @@ from edgepress.pipeline.options import (
     QuantizeOptions,
     TrimOptions,
     TuneOptions,
-    bits_rules,
 )
 from edgepress.pipeline.registry import load, look_up, suggestion
 from edgepress.pipeline.stages import STAGES
@@ -197,8 +196,6 @@ def _check_inputs(source: Path, steps: Plan) -> None:
                 read_text(text, getattr(options, "text_key", KEY))
         if isinstance(options, PruneOptions):
             options.amount(config[layer_count_key(config)])
-        if isinstance(options, QuantizeOptions) and "export" in dict(steps) and 3 in _bits(options):
-            raise OptionError("no onnxruntime operator carries 3-bit weights; give --bits 2, 4 or 8 to export")
         if isinstance(options, ExportOptions):
             text_windows(options.text, source, budget=proof_window(source), length=proof_window(source), key=options.text_key)
         if isinstance(options, BenchOptions):
@@ -221,10 +218,6 @@ def _check_ahead(source: Path, ahead: Plan) -> None:
             load("edgepress.pipeline.quantize.budget:check_possible")(source, options, stay)
         if foresee := STAGES[name].foresee:
             load(foresee)(source, options, removed)
-
-
-def _bits(options: QuantizeOptions) -> list[int]:
-    return [options.weight_bits, *(rule.bits for rule in bits_rules(options.bits_for))]
 
 
 def _resolve_models(options: Options) -> Options:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.operators import DOMAIN, operator
+from edgepress.exporters.graph.planes import from_planes
 from edgepress.pipeline.checkpoint.packed import PackedLinear, by_bits
+from edgepress.pipeline.checkpoint.planes import PLANES
 
 OPSET = 21
 # GenAI reads models up to this; 10 came with opset 21.
@@ -30,6 +32,7 @@ class Builder:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._gathered: dict[tuple[ir.Value, str], ir.Value] = {}
+        self._joined: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input."""
@@ -85,8 +88,16 @@ class Builder:
         kind, constants, attributes = operator(weight, accuracy_level)
         if weight.permutation is not None:
             x = self._permuted(x, weight.permutation, weight_name)
-        inputs = [x, *(self.constant(f"{weight_name}.{part}", array) for part, array in constants.items())]
+        inputs = [x, *(self._stored(weight, f"{weight_name}.{part}", array) for part, array in constants.items())]
         return self.op(kind, inputs, name, None, DOMAIN, **attributes)
+
+    def _stored(self, weight: PackedLinear, name: str, read: np.ndarray) -> ir.Value:
+        """A constant that the operator of a packed matrix reads, in the fewest bytes of the file."""
+        if weight.bits not in PLANES or read.dtype != np.uint8:
+            return self.constant(name, read)
+        if name not in self._joined:
+            self._joined[name] = from_planes(read, weight.bits, name, self.op, self.constant)
+        return self._joined[name]
 
     def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
         """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""
@@ -106,16 +117,18 @@ class Builder:
             return self.op("Gather", [self.constant(f"{name}.weight", weight), ids], name)
         if len(parts := by_bits(weight)) > 1:
             return self._from_parts(ids, parts, name)
-        _, constants, _ = operator(weight, 0)
-        codes = self.constant(f"{name}.B", constants["B"])
+        _, constants, attributes = operator(weight, 0)
+        codes = self._stored(weight, f"{name}.B", constants["B"])
         flat = self.op("Reshape", [codes, self.integers(weight.shape[0], -1)], f"{name}.rows")
-        others = [self.constant(f"{name}.{part}", constants[part]) for part in ("scales", "zero_points") if part in constants]
+        others = [
+            self._stored(weight, f"{name}.{part}", constants[part]) for part in ("scales", "zero_points") if part in constants
+        ]
         return self.op(
             "GatherBlockQuantized",
             [flat, ids, *others],
             name,
             domain=DOMAIN,
-            bits=weight.bits,
+            bits=attributes["bits"],
             block_size=weight.group_size,
             gather_axis=0,
             quantize_axis=1,

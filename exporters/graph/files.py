@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.cache import to_float
+from edgepress.exporters.graph.planes import MAKES_BYTES
 
 SMALL = 256  # bytes; shorter constants stay in the graph's own file
 # Operators that read a few rows of a constant (an embedding, rotary tables), or only reshape it.
@@ -18,19 +19,30 @@ _READS_ROWS = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryE
 def weight_bytes_per_token(model: ir.Model) -> int:
     """Bytes of the constants that one decoding step reads whole: all weights but embedding rows and rotary tables.
 
-    Scales count as the float32 numbers that onnxruntime makes of them when it loads the graph.
+    Scales count as the float32 numbers, planes as the bytes of 4 or 8 bits, that onnxruntime makes of them when it loads the graph.
     """
     total = 0
     for value in model.graph.initializers.values():
         if value.const_value is None:
             continue
         for reader, _ in value.uses():
+            if reader.op_type in MAKES_BYTES:
+                break
             cast = reader.op_type == "Cast"
             readers = {after.op_type for after, _ in reader.outputs[0].uses()} if cast else {reader.op_type}
             if readers - _READS_ROWS:
                 total += value.const_value.size * 4 if cast else value.const_value.nbytes
                 break
-    return total
+    return total + sum(_bytes_made(node) for node in model.graph if node.op_type == "MatMulNBits")
+
+
+def _bytes_made(node: ir.Node) -> int:
+    """Of the codes and zero points that a MatMulNBits reads, those that are made of planes."""
+    rows, columns, bits, block = (node.attributes[name].as_int() for name in ("N", "K", "bits", "block_size"))
+    groups = -(-columns // block)
+    sizes = {1: rows * groups * block * bits // 8, 3: rows * -(-groups * bits // 8)}  # by input
+    made = (sizes[place] for place, value in enumerate(node.inputs) if place in sizes and value and not value.is_initializer())
+    return sum(made)
 
 
 def save(model: ir.Model, file: Path) -> None:

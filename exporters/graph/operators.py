@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from edgepress.pipeline.checkpoint.packed import PackedLinear, pack_bits
-from edgepress.pipeline.errors import OptionError
+from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.pipeline.checkpoint.planes import operator_bits
 
 DOMAIN = "com.microsoft"
 _BNB_TYPES = {"fp4": 0, "nf4": 1}
@@ -28,21 +28,19 @@ def operator(linear: PackedLinear, accuracy_level: int) -> Operator:
     MatMulBnb4: B uint8 (ceil(N * K / 2),), absmax float32, both flat.
     The operator's own g_idx is never used: with it the CPU kernel silently ignores packed zero points, and is 30-50 times
     slower with float ones. Where the codes are permuted, the caller permutes the input instead.
-    Raises OptionError for a width that no operator carries.
     """
     rows, columns = linear.shape
     if linear.codebook:
         attributes = {"K": columns, "N": rows, "block_size": linear.group_size, "quant_type": _BNB_TYPES[linear.codebook]}
         return Operator("MatMulBnb4", {"B": linear.codes, "absmax": linear.scales}, attributes)
-    if linear.bits not in (2, 4, 8):
-        raise OptionError(f"onnxruntime has no operator for {linear.bits}-bit weights; quantize with --bits 2, 4 or 8 to export")
-    inputs = {"B": linear.codes, "scales": linear.scales}
-    if linear.zeros is not None:
-        inputs["zero_points"] = pack_bits(linear.zeros, linear.bits)
+    codes, zeros = linear.as_read()
+    inputs = {"B": codes, "scales": linear.scales}
+    if zeros is not None:
+        inputs["zero_points"] = zeros
     attributes = {
         "K": columns,
         "N": rows,
-        "bits": linear.bits,
+        "bits": operator_bits(linear.bits),
         "block_size": linear.group_size,
         "accuracy_level": accuracy_level,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from edgepress.pipeline.checkpoint.planes import PLANES
 
 # Lengths of a block, weights with a common scale, that MatMulNBits carries.
 BLOCKS = (256, 128, 64, 32, 16)
@@ -18,7 +19,7 @@ class PackedRow:
     """The fields of a PackedLinear that are no arrays. Raises ValueError for values that no matrix has."""
 
     shape: tuple[int, int]
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[2, 3, 4, 5, 6, 8]
     group_size: int
     codebook: Literal["nf4", "fp4"] | None = None
 
@@ -40,7 +41,7 @@ def check_arrays(row: PackedRow, arrays: Mapping[str, np.ndarray]) -> None:
     if row.codebook:
         wanted = {"codes": (np.uint8, (-(-rows * columns // 2),)), "scales": (np.float32, (-(-rows * columns // size),))}
     else:
-        width = size if row.bits == 3 else size * row.bits // 8
+        width = size if row.bits in PLANES else size * row.bits // 8
         wanted = {
             "codes": (np.uint8, (rows, groups, width)),
             "scales": (np.float32, (rows, groups)),

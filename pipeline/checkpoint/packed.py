@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from edgepress.pipeline.checkpoint.layout import BLOCKS, PackedRow, check_arrays
+from edgepress.pipeline.checkpoint.planes import PLANES, operator_bits, stored_bytes
 from edgepress.pipeline.checkpoint.shards import PACKED, ShardIndex
 from edgepress.pipeline.documents import DocumentError, parse_json, typed
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError
@@ -56,7 +57,7 @@ class PackedLinear:
         scales  float32 (out, groups), numbers of float16 (``in_half``) wherever we chose them
         zeros   uint8 (out, groups), one zero point each; None means 2 ** (bits - 1)
         weight = (code - zero) * scale
-    3 bits have no operator; their codes are stored one a byte, for measuring quality alone.
+    Codes of 3, 5 and 6 bits are one a byte here; the graph has them in planes (``planes.py``).
 
     Rows of 8 bits whose codes and zero points would fit into 4 are stored in the graph as such, where many follow one another
     (``by_bits``): how a head has few bits for the tokens that are seldom likely.
@@ -90,17 +91,24 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them (3 bits: as if packed).
+        """Bytes of codes, scales, packed zero points and permutation, as the graph stores them.
 
         Scales that are numbers of float16 are stored as such.
         """
         if len(parts := by_bits(self)) > 1:
             return sum(part.nbytes for _, part in parts)
-        zeros = 0 if self.zeros is None else pack_bits(self.zeros, self.bits).nbytes
+        codes, zeros = self.as_read()
         order = 0 if self.permutation is None else self.permutation.nbytes
-        codes = self.codes.nbytes + zeros
-        scales = self.scales.nbytes // (2 if fit_half(self.scales) else 1)
-        return (codes * 3 // 8 if self.bits == 3 else codes) + scales + order
+        stored = sum(stored_bytes(read.size, self.bits) for read in (codes, zeros) if read is not None)
+        return stored + self.scales.nbytes // (2 if fit_half(self.scales) else 1) + order
+
+    def as_read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Codes and packed zero points, uint8, as the operator of ``operator_bits`` reads them."""
+        if self.bits not in PLANES:
+            return self.codes, None if self.zeros is None else pack_bits(self.zeros, self.bits)
+        bits = operator_bits(self.bits)  # whose zero point is not what none means here
+        zeros = np.full(self.scales.shape, 1 << (self.bits - 1), np.uint8) if self.zeros is None else self.zeros
+        return pack_bits(self.codes, bits), pack_bits(zeros, bits)
 
     @classmethod
     def from_codes(
@@ -251,8 +259,11 @@ def block_for(group_size: int, columns: int) -> int:
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack the last axis, lower index in the lower bits; a short last byte is filled with zeros. 3 bits stay one a byte."""
-    if bits in (3, 8):
+    """Pack the last axis, lower index in the lower bits; a short last byte is filled with zeros.
+
+    Codes of ``PLANES`` stay one a byte.
+    """
+    if bits == 8 or bits in PLANES:
         return np.ascontiguousarray(codes, dtype=np.uint8)
     per_byte = 8 // bits
     short = -codes.shape[-1] % per_byte
@@ -267,7 +278,7 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Inverse of pack_bits: the first ``count`` codes of the last axis."""
-    if bits in (3, 8):
+    if bits == 8 or bits in PLANES:
         return packed[..., :count]
     per_byte = 8 // bits
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), dtype=np.uint8)

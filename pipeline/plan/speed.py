@@ -25,6 +25,7 @@ from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.worker import WARM_UP_TOKENS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import FEW_BITS
+from edgepress.pipeline.checkpoint.planes import operator_bits
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
@@ -33,7 +34,7 @@ from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import Costs, Fit
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form
+from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form, Item
 from edgepress.pipeline.quantize.pack import quantize_checkpoint
 from edgepress.pipeline.registry import require, version
 from edgepress.pipeline.report.forecast import Usage
@@ -41,7 +42,9 @@ from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
-MEASURED = (Form(2, 64), BASE, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
+# Of all blocks of an artifact that is measured; its head has 8 bits. 6 bits take what 8 do, and memory to load (exporters/graph/planes.py).
+MEASURED = (Form(2, 64), BASE, Form(6, 64), EIGHT)
+STANDS_FOR = {3: BASE.bits, 5: 6}  # bits that are not measured, and those that take about as much
 HEAD_BITS = 8
 # One more has BASE and a head of few bits, which moves as many bytes as all blocks where the vocabulary is large.
 OF_HEAD = "head"
@@ -64,15 +67,15 @@ class Speeds:
         """What the artifact that ``fit`` found is expected to take."""
         weights = [item.weights for item in costs.items]
         shares = {
-            form: sum(n for n, taken in zip(weights, found.forms, strict=True) if taken.bits == form.bits) / sum(weights)
+            form: sum(n for n, taken in zip(weights, found.forms, strict=True) if _measured_as(taken) == form.bits) / sum(weights)
             for form in MEASURED
         }
-        blocks = sum(item.bytes[form] for item, form in zip(costs.items, found.forms, strict=True))
+        blocks = sum(_bytes_read(item, form) for item, form in zip(costs.items, found.forms, strict=True))
 
         def mean(figure: Callable[[Usage], float]) -> float:
             """A figure, how it grows with the bytes of blocks beyond those of the shares, and what a head of few bits does."""
             known = {form: figure(self.usages[str(form.bits)]) for form in MEASURED}
-            size = {form: sum(item.bytes[form] for item in costs.items) for form in MEASURED}
+            size = {form: sum(_bytes_read(item, form) for item in costs.items) for form in MEASURED}
             more = blocks - sum(share * size[form] for form, share in shares.items())
             slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
             few = (HEAD_BITS - found.head.mean_bits(costs.ends.vocabulary)) / (HEAD_BITS - FEW_BITS)
@@ -81,6 +84,15 @@ class Speeds:
 
         memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0)
         return Usage(mean(lambda c: c.decode_s), mean(lambda c: c.ttft_s), memory)
+
+
+def _measured_as(form: Form) -> int:
+    return STANDS_FOR.get(form.bits, form.bits)
+
+
+def _bytes_read(item: Item, form: Form) -> int:
+    """By the operator, which reads more than the file has where it has other bits."""
+    return item.bytes[form] + item.weights * (operator_bits(form.bits) - form.bits) // 8
 
 
 def busy() -> bool:

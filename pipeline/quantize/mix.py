@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
+from edgepress.pipeline.checkpoint.planes import PLANES, operator_bits, stored_bytes
 from edgepress.pipeline.quantize.curvature import Errors
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 
@@ -38,7 +39,7 @@ class Form(NamedTuple):
 BASE = Form(4, 64)  # of the rounding whose cost is measured; that of others follows from their squared error
 EIGHT = Form(8, 64)
 HEAD_GROUP = EIGHT.group_size  # of the head beside a mix: at 8 bits shorter blocks win next to nothing
-FORMS = (Form(2, 32), Form(2, 64), Form(4, 32), BASE, Form(4, 128), EIGHT)
+FORMS = (Form(2, 32), Form(2, 64), Form(3, 64), Form(4, 32), BASE, Form(4, 128), Form(5, 64), Form(6, 64), EIGHT)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,14 @@ def _squared_errors(errors: Errors, name: str) -> dict[Form, float]:
 
 
 def bytes_of(rows: int, columns: int, form: Form, symmetric: bool) -> int:
-    """Of codes, scales and zero points, which a symmetric matrix has none of, as ``PackedLinear.nbytes`` counts them."""
-    groups = -(-columns // form.group_size)
-    zeros = 0 if symmetric else -(-groups * form.bits // 8)
-    return rows * (groups * form.group_size * form.bits // 8 + SCALE_BYTES * groups + zeros)
+    """Of codes, scales and zero points, as ``PackedLinear.nbytes`` counts them.
+
+    A symmetric matrix has no zero points, but where the operator has other bits: none means another point to it.
+    """
+    groups, bits = -(-columns // form.group_size), operator_bits(form.bits)
+    zeros = 0 if symmetric and form.bits not in PLANES else rows * -(-groups * bits // 8)
+    codes = rows * groups * form.group_size * bits // 8
+    return stored_bytes(codes, form.bits) + stored_bytes(zeros, form.bits) + SCALE_BYTES * rows * groups
 
 
 def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = None, size: float | None = None) -> list[Form]:

@@ -13,7 +13,8 @@ from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedFile, PackedLi
 from edgepress.pipeline.checkpoint.shards import PACKED
 from edgepress.pipeline.errors import ModelError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+ONE_A_BYTE = (3, 5, 6, 8)
 # (columns, group): whole groups, one short group, several groups with the last one short
 LAYOUTS = [(64, 32), (172, 32), (96, 64), (64, 128)]
 
@@ -52,7 +53,7 @@ def naive_weights(linear: PackedLinear) -> np.ndarray:
                 weights[n, k] = CODEBOOKS[linear.codebook][code] * linear.scales[flat // linear.group_size]
                 continue
             group, i = divmod(k, linear.group_size)
-            per_byte = 1 if linear.bits in (3, 8) else 8 // linear.bits
+            per_byte = 1 if linear.bits in ONE_A_BYTE else 8 // linear.bits
             code = int(linear.codes[n, group, i // per_byte]) >> (i % per_byte * linear.bits) & ((1 << linear.bits) - 1)
             zero = 1 << (linear.bits - 1) if linear.zeros is None else int(linear.zeros[n, group])
             weights[n, k] = np.float32(code - zero) * linear.scales[n, group]
@@ -66,7 +67,7 @@ def test_bits_round_trip(bits: int, count: int) -> None:
     codes = np.random.default_rng(count).integers(0, 1 << bits, (4, 3, count), dtype=np.uint8)
     stored = pack_bits(codes, bits)
     assert stored.dtype == np.uint8
-    assert stored.shape == (4, 3, count if bits in (3, 8) else -(-count * bits // 8))
+    assert stored.shape == (4, 3, count if bits in ONE_A_BYTE else -(-count * bits // 8))
     assert np.array_equal(unpack_bits(stored, bits, count), codes)
 
 
@@ -86,7 +87,7 @@ def test_codes_and_weights(bits: int, columns: int, group: int, zeros: bool) -> 
     """Codes survive, weights are what a plain double loop gives, and padded columns stand for exactly zero."""
     linear, codes = random_linear(bits, columns, group, zeros=zeros)
     groups = -(-columns // group)
-    assert linear.codes.shape == (5, groups, group if bits == 3 else group * bits // 8)
+    assert linear.codes.shape == (5, groups, group if bits in ONE_A_BYTE else group * bits // 8)
     assert np.array_equal(linear.unpacked(), codes)
     assert linear.dequantized().dtype == np.float32
     assert np.array_equal(linear.dequantized(), naive_weights(linear))

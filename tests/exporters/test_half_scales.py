@@ -35,7 +35,7 @@ def outputs(model: ir.Model, disabled: bool = False) -> np.ndarray:
     return np.asarray(session.run(None, {"ids": np.arange(24)[None]})[0])
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_the_file_holds_half_and_the_operator_reads_the_same(bits: int) -> None:
     linear = round_to_nearest("m", WEIGHT, bits, 32, False)
     model = graph_of(linear)

@@ -12,7 +12,6 @@ import pytest
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.operators import operator, stacked
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.errors import OptionError
 
 ROWS = 24
 
@@ -121,12 +120,6 @@ def test_accuracy_level(tmp_path: Path, bits: int) -> None:
     assert not np.array_equal(rough, compute(save(linear, tmp_path / "0.onnx", level=0), x))
     assert 1e-4 < relative_error(rough, x, linear.dequantized()) < 2e-2
     assert operator(linear, 4)[2]["accuracy_level"] == 4
-
-
-def test_three_bits_have_no_operator() -> None:
-    """3 bits are for measuring quality; exporting them is refused with a way out."""
-    with pytest.raises(OptionError, match=r"--bits 2, 4 or 8"):
-        operator(random_linear(3, 64, 32, zeros=True), 0)
 
 
 @pytest.mark.parametrize("zeros", [(False, False, False), (True, True, True), (False, True, False)])
