@@ -13,6 +13,7 @@ from edgepress.exporters.configs import write_configs
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import give_all_logits, rows_in_place, save, weight_bytes_per_token
 from edgepress.exporters.graph.half_scales import keep_scales_in_half
+from edgepress.exporters.graph.planes import keep_codes_in_planes
 from edgepress.exporters.graph.web import WebBuilder, has_bytes
 from edgepress.exporters.int8_cache import quantize_cache
 from edgepress.exporters.node_layout import dtype_of, lay_out
@@ -128,6 +129,7 @@ def draft(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Draft:
     builder = WebBuilder() if options.target == WEB else Builder(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
     graph = fused.build(checkpoint, level, builder) if is_fused else portable.build(checkpoint, model, level, builder)
     keep_scales_in_half(graph)
+    keep_codes_in_planes(graph, builder.stored_bits)
     save(graph, out / "model.onnx")
     graph = rows_in_place(out / "model.onnx")
     if options.logits == "all":

@@ -354,12 +354,16 @@ class QuantizeOptions(Options):
         "where the body has not 8 everywhere",
     )  # fmt: skip
     target_bits: float | None = option(
-        None, "mean bits of a block weight, scales and zero points counted (between 2.4 and 8.4): every matrix gets 2, 4 or 8 bits "
-        "in groups of 32 to 128, so that the measured loss is least",
+        None, "mean bits of a block weight, scales and zero points counted (between 2.4 and 8.4): every matrix gets 2 to 8 bits in "
+        "groups of 32 to 128, so that the measured loss is least",
     )  # fmt: skip
     max_size: str | None = option(
-        None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2, 4 or 8 bits, and the head 4, 8, "
-        "or 4 for its rare tokens, so that the measured loss is least", metavar="SIZE",
+        None, "the exported folder has at most this size, as 90MB or 1.2GB: every matrix gets 2 to 8 bits, and the head 4, 8, or "
+        "4 for its rare tokens, so that the measured loss is least", metavar="SIZE",
+    )  # fmt: skip
+    native_bits: bool = option(
+        False, "--target-bits and --max-size choose among 2, 4 and 8 bits alone, which onnxruntime computes with; 3, 5 and 6 lose "
+        "less for their bytes, but it makes 4 or 8 of them when it loads the file, which takes memory",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
@@ -411,6 +415,8 @@ class QuantizeOptions(Options):
     def _check_choice(self) -> None:
         """What chooses the bits itself leaves nothing else to say of them."""
         choosing = [flag(name) for name in ("max_growth", "target_bits", "max_size") if getattr(self, name) is not None]
+        if self.native_bits and self.max_size is None and self.target_bits is None:
+            raise OptionError("--native-bits is for --target-bits and --max-size, which choose the bits; leave it out, or give one")
         if not choosing:
             return
         if len(choosing) > 1:
@@ -582,7 +588,7 @@ class TuneOptions(Options):
 
 @dataclass(frozen=True)
 class SensitivityOptions(Options):
-    """Estimate what each matrix costs at 2, 4 and 8 bits, and which bits a mean allows at least loss."""
+    """Estimate what each matrix costs at 2 to 8 bits, and which bits a mean allows at least loss."""
 
     target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
     calibration: Path = _calibration(MIXED)
@@ -633,11 +639,12 @@ class PlanOptions(BoundOptions):
     max_size: str | None = option(
         None, "a size to show as well, as 90MB; refused where the model has no artifact so small", metavar="SIZE"
     )
-    speed: bool = option(True, "measure speed and memory of four artifacts, made for that, and reckon those of the others")
+    speed: bool = option(True, "measure speed and memory of five artifacts, made for that, and reckon those of the others")
     threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
     symmetric: bool = option(False, "reckon without zero points")
+    native_bits: bool = option(False, "2, 4 and 8 bits alone, as quantize --native-bits; bounds of speed and memory try that, too")
     rare_rows: tuple[str, ...] = option(
         (), "rare tokens get 4 bits in a head of 8 where that loses least, unless this is", {NONE: "they keep 8"}, metavar=NONE
     )
@@ -656,7 +663,7 @@ class PlanOptions(BoundOptions):
 
     def quantize(self) -> QuantizeOptions:
         """The options of the quantize stage that is planned. Raises OptionError."""
-        known = {item.name for item in dataclasses.fields(QuantizeOptions)}
+        known = {item.name for item in dataclasses.fields(QuantizeOptions)} - {"native_bits"}  # which needs a size there
         return QuantizeOptions(**{i.name: getattr(self, i.name) for i in dataclasses.fields(self) if i.name in known})
 
 

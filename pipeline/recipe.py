@@ -370,7 +370,7 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
     values = {name: getattr(quantize, name) for name in known}
     wish = PlanOptions(**{**vars(bounds), **values, "tuned": "tune" in given, "threads": bench.threads})
     found = load("edgepress.pipeline.plan.bounds:planned")(original, wish, export, out / PLAN)
-    sized = dataclasses.replace(quantize, max_growth=None, max_size=found.max_size)
+    sized = dataclasses.replace(quantize, max_growth=None, max_size=found.max_size, native_bits=found.point.native)
     return [(name, sized if name == "quantize" else options) for name, options in steps], found
 
 
@@ -453,7 +453,9 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
         # Rules of a mix name layers of the pruned model: without removal the stage chooses again, by the same wish.
         if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)) and not chosen.get("bits_for"):
             order = given.act_order and chosen["method"] == given.method
-            given = dataclasses.replace(given, max_growth=None, target_bits=None, max_size=None, act_order=order, **chosen)
+            given = dataclasses.replace(
+                given, max_growth=None, target_bits=None, max_size=None, native_bits=False, act_order=order, **chosen
+            )
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)

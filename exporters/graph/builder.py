@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.operators import DOMAIN, operator
-from edgepress.exporters.graph.planes import from_planes
 from edgepress.pipeline.checkpoint.packed import PackedLinear, by_bits
 from edgepress.pipeline.checkpoint.planes import PLANES
 
@@ -22,7 +21,8 @@ PART = ".rows"  # in the name of a part of a matrix, before the row at which it 
 class Builder:
     """Collects nodes and initializers; ``op`` returns the node's first output.
 
-    float: FLOAT or FLOAT16, what float arrays are stored as.
+    float: FLOAT or FLOAT16, what float arrays are stored as. stored_bits: of initializers whose codes have fewer bits than the
+    operator's, by name.
     """
 
     def __init__(self, float: ir.DataType = ir.DataType.FLOAT) -> None:
@@ -31,8 +31,8 @@ class Builder:
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self.stored_bits: dict[str, int] = {}
         self._gathered: dict[tuple[ir.Value, str], ir.Value] = {}
-        self._joined: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input."""
@@ -92,12 +92,10 @@ class Builder:
         return self.op(kind, inputs, name, None, DOMAIN, **attributes)
 
     def _stored(self, weight: PackedLinear, name: str, read: np.ndarray) -> ir.Value:
-        """A constant that the operator of a packed matrix reads, in the fewest bytes of the file."""
-        if weight.bits not in PLANES or read.dtype != np.uint8:
-            return self.constant(name, read)
-        if name not in self._joined:
-            self._joined[name] = from_planes(read, weight.bits, name, self.op, self.constant)
-        return self._joined[name]
+        """A constant that the operator of a packed matrix reads."""
+        if weight.bits in PLANES and read.dtype == np.uint8:
+            self.stored_bits[name] = weight.bits
+        return self.constant(name, read)
 
     def _permuted(self, x: ir.Value, permutation: np.ndarray, name: str) -> ir.Value:
         """``x[..., permutation]``, gathered once for all the matrices that read x in this order (q, k and v share theirs)."""

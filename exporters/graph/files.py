@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from edgepress.exporters.graph.cache import to_float
-from edgepress.exporters.graph.planes import MAKES_BYTES
+from edgepress.exporters.graph.planes import DOMAIN as PLANES_DOMAIN
 
 SMALL = 256  # bytes; shorter constants stay in the graph's own file
 # Operators that read a few rows of a constant (an embedding, rotary tables), or only reshape it.
@@ -26,7 +26,7 @@ def weight_bytes_per_token(model: ir.Model) -> int:
         if value.const_value is None:
             continue
         for reader, _ in value.uses():
-            if reader.op_type in MAKES_BYTES:
+            if reader.domain == PLANES_DOMAIN:
                 break
             cast = reader.op_type == "Cast"
             readers = {after.op_type for after, _ in reader.outputs[0].uses()} if cast else {reader.op_type}

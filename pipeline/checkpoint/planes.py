@@ -24,18 +24,18 @@ class Piece(NamedTuple):
 class Planes(NamedTuple):
     """bits: of the operator. mask: of a plane, the bits that are its own byte's. spread: the pieces of each of the other bytes.
 
-    count: of planes.
+    made_of: as many planes.
     """
 
     bits: int
     mask: int
     spread: tuple[tuple[Piece, ...], ...]
-    count: int
+    made_of: int
 
     @property
     def parts(self) -> int:
         """Bytes that are made of as many planes as there are."""
-        return self.count + len(self.spread)
+        return self.made_of + len(self.spread)
 
 
 PLANES = {
@@ -62,14 +62,14 @@ def operator_bits(bits: int) -> int:
 def stored_bytes(read: int, bits: int) -> int:
     """How many of an array the file has, of which the operator reads ``read``."""
     planes = PLANES.get(bits)
-    return read if planes is None or read % planes.parts else read // planes.parts * planes.count
+    return read if planes is None or read % planes.parts else read // planes.parts * planes.made_of
 
 
 def split(read: np.ndarray, bits: int) -> list[np.ndarray]:
     """The planes of what an operator reads, uint8; the last axis must be a multiple of ``parts``."""
     planes = PLANES[bits]
     *made, last = np.split(read, planes.parts, axis=-1)
-    made, others = [part.copy() for part in made[: planes.count]], [*made[planes.count :], last]
+    made, others = [part.copy() for part in made[: planes.made_of]], [*made[planes.made_of :], last]
     for other, pieces in zip(others, planes.spread, strict=True):
         for piece in pieces:
             made[piece.plane] |= (other << np.uint8(piece.shift)) & np.uint8(piece.mask)

@@ -61,16 +61,17 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
         if not found.lasting:
             log.warning("warning: other programs were busy when this plan was made; delete %s to make it anew", kept)
     else:
-        log.info("plan: what every matrix costs, and how fast four artifacts of this model are here (kept for the next time)")
+        log.info("plan: what every matrix costs, and how fast five artifacts of this model are here (kept for the next time)")
         line = frontier(source, options, export)
         found = Planned(key, Forecast(line.points, line.prompt, line.bounds), line.lasting)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, asdict(found))
     point = found.point
     assert point.usage is not None
+    native = " --native-bits" if point.native else ""
     log.info(
-        "plan: --max-size %s, %.2f bits a weight and %g in the head; expected: %s, %+.1f %% of perplexity",
-        found.max_size, point.bits, point.head_bits, said(point.usage), 100 * point.growth,
+        "plan: --max-size %s%s, %.2f bits a weight and %g in the head; expected: %s, %+.1f %% of perplexity",
+        found.max_size, native, point.bits, point.head_bits, said(point.usage), 100 * point.growth,
     )  # fmt: skip
     if point.growth > WORRYING - 1:
         log.warning("warning: an artifact that loses so much is of little use; give a looser bound (edgepress plan shows which)")

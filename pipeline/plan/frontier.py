@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
@@ -13,7 +14,7 @@ from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions,
 from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import left_of, left_of_head
-from edgepress.pipeline.quantize.mix import mean_bits
+from edgepress.pipeline.quantize.mix import FORMS, NATIVE, mean_bits
 from edgepress.pipeline.quantize.trials import costs_of
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
@@ -39,55 +40,79 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
 
-    def point(within: float) -> Point:
-        return _point(costs, round(within), given, speeds)
+    def point(within: float, native: bool = options.native_bits) -> Point:
+        return _point(costs, round(within), given, speeds, native)
 
     least, largest = least_size(costs) + 1, largest_size(costs)
-    points = [point(within) for within in np.geomspace(least, largest, POINTS)]
+    sizes = np.geomspace(least, largest, POINTS)
+    points = [point(within) for within in sizes]
     shown = {one.size: one for one in points if one.growth < USELESS} or {points[-1].size: points[-1]}
     if options.max_size is not None or options.given:
         size = math.inf if options.max_size is None else size_in_bytes(options.max_size, "--max-size")
         if size < largest:
-            points = [one for one in points if one.within < size] + [point(size)]
-        best = _best(points, options, point)
-        shown[best.size] = replace(best, asked=True)
+            sizes = np.array([within for within in sizes if round(within) < size] + [size])
+        # fewest bytes, or what reads and holds least of them: a bound may call for either
+        ways = (True, False) if options.given and not options.native_bits else (options.native_bits,)
+        best = replace(_best([_Way(sizes, partial(point, native=native)) for native in ways], options), asked=True)
+        shown[best.size] = best
     ordered = tuple(shown[size] for size in sorted(shown))
     return Frontier(ordered, speeds.prompt, bounds_of(options, speeds.prompt), speeds.lasting) if speeds else Frontier(ordered)
 
 
-def _best(points: Sequence[Point], options: PlanOptions, point: Callable[[float], Point]) -> Point:
-    """The one of least loss that keeps to the bounds. points: by size. point: the best within so many bytes."""
+@dataclass(frozen=True)
+class _Way:
+    """To choose an artifact: sizes to look at first, and what makes the best one within a size."""
+
+    sizes: np.ndarray
+    point: Callable[[float], Point]
+
+
+def _best(ways: Sequence[_Way], options: PlanOptions) -> Point:
+    """The one of least loss that keeps to the bounds. Raises OptionError where none does."""
+    found: list[Point] = []
+    seen: list[Point] = []
+    for way in ways:
+        found += _best_of(way, options, seen)
+    if not found:
+        raise OptionError(_nearest(seen, options))
+    return min(found, key=lambda one: (one.growth, one.size))
+
+
+def _best_of(way: _Way, options: PlanOptions, seen: list[Point]) -> list[Point]:
+    """The same of one way, [] where none keeps to them. seen: grows by what was looked at."""
 
     def keeps(one: Point) -> bool:
         return all(excess <= 1 for _, excess in _of(one, options))
 
+    points = [way.point(within) for within in way.sizes]
     kept = [one for one in points if keeps(one)]
     if not kept:  # two bounds that pull apart may be kept to between two points
         near = min(range(len(points)), key=lambda number: _worst(points[number], options))
         ends = points[max(0, near - 1)].within, points[min(len(points) - 1, near + 1)].within
-        points = [point(within) for within in np.geomspace(*ends, POINTS)]
+        points = [way.point(within) for within in np.geomspace(*ends, POINTS)]
         kept = [one for one in points if keeps(one)]
+    seen += points
     if not kept:
-        raise OptionError(_nearest(points, options))
+        return []
     best = min(kept, key=lambda one: (one.growth, one.size))
     low, high = best.within, next((one.within for one in points if one.within > best.within), best.within)
     for _ in range(HALVINGS if low < high else 0):
-        middle = point((low + high) // 2)
+        middle = way.point((low + high) // 2)
         if keeps(middle):
             best, low = min(best, middle, key=lambda one: (one.growth, one.size)), middle.within
         else:
             high = middle.within
-    return best
+    return [best]
 
 
-def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None) -> Point:
-    found: Fit = fit(costs, within)
+def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None, native: bool) -> Point:
+    found: Fit = fit(costs, within, NATIVE if native else FORMS)
     head = costs.head[found.head]
     lost = left_of(options, found.forms) * (found.cost - head) + left_of_head(options, found.head) * head
     growth = math.expm1(min(lost, 50.0))
     usage = speeds.of(costs, found) if speeds else None
     bits, of_head = round(mean_bits(costs.items, found.forms), 2), round(found.head.mean_bits(costs.ends.vocabulary), 1)
-    return Point(within, found.size, bits, of_head, growth, usage)
+    return Point(within, found.size, bits, of_head, growth, usage, native=native)
 
 
 def bounds_of(options: BoundOptions, prompt: int) -> tuple[Bound, ...]:
@@ -150,5 +175,6 @@ def table(found: Frontier) -> str:
             memory = "" if usage.memory is None else f"{usage.memory / 1e6:.0f}"
             first = f"{1000 * usage.ttft_s:.0f} ms"
             row += f"  {1 / usage.decode_s:>8.0f}  {first:>{len(f'first of {found.prompt}')}}  {memory:>7}"
-        lines.append(f"{row}  --max-size {point.proposal}" + ("  <- asked for" if point.asked else ""))
+        native = " --native-bits" if point.native else ""
+        lines.append(f"{row}  --max-size {point.proposal}{native}" + ("  <- asked for" if point.asked else ""))
     return "\n".join(lines)

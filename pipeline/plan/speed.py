@@ -42,7 +42,7 @@ from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
-# Of all blocks of an artifact that is measured; its head has 8 bits. 6 bits take what 8 do, and memory to load (exporters/graph/planes.py).
+# Of all blocks of an artifact that is measured; its head has 8 bits. 6 bits take what 8 do, and more memory while they are loaded.
 MEASURED = (Form(2, 64), BASE, Form(6, 64), EIGHT)
 STANDS_FOR = {3: BASE.bits, 5: 6}  # bits that are not measured, and those that take about as much
 HEAD_BITS = 8

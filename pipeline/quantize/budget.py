@@ -210,12 +210,12 @@ def largest_size(costs: Costs) -> int:
     return sum(item.bytes[EIGHT] for item in costs.items) + costs.ends.bytes(EIGHT_BITS, HEAD_GROUP) + costs.ends.rest
 
 
-def fit(costs: Costs, size: int) -> Fit:
-    """The forms and the head of least cost whose artifact has at most ``size`` bytes.
+def fit(costs: Costs, size: int, forms: Sequence[Form] = FORMS) -> Fit:
+    """The head, and of the forms those, of least cost whose artifact has at most ``size`` bytes.
 
     Raises OptionError that names the least size where nothing fits.
     """
-    fits = [found for head, cost in costs.head.items() if (found := _with_head(costs, head, cost, size)) is not None]
+    fits = [found for head, cost in costs.head.items() if (found := _with_head(costs, head, cost, size, forms)) is not None]
     if not fits:
         least = least_size(costs)
         raise OptionError(
@@ -225,13 +225,13 @@ def fit(costs: Costs, size: int) -> Fit:
     return min(fits, key=lambda found: (found.cost, found.size))
 
 
-def _with_head(costs: Costs, head: Head, head_cost: float, size: int) -> Fit | None:
+def _with_head(costs: Costs, head: Head, head_cost: float, size: int, among: Sequence[Form]) -> Fit | None:
     """The best with a head, None where none fits."""
     items, ends = costs.items, costs.ends.bytes(head, HEAD_GROUP) + costs.ends.rest
     left = size - ends
     if left < sum(min(item.bytes.values()) for item in items):
         return None
-    forms = solve(items, FORMS, size=left)
+    forms = solve(items, among, size=left)
     chosen = list(zip(items, forms, strict=True))
     cost = head_cost + sum(item.costs[form] for item, form in chosen)
     return Fit(head, forms, cost, ends + sum(item.bytes[form] for item, form in chosen))

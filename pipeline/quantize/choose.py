@@ -17,7 +17,19 @@ from edgepress.pipeline.machine import large_blocks_given_back
 from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize.budget import check_possible, fit
 from edgepress.pipeline.quantize.head import EIGHT_BITS, Head
-from edgepress.pipeline.quantize.mix import BASE, EIGHT, FORMS, Form, Item, by_matrix, mean_bits, rules_of, solve, usual_form
+from edgepress.pipeline.quantize.mix import (
+    BASE,
+    EIGHT,
+    FORMS,
+    NATIVE,
+    Form,
+    Item,
+    by_matrix,
+    mean_bits,
+    rules_of,
+    solve,
+    usual_form,
+)
 from edgepress.pipeline.quantize.stage import Chosen
 from edgepress.pipeline.quantize.trials import Trial, costs_of
 from edgepress.pipeline.report.steps import Import
@@ -51,7 +63,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     trial = Trial(source, options)
     given = options.target_bits is not None or options.max_size is not None
     before = quantized_before(source) and not given and not trial.writes()
-    settled = replace(options, max_growth=None, target_bits=None, max_size=None)
+    settled = replace(options, max_growth=None, target_bits=None, max_size=None, native_bits=False)
     if before:
         settled = _by_rounding(settled)
         if options.method in CALIBRATED:
@@ -66,7 +78,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
-        forms = solve(items, FORMS, size=size)
+        forms = solve(items, NATIVE if options.native_bits else FORMS, size=size)
         growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left, all_texts=options.tuned)
         because = (
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
@@ -112,7 +124,7 @@ def left_of_head(options: QuantizeOptions, head: Head) -> float:
 def _in_bytes(trial: Trial, settled: QuantizeOptions, size: int) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
     costs = costs_of(trial.source, trial.options, trial)
-    items, found = costs.items, fit(costs, size)
+    items, found = costs.items, fit(costs, size, NATIVE if trial.options.native_bits else FORMS)
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left_of(settled, found.forms), all_texts=settled.tuned)
     head = left_of_head(settled, found.head) * costs.head[found.head]

@@ -40,6 +40,7 @@ BASE = Form(4, 64)  # of the rounding whose cost is measured; that of others fol
 EIGHT = Form(8, 64)
 HEAD_GROUP = EIGHT.group_size  # of the head beside a mix: at 8 bits shorter blocks win next to nothing
 FORMS = (Form(2, 32), Form(2, 64), Form(3, 64), Form(4, 32), BASE, Form(4, 128), Form(5, 64), Form(6, 64), EIGHT)
+NATIVE = tuple(form for form in FORMS if form.bits not in PLANES)  # an operator computes with what the file has
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Point:
     """One artifact: its size in bytes, bits of a block weight, bits of the head, and how much perplexity grows, a share.
 
     within: bytes that it was found by, at least its size. usage: what running it is expected to take, None where that is not asked
-    for. asked: whether it was asked for.
+    for. asked: whether it was asked for. native: whether it was chosen among bits that onnxruntime computes with.
     """
 
     within: int
@@ -35,6 +35,7 @@ class Point:
     growth: float
     usage: Usage | None = None
     asked: bool = False
+    native: bool = False
 
     @property
     def proposal(self) -> str:

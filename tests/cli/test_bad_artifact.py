@@ -44,12 +44,6 @@ def test_wrong_kind_of_folder(line: str, says: str, refused: Refused, made: Path
     refused(*(places.get(part, part) for part in line.split()), says=says)
 
 
-def test_three_bits_have_no_operator(refused: Refused, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """Good for measuring, not for shipping: said at export, with the bits that work."""
-    assert cli.main(["quantize", str(tiny), str(tmp_path / "packed"), "--method", "rtn", "--bits", "3"]) == 0
-    refused("export", tmp_path / "packed", tmp_path / "out", "--text", text, says=("3-bit", "--bits 2, 4 or 8"))
-
-
 def test_damaged_packed_file(refused: Refused, made: Path, text: Path, tmp_path: Path) -> None:
     """Cut short after it was written, the codes are not guessed."""
     shutil.copytree(made / "packed", tmp_path / "packed")

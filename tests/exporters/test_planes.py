@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,18 @@ import pytest
 from edgepress.exporters.graph.builder import Builder
 from edgepress.exporters.graph.files import weight_bytes_per_token
 from edgepress.exporters.graph.operators import operator, stacked
-from edgepress.pipeline.checkpoint.packed import PackedLinear
+from edgepress.exporters.graph.planes import DOMAIN, keep_codes_in_planes
+from edgepress.pipeline import stages
+from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.planes import PLANES, joined, operator_bits, split, stored_bytes
+from edgepress.pipeline.metrics.torch_scores import logits_of
+from edgepress.pipeline.options import ExportOptions, QuantizeOptions
 from edgepress.pipeline.quantize.mix import Form, bytes_of
+from edgepress.pipeline.runtime.decoder import Decoder
+from families import TINY
+from transformers import LlamaConfig
 
 BITS = sorted(PLANES)
 
@@ -29,25 +39,28 @@ def random_linear(bits: int, rows: int, columns: int, group: int, zeros: bool) -
 
 
 def graph_of(linear: PackedLinear) -> ir.Model:
-    """Rows of a matrix by ids, and their products with the same matrix: a tied embedding and head."""
+    """Products with a matrix, and rows of it by ids where an embedding can have its form."""
     b = Builder()
-    ids = b.input("ids", ir.DataType.INT64, ["batch", "tokens"])
-    x = b.embedding(ids, linear, "m")
-    b.output(x, "rows", ir.DataType.FLOAT, ["batch", "tokens", linear.shape[1]])
-    b.output(b.linear(x, linear, "head", 0, "m"), "y", ir.DataType.FLOAT, ["batch", "tokens", linear.shape[0]])
-    return b.model({})
+    if linear.shape[1] % linear.group_size == 0:
+        ids = b.input("ids", ir.DataType.INT64, ["batch", "tokens"])
+        b.output(b.embedding(ids, linear, "m"), "rows", ir.DataType.FLOAT, ["batch", "tokens", linear.shape[1]])
+    x = b.input("x", ir.DataType.FLOAT, ["tokens", linear.shape[1]])
+    b.output(b.linear(x, linear, "head", 0, "m"), "y", ir.DataType.FLOAT, ["tokens", linear.shape[0]])
+    model = b.model({})
+    keep_codes_in_planes(model, b.stored_bits)
+    return model
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_tables(bits: int) -> None:
     """Every byte that an operator reads comes back, from as few bits as it has, and every bit of a plane is used once."""
     row = PLANES[bits]
-    used = [row.mask] * row.count
+    used = [row.mask] * row.made_of
     for pieces in row.spread:
         for piece in pieces:
             assert used[piece.plane] & piece.mask == 0
             used[piece.plane] |= piece.mask
-    assert used == [0xFF] * row.count
+    assert used == [0xFF] * row.made_of
     most = 1 << bits
     read = (
         np.arange(most, dtype=np.uint8) if row.bits == 8 else np.array([a | b << 4 for a in range(8) for b in range(8)], np.uint8)
@@ -65,7 +78,7 @@ def test_the_tables(bits: int) -> None:
 def test_the_operator_computes_with_our_weights(
     tmp_path: Path, bits: int, rows: int, columns: int, group: int, zeros: bool
 ) -> None:
-    """Embedding rows and products are those of the codes, at widths that no group divides and rows that no plane does, too.
+    """Products and embedding rows are those of the codes, at widths that no group and zero points that no plane divides, too.
 
     onnxruntime has made the bytes before it runs: what it optimized has no such node left.
     """
@@ -73,20 +86,22 @@ def test_the_operator_computes_with_our_weights(
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     model = graph_of(linear)
-    proto = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    found, products = (np.asarray(output)[0] for output in session.run(None, {"ids": np.arange(rows)[None]}))
-    weight = linear.dequantized()
-    assert np.allclose(found, weight, rtol=1e-6)
-    exact = weight.astype(np.float64) @ weight.astype(np.float64).T
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    weight, x = linear.dequantized(), np.random.default_rng(rows).standard_normal((3, columns), dtype=np.float32)
+    given = {"x": x, "ids": np.arange(rows)[None]}
+    *found, products = session.run(None, {value.name: given[value.name] for value in session.get_inputs()})
+    assert len(found) == (columns % group == 0) and all(np.allclose(one[0], weight, rtol=1e-6) for one in found)
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
     assert np.abs(products - exact).max() < 1e-5 * np.abs(exact).max()
     left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert not left & {"BitShift", "BitwiseAnd", "BitwiseOr", "Concat"}
+    assert {(node.domain, node.op_type) for node in model.graph if node.domain == DOMAIN} == {(DOMAIN, f"Join{bits}")}
 
-    stored = [value.const_value for name, value in model.graph.initializers.items() if name.startswith("m.")]
-    sizes = {tensor.name: tensor.nbytes for tensor in stored if tensor is not None and not str(tensor.name).endswith(".shape")}
-    assert sizes["m.scales"] == linear.scales.nbytes
-    assert sum(sizes.values()) - linear.scales.nbytes // 2 == linear.nbytes == bytes_of(rows, columns, Form(bits, group), not zeros)
+    stored = [
+        v.const_value for name, v in model.graph.initializers.items() if name.startswith("m.") and not name.endswith(".shape")
+    ]
+    sizes = sum(tensor.nbytes for tensor in stored if tensor is not None) - linear.scales.nbytes // 2  # not in half yet
+    assert sizes == linear.nbytes == bytes_of(rows, columns, Form(bits, group), not zeros)
     kind, arrays, attributes = operator(linear, 0)
     assert kind == "MatMulNBits" and attributes["bits"] == operator_bits(bits)
     assert weight_bytes_per_token(model) == sum(array.nbytes for array in arrays.values())
@@ -98,3 +113,30 @@ def test_matrices_of_one_operator(bits: int) -> None:
     one, other = (random_linear(bits, rows, 64, 32, zeros) for rows, zeros in ((8, False), (16, True)))
     both = stacked("both", [one, other])
     assert both is not None and np.array_equal(both.dequantized(), np.concatenate([one.dequantized(), other.dequantized()]))
+
+
+@pytest.mark.parametrize(("method", "exporter"), [("gptq", "fused"), pytest.param("rtn", "portable", marks=pytest.mark.families)])
+def test_the_artifact_computes_what_the_checkpoint_does(
+    method: str, exporter: str, text: Path, tmp_path: Path, random_model: Callable[..., Path]
+) -> None:
+    """Matrices of 3, 5 and 6 bits in one model, and the artifact is as small as that promises."""
+    source = random_model(LlamaConfig(**TINY), tmp_path / "model")
+    rules = (".*mlp.down_proj=3/64", ".*mlp.*=6/32", ".*layers.0.*=4")
+    options = QuantizeOptions(method=method, bits=5, group_size=64, bits_for=rules, calibration=text, calibration_tokens=256)
+    packed = stages.run("quantize", Artifact.load(source), tmp_path / "packed", options)
+    assert packed.steps[-1].facts["bits"].keys() == {"3", "4", "5", "6"}
+    whole = tmp_path / "whole"
+    eight = stages.run("quantize", Artifact.load(source), whole, QuantizeOptions(method="rtn", bits=8, group_size=64))
+    made, larger = (
+        stages.run("export", one, tmp_path / name, ExportOptions(exporter=exporter, accuracy_level="0", text=text))
+        for one, name in ((packed, "onnx"), (eight, "onnx-8"))
+    )
+    graph = ir.load(made.path / "model.onnx")
+    assert {name for _, name, _ in graph.functions} == {"Join3", "Join5", "Join6"}
+    saved = [sum(x.nbytes for name, x in PackedFile(one.path).items()) for one in (eight, packed)]
+    data = [(one.path / "model.onnx.data").stat().st_size for one in (larger, made)]
+    assert data[0] - data[1] == pytest.approx(saved[0] - saved[1], rel=0.15)  # arrays begin at whole pages
+    ids = np.arange(0, 256, 37)
+    truth = logits_of(Checkpoint(packed.path).model(), ids)
+    logits = Decoder(made.path).feed(ids, keep=0)
+    assert np.abs(logits - truth).max() <= 1e-3 * truth.std()

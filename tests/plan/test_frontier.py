@@ -21,7 +21,7 @@ from edgepress.pipeline.plan.speed import MEASURED, Speeds
 from edgepress.pipeline.quantize import trials
 from edgepress.pipeline.quantize.budget import Costs, Ends, Fit, fit
 from edgepress.pipeline.quantize.head import EIGHT_BITS, FOUR_BITS, Head
-from edgepress.pipeline.quantize.mix import FORMS, Form, Item, bytes_of
+from edgepress.pipeline.quantize.mix import FORMS, NATIVE, Form, Item, bytes_of
 from edgepress.pipeline.report.forecast import Forecast, Point, Usage
 from edgepress.pipeline.report.model import ReportFile, read
 from edgepress.pipeline.report.text import markdown
@@ -49,6 +49,7 @@ COSTS = Costs(tuple(an_item(0.001 * (n + 1)) for n in range(20)), Ends(((1024, 2
 # 2 bits are slower than their bytes promise, 8 bits read prompts faster than 4, as kernels do
 SPEEDS = Speeds({
     "2": Usage(0.004, 0.060, 100e6), "4": Usage(0.005, 0.070, 120e6), "8": Usage(0.008, 0.050, 180e6),
+    "6": Usage(0.008, 0.050, 260e6),
     "head": Usage(0.0045, 0.071, 90e6),
 }, 128)  # fmt: skip
 
@@ -208,14 +209,14 @@ def test_what_was_planned_is_found_again(speed: float, known: None, tiny: Path, 
     options = PlanOptions(method="rtn", min_speed=speed)
     for _ in range(2):  # chosen, and read back
         found = bounds_module.planned(Artifact.load(tiny), options, ExportOptions(), tmp_path / "plan.json")
-    again = fit(COSTS, size_in_bytes(found.max_size, "--max-size"))
+    again = fit(COSTS, size_in_bytes(found.max_size, "--max-size"), NATIVE)
     assert again.size == found.point.size and SPEEDS.of(COSTS, again) == found.point.usage
     line = next(line for line in table(frontier(Artifact.load(tiny), options)).splitlines() if "asked for" in line)
-    assert f"--max-size {found.max_size} " in line
+    assert f"--max-size {found.max_size} --native-bits " in line  # least loss at a speed: what it reads is what it has
 
 
 @pytest.mark.parametrize("context", [32, 512])
-def test_four_artifacts_are_measured(
+def test_five_artifacts_are_measured(
     context: int, random_model: Callable, text: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In processes of their own, once; a model of a short context is read a shorter prompt."""
@@ -223,7 +224,7 @@ def test_four_artifacts_are_measured(
     monkeypatch.setattr(speed_module, "ROUNDS", 1)
     options = PlanOptions(method="rtn", text=text)
     speeds = speed_module.speeds_of(source, options, ExportOptions())
-    assert set(speeds.usages) == {"2", "4", "8", "head"} and speeds.prompt == min(128, context // 2)
+    assert set(speeds.usages) == {"2", "4", "6", "8", "head"} and speeds.prompt == min(128, context // 2)
     assert all(cost.decode_s > 0 and cost.ttft_s > 0 and (cost.memory or 1e9) > 1e7 for cost in speeds.usages.values())
     monkeypatch.setattr(speed_module, "_measure", None)
     assert speed_module.speeds_of(source, options, ExportOptions()) == speeds
