@@ -129,6 +129,9 @@ class Artifact:
         if (path / MANIFEST).is_file():
             return cls._from_manifest(path)
         if not (path / "config.json").is_file():
+            built = sorted(folder.name for folder in path.iterdir() if (folder / MANIFEST).is_file())
+            if built:
+                raise InputError(f"{path} is what a build made; give one of the folders in it: {', '.join(built)}")
             raise InputError(
                 f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that holds config.json"
             )

@@ -288,6 +288,8 @@ def fingerprint(name: str, options: Options, source: Artifact) -> str:
 def _hint(format: Format, taken: tuple[Format, ...]) -> str:
     if format == "hf" and "packed" in taken:
         return "quantize it first"
+    if format == "hf" and taken == ("gguf",):
+        return "give it to build or to any stage as it is"
     return {
         "gguf": "import it first: edgepress import",
         "hf": "export it first",

@@ -7,11 +7,13 @@ present are one buffer, so that a step writes one position instead of copying th
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from edgepress.pipeline.documents import short_line
 from edgepress.pipeline.errors import EdgepressError, InputError, OptionError
 from edgepress.pipeline.files import check_size
 from edgepress.pipeline.model_files import read_genai_config
@@ -28,6 +30,12 @@ LARGEST_GRAPH = (1 << 31) - 1  # bytes of a message of protobuf
 FIRST_CAPACITY = 256
 # In the metadata of a graph: lengths beyond which it rotates with other frequencies, so that no cache may be kept.
 SWITCHES = "edgepress.rotary_switches"
+
+
+def _reason(error: Exception) -> str:
+    """The last of onnxruntime's nested messages, without the place in its source that it begins with."""
+    last = re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", str(error))[-1]
+    return short_line(re.sub(r"^\S+\.(cc|h):\d+ \S+ ", "", last))
 
 
 class Decoder:
@@ -47,16 +55,16 @@ class Decoder:
         targets.check_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # 3 is errors only: asking for all positions of the logits draws a warning about the declared shape at each call.
-        options.log_severity_level = 3
+        # 4 is fatal errors only: others are raised anyway, and asking for all positions of the logits draws a warning about the
+        # declared shape at each call.
+        options.log_severity_level = 4
         try:
             self.session = targets.session(str(folder / model), options, target)
         except EdgepressError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"onnxruntime cannot load {folder / model}: {reason}; copy the complete folder again or export again"
+                f"onnxruntime cannot load {folder / model} ({_reason(error)}); copy the complete folder again or export again"
             ) from error
         self._onnxruntime, self._file = onnxruntime, folder / model
         self._device = targets.TARGETS[target].device

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgepress.pipeline.errors import InputError, MissingPackageError, OptionError
+from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.registry import look_up, require
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def session(model: str, options: onnxruntime.SessionOptions, name: str = "cpu") 
     # The CPU runs the operators that a GPU provider has no kernel for.
     providers = list(dict.fromkeys([row.provider, TARGETS["cpu"].provider]))
     session = onnxruntime.InferenceSession(model, options, providers=providers)
+    release_memory()  # of what was put together while it loaded: scales of two bytes, planes of codes
     if session.get_providers()[0] != row.provider:
         raise InputError(
             f"onnxruntime could not start {row.provider} and would have run on the CPU; install the CUDA 13 and cuDNN 9 libraries "
