@@ -366,7 +366,9 @@ class QuantizeOptions(Options):
         "less for their bytes, but it makes 4 or 8 of them when it loads the file, which takes memory",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
-    symmetric: bool = option(False, f"no zero points ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed")
+    symmetric: bool = option(
+        False, f"no zero points, but at 3, 5 and 6 bits ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed"
+    )
     act_order: bool = option(
         False,
         f"groups too in order of activation ({joined(ACT_ORDER, 'and')}); adds a Gather on the input, and wins little with gptq",
@@ -407,7 +409,10 @@ class QuantizeOptions(Options):
                 f"not {self.group_size}"
             )
         self._check_choice()
-        bits_rules(self.bits_for)
+        if other := [rule.bits for rule in bits_rules(self.bits_for) if rule.bits not in (*row.bits, 16)]:
+            raise OptionError(
+                f"{name} weights have {joined(tuple(sorted(row.bits)))} bits, and --bits-for gives {other[0]}; give one of these"
+            )
         if rows_of(self.rare_rows) and (self.head_bits != 8 or row.run is None):
             having = f"it has {self.head_bits}" if row.run else f"{name} leaves it as it is"
             raise OptionError(f"--rare-rows is for a head of 8 bits, and {having}; leave either out")
@@ -415,8 +420,8 @@ class QuantizeOptions(Options):
     def _check_choice(self) -> None:
         """What chooses the bits itself leaves nothing else to say of them."""
         choosing = [flag(name) for name in ("max_growth", "target_bits", "max_size") if getattr(self, name) is not None]
-        if self.native_bits and self.max_size is None and self.target_bits is None:
-            raise OptionError("--native-bits is for --target-bits and --max-size, which choose the bits; leave it out, or give one")
+        if self.native_bits and (self.bits is not None or self.bits_for):
+            raise OptionError("--native-bits is for --target-bits and --max-size; leave it or --bits and --bits-for out")
         if not choosing:
             return
         if len(choosing) > 1:
@@ -591,6 +596,7 @@ class SensitivityOptions(Options):
     """Estimate what each matrix costs at 2 to 8 bits, and which bits a mean allows at least loss."""
 
     target_bits: float = option(4.5, "mean bits of a block weight that are proposed for, scales and zero points counted")
+    native_bits: bool = option(False, "propose 2, 4 and 8 bits alone, as quantize --native-bits")
     calibration: Path = _calibration(MIXED)
     calibration_model: Path | None = _calibration_model()
     calibration_tokens: int = option(COST_TOKENS, "tokens of it to measure on at most", at_least=16)
@@ -663,7 +669,7 @@ class PlanOptions(BoundOptions):
 
     def quantize(self) -> QuantizeOptions:
         """The options of the quantize stage that is planned. Raises OptionError."""
-        known = {item.name for item in dataclasses.fields(QuantizeOptions)} - {"native_bits"}  # which needs a size there
+        known = {item.name for item in dataclasses.fields(QuantizeOptions)}
         return QuantizeOptions(**{i.name: getattr(self, i.name) for i in dataclasses.fields(self) if i.name in known})
 
 

@@ -51,7 +51,7 @@ Plan = list[tuple[str, Options]]
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
 UNBOUNDED, _USUAL = BoundOptions(), QuantizeOptions()
 _SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head_bits", "rare_rows", "embedding_bits"}
-_BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits"}, {"max_size"})
+_BITS = ({"bits", "bits_for"}, {"max_growth"}, {"target_bits", "native_bits"}, {"max_size", "native_bits"})
 _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 _MANY_TEXTS = ("keep_text", "task_files")
@@ -59,7 +59,18 @@ _TIGHT = 0.1  # nats a token
 _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
-METHOD_OPTIONS = ("method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits", "max_size")
+METHOD_OPTIONS = (
+    "method",
+    "bits",
+    "bits_for",
+    "group_size",
+    "symmetric",
+    "act_order",
+    "max_growth",
+    "target_bits",
+    "max_size",
+    "native_bits",
+)
 
 
 def read(name: str) -> Recipe:

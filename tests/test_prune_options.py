@@ -87,6 +87,8 @@ def test_a_flag_for_bits_replaces_the_recipes_own_way(flag: str, value: float, g
     """Ways to say it exclude each other, and who gave one flag gave one way."""
     ((_, options),) = plan({"quantize": {"method": "gptq", **given}}, {flag: value})
     assert getattr(options, flag) == value
+    ((_, options),) = plan({"quantize": {"max_size": "9MB", "native_bits": True}}, {flag: value})
+    assert getattr(options, flag) == value and options.native_bits == (flag == "target_bits")  # which is another way to choose
 
 
 def test_a_text_that_nothing_reads_is_no_difference(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def described(folder: Path) -> dict[str, Any]:
                 heads.append((rows, width, block))
             else:
                 weights += rows * columns
-                stored = [_stored(value) for value in node.inputs[1:] if value is not None]
-                bits += 8 * sum(tensor.nbytes for tensor in stored if tensor is not None)
+                stored = [tensor for value in node.inputs[1:] if value is not None for tensor in _stored(value)]
+                bits += 8 * sum(tensor.nbytes for tensor in stored)
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     block_bits = bits / weights if weights else 32.0
     head = "float"
@@ -186,11 +186,13 @@ def described(folder: Path) -> dict[str, Any]:
     return {"bytes_per_token": weight_bytes_per_token(model), "head": head, "block_bits": block_bits, "file_bytes": size}
 
 
-def _stored(value: ir.Value) -> ir.TensorProtocol | None:
-    """The array behind a constant input: scales are kept in float16 and cast."""
+def _stored(value: ir.Value) -> list[ir.TensorProtocol]:
+    """The arrays behind a constant input: scales are kept in float16 and cast, codes of 3, 5 and 6 bits joined of planes."""
     producer = value.producer()
-    read = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
-    return None if read is None else read.const_value
+    if producer is None:
+        return [] if value.const_value is None else [value.const_value]
+    first = producer.inputs[:1] if producer.op_type == "Reshape" else producer.inputs
+    return [tensor for read in first if read is not None for tensor in _stored(read)]
 
 
 def process(python: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:

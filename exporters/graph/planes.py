@@ -16,7 +16,6 @@ from edgepress.pipeline.checkpoint.planes import PLANES, Piece, Planes, split
 
 DOMAIN = "edgepress"
 JOINED = ".joined"  # what the operator reads is called after the initializer
-OPSET = 21
 
 
 def keep_codes_in_planes(model: ir.Model, bits: Mapping[str, int]) -> None:
@@ -47,7 +46,7 @@ def _nodes(model: ir.Model, name: str, read: np.ndarray, bits: int) -> list[ir.N
     planes = [_initializer(graph, f"{name}.plane{number}", plane) for number, plane in enumerate(split(whole, bits))]
     kind = f"Join{bits}"
     if (DOMAIN, kind, "") not in model.functions:
-        model.functions[DOMAIN, kind, ""] = _function(kind, row)
+        model.functions[DOMAIN, kind, ""] = _function(kind, row, graph.opset_imports[""])
         graph.opset_imports[DOMAIN] = 1
     nodes = [_node(kind, planes, f"{name}{JOINED}", domain=DOMAIN)]
     if whole is not read:
@@ -56,9 +55,9 @@ def _nodes(model: ir.Model, name: str, read: np.ndarray, bits: int) -> list[ir.N
     return nodes
 
 
-def _function(kind: str, row: Planes) -> ir.Function:
+def _function(kind: str, row: Planes, opset: int) -> ir.Function:
     """Planes in, the bytes that they hold out, along the last axis."""
-    planes = [ir.Value(name=f"plane{number}") for number in range(row.made_of)]
+    planes = [ir.Value(name=f"plane{number}") for number in range(row.number)]
     nodes, constants = list[ir.Node](), dict[int, ir.Value]()
 
     def op(name: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
@@ -78,14 +77,14 @@ def _function(kind: str, row: Planes) -> ir.Function:
         masked = plane if one.mask & top == top else op("BitwiseAnd", [plane, byte(one.mask)])
         return op("BitShift", [masked, byte(one.shift)], direction="RIGHT")
 
-    parts = [op("BitwiseAnd", [plane, byte(row.mask)]) for plane in planes]
-    for pieces in row.spread:
+    parts = [op("BitwiseAnd", [plane, byte(row.own)]) for plane in planes]
+    for pieces in row.others:
         made = piece(pieces[0])
         for other in pieces[1:]:
             made = op("BitwiseOr", [made, piece(other)])
         parts.append(made)
     whole = op("Concat", parts, axis=-1)
-    return ir.Function(DOMAIN, kind, graph=ir.Graph(planes, [whole], nodes=nodes, opset_imports={"": OPSET}), attributes=[])
+    return ir.Function(DOMAIN, kind, graph=ir.Graph(planes, [whole], nodes=nodes, opset_imports={"": opset}), attributes=[])
 
 
 def _node(kind: str, inputs: Sequence[ir.Value], name: str, domain: str = "", **attributes: Any) -> ir.Node:

@@ -56,5 +56,7 @@ def check_arrays(row: PackedRow, arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{name} {array.dtype} {array.shape} do not fit a matrix of {rows} x {columns}")
     if "permutation" in arrays and not np.array_equal(np.sort(arrays["permutation"]), np.arange(columns)):
         raise ValueError("its permutation is none")
+    if row.bits in PLANES and arrays["codes"].max(initial=0) >> row.bits:
+        raise ValueError(f"codes of more than {row.bits} bits")
     if "zeros" in arrays and arrays["zeros"].max(initial=0) >> row.bits:
         raise ValueError(f"zeros of more than {row.bits} bits")

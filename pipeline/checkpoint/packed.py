@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from edgepress.pipeline.checkpoint.layout import BLOCKS, PackedRow, check_arrays
-from edgepress.pipeline.checkpoint.planes import PLANES, operator_bits, stored_bytes
+from edgepress.pipeline.checkpoint.planes import PLANES, file_bytes, operator_bits
 from edgepress.pipeline.checkpoint.shards import PACKED, ShardIndex
 from edgepress.pipeline.documents import DocumentError, parse_json, typed
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError
@@ -99,7 +99,7 @@ class PackedLinear:
             return sum(part.nbytes for _, part in parts)
         codes, zeros = self.as_read()
         order = 0 if self.permutation is None else self.permutation.nbytes
-        stored = sum(stored_bytes(read.size, self.bits) for read in (codes, zeros) if read is not None)
+        stored = sum(file_bytes(read.size, self.bits) for read in (codes, zeros) if read is not None)
         return stored + self.scales.nbytes // (2 if fit_half(self.scales) else 1) + order
 
     def as_read(self) -> tuple[np.ndarray, np.ndarray | None]:

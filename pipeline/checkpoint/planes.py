@@ -22,20 +22,21 @@ class Piece(NamedTuple):
 
 
 class Planes(NamedTuple):
-    """bits: of the operator. mask: of a plane, the bits that are its own byte's. spread: the pieces of each of the other bytes.
+    """How bytes that an operator reads lie in planes.
 
-    made_of: as many planes.
+    operator_bits: of the codes that it takes. own: mask of a plane's bits that are one byte's as it is. others: for each of the
+    bytes that are put together, its pieces. number: of planes.
     """
 
-    bits: int
-    mask: int
-    spread: tuple[tuple[Piece, ...], ...]
-    made_of: int
+    operator_bits: int
+    own: int
+    others: tuple[tuple[Piece, ...], ...]
+    number: int
 
     @property
     def parts(self) -> int:
-        """Bytes that are made of as many planes as there are."""
-        return self.made_of + len(self.spread)
+        """Bytes in as many planes."""
+        return self.number + len(self.others)
 
 
 PLANES = {
@@ -56,21 +57,21 @@ PLANES = {
 
 def operator_bits(bits: int) -> int:
     """Of the operator that computes with codes of so many bits."""
-    return PLANES[bits].bits if bits in PLANES else bits
+    return PLANES[bits].operator_bits if bits in PLANES else bits
 
 
-def stored_bytes(read: int, bits: int) -> int:
-    """How many of an array the file has, of which the operator reads ``read``."""
+def file_bytes(operator_bytes: int, bits: int) -> int:
+    """In the file, of an array with codes of ``bits``: fewer than the operator reads, unless the parts do not divide it."""
     planes = PLANES.get(bits)
-    return read if planes is None or read % planes.parts else read // planes.parts * planes.made_of
+    return operator_bytes if planes is None or operator_bytes % planes.parts else operator_bytes // planes.parts * planes.number
 
 
 def split(read: np.ndarray, bits: int) -> list[np.ndarray]:
     """The planes of what an operator reads, uint8; the last axis must be a multiple of ``parts``."""
     planes = PLANES[bits]
     *made, last = np.split(read, planes.parts, axis=-1)
-    made, others = [part.copy() for part in made[: planes.made_of]], [*made[planes.made_of :], last]
-    for other, pieces in zip(others, planes.spread, strict=True):
+    made, others = [part.copy() for part in made[: planes.number]], [*made[planes.number :], last]
+    for other, pieces in zip(others, planes.others, strict=True):
         for piece in pieces:
             made[piece.plane] |= (other << np.uint8(piece.shift)) & np.uint8(piece.mask)
     return made
@@ -79,8 +80,8 @@ def split(read: np.ndarray, bits: int) -> list[np.ndarray]:
 def joined(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
     """Inverse of ``split``, as onnxruntime computes it."""
     row = PLANES[bits]
-    parts = [plane & np.uint8(row.mask) for plane in planes]
-    for pieces in row.spread:
+    parts = [plane & np.uint8(row.own) for plane in planes]
+    for pieces in row.others:
         found = [(planes[piece.plane] & np.uint8(piece.mask)) >> np.uint8(piece.shift) for piece in pieces]
         parts.append(np.bitwise_or.reduce(found))
     return np.concatenate(parts, axis=-1)

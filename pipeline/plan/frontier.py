@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
@@ -40,12 +40,13 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     costs = costs_of(source, given)
     speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
 
+    @cache
     def point(within: float, native: bool = options.native_bits) -> Point:
         return _point(costs, round(within), given, speeds, native)
 
     least, largest = least_size(costs) + 1, largest_size(costs)
     sizes = np.geomspace(least, largest, POINTS)
-    points = [point(within) for within in sizes]
+    points = [point(within, native=options.native_bits) for within in sizes]
     shown = {one.size: one for one in points if one.growth < USELESS} or {points[-1].size: points[-1]}
     if options.max_size is not None or options.given:
         size = math.inf if options.max_size is None else size_in_bytes(options.max_size, "--max-size")

@@ -1,4 +1,4 @@
-"""How fast the artifacts of a model are on this machine, and what memory they take: measured on four, reckoned for the others.
+"""How fast the artifacts of a model are on this machine, and what memory they take: measured on five, reckoned for the others.
 
 A step of decoding reads every matrix once, and a matrix takes as long as one of its bits takes: what an artifact of mixed bits
 takes lies between those of the same bits everywhere, by their shares of the weights.
@@ -31,6 +31,7 @@ from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import check_disk, folder_bytes, read_json, write_json
 from edgepress.pipeline.machine import release_memory
+from edgepress.pipeline.methods import BITS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import Costs, Fit
@@ -42,9 +43,10 @@ from edgepress.pipeline.report.plain import object_of
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
-# Of all blocks of an artifact that is measured; its head has 8 bits. 6 bits take what 8 do, and more memory while they are loaded.
-MEASURED = (Form(2, 64), BASE, Form(6, 64), EIGHT)
-STANDS_FOR = {3: BASE.bits, 5: 6}  # bits that are not measured, and those that take about as much
+SIX = Form(6, 64)
+MEASURED = (Form(2, 64), BASE, SIX, EIGHT)  # of all blocks of an artifact that is measured; its head has 8 bits
+# Bits that are not measured, and those that take as much but for what is in memory while planes become bytes of the operator.
+LIKE = {3: BASE.bits, 5: SIX.bits}
 HEAD_BITS = 8
 # One more has BASE and a head of few bits, which moves as many bytes as all blocks where the vocabulary is large.
 OF_HEAD = "head"
@@ -66,10 +68,10 @@ class Speeds:
     def of(self, costs: Costs, found: Fit) -> Usage:
         """What the artifact that ``fit`` found is expected to take."""
         weights = [item.weights for item in costs.items]
-        shares = {
-            form: sum(n for n, taken in zip(weights, found.forms, strict=True) if _measured_as(taken) == form.bits) / sum(weights)
-            for form in MEASURED
-        }
+        by_bits = dict.fromkeys(BITS, 0.0)
+        for count, form in zip(weights, found.forms, strict=True):
+            by_bits[form.bits] += count / sum(weights)
+        shares = {form: sum(by_bits[n] for n in BITS if LIKE.get(n, n) == form.bits) for form in MEASURED}
         blocks = sum(_bytes_read(item, form) for item, form in zip(costs.items, found.forms, strict=True))
 
         def mean(figure: Callable[[Usage], float]) -> float:
@@ -80,14 +82,11 @@ class Speeds:
             slope = max(0.0, known[EIGHT] - known[BASE]) / (size[EIGHT] - size[BASE])
             few = (HEAD_BITS - found.head.mean_bits(costs.ends.vocabulary)) / (HEAD_BITS - FEW_BITS)
             head = few * (figure(self.usages[OF_HEAD]) - known[BASE])
-            return sum(share * known[form] for form, share in shares.items()) + slope * more + head
+            planes = by_bits[3] * (known[SIX] - known[EIGHT]) * operator_bits(3) / operator_bits(SIX.bits)
+            return sum(share * known[form] for form, share in shares.items()) + slope * more + planes + head
 
         memory = None if any(c.memory is None for c in self.usages.values()) else mean(lambda c: c.memory or 0.0)
         return Usage(mean(lambda c: c.decode_s), mean(lambda c: c.ttft_s), memory)
-
-
-def _measured_as(form: Form) -> int:
-    return STANDS_FOR.get(form.bits, form.bits)
 
 
 def _bytes_read(item: Item, form: Form) -> int:

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.planes import PLANES
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.machine import large_blocks_given_back
+from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.options import QuantizeOptions, size_in_bytes
 from edgepress.pipeline.quantize.budget import check_possible, fit
 from edgepress.pipeline.quantize.head import EIGHT_BITS, Head
@@ -78,7 +80,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if options.target_bits is not None:
         items = trial.items()
         size = options.target_bits * sum(item.weights for item in items) / 8
-        forms = solve(items, NATIVE if options.native_bits else FORMS, size=size)
+        forms = solve(items, forms_of(options), size=size)
         growth = trial.measure(f"{mean_bits(items, forms):.2f}", by_matrix(items, forms), left, all_texts=options.tuned)
         because = (
             f"{mean_bits(items, forms):.2f} bits a weight of {options.target_bits:g} asked for; expected {100 * growth:+.1f} %"
@@ -107,6 +109,12 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     return Chosen(chosen, _because(trial.growth, limit, mixed.name), trial.growth)
 
 
+def forms_of(options: QuantizeOptions) -> tuple[Form, ...]:
+    """What a mean or a size chooses from: what the method can make, or of that what an operator computes with as it is."""
+    native = options.native_bits or not PLANES.keys() <= set(METHODS[options.method].bits)
+    return NATIVE if native else FORMS
+
+
 def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:
     """Of the loss that rounding a mix costs, what the method and a tune stage leave; all of what 8 bits everywhere cost."""
     if set(forms) == {EIGHT}:
@@ -124,7 +132,7 @@ def left_of_head(options: QuantizeOptions, head: Head) -> float:
 def _in_bytes(trial: Trial, settled: QuantizeOptions, size: int) -> Chosen:
     """The least loss in an artifact of at most ``size`` bytes. Raises OptionError where none is so small."""
     costs = costs_of(trial.source, trial.options, trial)
-    items, found = costs.items, fit(costs, size, NATIVE if trial.options.native_bits else FORMS)
+    items, found = costs.items, fit(costs, size, forms_of(trial.options))
     mixed, bits = by_matrix(items, found.forms), mean_bits(items, found.forms)
     growth = trial.measure(f"{bits:.2f}", mixed, left_of(settled, found.forms), all_texts=settled.tuned)
     head = left_of_head(settled, found.head) * costs.head[found.head]

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
-from edgepress.pipeline.checkpoint.planes import PLANES, operator_bits, stored_bytes
+from edgepress.pipeline.checkpoint.planes import PLANES, file_bytes, operator_bits
 from edgepress.pipeline.quantize.curvature import Errors
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 
 _GAP = 1e-3  # of the optimum: what HiGHS may leave unproven
 _SECONDS = 20.0
+_PLANE = 560  # bytes in the graph, of which three planes of codes and zero points take 1.6 kB, and five 2.4
 _ROWS = 256  # of a matrix, at least, that its rounding error is estimated from
 
 
@@ -47,7 +48,8 @@ NATIVE = tuple(form for form in FORMS if form.bits not in PLANES)  # an operator
 class Item:
     """Matrices that share a form: those that read one input, for they share one operator too.
 
-    costs: KL divergence of each form, nats a token. bytes: of each form, codes, scales and zero points.
+    costs: KL divergence of each form, nats a token. bytes: of each form: codes, scales and zero points, and what
+    planes take in the graph.
     """
 
     names: tuple[str, ...]
@@ -67,7 +69,10 @@ def items_of(errors: Errors, costs: Mapping[str, float], together: Iterable[Sequ
                 tuple(names),
                 sum(rows * columns for rows, columns in shapes),
                 {form: sum(costs[name] * ratios[name][form] for name in names) for form in FORMS},
-                {form: sum(bytes_of(rows, columns, form, errors.symmetric) for rows, columns in shapes) for form in FORMS},
+                {
+                    form: graph_bytes(form) + sum(bytes_of(rows, columns, form, errors.symmetric) for rows, columns in shapes)
+                    for form in FORMS
+                },
             )
         )
     return items
@@ -90,7 +95,12 @@ def bytes_of(rows: int, columns: int, form: Form, symmetric: bool) -> int:
     groups, bits = -(-columns // form.group_size), operator_bits(form.bits)
     zeros = 0 if symmetric and form.bits not in PLANES else rows * -(-groups * bits // 8)
     codes = rows * groups * form.group_size * bits // 8
-    return stored_bytes(codes, form.bits) + stored_bytes(zeros, form.bits) + SCALE_BYTES * rows * groups
+    return file_bytes(codes, form.bits) + file_bytes(zeros, form.bits) + SCALE_BYTES * rows * groups
+
+
+def graph_bytes(form: Form) -> int:
+    """What an operator whose codes lie in planes has in the graph more than another: planes and nodes, by name; as measured."""
+    return _PLANE * PLANES[form.bits].number if form.bits in PLANES else 0
 
 
 def solve(items: Sequence[Item], forms: Sequence[Form], *, cost: float | None = None, size: float | None = None) -> list[Form]:

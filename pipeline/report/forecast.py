@@ -92,7 +92,7 @@ def rows(forecast: Forecast, figures: dict[str, float], growth: float | None) ->
         usage = point.usage
         running = (1 / usage.decode_s, 1000 * usage.ttft_s, usage.memory) if usage else (None, None, None)
         cells = _cells(point.size, point.growth, *running)
-        name = "expected, chosen" if point.asked else "expected"
+        name = ("expected, chosen" if point.asked else "expected") + (", 2, 4 and 8 bits alone" if point.native else "")
         shown.append([name, cells[0], f"{point.bits:.2f}", f"{point.head_bits:g}", *cells[1:]])
         if point.asked:
             got = [figures.get(name) for name in (SIZE, DECODE, f"{TTFT}{forecast.prompt}", MEMORY)]

@@ -11,18 +11,20 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from edgepress.exporters.graph.builder import Builder
-from edgepress.exporters.graph.files import weight_bytes_per_token
+from edgepress.exporters.graph.files import save, weight_bytes_per_token
 from edgepress.exporters.graph.operators import operator, stacked
 from edgepress.exporters.graph.planes import DOMAIN, keep_codes_in_planes
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.layout import PackedRow, check_arrays
 from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
-from edgepress.pipeline.checkpoint.planes import PLANES, joined, operator_bits, split, stored_bytes
+from edgepress.pipeline.checkpoint.planes import PLANES, file_bytes, joined, operator_bits, split
 from edgepress.pipeline.metrics.torch_scores import logits_of
 from edgepress.pipeline.options import ExportOptions, QuantizeOptions
-from edgepress.pipeline.quantize.mix import Form, bytes_of
+from edgepress.pipeline.quantize.mix import Form, bytes_of, graph_bytes
 from edgepress.pipeline.runtime.decoder import Decoder
+from edgepress.pipeline.verify import checks
 from families import TINY
 from transformers import LlamaConfig
 
@@ -51,25 +53,30 @@ def graph_of(linear: PackedLinear) -> ir.Model:
     return model
 
 
+def constants_of(folder: Path) -> list[ir.TensorProtocol]:
+    """Weights of a graph, those in its own file too; without the shapes that zero points get back."""
+    graph = ir.load(folder / "model.onnx").graph
+    tensors = [value.const_value for name, value in graph.initializers.items() if not name.endswith(".shape")]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_the_tables(bits: int) -> None:
     """Every byte that an operator reads comes back, from as few bits as it has, and every bit of a plane is used once."""
     row = PLANES[bits]
-    used = [row.mask] * row.made_of
-    for pieces in row.spread:
+    used = [row.own] * row.number
+    for pieces in row.others:
         for piece in pieces:
             assert used[piece.plane] & piece.mask == 0
             used[piece.plane] |= piece.mask
-    assert used == [0xFF] * row.made_of
-    most = 1 << bits
-    read = (
-        np.arange(most, dtype=np.uint8) if row.bits == 8 else np.array([a | b << 4 for a in range(8) for b in range(8)], np.uint8)
-    )
+    assert used == [0xFF] * row.number
+    codes = np.arange(1 << bits, dtype=np.uint8)
+    read = codes if row.operator_bits == 8 else (codes[:, None] | codes << 4).ravel()
     for shift in range(row.parts):  # every byte in every part
         whole = np.concatenate([np.roll(read, number * 5 + shift) for number in range(row.parts)])[None]
         planes = split(whole, bits)
         assert np.array_equal(joined(planes, bits), whole)
-        assert sum(plane.nbytes for plane in planes) == whole.size * bits // row.bits == stored_bytes(whole.size, bits)
+        assert sum(plane.nbytes for plane in planes) == whole.size * bits // row.operator_bits == file_bytes(whole.size, bits)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -108,6 +115,36 @@ def test_the_operator_computes_with_our_weights(
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_what_planes_take_in_the_graph(bits: int, tmp_path: Path) -> None:
+    """--max-size counts on it: names and nodes are a fifth of a per cent of a small model."""
+    sizes = []
+    for taken in (bits, 8):
+        b = Builder()
+        x = b.input("x", ir.DataType.FLOAT, ["tokens", 256])
+        for layer in range(12):
+            for place in ("self_attn.qkv_proj", "mlp.down_proj"):
+                x = b.linear(x, random_linear(taken, 256, 256, 64, True), f"model.layers.{layer}.{place}", 4)
+        b.output(x, "y", ir.DataType.FLOAT, ["tokens", 256])
+        model = b.model({})
+        keep_codes_in_planes(model, b.stored_bits)
+        save(model, tmp_path / f"{taken}.onnx")
+        sizes.append((tmp_path / f"{taken}.onnx").stat().st_size)
+    each = (sizes[0] - sizes[1]) / 24
+    assert 0.8 * graph_bytes(Form(bits, 64)) < each < graph_bytes(Form(bits, 64))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_that_have_too_many_bits_are_no_codes(bits: int) -> None:
+    """They would run into their neighbours."""
+    linear = random_linear(bits, 8, 64, 32, zeros=False)
+    row = PackedRow(linear.shape, bits, 32)  # type: ignore[arg-type]
+    check_arrays(row, {"codes": linear.codes, "scales": linear.scales})
+    linear.codes[3, 0, 5] = 1 << bits
+    with pytest.raises(ValueError, match=f"codes of more than {bits} bits"):
+        check_arrays(row, {"codes": linear.codes, "scales": linear.scales})
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_matrices_of_one_operator(bits: int) -> None:
     """Rows of two matrices as one, of which one has no zero points: half of its codes' range in either, not the operator's."""
     one, other = (random_linear(bits, rows, 64, 32, zeros) for rows, zeros in ((8, False), (16, True)))
@@ -133,9 +170,10 @@ def test_the_artifact_computes_what_the_checkpoint_does(
     )
     graph = ir.load(made.path / "model.onnx")
     assert {name for _, name, _ in graph.functions} == {"Join3", "Join5", "Join6"}
-    saved = [sum(x.nbytes for name, x in PackedFile(one.path).items()) for one in (eight, packed)]
-    data = [(one.path / "model.onnx.data").stat().st_size for one in (larger, made)]
-    assert data[0] - data[1] == pytest.approx(saved[0] - saved[1], rel=0.15)  # arrays begin at whole pages
+    saved = [sum(matrix.nbytes for matrix in PackedFile(one.path).values()) for one in (eight, packed)]
+    stored = [sum(tensor.nbytes for tensor in constants_of(one.path)) for one in (larger, made)]
+    assert stored[0] - stored[1] == saved[0] - saved[1]
+    assert checks._graph(made.path)  # a function has the opset of its model, for one
     ids = np.arange(0, 256, 37)
     truth = logits_of(Checkpoint(packed.path).model(), ids)
     logits = Decoder(made.path).feed(ids, keep=0)

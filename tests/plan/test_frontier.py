@@ -96,6 +96,9 @@ def test_what_was_measured_is_what_is_expected() -> None:
     assert longer.decode_s > between.decode_s and (longer.memory or 0) > (between.memory or 0)
     head = of([Form(4, 64)] * 20, FOUR_BITS)
     assert dataclasses.astuple(head) == pytest.approx(dataclasses.astuple(SPEEDS.usages["head"]))
+    three, four, five = (of([Form(bits, 64)] * 20) for bits in (3, 4, 5))
+    assert three.memory == pytest.approx((four.memory or 0) + 40e6, rel=5e-3)  # half of what planes of 6 bits take to load
+    assert five.memory == pytest.approx(260e6, rel=1e-3) and five.decode_s == pytest.approx(0.008, rel=1e-3)
     both = of([Form(8, 64)] * 20, FOUR_BITS)  # a head of few bits does the same beside other blocks
     assert dataclasses.astuple(both) == pytest.approx((0.0075, 0.051, 150e6))
 
@@ -125,6 +128,20 @@ def test_a_size_and_a_bound(known: None, tiny: Path) -> None:
         asked = frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_size=size, **bound)).asked
         assert asked is not None and asked.usage is not None
         assert asked.size <= float(size[:-2]) * (1e6 if "MB" in size else 1e3) and 1 / asked.usage.decode_s >= bound["min_speed"]
+
+
+def test_a_loose_bound_leaves_the_bits_between(known: None, tiny: Path, tmp_path: Path) -> None:
+    """They lose least for their bytes, so a size decides for them, and a speed that no mix of theirs has against them."""
+    for speed, native in ((100, False), (220, True)):
+        options = PlanOptions(method="rtn", max_size="950KB", min_speed=speed)
+        asked = frontier(Artifact.load(tiny), options).asked
+        assert asked is not None and asked.native == native
+        bounds, rest = recipe.split_bounds({"min_speed": str(speed)})
+        steps = [("quantize", make(QuantizeOptions, rest)), ("export", ExportOptions())]
+    (_, sized), _ = recipe._keeping_to(bounds, Artifact.load(tiny), tmp_path, steps)[0]
+    assert isinstance(sized, QuantizeOptions) and sized.native_bits  # the build makes what was planned
+    assert not frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_size="950KB", native_bits=False)).asked.native  # type: ignore[union-attr]
+    assert frontier(Artifact.load(tiny), PlanOptions(method="rtn", max_size="950KB", native_bits=True)).asked.native  # type: ignore[union-attr]
 
 
 def test_bounds_that_nothing_keeps_to(known: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import PackedFile
-from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions
+from edgepress.pipeline.checkpoint.planes import PLANES
+from edgepress.pipeline.methods import METHODS
+from edgepress.pipeline.options import MIXED, SELF, QuantizeOptions, bits_rules
 from edgepress.pipeline.own_text import kept
 from edgepress.pipeline.quantize import choose, trials
 from edgepress.pipeline.quantize.choose import EIGHT
@@ -200,6 +202,20 @@ def test_a_mean_is_kept_to(target: float, settled: Callable[..., Chosen], tiny: 
     assert {x.bits for x in blocks if x} > {4} or target == 4.6
 
 
+@pytest.mark.parametrize("way", [{"target_bits": 5.5}, {"max_size": "0.95MB"}])
+def test_bits_that_an_operator_has(way: dict[str, Any], settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone where that is asked for, or where the method makes no others; else those between, which lose less."""
+
+    def bits(**options: Any) -> set[int]:
+        chosen = settled(**way, **options)
+        assert not chosen.options.native_bits  # what is recorded says it by the bits themselves
+        return {chosen.options.weight_bits, *(rule.bits for rule in bits_rules(chosen.options.bits_for))}
+
+    assert bits() & PLANES.keys() and not bits(native_bits=True) & PLANES.keys()
+    monkeypatch.setitem(METHODS, "rtn", replace(METHODS["rtn"], bits=(4, 2, 8)))
+    assert not bits() & PLANES.keys()
+
+
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_bytes_are_those_that_will_be_written(symmetric: bool, tiny: Path, tmp_path: Path) -> None:
@@ -219,6 +235,8 @@ def test_bytes_are_those_that_will_be_written(symmetric: bool, tiny: Path, tmp_p
         ({"target_bits": 1.0}, "between 2.4 and 8.4"),
         ({"max_growth": 0.1, "method": "nf4"}, "the method is nf4"),
         ({"bits_for": [".*=8/33"]}, "PATTERN=BITS/GROUP"),
+        ({"bits_for": [".*=5"], "method": "gptqmodel"}, "gptqmodel weights have 2, 3, 4 or 8 bits, and --bits-for gives 5"),
+        ({"bits": 4, "native_bits": True}, "--native-bits is for --target-bits and --max-size"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:

@@ -198,7 +198,7 @@ def convert(
     codes = unpack_int32(tensors["qweight"].T, bits)[:, :columns]
     zeros = unpack_zeros(tensors["qzeros"], bits, format)[:, :rows].T
     scales = tensors["scales"].astype(np.float32).T
-    symmetric = bool((zeros == 1 << (bits - 1)).all())  # the operator's own zero point: none need be stored
+    symmetric = bool((zeros == 1 << (bits - 1)).all())  # the middle, which none means
     return PackedLinear.from_codes(
         name,
         codes if in_order else codes[:, order],
