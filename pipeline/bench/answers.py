@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,22 +15,32 @@ from edgepress.pipeline.runtime.chat_template import read_template
 from edgepress.pipeline.text.windows import context_length, load_tokenizer
 
 Ids = tuple[int, ...]
-QUESTION = "What is the capital of France?"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Write a Python function that returns the larger of two numbers.",
+)
 PASSAGE = 32  # tokens of the text, for a model that does not chat
 
 
-def asked(folder: Path, window: Ids) -> Ids:
-    """Token ids of the question in the model's chat template, or a passage of a text; empty where the context is too short."""
-    ids = _passage(window)
-    with suppress(InputError):  # a template that refuses it
+def asked(folder: Path, text: Sequence[Ids]) -> dict[Ids, str]:
+    """Token ids, and what people read: questions in the model's chat template, or passages of as many windows of a text.
+
+    None of those that leave too little of the context.
+    """
+    tokenizer, windows = load_tokenizer(folder), dict.fromkeys((text[0], text[len(text) // 2], text[-1]))
+    found = {ids: _line(tokenizer.decode(ids)) for ids in map(_passage, windows)}
+    with suppress(InputError):  # a template that refuses them
         if (template := read_template(folder)) is not None:
-            text = template.render([{"role": "user", "content": QUESTION}])
-            ids = tuple(load_tokenizer(folder).encode(text, add_special_tokens=False).ids)
-    return ids if len(ids) + ANSWER_TOKENS <= context_length(folder) else ()
+            chats = (template.render([{"role": "user", "content": question}]) for question in QUESTIONS)
+            encoded = (tuple(tokenizer.encode(chat, add_special_tokens=False).ids) for chat in chats)
+            found = dict(zip(encoded, QUESTIONS, strict=True))
+    room = context_length(folder) - ANSWER_TOKENS
+    return {ids: said for ids, said in found.items() if len(ids) <= room}
 
 
-def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
-    """What was asked, and answered by the original and the artifact, as text up to the token that ends an answer.
+def answer(folder: Path, question: str, both: Continuations) -> Answer:
+    """What the original and the artifact answered, as text up to the token that ends an answer. question: what people read.
 
     Where they part within that, it is said how likely the original held either word.
     """
@@ -45,8 +56,7 @@ def answer(folder: Path, window: Ids, both: Continuations) -> Answer:
         if place <= min(stops) and set(stops) != {place}:  # where both end, though by another token, nothing of it is seen
             own, other = (tokenizer.decode([ids[place]], skip_special_tokens=False) for ids in (both.original, both.artifact))
             parting = Parting(own, other, *both.held)
-    prompt = _line(tokenizer.decode(both.asked)) if both.asked == _passage(window) else QUESTION
-    return Answer(prompt, original, artifact, parting)
+    return Answer(question, original, artifact, parting)
 
 
 def _line(text: str) -> str:

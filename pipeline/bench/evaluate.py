@@ -37,7 +37,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
     ids = [np.array(row, dtype=np.int64) for row in job.windows]
     models = _Models(job.trust_remote_code, job.target)
     prompts = _prompts(ids) if any(row.kind == "onnx" for row in job.rows) else []
-    asked = [np.array(job.asked, dtype=np.int64)] if prompts and job.asked else []
+    asked = [np.array(row, dtype=np.int64) for row in job.asked] if prompts else []
     original = None if job.reference is None else _Original(models.torch(job.reference), ids, prompts, asked)
     for row in job.rows:
         with tempfile.TemporaryDirectory(prefix="edgepress-level-0-") as scratch:
@@ -54,11 +54,11 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
                         found = logits[rows.start - positions.start : rows.stop - positions.start]
                         scores.add_part(window[1:][rows], found, truth)
                 yield QualityEvent(window=number + 1)
-            matches = answers = None
+            matches, answers = None, tuple[Continuations, ...]()
             if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
-                if asked:
-                    answers = _answers(job.asked, original.answers[0], model.greedy(asked[0], ANSWER_TOKENS))
+                own = [model.greedy(prompt, ANSWER_TOKENS) for prompt in asked]
+                answers = tuple(map(_answers, job.asked, original.answers, own))
             losses = np.concatenate(scores.losses).astype("<f4")
             figures = QualityFigures(**scores.figures(), greedy_match_tokens=matches)
             yield QualityEvent(scored=Scored(row.key, figures, base64.b64encode(losses.tobytes()).decode(), answers))

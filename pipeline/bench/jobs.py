@@ -99,7 +99,7 @@ class ScoringRow:
 class QualityJob:
     """Score rows on windows of token ids, against the checkpoint ``reference`` where there is one.
 
-    asked: token ids that both continue, for people to read; none where it is empty.
+    asked: token ids that both continue, for people to read.
     """
 
     windows: tuple[tuple[int, ...], ...]
@@ -107,7 +107,7 @@ class QualityJob:
     rows: tuple[ScoringRow, ...]
     trust_remote_code: bool
     target: str
-    asked: tuple[int, ...] = ()
+    asked: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Scored:
     key: str
     figures: QualityFigures
     losses: str
-    answers: Continuations | None = None
+    answers: tuple[Continuations, ...] = ()
 
 
 @dataclass(frozen=True)

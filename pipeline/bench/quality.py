@@ -105,7 +105,8 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
     if isinstance(answers[-1], Scored) and answers[-1].answers:
-        subject.answers = (answer(subject.path, text[0], answers[-1].answers),)
+        questions = asked(subject.path, text)
+        subject.answers = tuple(answer(subject.path, questions[both.asked], both) for both in answers[-1].answers)
 
 
 def _stage_row(row: Row, answer: Scored | Failed, loss: np.ndarray | None, text_bytes: int) -> StageRow:
@@ -157,12 +158,12 @@ def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal)
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
     """
     original = None if options.reference is None else Artifact.load(options.reference)
-    prompt = asked(rows[-1].folder, text[0]) if original else ()
+    prompts = tuple(asked(rows[-1].folder, text)) if original else ()
     answers: Answers = {}
     with bar("quality", len(text) * len(rows), "window") as shown:
         while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
             against = original and original.identity()
-            keys = {journal.key("quality", *key, against, text, prompt, options.target): row for key, row in pending.items()}
+            keys = {journal.key("quality", *key, against, text, prompts, options.target): row for key, row in pending.items()}
             for key, row in keys.items():
                 if (known := journal.get(Scored, key)) is not None:
                     answers[row.key] = known
@@ -172,7 +173,7 @@ def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal)
                 rows=tuple(ScoringRow(k, r.kind, str(r.folder)) for k, r in keys.items() if r.key not in answers),
                 trust_remote_code=options.trust_remote_code,
                 target=options.target,
-                asked=prompt,
+                asked=prompts,
             )
             try:
                 for event in events("quality", job, QualityEvent) if job.rows else ():

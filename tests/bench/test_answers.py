@@ -28,16 +28,20 @@ def window(tiny: Path, text: Path) -> tuple[int, ...]:
     return tuple(text_windows(text, tiny, budget=200, length=100)[0].tolist())
 
 
-def test_a_model_that_chats_is_asked_a_question(tiny: Path, window: tuple[int, ...], tmp_path: Path) -> None:
-    """In its own template; one without, or whose template refuses, continues the text."""
-    folder = shutil.copytree(tiny, tmp_path / "chat")
-    assert answers.asked(folder, window) == answers._passage(window)
+def test_a_model_that_chats_is_asked_questions(tiny: Path, window: tuple[int, ...], tmp_path: Path) -> None:
+    """In its own template; one without, or whose template refuses, continues the text in three places, if it has so many."""
+    folder, tokenizer = shutil.copytree(tiny, tmp_path / "chat"), load_tokenizer(tiny)
+    read = {ids: " ".join(tokenizer.decode(ids).split()) for ids in [answers._passage(window)]}
+    assert answers.asked(folder, [window]) == read
+    others = [window, *(window[first:] for first in (3, 5, 7, 9))]
+    assert list(answers.asked(folder, others)) == [answers._passage(others[number]) for number in (0, 2, 4)]
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    ids = answers.asked(folder, window)
-    assert load_tokenizer(folder).decode(ids, skip_special_tokens=False) == f"[user] {answers.QUESTION}\n[assistant]"
-    assert answers.answer(folder, window, Continuations(ids, (5,), (6,))).asked == answers.QUESTION
+    found = answers.asked(folder, others)
+    assert tuple(found.values()) == answers.QUESTIONS
+    for ids, question in found.items():
+        assert tokenizer.decode(ids, skip_special_tokens=False) == f"[user] {question}\n[assistant]"
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert answers.asked(folder, window) == answers._passage(window)
+    assert answers.asked(folder, [window]) == read
 
 
 def test_a_passage_is_from_the_middle(window: tuple[int, ...]) -> None:
@@ -50,25 +54,28 @@ def test_no_room_no_question(tiny: Path, window: tuple[int, ...], tmp_path: Path
     folder = shutil.copytree(tiny, tmp_path / "short")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
-    assert answers.asked(folder, window) == ()
+    assert answers.asked(folder, [window]) == {}
 
 
 def test_each_answers_by_itself(build: Path, tiny: Path, window: tuple[int, ...]) -> None:
     """The original in torch, the artifact from its files, greedily."""
-    job = QualityJob((window,), str(tiny), (ScoringRow("onnx", "onnx", str(build / "04-export")),), False, "cpu", window[:9])
+    asked = window[:9], window[:5]
+    job = QualityJob((window,), str(tiny), (ScoringRow("onnx", "onnx", str(build / "04-export")),), False, "cpu", asked)
     (scored,) = (event.scored for event in evaluate.quality(job) if event.scored)
-    prompt, model, found = np.array(window[:9]), load_model(tiny), scored.answers
-    assert found is not None and found.asked == window[:9]
-    assert found.original == tuple(greedy_tokens(model, prompt, evaluate.ANSWER_TOKENS))
-    assert found.artifact == tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS))
-    pairs = list(zip(found.original, found.artifact, strict=True))
-    place = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs))
-    assert evaluate.in_common(found.original, found.artifact) == place and (found.held is None) == (place == len(pairs))
-    if place < len(pairs):
-        ids = np.array([*window[:9], *found.original[:place]])
-        chances = torch.softmax(torch.from_numpy(logits_of(model, ids, keep=1)[0]), -1)
-        own, other = (float(chances[token]) for token in pairs[place])
-        assert found.held == pytest.approx([own, other if other >= 0.01 else 0.0], abs=1e-5)
+    model = load_model(tiny)
+    assert [one.asked for one in scored.answers] == list(asked)
+    for found in scored.answers:
+        prompt = np.array(found.asked)
+        assert found.original == tuple(greedy_tokens(model, prompt, evaluate.ANSWER_TOKENS))
+        assert found.artifact == tuple(Decoder(build / "04-export").greedy(prompt, evaluate.ANSWER_TOKENS))
+        pairs = list(zip(found.original, found.artifact, strict=True))
+        place = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs))
+        assert evaluate.in_common(found.original, found.artifact) == place and (found.held is None) == (place == len(pairs))
+        if place < len(pairs):
+            ids = np.array([*found.asked, *found.original[:place]])
+            chances = torch.softmax(torch.from_numpy(logits_of(model, ids, keep=1)[0]), -1)
+            own, other = (float(chances[token]) for token in pairs[place])
+            assert found.held == pytest.approx([own, other if other >= 0.01 else 0.0], abs=1e-5)
 
 
 def test_where_answers_part_the_originals_chances_are_said() -> None:
@@ -83,17 +90,17 @@ def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, .
     """Its end token and what follows are not shown; of one that does not end, that it goes on is."""
     words = tuple(load_tokenizer(tiny).encode("a fine day", add_special_tokens=False).ids)
     passage, original = answers._passage(window), (*words, 0, 7, 7)
-    found = answers.answer(tiny, window, Continuations(passage, original, words))
+    found = answers.answer(tiny, "a passage", Continuations(passage, original, words))
     assert found.original == "a fine day" and found.artifact == "a fine day ..." and found.parting is None
-    assert found.asked == " ".join(load_tokenizer(tiny).decode(passage).split())
+    assert found.asked == "a passage"
     other = (words[0], words[0], *words[2:], 0, 7, 7)
-    parting = answers.answer(tiny, window, Continuations(passage, original, other, (0.5, 0.25))).parting
+    parting = answers.answer(tiny, "a passage", Continuations(passage, original, other, (0.5, 0.25))).parting
     assert parting == Parting(*(load_tokenizer(tiny).decode([ids[1]]) for ids in (words, words[:1] * 2)), 0.5, 0.25)
     late = (*words, 0, 8, 7)  # it is not read so far
-    assert answers.answer(tiny, window, Continuations(passage, original, late, (0.5, 0.25))).parting is None
+    assert answers.answer(tiny, "a passage", Continuations(passage, original, late, (0.5, 0.25))).parting is None
     monkeypatch.setattr(answers, "end_tokens", lambda _: {0, 7})
     ended = ((words[0], 0), (words[0], 7))  # both end there
-    assert answers.answer(tiny, window, Continuations(passage, *ended, (0.5, 0.25))).parting is None
+    assert answers.answer(tiny, "a passage", Continuations(passage, *ended, (0.5, 0.25))).parting is None
 
 
 @pytest.mark.families
@@ -102,7 +109,8 @@ def test_a_report_has_them(build: Path, tiny: Path, text: Path, tmp_path: Path) 
         reference=tiny, text=text, text_tokens=200, repeats=1, prompt_lengths=(8,), new_tokens=2, original_speed=False,
     )  # fmt: skip
     bench(Artifact.load(build / "04-export"), tmp_path, options)
-    (answer,) = read(tmp_path / "report.json").first.answers
-    assert isinstance(answer, Answer) and answer.asked and answer.original != ""
+    found = read(tmp_path / "report.json").first.answers
+    assert found and all(isinstance(answer, Answer) and answer.asked and answer.original != "" for answer in found)
+    (answer, *_) = found
     told = (tmp_path / "report.md").read_text()
     assert "## Asked the same" in told and f"- original: {answer.original[:10]}" in told
