@@ -53,7 +53,8 @@ class Stream:
     """The residual stream of windows of token ids, (batch, tokens, hidden) a batch, between two blocks of a model.
 
     done: the number of blocks that it went through. A block may be changed while it is in memory, and be run any number of times
-    before the stream ``advance``s. On a processor that is faster in bfloat16 blocks compute in it, and add to a stream of float32.
+    before the stream ``advance``s. runs: of a block on a batch so far. batch: number of the one that it ran on last. On a processor
+    that is faster in bfloat16 blocks compute in it, and add to a stream of float32.
     Raises ModelError where the decoder blocks cannot be told, or where something happens to the stream between them.
     """
 
@@ -61,7 +62,7 @@ class Stream:
         self._weights = checkpoint.weights
         self.model, self._offloaded = _opened(checkpoint)
         self.name, self._blocks = decoder_blocks(self.model)
-        self.done = 0
+        self.done = self.runs = self.batch = 0
         rows = max(1, TOKENS // len(windows[0]))
         # by length, so that no padding is read, which experts would count
         batches = [ids for _, alike in groupby(windows, key=len) for ids, _ in padded(list(alike), rows)]
@@ -101,9 +102,9 @@ class Stream:
 
         handle = None if last is None else last.register_forward_pre_hook(stop)  # after hooks that were there before
         try:
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches):
                 with suppress(Enough), torch.inference_mode():
-                    self._run(batch, batch.hidden)
+                    self._run(number, batch.hidden)
                 yield
         finally:
             if handle is not None:
@@ -112,15 +113,15 @@ class Stream:
     def advance(self) -> None:
         """Take the stream through the next block, which is in memory, as it is now."""
         with torch.inference_mode():
-            for batch in self._batches:
-                batch.hidden = self._run(batch, batch.hidden)
+            for number, batch in enumerate(self._batches):
+                batch.hidden = self._run(number, batch.hidden)
         self.done += 1
 
     def advance_original(self) -> Iterator[None]:
         """Take the stream as no changed block made it through the next block, before that is changed; yields after each batch."""
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             with torch.inference_mode():
-                batch.original = self._run(batch, batch.hidden if batch.original is None else batch.original)
+                batch.original = self._run(number, batch.hidden if batch.original is None else batch.original)
             yield
 
     def read_by(self, module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -171,8 +172,9 @@ class Stream:
         for batch, hidden, original in zip(self._batches, states, originals, strict=True):
             batch.hidden, batch.original = hidden, original
 
-    def _run(self, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = batch.calls[self.done]
+    def _run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        self.runs, self.batch = self.runs + 1, number
+        args, kwargs = self._batches[number].calls[self.done]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()):
             return block_output(self._blocks[self.done](hidden, *args, **kwargs))
 

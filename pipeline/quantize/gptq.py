@@ -8,7 +8,7 @@ would make of that what the original makes of its own input (``inputs.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_pro
 from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows, taken_up
 from edgepress.pipeline.quantize.proof import check_codes
 from edgepress.pipeline.quantize.rtn import least_largest_scale, matrix_of, round_to_nearest
+from edgepress.pipeline.quantize.settled import settled
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
@@ -142,8 +143,8 @@ def quantize(job: QuantizeJob) -> dict[str, PackedLinear]:
     while stream.done < blocks:
         report_progress(0, f"block {stream.done + 1} of {blocks}")
         folder = _folder(job.scratch, stream.done)
-        with stream.block() as block:
-            found = {linear.name: linear for linear in _of_block(job, stream, block)}
+        with stream.block() as block, settled(stream) as settle:
+            found = {linear.name: linear for linear in _of_block(job, stream, block, settle)}
             stream.advance()
         remove(folder)
         folder.mkdir()
@@ -189,7 +190,9 @@ def _folder(scratch: Path, index: int) -> Path:
     return scratch / f"block-{index:03d}"
 
 
-def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Iterator[PackedLinear]:
+def _of_block(
+    job: QuantizeJob, stream: Stream, block: torch.nn.Module, settle: Callable[[torch.nn.Module], None]
+) -> Iterator[PackedLinear]:
     """The matrices of the block that is in memory, each of which becomes what its codes stand for before the next is looked at."""
     prefix = f"{stream.name}.{stream.done}"
     modules = {f"{prefix}.{name}": module for name, module in block.named_modules() if f"{prefix}.{name}" in job.linears}
@@ -201,6 +204,7 @@ def _of_block(job: QuantizeJob, stream: Stream, block: torch.nn.Module) -> Itera
             for linear in _solved(job, modules, read.pop(0)):
                 rest.remove(linear.name)
                 yield _placed(modules[linear.name], linear)
+                settle(modules[linear.name])
     if rest:
         log.info("quantize: nothing is seen to enter %s and %d more: rounded to nearest", min(rest), len(rest) - 1)
     for name in sorted(rest):

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TypeAlias
 
 import torch
-from edgepress.pipeline.checkpoint.blocks import BlockArgs
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, replaced
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.quantize.rtn import matrix_of
@@ -163,7 +163,9 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) ->
     found: dict[str, Input] = {}
     kinds, half = {_kind(name, stream) for name in modules}, _half(stream)
     last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
-    with _inputs_of(modules) as seen:
+    # what they make does not matter: none of them reads what another makes
+    unmade = {module: partial(_nothing, matrix_of(module).shape[0]) for module in modules.values()}
+    with _inputs_of(modules) as seen, replaced(unmade):
         for batch, _ in enumerate(stream.run(last)):
             if batch == half:
                 for one in found.values():
@@ -181,6 +183,10 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) ->
         originals.pop(name, None)
         one.finish()
     return list(found.values())
+
+
+def _nothing(width: int, entering: torch.Tensor) -> torch.Tensor:
+    return entering.new_zeros(*entering.shape[:-1], width)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections import UserDict
+from collections import Counter, UserDict
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +23,7 @@ from edgepress.pipeline.checkpoint.packed import PackedFile, PackedLinear
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError, ProofError
 from edgepress.pipeline.options import QuantizeOptions
-from edgepress.pipeline.quantize import gptq, inputs
+from edgepress.pipeline.quantize import gptq, inputs, settled
 from edgepress.pipeline.quantize.inputs import DAMPING, Input, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun
 from edgepress.pipeline.quantize.job import JOB, QuantizeJob
@@ -322,6 +322,30 @@ def _in_order(names: list[str]) -> Iterator[list[str]]:
             yield [name for name in of if name.endswith(kinds)]
 
 
+def test_what_a_quantized_matrix_makes_is_computed_once(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as there is room for it, and the codes are the same without."""
+    monkeypatch.setattr(stream, "TOKENS", 128)
+    job, forward, calls = job_in(tmp_path, tiny, text), torch.nn.Linear.forward, Counter[torch.nn.Module]()
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (calls.update([self]), forward(self, x))[1])
+    batches = len(Stream(job.checkpoint, job.windows()).sizes)
+    found, total, most = list[dict[str, PackedLinear]](), list[int](), list[int]()
+    for room in (settled.KEPT, 300_000, 0):
+        monkeypatch.setattr(settled, "KEPT", room)
+        calls.clear()
+        found.append(gptq.quantize(job))
+        total.append(calls.total())
+        # in the original, to see the order; and then once, or for o, for gate and up, for down, and to go on
+        most.append(max(calls.values()) - 2)  # the other one is to see what a block hands on
+        gptq.remove(job.scratch)
+    assert batches > 2 and total[0] < total[1] < total[2]
+    assert most[0] == 2 * batches and most[2] == 5 * batches
+    for name, linear in found[0].items():
+        for other in found[1:]:
+            assert all(np.array_equal(getattr(other[name], part), getattr(linear, part)) for part in ("codes", "scales", "zeros"))
+
+
 def test_interrupted_it_goes_on_with_the_same_codes(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,11 +357,11 @@ def test_interrupted_it_goes_on_with_the_same_codes(
     worked: list[int] = []
     of_block = gptq._of_block
 
-    def counted(job: Any, stream: Stream, block: torch.nn.Module) -> Iterator[PackedLinear]:
+    def counted(job: Any, stream: Stream, block: torch.nn.Module, settle: Callable) -> Iterator[PackedLinear]:
         worked.append(stream.done)
         if len(worked) == 3:
             raise KeyboardInterrupt
-        return of_block(job, stream, block)
+        return of_block(job, stream, block, settle)
 
     monkeypatch.setattr(gptq, "_of_block", counted)
     gptq.remove(job.scratch)
@@ -566,7 +590,7 @@ def test_experts_get_their_own_tokens(tiny: Path, caplog: pytest.LogCaptureFixtu
     job.linears.update(dict.fromkeys(names, (32, 32)))
     caplog.set_level("INFO", "edgepress")
     with torch.no_grad():
-        found = {linear.name: linear for linear in gptq._of_block(job, _OneBlock(block, batches), block)}  # type: ignore[arg-type]
+        found = {linear.name: linear for linear in gptq._of_block(job, _OneBlock(block, batches), block, lambda _: None)}  # type: ignore[arg-type]
     x = torch.cat(batches).reshape(-1, 32)
     for index, rows in enumerate((x[x[:, 0] > 0], x[x[:, 0] <= 0])):
         expected = solved(weights[index], rows.T @ rows, 4, 32)

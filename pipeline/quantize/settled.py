@@ -1,0 +1,40 @@
+"""What the matrices of a block make once they are quantized: computed once for all passes over the block that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from edgepress.pipeline.checkpoint.blocks import replaced
+from edgepress.pipeline.checkpoint.stream import Stream
+
+KEPT = 1 << 28  # bytes, at most; the rest is computed again
+
+
+@contextmanager
+def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
+    """Within the context, what to call with a module of the block in memory once neither it nor what it reads will change.
+
+    The module runs on every batch once more; what it makes then is kept for the passes after that.
+    """
+    room = KEPT
+    with ExitStack() as replacements:
+
+        def settle(module: torch.nn.Module) -> None:
+            made: dict[tuple[int, int], torch.Tensor] = {}  # by batch and call: experts run more than once a batch
+            forward, run, call = module.forward, -1, 0
+
+            def once(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+                nonlocal room, run, call
+                run, call = stream.runs, call + 1 if run == stream.runs else 0
+                if (found := made.get((stream.batch, call))) is None:
+                    found = forward(*args, **kwargs)
+                    if room >= found.nbytes:
+                        room -= found.nbytes
+                        made[stream.batch, call] = found
+                return found
+
+            replacements.enter_context(replaced({module: once}))
+
+        yield settle
