@@ -162,9 +162,10 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) ->
     """What the matrices of a step read; what the original's did is taken out of ``originals``."""
     found: dict[str, Input] = {}
     kinds, half = {_kind(name, stream) for name in modules}, _half(stream)
-    last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
-    # what they make does not matter: none of them reads what another makes
-    unmade = {module: partial(_nothing, matrix_of(module).shape[0]) for module in modules.values()}
+    # All read one tensor, so none what another makes. Of numbered parts, as experts are, neither this nor which runs last is known.
+    alike = len(kinds) == len(modules)
+    last = list(modules.values())[-1] if alike else None
+    unmade = {module: partial(_nothing, matrix_of(module).shape[0]) for module in modules.values() if alike}
     with _inputs_of(modules) as seen, replaced(unmade):
         for batch, _ in enumerate(stream.run(last)):
             if batch == half:

@@ -570,10 +570,24 @@ class _OneBlock:
             yield
 
     def run(self, last: torch.nn.Module | None = None) -> Iterator[None]:
-        assert last is None or not isinstance(self._block, _Experts)  # which expert runs last is not known
+        assert last is None  # which expert runs last is not known
         for x in self._inputs:
             self._block(x)
             yield
+
+
+def test_numbered_parts_may_read_one_another(tiny: Path) -> None:
+    """Those of a Sequential are told apart by numbers alone, as experts are, but the second reads what the first makes."""
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(32, 64, bias=False), torch.nn.ReLU(), torch.nn.Linear(64, 32, bias=False))
+    x, weight = [torch.randn(2, 320, 32), torch.randn(2, 320, 32)], block[2].weight.detach().clone()
+    job = job_of(tiny, method="gptq", group_size=32)
+    job.linears.clear()
+    job.linears.update({"layers.0.0": (64, 32), "layers.0.2": (32, 64)})
+    with torch.no_grad():
+        rows = block[:2](torch.cat(x)).reshape(-1, 64)
+        found = {one.name: one for one in gptq._of_block(job, _OneBlock(block, x), block, lambda _: None)}  # type: ignore[arg-type]
+    assert np.mean(solved(weight, rows.T @ rows, 4, 32).unpacked() == found["layers.0.2"].unpacked()) > 0.99
 
 
 def test_experts_get_their_own_tokens(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
