@@ -2,11 +2,13 @@
 
 A function of the model puts the bytes together. onnxruntime inlines it and computes it once, when it loads the graph (constant
 folding), so that the kernel sees constants. Until then each step's result is in memory: three and a half bytes for one that
-the operator reads.
+the operator reads. And each step takes a tenth of a millisecond, however little it makes: zero points, of which there are few, are
+put together all at once.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,40 +21,63 @@ JOINED = ".joined"  # what the operator reads is called after the initializer
 
 
 def keep_codes_in_planes(model: ir.Model, bits: Mapping[str, int]) -> None:
-    """Store initializers uint8 in planes. bits: of the codes that each holds, by name.
+    """Store initializers uint8 in planes. bits: of the codes that each holds, by name."""
+    graph, nodes = model.graph, list[ir.Node]()
+    few: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, stored in bits.items():
+        value = graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            continue
+        read = value.const_value.numpy()
+        if read.ndim == 3:  # codes
+            nodes.append(_joined(model, name, read, stored))
+            _replace(graph, name, nodes[-1])
+        else:
+            few[stored][name] = read
+    for stored, arrays in few.items():
+        nodes += _joined_at_once(model, arrays, stored)
+    if nodes:
+        graph.insert_before(graph[0], nodes)
 
-    Those that no number of planes divides stay as they are: zero points of a few rows.
-    """
-    graph, done = model.graph, dict[str, ir.Value]()
-    for node in list(graph):
-        for index, value in enumerate(node.inputs):
-            if value is None or value.name not in bits or not value.is_initializer() or value.const_value is None:
-                continue
-            if value.name not in done and (nodes := _nodes(model, value.name, value.const_value.numpy(), bits[value.name])):
-                graph.insert_before(node, nodes)
-                done[value.name] = nodes[-1].outputs[0]
-            if value.name in done:
-                node.replace_input_with(index, done[value.name])
-    for name in done:
-        del graph.initializers[name]
 
-
-def _nodes(model: ir.Model, name: str, read: np.ndarray, bits: int) -> list[ir.Node]:
-    """What makes an initializer of its planes, which become initializers; the last node's output is it."""
-    row, graph = PLANES[bits], model.graph
-    whole = read if read.shape[-1] % row.parts == 0 else read.reshape(-1)
-    if whole.size % row.parts:
-        return []
-    planes = [_initializer(graph, f"{name}.plane{number}", plane) for number, plane in enumerate(split(whole, bits))]
-    kind = f"Join{bits}"
+def _joined(model: ir.Model, name: str, read: np.ndarray, bits: int) -> ir.Node:
+    """What makes the bytes that an operator reads of their planes, which become initializers."""
+    graph, kind = model.graph, f"Join{bits}"
     if (DOMAIN, kind, "") not in model.functions:
-        model.functions[DOMAIN, kind, ""] = _function(kind, row, graph.opset_imports[""])
+        model.functions[DOMAIN, kind, ""] = _function(kind, PLANES[bits], graph.opset_imports[""])
         graph.opset_imports[DOMAIN] = 1
-    nodes = [_node(kind, planes, f"{name}{JOINED}", domain=DOMAIN)]
-    if whole is not read:
-        shape = _initializer(graph, f"{name}.shape", np.array(read.shape, np.int64))
-        nodes.append(_node("Reshape", [nodes[0].outputs[0], shape], f"{name}.reshaped"))
+    planes = [_initializer(graph, f"{name}.plane{number}", plane) for number, plane in enumerate(split(read, bits))]
+    return _node(kind, planes, f"{name}{JOINED}", domain=DOMAIN)
+
+
+def _joined_at_once(model: ir.Model, arrays: Mapping[str, np.ndarray], bits: int) -> list[ir.Node]:
+    """The same of several initializers with common planes, which they take the place of."""
+    graph, place, parts = model.graph, f"zero_points.{bits}", PLANES[bits].parts
+    flat = np.concatenate([array.ravel() for array in arrays.values()])
+    rest = -len(flat) % parts
+    lengths = ir.Tensor(np.array([*(array.size for array in arrays.values()), rest], np.int64))
+    # a node, for initializers of this size are in the other file, where shapes are not inferred from them
+    sizes = ir.node("Constant", [], {"value": lengths}, outputs=[ir.Value(name=f"{place}.sizes")], name=f"{place}.sizes")
+    joined = _joined(model, place, np.pad(flat, (0, rest)), bits)
+    pieces = [ir.Value(name=f"{name}{JOINED}") for name in arrays]
+    outputs = [*pieces, ir.Value(name=f"{place}.rest")]
+    inputs = [joined.outputs[0], sizes.outputs[0]]
+    nodes = [joined, sizes, ir.node("Split", inputs, {"axis": 0}, outputs=outputs, name=f"{place}.split")]
+    shapes: dict[tuple[int, ...], ir.Value] = {}
+    for (name, array), piece in zip(arrays.items(), pieces, strict=True):
+        if array.shape not in shapes:
+            shape = ".".join(map(str, array.shape))
+            shapes[array.shape] = _initializer(graph, f"{place}.{shape}", np.array(array.shape, np.int64))
+        nodes.append(_node("Reshape", [piece, shapes[array.shape]], f"{name}.reshaped"))
+        _replace(graph, name, nodes[-1])
     return nodes
+
+
+def _replace(graph: ir.Graph, name: str, node: ir.Node) -> None:
+    """Let a node's output be read in the place of an initializer, which goes."""
+    for reader, index in list(graph.initializers[name].uses()):
+        reader.replace_input_with(index, node.outputs[0])
+    del graph.initializers[name]
 
 
 def _function(kind: str, row: Planes, opset: int) -> ir.Function:

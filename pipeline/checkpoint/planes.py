@@ -61,9 +61,9 @@ def operator_bits(bits: int) -> int:
 
 
 def file_bytes(operator_bytes: int, bits: int) -> int:
-    """In the file, of an array with codes of ``bits``: fewer than the operator reads, unless the parts do not divide it."""
+    """In the file, of an array with codes of ``bits``: fewer than the operator reads."""
     planes = PLANES.get(bits)
-    return operator_bytes if planes is None or operator_bytes % planes.parts else operator_bytes // planes.parts * planes.number
+    return operator_bytes if planes is None else -(-operator_bytes * planes.number // planes.parts)
 
 
 def split(read: np.ndarray, bits: int) -> list[np.ndarray]:

@@ -49,10 +49,9 @@ def test_the_file_holds_half_and_the_operator_reads_the_same(bits: int) -> None:
     assert [node.name for node in model.graph if node.op_type == "Cast"] == [f"m.scales{CAST}"]  # one for both
     assert np.array_equal(outputs(model), before) and np.array_equal(outputs(model, disabled=True), before)
     assert weight_bytes_per_token(model) == read  # of what the kernel reads
-    stored = [
-        v.const_value for name, v in model.graph.initializers.items() if name.startswith("m.") and not name.endswith(".shape")
-    ]
-    assert sum(tensor.nbytes for tensor in stored if tensor is not None) == linear.nbytes
+    stored = [v.const_value for name, v in model.graph.initializers.items() if name.startswith(("m.", "zero_points."))]
+    sizes = [tensor.nbytes for tensor in stored if tensor is not None and tensor.dtype != ir.DataType.INT64]  # of shapes
+    assert 0 <= sum(sizes) - linear.nbytes < 8  # planes have the same length
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e-6, 1e6])

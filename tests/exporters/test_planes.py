@@ -53,11 +53,10 @@ def graph_of(linear: PackedLinear) -> ir.Model:
     return model
 
 
-def constants_of(folder: Path) -> list[ir.TensorProtocol]:
-    """Weights of a graph, those in its own file too; without the shapes that zero points get back."""
-    graph = ir.load(folder / "model.onnx").graph
-    tensors = [value.const_value for name, value in graph.initializers.items() if not name.endswith(".shape")]
-    return [tensor for tensor in tensors if tensor is not None]
+def constants_of(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Weights of a graph, without the shapes that zero points get back."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return [tensor for tensor in tensors if tensor is not None and tensor.dtype != ir.DataType.INT64]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -104,11 +103,8 @@ def test_the_operator_computes_with_our_weights(
     assert not left & {"BitShift", "BitwiseAnd", "BitwiseOr", "Concat"}
     assert {(node.domain, node.op_type) for node in model.graph if node.domain == DOMAIN} == {(DOMAIN, f"Join{bits}")}
 
-    stored = [
-        v.const_value for name, v in model.graph.initializers.items() if name.startswith("m.") and not name.endswith(".shape")
-    ]
-    sizes = sum(tensor.nbytes for tensor in stored if tensor is not None) - linear.scales.nbytes // 2  # not in half yet
-    assert sizes == linear.nbytes == bytes_of(rows, columns, Form(bits, group), not zeros)
+    stored = sum(tensor.nbytes for tensor in constants_of(model)) - linear.scales.nbytes // 2  # not in half yet
+    assert linear.nbytes == bytes_of(rows, columns, Form(bits, group), not zeros) and 0 <= stored - linear.nbytes < 8
     kind, arrays, attributes = operator(linear, 0)
     assert kind == "MatMulNBits" and attributes["bits"] == operator_bits(bits)
     assert weight_bytes_per_token(model) == sum(array.nbytes for array in arrays.values())
@@ -171,8 +167,8 @@ def test_the_artifact_computes_what_the_checkpoint_does(
     graph = ir.load(made.path / "model.onnx")
     assert {name for _, name, _ in graph.functions} == {"Join3", "Join5", "Join6"}
     saved = [sum(matrix.nbytes for matrix in PackedFile(one.path).values()) for one in (eight, packed)]
-    stored = [sum(tensor.nbytes for tensor in constants_of(one.path)) for one in (larger, made)]
-    assert stored[0] - stored[1] == saved[0] - saved[1]
+    stored = [sum(tensor.nbytes for tensor in constants_of(ir.load(one.path / "model.onnx"))) for one in (larger, made)]
+    assert abs(stored[0] - stored[1] - (saved[0] - saved[1])) < 100  # of zero points, each rounded up to a byte
     assert checks._graph(made.path)  # a function has the opset of its model, for one
     ids = np.arange(0, 256, 37)
     truth = logits_of(Checkpoint(packed.path).model(), ids)
