@@ -326,7 +326,9 @@ class QuantizeOptions(Options):
     """
 
     method: str = option("gptq", "how weights are quantized", {name: row.help for name, row in METHODS.items()})
-    bits: int | None = option(None, f"bits of a weight, for {joined(ADJUSTABLE, 'and')} (default: 4)", BITS)
+    bits: int | None = option(
+        None, f"bits of a weight, for {joined(ADJUSTABLE, 'and')} (default: 4); 3, 5 and 6 make only the file smaller", BITS
+    )
     group_size: int | None = option(
         None, f"weights that share one scale; -1 is a whole row (default: {defaults_of_group_size()})", GROUP_SIZES
     )
@@ -362,12 +364,12 @@ class QuantizeOptions(Options):
         "4 for its rare tokens, so that the measured loss is least", metavar="SIZE",
     )  # fmt: skip
     native_bits: bool = option(
-        False, "--target-bits and --max-size choose among 2, 4 and 8 bits alone, which onnxruntime computes with; 3, 5 and 6 lose "
-        "less for their bytes, but it makes 4 or 8 of them when it loads the file, which takes memory",
+        False, "--target-bits and --max-size choose among 2, 4 and 8 bits alone: more bytes in the file for the same loss, but "
+        "decoding reads no more than those (of 3 bits it reads 4, of 5 and 6 it reads 8), and loading takes less memory",
     )  # fmt: skip
     tuned: bool = option(False, "reckon with a tune stage afterwards in what --max-growth allows (a build knows it)")
     symmetric: bool = option(
-        False, f"no zero points, but at 3, 5 and 6 bits ({joined(ADJUSTABLE, 'and')}); asymmetric is more exact at equal speed"
+        False, f"no zero points; 3, 5 and 6 bits keep theirs ({joined(ADJUSTABLE, 'and')}). Asymmetric is more exact at equal speed"
     )
     act_order: bool = option(
         False,

@@ -189,11 +189,11 @@ def theirs(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Engin
 
 
 def frontier(engines: Engines, scores: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Rows of which no other has both fewer bytes and less KL."""
+    """Rows that no other beats: by fewer bytes at no more KL, or by less KL in no more bytes."""
     for name, engine in engines.items():
         point = engine["file_bytes"], scores[name]["kl_mean"]
-        others = ((other["file_bytes"], scores[key]["kl_mean"]) for key, other in engines.items() if key != name)
-        if not any(a <= point[0] and b <= point[1] for a, b in others):
+        others = ((other["file_bytes"], scores[key]["kl_mean"]) for key, other in engines.items())
+        if not any(a <= point[0] and b <= point[1] and (a, b) != point for a, b in others):
             yield name
 
 
