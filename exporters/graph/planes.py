@@ -55,12 +55,12 @@ def _joined_at_once(model: ir.Model, arrays: Mapping[str, np.ndarray], bits: int
     graph, place, parts = model.graph, f"zero_points.{bits}", PLANES[bits].parts
     flat = np.concatenate([array.ravel() for array in arrays.values()])
     rest = -len(flat) % parts
-    lengths = ir.Tensor(np.array([*(array.size for array in arrays.values()), rest], np.int64))
+    lengths = ir.Tensor(np.array([*(array.size for array in arrays.values()), *([rest] if rest else [])], np.int64))
     # a node, for initializers of this size are in the other file, where shapes are not inferred from them
     sizes = ir.node("Constant", [], {"value": lengths}, outputs=[ir.Value(name=f"{place}.sizes")], name=f"{place}.sizes")
     joined = _joined(model, place, np.pad(flat, (0, rest)), bits)
     pieces = [ir.Value(name=f"{name}{JOINED}") for name in arrays]
-    outputs = [*pieces, ir.Value(name=f"{place}.rest")]
+    outputs = [*pieces, *([ir.Value(name=f"{place}.rest")] if rest else [])]
     inputs = [joined.outputs[0], sizes.outputs[0]]
     nodes = [joined, sizes, ir.node("Split", inputs, {"axis": 0}, outputs=outputs, name=f"{place}.split")]
     shapes: dict[tuple[int, ...], ir.Value] = {}

@@ -33,8 +33,9 @@ def asked(folder: Path, text: Sequence[Ids]) -> dict[Ids, str]:
     with suppress(InputError):  # a template that refuses them
         if (template := read_template(folder)) is not None:
             chats = (template.render([{"role": "user", "content": question}]) for question in QUESTIONS)
-            encoded = (tuple(tokenizer.encode(chat, add_special_tokens=False).ids) for chat in chats)
-            found = dict(zip(encoded, QUESTIONS, strict=True))
+            encoded = [tuple(tokenizer.encode(chat, add_special_tokens=False).ids) for chat in chats]
+            found = dict(zip(encoded[::-1], QUESTIONS[::-1], strict=True))  # the first of those that a template makes alike
+            found = {ids: found[ids] for ids in encoded}
     room = context_length(folder) - ANSWER_TOKENS
     return {ids: said for ids, said in found.items() if len(ids) <= room}
 

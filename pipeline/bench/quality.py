@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.artifact import Step as ArtifactStep
-from edgepress.pipeline.bench.answers import answer, asked
+from edgepress.pipeline.bench.answers import Ids, answer, asked
 from edgepress.pipeline.bench.evaluate import losses_of
 from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Scored, ScoringRow
 from edgepress.pipeline.bench.journal import Journal
@@ -86,17 +86,24 @@ def quality(subjects: list[Subject], scored: list[Text], options: BenchOptions, 
     marked as failed, and the others go on without it.
     """
     plans = [(subject, text, _rows(subject, options)) for subject, text in zip(subjects, scored, strict=True)]
-    answers = {
-        text: _score([row for _, other, rows in plans if other == text for row in rows], text, options, journal)
-        for text in dict.fromkeys(scored)  # tokenizers and contexts may differ
-    }
-    for subject, text, rows in plans:
-        known = answers[text]
-        _finish(subject, text, rows, [Failed(row.failed) if row.failed else known[row.key] for row in rows], options)
+    for text in dict.fromkeys(scored):  # tokenizers and contexts may differ
+        alike = [(subject, rows) for subject, other, rows in plans if other == text]
+        questions = {} if options.reference is None else asked(alike[-1][0].path, text)
+        known = _score([row for _, rows in alike for row in rows], text, tuple(questions), options, journal)
+        for subject, rows in alike:
+            answers = [Failed(row.failed) if row.failed else known[row.key] for row in rows]
+            _finish(subject, text, rows, answers, questions, options)
 
 
-def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored | Failed], options: BenchOptions) -> None:
-    """The stages of a subject, and the figures of its last row, the artifact as it ships."""
+def _finish(
+    subject: Subject,
+    text: Text,
+    rows: list[Row],
+    answers: list[Scored | Failed],
+    questions: dict[Ids, str],
+    options: BenchOptions,
+) -> None:
+    """The stages of a subject, and the figures of its last row, the artifact as it ships. questions: as ``asked`` has them."""
     text_bytes = _bytes_of(text, subject.path)
     losses = [losses_of(answer) if isinstance(answer, Scored) else None for answer in answers]
     stages = [_stage_row(*parts, text_bytes) for parts in zip(rows, answers, losses, strict=True)]
@@ -104,8 +111,7 @@ def _finish(subject: Subject, text: Text, rows: list[Row], answers: list[Scored 
         warn_unless_readable(float(first.mean()), load_tokenizer(subject.path).get_vocab_size(), options.text)
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
     _shipped(subject, answers[-1], options)
-    if isinstance(answers[-1], Scored) and answers[-1].answers:
-        questions = asked(subject.path, text)
+    if isinstance(answers[-1], Scored):
         subject.answers = tuple(answer(subject.path, questions[both.asked], both) for both in answers[-1].answers)
 
 
@@ -152,13 +158,12 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
     return [*rows, shipped]
 
 
-def _score(rows: list[Row], text: Text, options: BenchOptions, journal: Journal) -> Answers:
-    """What the measuring process answers for each row, from the journal where it is known.
+def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: BenchOptions, journal: Journal) -> Answers:
+    """What the measuring process answers for each row, from the journal where it is known. prompts: of what both are asked.
 
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
     """
     original = None if options.reference is None else Artifact.load(options.reference)
-    prompts = tuple(asked(rows[-1].folder, text)) if original else ()
     answers: Answers = {}
     with bar("quality", len(text) * len(rows), "window") as shown:
         while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:

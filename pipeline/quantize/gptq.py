@@ -199,12 +199,13 @@ def _of_block(
     rest = set(modules)
     originals = inputs.originals(stream, modules)
     for step in inputs.steps(stream, modules):
-        read = inputs.read(stream, {name: modules[name] for name in step}, originals)
+        read = inputs.read(stream, {name: modules[name] for name in step.names}, originals, step.single)
         while read:
             for linear in _solved(job, modules, read.pop(0)):
                 rest.remove(linear.name)
                 yield _placed(modules[linear.name], linear)
-                settle(modules[linear.name])
+                if step.single:
+                    settle(modules[linear.name])
     if rest:
         log.info("quantize: nothing is seen to enter %s and %d more: rounded to nearest", min(rest), len(rest) - 1)
     for name in sorted(rest):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, replaced
@@ -22,6 +22,7 @@ DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.
 MOVED = 0.25
 JUDGING = 256  # tokens, at least, by which the move of a matrix is judged
 Linear: TypeAlias = torch.nn.Linear | Conv1D
+_PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)  # a router of some families is a Linear that gives more
 # By module, the first of those that read it: what enters it in the original, (tokens, in) a batch.
 Originals: TypeAlias = dict[str, list[torch.Tensor]]
 
@@ -141,31 +142,42 @@ def _half(stream: Stream) -> int | None:
     return batch + 1 if ends[-1] - ends[batch] >= JUDGING else None
 
 
-def steps(stream: Stream, modules: Mapping[str, Linear]) -> list[list[str]]:
-    """Names of the matrices in the order in which they run; a step is those that read one input, or the same part of all experts.
+class Step(NamedTuple):
+    """Names of matrices that read one input, or that are the same part of all experts.
 
-    Those that no token reaches are in no step.
+    single: whether they read one tensor, once a batch, and give its product with their weights and nothing else. So none reads what
+    another makes; of experts and other numbered parts that is not known.
     """
+
+    names: list[str]
+    single: bool
+
+
+def steps(stream: Stream, modules: Mapping[str, Linear]) -> list[Step]:
+    """In the order in which they run. Matrices that no token reaches are in no step."""
     found: dict[str, list[str]] = {}
+    single: dict[str, bool] = {}
     with _inputs_of(modules) as seen:
         for _ in stream.run():
+            here = Counter(_kind(names[0], stream) for _, names in seen)
             for _, names in seen:
-                step = found.setdefault(_kind(names[0], stream), [])
+                kind, kinds = _kind(names[0], stream), {_kind(name, stream) for name in names}
+                plain = all(type(modules[name]).forward in _PRODUCTS for name in names)
+                single[kind] = single.get(kind, True) and here[kind] == 1 and len(kinds) == len(names) and plain
+                step = found.setdefault(kind, [])
                 step += [name for name in names if name not in step]
             seen.clear()
             if sum(map(len, found.values())) == len(modules):
                 break
-    return list(found.values())
+    return [Step(names, single[kind]) for kind, names in found.items()]
 
 
-def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) -> list[Input]:
-    """What the matrices of a step read; what the original's did is taken out of ``originals``."""
+def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals, single: bool) -> list[Input]:
+    """What the matrices of a step read; what the original's did is taken out of ``originals``. single: of the step."""
     found: dict[str, Input] = {}
     kinds, half = {_kind(name, stream) for name in modules}, _half(stream)
-    # All read one tensor, so none what another makes. Of numbered parts, as experts are, neither this nor which runs last is known.
-    alike = len(kinds) == len(modules)
-    last = list(modules.values())[-1] if alike else None
-    unmade = {module: partial(_nothing, matrix_of(module).shape[0]) for module in modules.values() if alike}
+    last = list(modules.values())[-1] if len(kinds) == len(modules) else None  # which expert runs last is not known
+    unmade = {module: partial(_nothing, matrix_of(module).shape[0]) for module in modules.values() if single}
     with _inputs_of(modules) as seen, replaced(unmade):
         for batch, _ in enumerate(stream.run(last)):
             if batch == half:
@@ -187,7 +199,9 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals) ->
 
 
 def _nothing(width: int, entering: torch.Tensor) -> torch.Tensor:
-    return entering.new_zeros(*entering.shape[:-1], width)
+    """In the place of a product that nobody reads before the step is over, in its type."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else entering.dtype
+    return torch.zeros(*entering.shape[:-1], width, dtype=dtype)
 
 
 @contextmanager

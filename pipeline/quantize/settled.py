@@ -16,7 +16,8 @@ KEPT = 1 << 28  # bytes, at most; the rest is computed again
 def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
     """Within the context, what to call with a module of the block in memory once neither it nor what it reads will change.
 
-    The module runs on every batch once more; what it makes then is kept for the passes after that.
+    The module, which makes one tensor, runs on every batch once more; what it makes then is kept for the passes after that. They
+    get copies, for a model may write into what it gets.
     """
     room = KEPT
     with ExitStack() as replacements:
@@ -33,7 +34,7 @@ def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
                     if room >= found.nbytes:
                         room -= found.nbytes
                         made[stream.batch, call] = found
-                return found
+                return found.clone()
 
             replacements.enter_context(replaced({module: once}))
 

@@ -103,6 +103,20 @@ def test_an_answer_ends_where_the_model_ends_it(tiny: Path, window: tuple[int, .
     assert answers.answer(tiny, "a passage", Continuations(passage, *ended, (0.5, 0.25))).parting is None
 
 
+def test_two_artifacts_of_which_one_chats(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """They are asked the same, whatever the other's template would make of it."""
+    other = shutil.copytree(build / "04-export", tmp_path / "other")
+    (other / "chat_template.jinja").write_text(TEMPLATE)
+    options = BenchOptions(
+        reference=tiny, text=text, text_tokens=200, repeats=1, prompt_lengths=(8,), new_tokens=2, original_speed=False,
+        compare_with=(other,),
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    bench(Artifact.load(build / "04-export"), tmp_path / "out", options)
+    report = read(tmp_path / "out" / "report.json").first
+    assert [one.asked for one in report.answers] == list(answers.QUESTIONS)
+
+
 @pytest.mark.families
 def test_a_report_has_them(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     options = BenchOptions(

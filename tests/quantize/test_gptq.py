@@ -10,6 +10,7 @@ from collections import Counter, UserDict
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,6 +330,7 @@ def test_what_a_quantized_matrix_makes_is_computed_once(
     monkeypatch.setattr(stream, "TOKENS", 128)
     job, forward, calls = job_in(tmp_path, tiny, text), torch.nn.Linear.forward, Counter[torch.nn.Module]()
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (calls.update([self]), forward(self, x))[1])
+    monkeypatch.setattr(inputs, "_PRODUCTS", (torch.nn.Linear.forward,))
     batches = len(Stream(job.checkpoint, job.windows()).sizes)
     found, total, most = list[dict[str, PackedLinear]](), list[int](), list[int]()
     for room in (settled.KEPT, 300_000, 0):
@@ -576,6 +578,11 @@ class _OneBlock:
             yield
 
 
+def never(module: torch.nn.Module) -> None:
+    """Of numbered parts it is not known whether one that is quantized reads what another makes, which is not quantized yet."""
+    raise AssertionError
+
+
 def test_numbered_parts_may_read_one_another(tiny: Path) -> None:
     """Those of a Sequential are told apart by numbers alone, as experts are, but the second reads what the first makes."""
     torch.manual_seed(0)
@@ -586,8 +593,39 @@ def test_numbered_parts_may_read_one_another(tiny: Path) -> None:
     job.linears.update({"layers.0.0": (64, 32), "layers.0.2": (32, 64)})
     with torch.no_grad():
         rows = block[:2](torch.cat(x)).reshape(-1, 64)
-        found = {one.name: one for one in gptq._of_block(job, _OneBlock(block, x), block, lambda _: None)}  # type: ignore[arg-type]
+        found = {one.name: one for one in gptq._of_block(job, _OneBlock(block, x), block, never)}  # type: ignore[arg-type]
     assert np.mean(solved(weight, rows.T @ rows, 4, 32).unpacked() == found["layers.0.2"].unpacked()) > 0.99
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", ["llama4_text", "falcon", "gpt_neox", "mixtral"])
+def test_what_is_kept_changes_nothing(
+    family: str, random_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers that are a Linear and give more than its product, and models that write into what a matrix gave them."""
+    job = job_in(tmp_path, random_model(family_config(family), tmp_path / "model"), text)
+    kept = gptq.quantize(job)
+    gptq.remove(job.scratch)
+    monkeypatch.setattr(settled, "KEPT", 0)
+    monkeypatch.setattr(inputs, "_nothing", None)
+    monkeypatch.setattr(inputs, "_PRODUCTS", ())  # so that everything is computed
+    for name, linear in gptq.quantize(job).items():
+        assert np.array_equal(kept[name].codes, linear.codes) and np.array_equal(kept[name].scales, linear.scales), name
+
+
+def test_what_a_block_writes_into_is_a_copy(tiny: Path) -> None:
+    """What a matrix made once is given to every pass as it was."""
+    block = torch.nn.Linear(8, 8, bias=False)
+    running = SimpleNamespace(runs=0, batch=0)
+    x = torch.randn(3, 8)
+    with torch.inference_mode(), settled.settled(running) as settle:  # type: ignore[arg-type]
+        settle(block)
+        expected = torch.nn.functional.linear(x, block.weight)
+        for running.runs in range(1, 4):
+            found = block(x)
+            assert torch.equal(found, expected)
+            found.mul_(2)
+    assert torch.equal(block(x), expected) and "forward" not in vars(block)
 
 
 def test_experts_get_their_own_tokens(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
