@@ -60,17 +60,8 @@ _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
 METHOD_OPTIONS = (
-    "method",
-    "bits",
-    "bits_for",
-    "group_size",
-    "symmetric",
-    "act_order",
-    "max_growth",
-    "target_bits",
-    "max_size",
-    "native_bits",
-)
+    "method", "bits", "bits_for", "group_size", "symmetric", "act_order", "max_growth", "target_bits", "max_size", "native_bits",
+)  # fmt: skip
 
 
 def read(name: str) -> Recipe:

@@ -32,10 +32,11 @@ def asked(folder: Path, text: Sequence[Ids]) -> dict[Ids, str]:
     found = {ids: _line(tokenizer.decode(ids)) for ids in map(_passage, windows)}
     with suppress(InputError):  # a template that refuses them
         if (template := read_template(folder)) is not None:
-            chats = (template.render([{"role": "user", "content": question}]) for question in QUESTIONS)
-            encoded = [tuple(tokenizer.encode(chat, add_special_tokens=False).ids) for chat in chats]
-            found = dict(zip(encoded[::-1], QUESTIONS[::-1], strict=True))  # the first of those that a template makes alike
-            found = {ids: found[ids] for ids in encoded}
+            chats: dict[Ids, str] = {}
+            for question in QUESTIONS:
+                chat = template.render([{"role": "user", "content": question}])
+                chats.setdefault(tuple(tokenizer.encode(chat, add_special_tokens=False).ids), question)
+            found = chats
     room = context_length(folder) - ANSWER_TOKENS
     return {ids: said for ids, said in found.items() if len(ids) <= room}
 

@@ -14,7 +14,7 @@ from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions,
 from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import left_of, left_of_head
-from edgepress.pipeline.quantize.mix import FORMS, NATIVE, mean_bits
+from edgepress.pipeline.quantize.mix import CHOICES, mean_bits
 from edgepress.pipeline.quantize.trials import costs_of
 from edgepress.pipeline.report.forecast import DECODE, MEMORY, TTFT, Bound, Forecast, Point, Usage
 
@@ -107,7 +107,7 @@ def _best_of(way: _Way, options: PlanOptions, seen: list[Point]) -> list[Point]:
 
 
 def _point(costs: Costs, within: int, options: QuantizeOptions, speeds: Speeds | None, native: bool) -> Point:
-    found: Fit = fit(costs, within, NATIVE if native else FORMS)
+    found: Fit = fit(costs, within, CHOICES[native])
     head = costs.head[found.head]
     lost = left_of(options, found.forms) * (found.cost - head) + left_of_head(options, found.head) * head
     growth = math.expm1(min(lost, 50.0))

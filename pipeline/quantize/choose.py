@@ -21,9 +21,8 @@ from edgepress.pipeline.quantize.budget import check_possible, fit
 from edgepress.pipeline.quantize.head import EIGHT_BITS, Head
 from edgepress.pipeline.quantize.mix import (
     BASE,
+    CHOICES,
     EIGHT,
-    FORMS,
-    NATIVE,
     Form,
     Item,
     by_matrix,
@@ -112,7 +111,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
 def forms_of(options: QuantizeOptions) -> tuple[Form, ...]:
     """What a mean or a size chooses from: what the method can make, or of that what an operator computes with as it is."""
     native = options.native_bits or not PLANES.keys() <= set(METHODS[options.method].bits)
-    return NATIVE if native else FORMS
+    return CHOICES[native]
 
 
 def left_of(options: QuantizeOptions, forms: Iterable[Form] = ()) -> float:

@@ -42,6 +42,7 @@ EIGHT = Form(8, 64)
 HEAD_GROUP = EIGHT.group_size  # of the head beside a mix: at 8 bits shorter blocks win next to nothing
 FORMS = (Form(2, 32), Form(2, 64), Form(3, 64), Form(4, 32), BASE, Form(4, 128), Form(5, 64), Form(6, 64), EIGHT)
 NATIVE = tuple(form for form in FORMS if form.bits not in PLANES)  # an operator computes with what the file has
+CHOICES = {False: FORMS, True: NATIVE}  # by ``native_bits``
 
 
 @dataclass(frozen=True)

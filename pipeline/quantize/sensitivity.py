@@ -15,7 +15,7 @@ from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import SensitivityOptions
 from edgepress.pipeline.own_text.kept import first_read, with_text
 from edgepress.pipeline.quantize.curvature import Errors, costs
-from edgepress.pipeline.quantize.mix import BASE, FORMS, NATIVE, Form, Item, by_matrix, items_of, rules_of, solve, usual_form
+from edgepress.pipeline.quantize.mix import BASE, CHOICES, FORMS, Form, Item, by_matrix, items_of, rules_of, solve, usual_form
 from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
@@ -66,7 +66,7 @@ def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
     warn_unless_readable(mean_loss(model, windows), model.config.vocab_size, named)
     items = items_of_model(model, windows, checkpoint.spared(block_linears(model)), spent=True)
     size = options.target_bits * sum(item.weights for item in items) / 8
-    return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, NATIVE if options.native_bits else FORMS, size=size)))
+    return Sensitivity(options.target_bits, tuple(items), tuple(solve(items, CHOICES[options.native_bits], size=size)))
 
 
 def items_of_model(

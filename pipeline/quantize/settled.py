@@ -29,12 +29,14 @@ def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
             def once(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
                 nonlocal room, run, call
                 run, call = stream.runs, call + 1 if run == stream.runs else 0
-                if (found := made.get((stream.batch, call))) is None:
-                    found = forward(*args, **kwargs)
-                    if room >= found.nbytes:
-                        room -= found.nbytes
-                        made[stream.batch, call] = found
-                return found.clone()
+                place = stream.batch, call
+                if place not in made:
+                    output: torch.Tensor = forward(*args, **kwargs)
+                    if room < output.nbytes:
+                        return output
+                    room -= output.nbytes
+                    made[place] = output
+                return made[place].clone()
 
             replacements.enter_context(replaced({module: once}))
 
