@@ -62,7 +62,7 @@ def main() -> None:
             for left in (out, out.with_name(f".{out.name}.{method}")):
                 shutil.rmtree(left, ignore_errors=True)
             command = [sys.executable, "-c", STAGE, *map(str, (source, out, options.tokens, method))]
-            wall, cpu, peak = measured(command, options.work, options.memory)
+            wall, cpu, peak, _ = measured(command, options.work, options.memory)
             print(f"| {shape} | {method} | {wall / 60:.1f} | {cpu / 60:.1f} | {peak / 1e9:.2f} |", flush=True)
 
 
@@ -100,24 +100,25 @@ def model(folder: Path, shape: str) -> Path:
     return folder
 
 
-def measured(command: list[str], cwd: Path, memory: float | None) -> tuple[float, float, int]:
-    """(seconds, CPU seconds, peak bytes) of the process and all below it. memory: GB that each may allocate."""
+def measured(command: list[str], cwd: Path, memory: float | None) -> tuple[float, float, int, int]:
+    """(seconds, CPU seconds, peak bytes, those that are no file's) of the process and all below it. memory: GB that each may allocate."""
 
     def limit() -> None:
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 1e9),) * 2)
 
-    begun, before, peak = time.monotonic(), os.times(), 0
+    begun, before, peak, anonymous = time.monotonic(), os.times(), 0, 0
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=cwd, preexec_fn=limit, **quiet) as process:
         while process.poll() is None:
-            peak = max(peak, sum(map(pss, tree(process.pid))))
+            whole, of_no_file = map(sum, zip(*map(pss, tree(process.pid)), strict=True))
+            peak, anonymous = max(peak, whole), max(anonymous, of_no_file)
             time.sleep(0.25)
     if process.returncode:
         sys.exit(f"failed: {command[-4:]}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.monotonic() - begun, cpu, peak
+    return time.monotonic() - begun, cpu, peak, anonymous
 
 
 def tree(pid: int) -> list[int]:
@@ -129,13 +130,14 @@ def tree(pid: int) -> list[int]:
     return [pid, *(p for child in children for p in tree(child))]
 
 
-def pss(pid: int) -> int:
-    """Proportional set size in bytes, 0 for a process that is gone."""
+def pss(pid: int) -> tuple[int, int]:
+    """Proportional set size in bytes, and what of it is no file's; 0 for a process that is gone."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
-        return 0
-    return 1024 * next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+        return 0, 0
+    sizes = {line.split()[0]: 1024 * int(line.split()[1]) for line in rollup.splitlines()[1:]}
+    return sizes.get("Pss:", 0), sizes.get("Pss_Anon:", 0)
 
 
 if __name__ == "__main__":

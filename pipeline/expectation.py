@@ -14,6 +14,7 @@ from pathlib import Path
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
+from edgepress.pipeline.machine import memory_budget
 from edgepress.pipeline.options import (
     HEALED_TOKENS,
     MIXED,
@@ -113,7 +114,8 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             text, rows = _scored(options, compared)
             seconds = rows * text * vocabulary / LOGITS_PER_S
             low, high = low + seconds, high + 1.5 * seconds
-    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory)
+    # weights that would take more lie in a file
+    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + min(memory, memory_budget() or memory))
 
 
 def _tokens(budget: int, text: Path) -> float:

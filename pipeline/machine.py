@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+MEMORY = "EDGEPRESS_MEMORY"  # in the environment, so that processes which work for this one have it, too: bytes of --memory
 _LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
 # Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
 _M_MMAP_THRESHOLD, _LARGE, _LARGEST = -3, 1 << 22, 1 << 25
@@ -74,6 +75,28 @@ def _of_the_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
                 yield max(0, limit - used + int(statistics.get("inactive_file", 0)))
             if folder == root:
                 return
+
+
+def memory_budget() -> int | None:
+    """Bytes that a stage may take: ``--memory``, or half of what is free; None where neither is known."""
+    if given := os.environ.get(MEMORY):
+        return int(given)
+    free = available_memory()
+    return None if free is None else free // 2
+
+
+@contextmanager
+def working_within(size: int | None) -> Iterator[None]:
+    """Within the context ``size`` is the ``memory_budget``, of this process and those that it starts; None leaves it as it is."""
+    former = os.environ.get(MEMORY)
+    if size is not None:
+        os.environ[MEMORY] = str(size)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ.pop(MEMORY, None)
+            os.environ.update({MEMORY: former} if former is not None else {})
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
     """
     ids = [np.array(row, dtype=np.int64) for row in job.windows]
     models = _Models(job.trust_remote_code, job.target)
-    prompts = _prompts(ids) if any(row.kind == "onnx" for row in job.rows) else []
+    prompts = _prompts(ids) if job.continued and any(row.kind == "onnx" for row in job.rows) else []
     asked = [np.array(row, dtype=np.int64) for row in job.asked] if prompts else []
     original = None if job.reference is None else _Original(models.torch(job.reference), ids, prompts, asked)
     for row in job.rows:
@@ -55,7 +55,7 @@ def quality(job: QualityJob) -> Iterator[QualityEvent]:
                         scores.add_part(window[1:][rows], found, truth)
                 yield QualityEvent(window=number + 1)
             matches, answers = None, tuple[Continuations, ...]()
-            if row.kind == "onnx" and original is not None and isinstance(model, _Onnx):
+            if row.kind == "onnx" and original is not None and prompts and isinstance(model, _Onnx):
                 matches = _matches(original.greedy, [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]) or None
                 own = [model.greedy(prompt, ANSWER_TOKENS) for prompt in asked]
                 answers = tuple(map(_answers, job.asked, original.answers, own))
@@ -88,7 +88,8 @@ class _Torch:
         self.scoring = Logits(self._model)
 
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
-        return self.scoring.parts(self.scoring.recorded(ids))
+        (recorded,) = self.scoring.recorded([ids])
+        return self.scoring.parts(recorded)
 
     def greedy(self, ids: np.ndarray, count: int) -> list[int]:
         from edgepress.pipeline.metrics.torch_scores import greedy_tokens
@@ -180,7 +181,7 @@ class _Original:
         self.greedy = [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
         self.answers = [model.chances(prompt, ANSWER_TOKENS) for prompt in asked]
         self._scoring = model.scoring
-        self._recorded = [self._scoring.recorded(window) for window in windows]
+        self._recorded = list(self._scoring.recorded(windows))
         self._scoring.drop_blocks()
         release_memory()
 

@@ -99,7 +99,8 @@ class ScoringRow:
 class QualityJob:
     """Score rows on windows of token ids, against the checkpoint ``reference`` where there is one.
 
-    asked: token ids that both continue, for people to read.
+    asked: token ids that both continue, for people to read. continued: whether the original continues anything, which reads all of
+    its weights for each token.
     """
 
     windows: tuple[tuple[int, ...], ...]
@@ -108,6 +109,7 @@ class QualityJob:
     trust_remote_code: bool
     target: str
     asked: tuple[tuple[int, ...], ...] = ()
+    continued: bool = True
 
 
 @dataclass(frozen=True)

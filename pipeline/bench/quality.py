@@ -16,8 +16,10 @@ from edgepress.pipeline.bench.jobs import QualityEvent, QualityJob, RowKind, Sco
 from edgepress.pipeline.bench.journal import Journal
 from edgepress.pipeline.bench.launch import events
 from edgepress.pipeline.bench.subject import Subject
+from edgepress.pipeline.checkpoint.shards import rows_of
 from edgepress.pipeline.errors import OptionError, WorkerError
 from edgepress.pipeline.files import graph_files
+from edgepress.pipeline.machine import available_memory
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.progress import bar
@@ -88,7 +90,7 @@ def quality(subjects: list[Subject], scored: list[Text], options: BenchOptions, 
     plans = [(subject, text, _rows(subject, options)) for subject, text in zip(subjects, scored, strict=True)]
     for text in dict.fromkeys(scored):  # tokenizers and contexts may differ
         alike = [(subject, rows) for subject, other, rows in plans if other == text]
-        questions = {} if options.reference is None else asked(alike[-1][0].path, text)
+        questions = asked(alike[-1][0].path, text) if options.reference and _fits(options.reference) else {}
         known = _score([row for _, rows in alike for row in rows], text, tuple(questions), options, journal)
         for subject, rows in alike:
             answers = [Failed(row.failed) if row.failed else known[row.key] for row in rows]
@@ -179,6 +181,7 @@ def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: Bench
                 trust_remote_code=options.trust_remote_code,
                 target=options.target,
                 asked=prompts,
+                continued=original is not None and _fits(original.path),
             )
             try:
                 for event in events("quality", job, QualityEvent) if job.rows else ():
@@ -197,6 +200,12 @@ def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: Bench
     return answers
 
 
+def _fits(original: Path) -> bool:
+    """Whether the original's weights in float32 can be in memory all at once: they are read for each token that it continues."""
+    free = available_memory()
+    return free is None or 4 * sum(math.prod(row.shape) for row in rows_of(original).values()) <= free
+
+
 def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -> None:
     """The artifact's figures, from its row."""
     if isinstance(answer, Failed):
@@ -209,9 +218,15 @@ def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -
         if values:
             subject.figures[f"quality.{name}"] = Figure.of(unit, values, errors.get(name))
         elif name in COMPARED:
-            subject.missing[f"quality.{name}"] = (
-                "no original was given (--reference)" if options.reference is None else "the original or the artifact failed"
-            )
+            subject.missing[f"quality.{name}"] = _why_missing(options.reference)
+
+
+def _why_missing(original: Path | None) -> str:
+    if original is None:
+        return "no original was given (--reference)"
+    return (
+        "the original or the artifact failed" if _fits(original) else "the original does not fit into memory, or one of them failed"
+    )
 
 
 def _present(value: float | None) -> tuple[float, ...]:

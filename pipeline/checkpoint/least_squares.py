@@ -58,11 +58,12 @@ def last_matrix(blocks: Blocks, index: int, ids: torch.Tensor, within: str = "")
     """
     block = blocks.modules[index]
     candidates: list[tuple[int, Target]] = []
-    for name, matrix in block.named_modules():
-        if not isinstance(matrix, torch.nn.Linear | Conv1D) or not name.startswith(within) or not matrix.weight.any():
-            continue  # a matrix of zeros stands for a part that was removed
-        if (factor := residual_factor(blocks, index, matrix, ids)) is not None:
-            candidates.append((inputs_of(matrix), Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
+    with blocks.entering(index, blocks.states(ids, [index])[index]):  # those before it run once
+        for name, matrix in block.named_modules():
+            if not isinstance(matrix, torch.nn.Linear | Conv1D) or not name.startswith(within) or not matrix.weight.any():
+                continue  # a matrix of zeros stands for a part that was removed
+            if (factor := residual_factor(blocks, index, matrix, ids)) is not None:
+                candidates.append((inputs_of(matrix), Target(f"{blocks.name}.{index}.{name}", matrix, factor)))
     if not candidates:
         kind = type(block).__name__
         raise ModelError(

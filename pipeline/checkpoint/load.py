@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from edgepress.pipeline.checkpoint.admission import check_code
 from edgepress.pipeline.checkpoint.reading import Reading, read_together
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, too_large, watch
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line, shown
-from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.errors import EdgepressError, ModelError
 from edgepress.pipeline.files import read_json
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -53,26 +54,38 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
     """The model of a config and its weights in float32 on the CPU, in evaluation mode; packed matrices are dequantized.
 
     Everything is measured and proven in float32, whatever the checkpoint's dtype: bfloat16 noise would hide what a stage
-    lost. Raises ModelError when weights are damaged, missing or of the wrong shape.
+    lost. Where that is more than the memory that work may take, the weights lie in a file (``weight_file``).
+    Raises ModelError when weights are damaged, missing or of the wrong shape.
     """
     folder = weights.folder
-    state = {name: tensor.float() for name, tensor in weights.floats()}
+    empty = build_meta_model(config, folder, trust_remote_code)
+    file = WeightFile(4 * empty.num_parameters()) if too_large(empty) else None
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        if file is None:
+            return tensor.float()
+        held = file.empty(tensor.shape).copy_(tensor)
+        file.release([held])
+        return held
+
+    state = {name: placed(tensor) for name, tensor in weights.floats()}
     with quiet():
         try:
-            empty = build_meta_model(config, folder, trust_remote_code)
             transposed = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
             for module in weights.matrices:
                 weight = weights.tensor(f"{module}.weight")
-                state[f"{module}.weight"] = weight.T.contiguous() if module in transposed else weight
+                state[f"{module}.weight"] = placed(weight.T.contiguous() if module in transposed else weight)
             model, info = type(empty).from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=state, dtype=torch.float32, output_loading_info=True
             )
-        except ModelError:
+        except EdgepressError:
             raise
         except Exception as error:  # as above
             raise ModelError(f"the weights in {folder} do not fit its config.json ({_reason(error)}); replace either") from error
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} for one; give the complete checkpoint")
+    if file is not None:
+        watch(model, file)
     return model.eval()
 
 

@@ -34,8 +34,17 @@ from edgepress.pipeline.cli.terminal import (
 from edgepress.pipeline.errors import InputError, OptionError
 from edgepress.pipeline.files import expanded, write_json
 from edgepress.pipeline.flags import make, parts
+from edgepress.pipeline.machine import working_within
 from edgepress.pipeline.model_files import check_model_type, read_config
-from edgepress.pipeline.options import PlanOptions, RunOptions, SensitivityOptions, ServeOptions, SweepOptions, VerifyOptions
+from edgepress.pipeline.options import (
+    PlanOptions,
+    RunOptions,
+    SensitivityOptions,
+    ServeOptions,
+    SweepOptions,
+    VerifyOptions,
+    size_in_bytes,
+)
 from edgepress.pipeline.registry import double_runtime
 from edgepress.pipeline.runtime.chat_template import has_template
 from edgepress.pipeline.stages import STAGES
@@ -63,7 +72,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         log_to_terminal()
     except KeyboardInterrupt:  # before there is a command to end
         return 130
-    own = ("verb", "file", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt")
+    own = ("verb", "file", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt", "work_memory")
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     try:
@@ -71,7 +80,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         if warning := double_runtime():
             say(f"warning: {warning}")
         check_current_folder()
-        return command(options, flags)
+        given = getattr(options, "work_memory", None)
+        with working_within(None if given is None else size_in_bytes(given, "--memory")):
+            return command(options, flags)
     except BaseException as error:
         interrupt.settled()
         if options.debug:

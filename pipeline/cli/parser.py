@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
         "how much time choices and measurements may take, for what the recipe and flags leave open: "
         + "; ".join(f"{name} ({text})" for name, text in EFFORT_HELP.items()) + f" (default: {DEFAULT})"))  # fmt: skip
+    _add_memory(build)
     build.last_words = lambda: (
         f"The defaults above are those of single stages. The recipe 'default' gives: {given_by('default')}; what neither "
         "recipe nor flags give, --effort may choose.")  # fmt: skip
@@ -116,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
         else:
             verb.add_argument("source", metavar="SRC", help=SOURCES.get(name, SOURCE))
             verb.add_argument("out", metavar="OUT", type=expanded, help="output folder")
+        if name not in ("import", "page"):
+            _add_memory(verb)
         add_flags(verb, stage.options)
 
     rows = "; ".join(f"{name}: {row.title}, {row.bytes / 1e6:.0f} MB, {row.licence}" for name, row in REAL_MODELS.items())
@@ -138,10 +141,12 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument(
         "--out", type=expanded, default=Path("sensitivity.json"), help="file for the figures (default: ./sensitivity.json)"
     )
+    _add_memory(sensitivity)
     add_flags(sensitivity, SensitivityOptions)
 
     plan = verbs.add_parser("plan", help="sizes that an artifact could have", description=PlanOptions.__doc__)
     plan.add_argument("source", metavar="SRC", help=SOURCE)
+    _add_memory(plan)
     add_flags(plan, PlanOptions)
 
     sweep = verbs.add_parser("sweep", help="many builds from one file, measured on one page", description=SweepOptions.__doc__)
@@ -174,6 +179,13 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
     return top
+
+
+def _add_memory(verb: argparse.ArgumentParser) -> None:
+    """Of what works on a whole model. The destination is no option's: what is made is the same."""
+    verb.add_argument("--memory", dest="work_memory", metavar="SIZE", help=(
+        "memory that this may take, as 6GB: weights that need more lie in a file in the cache folder, and are read as they are "
+        "needed (default: half of what is free)"))  # fmt: skip
 
 
 SOURCES = {

@@ -17,6 +17,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.parts import part_name
 from edgepress.pipeline.checkpoint.update import replace_tensors, stored_dtype, stored_dtypes
+from edgepress.pipeline.checkpoint.weight_file import let_go
 from edgepress.pipeline.errors import EdgepressError, ModelError, OptionError, ProofError
 from edgepress.pipeline.files import JsonObject, remove, sha256
 from edgepress.pipeline.heal.job import Gap, HealJob, gaps_of
@@ -112,14 +113,14 @@ def _heal(
 def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> Outcome:
     """One method: healed in memory, judged, and written only if both texts are better for it."""
     model = job.student.model
-    former = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    former = _Former(pruned, model)
     before = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     try:
         details: JsonObject = load(HEALERS[method])(job)
     except ModelError as error:
         details = {"not_healed": str(error)}
         log.warning("warning: %s cannot heal this model: %s", method, error)
-    changed = {name: parameter for name, parameter in model.named_parameters() if not torch.equal(parameter, former[name])}
+    changed = {name: parameter for name, parameter in model.named_parameters() if former.differs(name, parameter)}
     _round_as_stored(changed, pruned.path)
     after = [mean_loss(job.student, windows) for windows in (texts.judging, texts.other)]
     held_out, other = (Change(*pair) for pair in zip(before, after, strict=True))
@@ -130,9 +131,36 @@ def _try(method: str, job: HealJob, pruned: Checkpoint, texts: HealingSets) -> O
     else:
         with torch.no_grad():
             for name, parameter in changed.items():
-                parameter.copy_(former[name])
+                parameter.copy_(former.value(name))
     outcome.report()
     return outcome
+
+
+class _Former:
+    """The parameters as they are now: nothing is kept of those that the files hold, to be read again."""
+
+    def __init__(self, pruned: Checkpoint, model: torch.nn.Module) -> None:
+        self._files = replace(pruned)  # of a fresh value: an earlier method may have changed them
+        self._kept = dict[str, torch.Tensor]()
+        for name, parameter in model.named_parameters():
+            stored = self._files.tensor(name)
+            if stored is None or stored.shape != parameter.shape or not torch.equal(stored.float(), parameter):
+                self._kept[name] = parameter.detach().clone()
+            let_go(parameter)
+
+    def value(self, name: str) -> torch.Tensor:
+        """A parameter as it was, float32."""
+        if name in self._kept:
+            return self._kept[name]
+        stored = self._files.tensor(name)
+        assert stored is not None
+        return stored.float()
+
+    def differs(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is another than it was."""
+        different = not torch.equal(parameter, self.value(name))
+        let_go(parameter)
+        return different
 
 
 def _round_as_stored(changed: dict[str, torch.nn.Parameter], folder: Path) -> None:

@@ -34,7 +34,7 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> Bi
         if len(ids) < 2:
             break
         with torch.inference_mode():
-            losses = exact_losses(blocks, [np.array([*start, *ids], dtype=np.int64)])
+            losses = exact_losses(blocks, [np.array([*start, *ids], dtype=np.int64)], "document")
         nats += float(losses[max(0, len(start) - 1) :].sum())
         end = offsets[first + len(ids)][0] if first + len(ids) < len(offsets) else len(text)
         scored += len(text[offsets[first + skipped][0] : end].encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from edgepress.models.rotary import switches
 from edgepress.pipeline.checkpoint.blocks import Blocks
+from edgepress.pipeline.checkpoint.weight_file import weight_file
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.progress import progress
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 # A batch of windows has positions for so many logits, which are never made all at once.
 _LOGITS = 2**26
+_READ_FOR = 4096  # positions that a computer takes far longer to compute than to read a block's weights for
 LIKELY = 0.01  # probability of tokens that are told where a model answers
 
 
@@ -27,9 +29,13 @@ def batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Windows in order as ids (batch, tokens), padded on the right, and which of them are real.
 
-    At most 8 windows at a time, fewer where the vocabulary is large, or as many as have ``tokens`` positions.
+    At most 8 windows at a time, fewer where the vocabulary is large, or as many as have ``tokens`` positions; more of a model whose
+    weights do not fit into memory, which are read for every batch.
     """
-    size = int(min(8, max(1, (tokens or _LOGITS // model.config.vocab_size) // len(windows[0]))))
+    most, positions = 8, tokens or _LOGITS // model.config.vocab_size
+    if weight_file(model) is not None:
+        most, positions = 64, max(positions, _READ_FOR)
+    size = int(min(most, max(1, positions // len(windows[0]))))
     changes = switches(model.config)  # a row beside a longer one would be read with that one's rotary frequencies
     alike = [list(rows) for _, rows in groupby(windows, key=lambda row: sum(len(row) > length for length in changes))]
     return [(torch.from_numpy(ids), torch.from_numpy(real)) for rows in alike for ids, real in padded(rows, size)]
@@ -76,12 +82,15 @@ class Logits:
         with suppress(ModelError):
             self._blocks = Blocks(model)
 
-    def recorded(self, ids: np.ndarray) -> torch.Tensor:
-        """What the logits of ids (tokens,) are made from: the states (tokens, hidden) that leave the last block, or the ids."""
+    def recorded(self, windows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        """What the logits of each window (tokens,) are made from: the states (tokens, hidden) that leave the last block, or ids."""
         if self._blocks is None:
-            return torch.from_numpy(ids)
+            yield from map(torch.from_numpy, windows)
+            return
         last = len(self._blocks)
-        return self._blocks.states(torch.from_numpy(ids)[None], [last])[last][0]
+        for ids, real in batches(self._model, windows):
+            for states, keep in zip(self._blocks.states(ids, [last])[last], real, strict=True):
+                yield states[keep]
 
     def drop_blocks(self) -> None:
         """Free what only ``recorded`` needs."""
@@ -114,13 +123,17 @@ def _divergences(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return torch.sub(reference, scores, out=scores).mul_(reference.exp()).sum(-1)
 
 
-def exact_losses(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarray:
-    """Loss in nats of every token after the first of its window, float64 (tokens,), summed in float64 as Quality has it."""
-    scores = Quality()
-    for ids in windows:
-        hidden = blocks.states(torch.from_numpy(ids)[None], [len(blocks)])[len(blocks)][0, :-1]
-        for positions, logits in blocks.heads(hidden):
-            scores.add_part(ids[1:][positions], logits.numpy(), None)
+def exact_losses(blocks: Blocks, windows: list[np.ndarray], label: str) -> np.ndarray:
+    """Loss in nats of every token after the first of its window, float64 (tokens,), summed in float64 as Quality has it.
+
+    label: of the progress bar.
+    """
+    scores, last = Quality(), len(blocks)
+    for ids, real in progress(batches(blocks.model, windows), label, "batch"):
+        for row, states, keep in zip(ids, blocks.states(ids, [last])[last], real, strict=True):
+            following = row[keep][1:].numpy()
+            for positions, logits in blocks.heads(states[keep][:-1]):
+                scores.add_part(following[positions], logits.numpy(), None)
     return np.concatenate(scores.losses)
 
 

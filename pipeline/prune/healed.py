@@ -18,12 +18,14 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks
 from edgepress.pipeline.checkpoint.least_squares import Sums, Target, add_to, inputs_of, last_matrix
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.machine import memory_budget
 from edgepress.pipeline.metrics.torch_scores import batches
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.prune.trials import Trials
 from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
+_SUMS = 0.25  # of the memory, what the sums of candidates may take
 RIDGE = 0.3  # times the mean of the Gram matrix's diagonal: what held-out text chose most often at gaps of SmolLM2-135M
 
 
@@ -80,11 +82,21 @@ class HealedTrials(Trials):
         """What makes up for each candidate, where the block before it has such a matrix."""
         gaps = {index: self._gap(removed, index) for index in candidates}
         targets = {index: found for index, gap in gaps.items() if (found := self._target(gap.before)) is not None}
-        sums = self._sums(removed, {index: gaps[index] for index in targets}, targets) if targets else {}
-        return {
-            index: _Change(_linear(target), sums.pop(index).solved(RIDGE).float() / target.factor)
-            for index, target in targets.items()
-        }
+        changes, every, size = dict[int, _Change](), list(targets), self._together(targets)
+        for group in (every[first : first + size] for first in range(0, len(every), size)):
+            sums = self._sums(removed, {index: gaps[index] for index in group}, {index: targets[index] for index in group})
+            for index in group:
+                target = targets[index]
+                changes[index] = _Change(_linear(target), sums.pop(index).solved(RIDGE).float() / target.factor)
+        return changes
+
+    def _together(self, targets: dict[int, Target]) -> int:
+        """How many candidates' sums are made in one pass: those of all, or as many as a part of the memory holds."""
+        if (budget := memory_budget()) is None or not targets:
+            return max(1, len(targets))
+        hidden = self.blocks.model.config.get_text_config().hidden_size
+        widths = [inputs_of(_linear(target)) for target in targets.values()]
+        return max(1, int(_SUMS * budget / max(4 * width * (width + hidden) for width in widths)))
 
     def _start(self, removed: Sequence[int], candidate: int) -> int:
         return max(self._gap(removed, candidate).before, 0)  # the block that changes
@@ -135,7 +147,7 @@ class HealedTrials(Trials):
     def _sums(self, removed: Sequence[int], gaps: dict[int, Gap], targets: dict[int, Target]) -> dict[int, Sums]:
         """For each gap what enters the matrix before it now, and what is missing behind it.
 
-        A token weighs 1 / its squared length. In float32, as those of all candidates are in memory together.
+        A token weighs 1 / its squared length. In float32, as those of several candidates are in memory together.
         """
         hidden = self.blocks.model.config.get_text_config().hidden_size
         sums = {index: Sums.empty(inputs_of(_linear(target)), hidden, torch.float32) for index, target in targets.items()}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, block_linears
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
 from edgepress.pipeline.machine import prefers_bfloat16, release_memory
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
@@ -51,17 +52,28 @@ class Errors:
         self.together: list[list[str]] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._errors = {}
-        halved = {id(p) for p in model.parameters() if p.ndim == 2} if spent and prefers_bfloat16() else set()
+        # of weights that do not fit into memory the errors do not either
+        self._file = weight_file(model) and WeightFile(sum(2 * module.weight.numel() for module in self.modules.values()))
+        self.bfloat16 = prefers_bfloat16() and self._file is None
+        halved = {id(p) for p in model.parameters() if p.ndim == 2} if spent and self.bfloat16 else set()
         for name, module in progress(self.modules.items(), "rounding", "matrix"):
             weight = matrix_of(module)
             restored = round_to_nearest(name, weight.numpy(), bits, group_size, symmetric).dequantized()
-            self._errors[name] = (torch.from_numpy(restored) - weight).bfloat16()
+            self._errors[name] = self._kept((torch.from_numpy(restored) - weight).bfloat16())
+            let_go(module.weight)
             if id(module.weight) in halved:
                 module.weight.data = module.weight.data.bfloat16()
         for parameter in model.parameters():
             if id(parameter) in halved:
                 parameter.data = parameter.data.bfloat16()
         release_memory()
+
+    def _kept(self, error: torch.Tensor) -> torch.Tensor:
+        if self._file is None:
+            return error
+        kept = self._file.empty(error.shape, error.dtype).copy_(error)
+        self._file.release([kept])
+        return kept
 
     @contextmanager
     def added(self, windows: int) -> Iterator[None]:
@@ -82,8 +94,10 @@ class Errors:
     def _adding(self, name: str) -> Callable[[torch.nn.Module, BlockArgs, torch.Tensor], torch.Tensor]:
         def add(module: torch.nn.Module, args: BlockArgs, output: torch.Tensor) -> torch.Tensor:
             self._inputs[name] = args[0]  # kept, so that no other tensor gets its place
-            # in bfloat16 on any processor: to widen the errors for each batch takes as long as it saves
-            moved = torch.nn.functional.linear(args[0].detach().bfloat16(), self._errors[name]).to(output.dtype)
+            dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # to widen an error takes a fiftieth of its product
+            moved = torch.nn.functional.linear(args[0].detach().to(dtype), self._errors[name].to(dtype)).to(output.dtype)
+            if self._file is not None:
+                self._file.release([self._errors[name]])
             factor = self.factors[name]
             factor = factor.repeat_interleave(len(output) // len(factor))  # some blocks join windows and tokens
             return output + factor.view(-1, *[1] * (output.ndim - 1)) * moved
@@ -103,7 +117,7 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=errors.bfloat16):
                 logits = model(input_ids=ids, use_cache=False).logits
             with torch.no_grad():
                 chances = torch.softmax(logits.float(), -1)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.checkpoint.planes import PLANES, file_bytes, operator_bits
+from edgepress.pipeline.checkpoint.weight_file import let_go
 from edgepress.pipeline.quantize.curvature import Errors
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 
@@ -82,7 +83,8 @@ def items_of(errors: Errors, costs: Mapping[str, float], together: Iterable[Sequ
 def _squared_errors(errors: Errors, name: str) -> dict[Form, float]:
     """The squared rounding error of each form as a multiple of that of ``BASE``."""
     weight = matrix_of(errors.modules[name])
-    some = weight[:: max(1, len(weight) // _ROWS)].numpy()
+    some = weight[:: max(1, len(weight) // _ROWS)].numpy().copy()
+    let_go(errors.modules[name].weight)
     rounded = {form: round_to_nearest(name, some, *form, errors.symmetric).dequantized() for form in FORMS}
     squares = {form: float(np.square(restored - some).sum()) for form, restored in rounded.items()}
     return {form: square / (squares[BASE] or 1.0) for form, square in squares.items()}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.packed import LEAST_HALF, PackedLinear, in_half
 from edgepress.pipeline.checkpoint.shards import ShardIndex
+from edgepress.pipeline.checkpoint.weight_file import let_go
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.job import QuantizeJob
 from transformers.pytorch_utils import Conv1D
@@ -94,10 +95,12 @@ def rounded(
             for name in forms:  # all before the first changes, for two modules may share a weight
                 module = modules[name]
                 former[name] = None if _is_stored(name, module.weight, stored) else module.weight.detach().clone()
+                let_go(module.weight)
             for name, (bits, group_size) in forms.items():
                 module = modules[name]
                 restored = round_to_nearest(name, matrix_of(module).numpy(), bits, group_size, symmetric).dequantized()
                 module.weight.copy_(torch.from_numpy(restored.T if isinstance(module, Conv1D) else restored))
+                let_go(module.weight)
         yield
     finally:
         with torch.no_grad():
@@ -106,6 +109,7 @@ def rounded(
                     assert stored is not None
                     weight = stored.tensor(f"{name}.weight")
                 modules[name].weight.copy_(weight)
+                let_go(modules[name].weight)
 
 
 def _is_stored(name: str, weight: torch.Tensor, stored: ShardIndex | None) -> bool:

@@ -21,6 +21,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_ma
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.checkpoint.parts import within
+from edgepress.pipeline.checkpoint.weight_file import weight_file
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
@@ -106,7 +107,7 @@ class Trial:
     def _read(self, options: QuantizeOptions) -> None:
         """Judge by the calibration text of ``options`` as well."""
         windows = self._windows(TRIAL_TOKENS, min(TRIAL_WINDOW, self.context), options)
-        self.texts.append(_Text(windows, exact_losses(self._model().blocks, progress(windows, "bits", "window"))))
+        self.texts.append(_Text(windows, exact_losses(self._model().blocks, windows, "bits")))
 
     def _all_texts(self) -> Iterator[_Text]:
         """The texts that bits are judged by, each read when first needed; technical prose only where the model reads it."""
@@ -147,8 +148,11 @@ class Trial:
     def items(self) -> list[Item]:
         """What each matrix costs at each form, from one pass over the calibration text."""
         windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.resolved())
-        items = items_of_model(self._model().blocks.model, windows, self.spared, self.options.symmetric, spent=True)
-        self._free()
+        model = self._model().blocks.model
+        items = items_of_model(model, windows, self.spared, self.options.symmetric, spent=True)
+        if weight_file(model) is None:  # else its weights are what they were
+            del model
+            self._free()
         return items
 
     def measure(
@@ -167,17 +171,20 @@ class Trial:
         not by the calibration text alone. head: in this form and in such groups, where it has rare rows.
         """
         self.growth[bits], changes = -1.0, dict[_Text, float]()
-        for number, text in enumerate(self._in_turn() if all_texts else self.texts[:1]):
+        for texts in self._in_turn() if all_texts else [self.texts[:1]]:
             model = self._model()
             with ExitStack() as forms_of_all:
                 forms_of_all.enter_context(rounded(model.modules, forms, self.options.symmetric, self.weights))
                 if head.rare:
                     module = model.blocks.model.get_output_embeddings()
                     forms_of_all.enter_context(rounded_head(module, head, group_size))
-                losses = exact_losses(model.blocks, progress(text.windows, f"{bits} bits, text {number + 1}", "window"))
+                for text in texts:
+                    losses = exact_losses(model.blocks, text.windows, f"{bits} bits, text {len(changes) + 1}")
+                    changes[text] = change = factor * float((losses - text.losses).mean())
+                    self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
+                    if self.growth[bits] > limit:
+                        break
             del model
-            changes[text] = change = factor * float((losses - text.losses).mean())
-            self.growth[bits] = max(self.growth[bits], round(math.expm1(min(change, 50.0)), 5))
             if self.growth[bits] > limit:
                 break
         if all_texts:
@@ -185,11 +192,14 @@ class Trial:
             self._suffering = sorted(changes, key=changes.__getitem__, reverse=True) + rest
         return self.growth[bits]
 
-    def _in_turn(self) -> Iterator[_Text]:
-        """All texts: first those that suffered most, one of which may settle the matter, then those that were not measured yet."""
+    def _in_turn(self) -> Iterator[list[_Text]]:
+        """All texts: first those that suffered most, one of which may settle the matter, then each that was not measured yet.
+
+        Of those in one list none has yet to be written, for which the model would be let go of.
+        """
         measured = list(self._suffering)
-        yield from measured
-        yield from (text for text in self._all_texts() if text not in measured)
+        yield from [measured] if measured else []
+        yield from ([text] for text in self._all_texts() if text not in measured)
 
     def costs(self) -> Costs:
         """What there is to choose from, measured now."""
@@ -228,7 +238,7 @@ class Trial:
             model = self._model()
             with rounded_head(model.blocks.model.get_output_embeddings(), head, HEAD_GROUP):
                 name = f"head of {head.mean_bits(self.ends().vocabulary):.2g} bits, text {number + 1}"
-                losses = exact_losses(model.blocks, progress(text.windows, name, "window"))
+                losses = exact_losses(model.blocks, text.windows, name)
             del model  # the next text may be one that another copy of it writes
             changes.append(float((losses - text.losses).mean()))
         return max(0.0, float(np.mean(changes)))

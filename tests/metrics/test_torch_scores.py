@@ -44,6 +44,6 @@ def test_no_more_logits_than_a_small_memory_holds(reference: Path, monkeypatch: 
     assert mean_loss(blocks, windows) == pytest.approx(
         float(np.average(losses, weights=[len(row) - 1 for row in windows])), abs=1e-5
     )
-    assert exact_losses(blocks, windows).mean() == pytest.approx(mean_loss(blocks, windows), abs=1e-6)
+    assert exact_losses(blocks, windows, "loss").mean() == pytest.approx(mean_loss(blocks, windows), abs=1e-6)
     assert kl_without(blocks, [[], [3]], windows)[0] == 0
     assert rows and max(rows) <= 40
