@@ -101,7 +101,7 @@ def model(folder: Path, shape: str) -> Path:
 
 
 def measured(command: list[str], cwd: Path, memory: float | None) -> tuple[float, float, int, int]:
-    """(seconds, CPU seconds, peak bytes, those that are no file's) of the process and all below it. memory: GB that each may allocate."""
+    """Seconds, CPU seconds, peak bytes and those of no file, of the process and all below it. memory: GB that each may allocate."""
 
     def limit() -> None:
         if memory is not None:

@@ -113,7 +113,7 @@ def test_tune(quantized: Artifact, tiny: Path, tmp_path: Path, opened: list[obje
 
 @pytest.mark.families
 def test_export_and_bench(quantized: Artifact, tiny: Path, tmp_path: Path) -> None:
-    """Export reads one matrix after the other in any case; the portable graph needs a whole model; bench has processes of its own."""
+    """Export reads matrix by matrix in any case; the portable graph needs a whole model; bench has processes of its own."""
     for exporter in ("fused", "portable"):
         usual = stages.run("export", quantized, tmp_path / exporter, ExportOptions(exporter=exporter))
         with working_within(1_000_000):

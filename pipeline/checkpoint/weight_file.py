@@ -6,12 +6,14 @@ for ahead of it, and let go behind it.
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,10 @@ from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, block_o
 from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import check_disk
-from edgepress.pipeline.machine import memory_budget
+from edgepress.pipeline.machine import memory_budget, release_memory
 from transformers import PreTrainedModel
 
+log = logging.getLogger("edgepress")
 WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 
 
@@ -31,6 +34,7 @@ class WeightFile:
 
     def __init__(self, size: int) -> None:
         """size: bytes that will be asked for, about."""
+        release_memory()  # of a model that nobody needs any more, and of its file
         self._folder = _folder()
         check_disk(self._folder, size)
         with self._told():
@@ -87,9 +91,21 @@ class WeightFile:
 
 
 def too_large(model: PreTrainedModel) -> bool:
-    """Whether the float32 weights of a model, on any device, are more than the memory that work may take."""
-    budget = memory_budget()
-    return budget is not None and 4 * model.num_parameters() + WORKING > budget
+    """Whether the float32 weights of a model, on any device, are more than the memory that work may take; if so a line says it."""
+    budget, needed = memory_budget(), 4 * model.num_parameters()
+    if budget is None or needed + WORKING <= budget:
+        return False
+    _say(needed)
+    return True
+
+
+@cache
+def _say(needed: int) -> None:
+    """Once of a model, though every stage opens it."""
+    log.info(
+        "memory: %.1f GB of weights in float32 do not fit into %.1f GB (--memory, or half of what is free); they lie in %s",
+        needed / 1e9, (memory_budget() or 0) / 1e9, cache_folder() / "weights",
+    )  # fmt: skip
 
 
 def weight_file(model: PreTrainedModel) -> WeightFile | None:
@@ -114,32 +130,35 @@ def watch(model: PreTrainedModel, file: WeightFile) -> None:
     except ModelError:
         return
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        _Hooks(file, block, following)
+        hooks = _Hooks(file, following)
+        block.register_forward_pre_hook(hooks.before)
+        block.register_forward_hook(hooks.behind)
 
 
 class _Hooks:
     """What is done with a block's weights before and behind its work, forward and backward."""
 
-    def __init__(self, file: WeightFile, block: torch.nn.Module, following: torch.nn.Module | None) -> None:
-        self._file, self._block, self._following = file, block, following
-        block.register_forward_pre_hook(self._before)
-        block.register_forward_hook(self._behind)
+    def __init__(self, file: WeightFile, following: torch.nn.Module | None) -> None:
+        """following: the next block. The block itself is not kept: it keeps these, and would not be freed at once."""
+        self._file, self._following = file, following
 
-    def _before(self, *_: object) -> None:
-        for block in (self._block, self._following):
-            if block is not None and "forward" not in block.__dict__:  # one that is skipped needs nothing
-                self._file.fetch(block.parameters())
+    def before(self, block: torch.nn.Module, args: BlockArgs) -> None:
+        """Forward."""
+        for needed in (block, self._following):
+            if needed is not None and "forward" not in needed.__dict__:  # one that is skipped needs nothing
+                self._file.fetch(needed.parameters())
 
-    def _behind(self, module: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
-        self._file.release(self._block.parameters())
+    def behind(self, block: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
+        """Forward."""
+        self._file.release(block.parameters())
         if (hidden := block_output(output)).requires_grad:
-            hidden.register_hook(self._backward)
+            hidden.register_hook(partial(self._backward, block))
 
-    def _backward(self, gradient: torch.Tensor) -> None:
+    def _backward(self, block: torch.nn.Module, gradient: torch.Tensor) -> None:
         """The blocks behind are done, and this one's turn has come."""
         if self._following is not None:
             self._file.release(self._following.parameters())
-        self._file.fetch(self._block.parameters())
+        self._file.fetch(block.parameters())
 
 
 _FILES: WeakKeyDictionary[PreTrainedModel, WeightFile] = WeakKeyDictionary()

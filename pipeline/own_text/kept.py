@@ -102,15 +102,22 @@ def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool =
     name = f"{_key(checkpoint.path, tokens, seed)}{IDS}"
     if there := _found(name, tokens):
         return there
-    free, needed = available_memory(), 4 * checkpoint.meta_model().num_parameters()  # the sampler loads float32
-    if sparing and free is not None and 2 * needed > free:
-        size = f"{needed / 1e9:.1f} GB in float32, of {free / 1e9:.1f} GB that are free"
+    if sparing and (size := taken(checkpoint)):
         raise ModelError(f"{checkpoint.path.name} would take {size}, and writes nothing")
     from edgepress.pipeline.own_text.sampler import sample
 
     ids = sample(checkpoint, tokens, seed)
     release_memory()  # of the model that wrote: its parts refer to one another
     return _kept(name, ids)
+
+
+def taken(checkpoint: Checkpoint) -> str:
+    """What a model that writes would take, where that is more than half of the memory that is free; "" where it is less.
+
+    It reads all of its weights for every token, so it is no use to keep them in a file.
+    """
+    free, needed = available_memory(), 4 * checkpoint.meta_model().num_parameters()  # the sampler loads float32
+    return "" if free is None or 2 * needed <= free else f"{needed / 1e9:.1f} GB in float32, of {free / 1e9:.1f} GB that are free"
 
 
 def _found(name: str, tokens: int) -> Path | None:

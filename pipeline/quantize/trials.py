@@ -29,7 +29,7 @@ from edgepress.pipeline.machine import large_blocks_given_back, release_memory
 from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions
-from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.own_text.kept import taken, with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, ends_of
 from edgepress.pipeline.quantize.curvature import DRAWS
@@ -114,7 +114,7 @@ class Trial:
         number = 0
         while number < len(self.judging):
             given = self.judging[number]
-            if given.calibration == SELF and self.options.calibration == MIXED and not self.writes():
+            if given.calibration == SELF and self.options.calibration != SELF and not self._can_write():
                 self.judging.remove(given)  # the model makes no text: nothing is judged by it either
                 continue
             if number == len(self.texts):
@@ -133,6 +133,10 @@ class Trial:
     def writes(self) -> bool:
         """Whether the calibration text is, in part at least, the model's own."""
         return self.options.calibration in WRITTEN and self.resolved().calibration.name.endswith(IDS)
+
+    def _can_write(self) -> bool:
+        """Whether the model writes a text to judge by."""
+        return self.writes() if self.options.calibration == MIXED else not taken(self.checkpoint)
 
     def _written(self, options: QuantizeOptions) -> QuantizeOptions:
         """With a file for a text that the model writes; while it does, no other copy of it is in memory."""
