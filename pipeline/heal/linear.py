@@ -62,13 +62,14 @@ def _close(job: HealJob, gap: Gap) -> _Closed:
     weight: torch.Tensor = matrix.weight.detach().clone()
     bias = _bias(matrix)
     losses = {0.0: job.loss()}
-    solutions = {0.0: torch.zeros_like(sums.missing)}
+    best, solution = 0.0, torch.zeros(sums.missing.shape)
     for ridge in RIDGES:
-        solutions[ridge] = sums.solved(ridge) / target.factor
-        _set(matrix, weight, bias, solutions[ridge])
+        found = (sums.solved(ridge) / target.factor).float()
+        _set(matrix, weight, bias, found)
         losses[ridge] = job.loss()
-    best = min(losses, key=lambda ridge: losses[ridge])
-    _set(matrix, weight, bias, solutions[best])
+        if losses[ridge] < losses[best]:
+            best, solution = ridge, found
+    _set(matrix, weight, bias, solution)
     log.info("heal: %s, ridge %g: loss on selection texts %.4f -> %.4f", target.name, best, losses[0.0], losses[best])
     return _Closed(target.name, best, {f"{ridge:g}": round(loss, 6) for ridge, loss in losses.items()})
 
@@ -81,15 +82,16 @@ def _bias(matrix: Matrix) -> torch.Tensor | None:
 
 def _set(matrix: Matrix, weight: torch.Tensor, bias: torch.Tensor | None, change: torch.Tensor) -> None:
     """Set a matrix to ``weight`` and ``bias`` plus a change (in [+ 1], out), whose last row is the bias's where there is one."""
+    change = change.float()
     inputs = change.shape[0] - (bias is not None)
     with torch.no_grad():
         if isinstance(matrix, torch.nn.Embedding):  # the map is of the table's output: E + E change
-            matrix.weight.copy_(weight + weight @ change.float())
+            matrix.weight.copy_(weight + weight @ change)
             return
-        added = change[:inputs].float()
+        added = change[:inputs]
         matrix.weight.copy_(weight + (added if isinstance(matrix, Conv1D) else added.T))
         if bias is not None:
-            matrix.bias.copy_(bias + change[-1].float())
+            matrix.bias.copy_(bias + change[-1])
 
 
 def _statistics(job: HealJob, gap: Gap, matrix: Matrix) -> Sums:
