@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line, shown
 from edgepress.pipeline.errors import EdgepressError, ModelError
 from edgepress.pipeline.files import read_json
+from edgepress.pipeline.machine import large_blocks_given_back
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -68,8 +69,11 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
         file.release([held])
         return held
 
-    state = {name: placed(tensor) for name, tensor in weights.floats()}
-    with quiet():
+    with ExitStack() as stack:
+        if file is not None:
+            stack.enter_context(large_blocks_given_back())
+        state = {name: placed(tensor) for name, tensor in weights.floats()}
+        stack.enter_context(quiet())
         try:
             transposed = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
             for module in weights.matrices:
