@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepress.pipeline.errors import OptionError
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,8 +80,13 @@ def _of_the_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def memory_budget() -> int | None:
-    """Bytes that a stage may take: ``--memory``, or half of what is free; None where neither is known."""
+    """Bytes that weights may take: ``--memory``, or half of what is free; None where neither is known.
+
+    Raises OptionError for an environment variable that is no number.
+    """
     if given := os.environ.get(MEMORY):
+        if not given.isdecimal() or not int(given):
+            raise OptionError(f"{MEMORY} in the environment takes a number of bytes, not '{given}'; correct it, or give --memory")
         return int(given)
     free = available_memory()
     return None if free is None else free // 2

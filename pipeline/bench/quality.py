@@ -87,14 +87,15 @@ def quality(subjects: list[Subject], scored: list[Text], options: BenchOptions, 
     The artifact is read from its shipped files with the accuracy level that ships. A row whose process dies is
     marked as failed, and the others go on without it.
     """
+    continued = options.reference is not None and _fits(options.reference)  # asked once: memory that is free changes
     plans = [(subject, text, _rows(subject, options)) for subject, text in zip(subjects, scored, strict=True)]
     for text in dict.fromkeys(scored):  # tokenizers and contexts may differ
         alike = [(subject, rows) for subject, other, rows in plans if other == text]
-        questions = asked(alike[-1][0].path, text) if options.reference and _fits(options.reference) else {}
-        known = _score([row for _, rows in alike for row in rows], text, tuple(questions), options, journal)
+        questions = asked(alike[-1][0].path, text) if continued else {}
+        known = _score([row for _, rows in alike for row in rows], text, tuple(questions), continued, options, journal)
         for subject, rows in alike:
             answers = [Failed(row.failed) if row.failed else known[row.key] for row in rows]
-            _finish(subject, text, rows, answers, questions, options)
+            _finish(subject, text, rows, answers, questions, continued, options)
 
 
 def _finish(
@@ -103,16 +104,20 @@ def _finish(
     rows: list[Row],
     answers: list[Scored | Failed],
     questions: dict[Ids, str],
+    continued: bool,
     options: BenchOptions,
 ) -> None:
-    """The stages of a subject, and the figures of its last row, the artifact as it ships. questions: as ``asked`` has them."""
+    """The stages of a subject, and the figures of its last row, the artifact as it ships. questions: as ``asked`` has them.
+
+    continued: as QualityJob has it.
+    """
     text_bytes = _bytes_of(text, subject.path)
     losses = [losses_of(answer) if isinstance(answer, Scored) else None for answer in answers]
     stages = [_stage_row(*parts, text_bytes) for parts in zip(rows, answers, losses, strict=True)]
     if (first := next((loss for loss in losses if loss is not None), None)) is not None:
         warn_unless_readable(float(first.mean()), load_tokenizer(subject.path).get_vocab_size(), options.text)
     subject.rows = attribute(stages, losses, {row.name: row.exact for row in rows if row.exact})
-    _shipped(subject, answers[-1], options)
+    _shipped(subject, answers[-1], continued, options)
     if isinstance(answers[-1], Scored):
         subject.answers = tuple(answer(subject.path, questions[both.asked], both) for both in answers[-1].answers)
 
@@ -160,7 +165,9 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
     return [*rows, shipped]
 
 
-def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: BenchOptions, journal: Journal) -> Answers:
+def _score(
+    rows: list[Row], text: Text, prompts: tuple[Ids, ...], continued: bool, options: BenchOptions, journal: Journal
+) -> Answers:
     """What the measuring process answers for each row, from the journal where it is known. prompts: of what both are asked.
 
     One process takes all rows, so that the original is loaded and scored once; when it dies, another takes the rest.
@@ -170,7 +177,8 @@ def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: Bench
     with bar("quality", len(text) * len(rows), "window") as shown:
         while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
             against = original and original.identity()
-            keys = {journal.key("quality", *key, against, text, prompts, options.target): row for key, row in pending.items()}
+            what = (against, text, prompts, continued, options.target)
+            keys = {journal.key("quality", *key, *what): row for key, row in pending.items()}
             for key, row in keys.items():
                 if (known := journal.get(Scored, key)) is not None:
                     answers[row.key] = known
@@ -181,7 +189,7 @@ def _score(rows: list[Row], text: Text, prompts: tuple[Ids, ...], options: Bench
                 trust_remote_code=options.trust_remote_code,
                 target=options.target,
                 asked=prompts,
-                continued=original is not None and _fits(original.path),
+                continued=continued,
             )
             try:
                 for event in events("quality", job, QualityEvent) if job.rows else ():
@@ -206,7 +214,7 @@ def _fits(original: Path) -> bool:
     return free is None or 4 * sum(math.prod(row.shape) for row in rows_of(original).values()) <= free
 
 
-def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -> None:
+def _shipped(subject: Subject, answer: Scored | Failed, continued: bool, options: BenchOptions) -> None:
     """The artifact's figures, from its row."""
     if isinstance(answer, Failed):
         subject.failed["quality"] = answer.reason
@@ -218,15 +226,10 @@ def _shipped(subject: Subject, answer: Scored | Failed, options: BenchOptions) -
         if values:
             subject.figures[f"quality.{name}"] = Figure.of(unit, values, errors.get(name))
         elif name in COMPARED:
-            subject.missing[f"quality.{name}"] = _why_missing(options.reference)
-
-
-def _why_missing(original: Path | None) -> str:
-    if original is None:
-        return "no original was given (--reference)"
-    return (
-        "the original or the artifact failed" if _fits(original) else "the original does not fit into memory, or one of them failed"
-    )
+            reason = "no original was given (--reference)" if options.reference is None else "the original or the artifact failed"
+            if name == "greedy_match_tokens" and options.reference is not None and not continued:
+                reason = "the original does not fit into memory, all of which it reads for every token that it continues"
+            subject.missing[f"quality.{name}"] = reason
 
 
 def _present(value: float | None) -> tuple[float, ...]:

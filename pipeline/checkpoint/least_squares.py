@@ -38,9 +38,10 @@ class Sums:
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:  # sums in float32 of a text with fewer tokens than inputs may lack a digit
-            return torch.linalg.solve(gram, self.missing.double())
+            solution: torch.Tensor = torch.linalg.solve(gram, self.missing.double())
+            return solution
         del gram
-        solution: torch.Tensor = torch.cholesky_solve(self.missing.double(), factor)
+        solution = torch.cholesky_solve(self.missing.double(), factor)
         return solution
 
 

@@ -62,23 +62,28 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
     empty = build_meta_model(config, folder, trust_remote_code)
     file = WeightFile(4 * empty.num_parameters()) if too_large(empty) else None
 
-    def placed(tensor: torch.Tensor) -> torch.Tensor:
-        if file is None:
+    # what transformers makes one of several of, experts for one, is not needed once it has
+    parts, own = None if file is None else WeightFile(0), {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+
+    def placed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        home = file if name in own else parts
+        if home is None:
             return tensor.float()
-        held = file.empty(tensor.shape).copy_(tensor)
-        file.release([held])
+        held = home.empty(tensor.shape).copy_(tensor)
+        home.release([held])
         return held
 
     with ExitStack() as stack:
         if file is not None:
             stack.enter_context(large_blocks_given_back())
-        state = {name: placed(tensor) for name, tensor in weights.floats()}
+        state = {name: placed(name, tensor) for name, tensor in weights.floats()}
         stack.enter_context(quiet())
         try:
             transposed = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
             for module in weights.matrices:
-                weight = weights.tensor(f"{module}.weight")
-                state[f"{module}.weight"] = placed(weight.T.contiguous() if module in transposed else weight)
+                name = f"{module}.weight"
+                weight = weights.tensor(name)
+                state[name] = placed(name, weight.T.contiguous() if module in transposed else weight)
             model, info = type(empty).from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=state, dtype=torch.float32, output_loading_info=True
             )

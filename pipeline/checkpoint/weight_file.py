@@ -6,10 +6,12 @@ for ahead of it, and let go behind it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,11 +23,11 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, block_output, decoder_blocks
 from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import check_disk
 from edgepress.pipeline.machine import memory_budget, release_memory
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
+_SEGMENT, _PIECE = 1 << 28, 1 << 24  # bytes that are mapped at once, for each takes a file descriptor; and written at once
 WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 
 
@@ -36,32 +38,32 @@ class WeightFile:
         """size: bytes that will be asked for, about."""
         release_memory()  # of a model that nobody needs any more, and of its file
         self._folder = _folder()
-        check_disk(self._folder, size)
         with self._told():
+            if (free := shutil.disk_usage(self._folder).free) < size:
+                raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
             self._file = tempfile.TemporaryFile(dir=self._folder, prefix="edgepress-weights-")  # noqa: SIM115 (as long as this object)
-        self._end = 0
-        self._maps: dict[int, mmap.mmap] = {}  # data_ptr -> where it lies
+        self._size = 0  # of the file
+        self._map: mmap.mmap | None = None  # of its last segment, and how many bytes of that are taken
+        self._taken = 0
+        self._places: dict[int, tuple[mmap.mmap, int, int]] = {}  # data_ptr -> the segment, first byte there, and bytes
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor in the file, of zeros."""
         shape = tuple(shape)
-        size = math.prod(shape) * dtype.itemsize
-        if not size:
+        count = math.prod(shape)
+        if not (size := _pages(count * dtype.itemsize)):
             return torch.empty(shape, dtype=dtype)
-        with self._told():
-            if hasattr(os, "posix_fallocate"):  # a disk that fills later would kill the process
-                os.posix_fallocate(self._file.fileno(), self._end, size)
-            else:
-                self._file.truncate(self._end + size)
-            found = mmap.mmap(self._file.fileno(), size, offset=self._end)
-        self._end += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        tensor = torch.frombuffer(found, dtype=dtype).view(shape)
-        self._maps[tensor.data_ptr()] = found
+        if self._map is None or self._taken + size > len(self._map):
+            self._map, self._taken = self._segment(max(size, _SEGMENT)), 0
+        place = self._map, self._taken, size
+        tensor = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._taken).view(shape)
+        self._taken += size
+        self._places[tensor.data_ptr()] = place
         return tensor
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is one of those that ``empty`` gave."""
-        return tensor.data_ptr() in self._maps
+        return tensor.data_ptr() in self._places
 
     def fetch(self, tensors: Iterable[torch.Tensor]) -> None:
         """Have the system read these from the disk, unless they are in memory, while something else is done."""
@@ -75,8 +77,23 @@ class WeightFile:
         if (number := getattr(mmap, advice, None)) is None:  # Windows sees to it by itself
             return
         for tensor in tensors:
-            if (found := self._maps.get(tensor.data_ptr())) is not None:
-                found.madvise(number)
+            if (place := self._places.get(tensor.data_ptr())) is not None:
+                segment, first, size = place
+                segment.madvise(number, first, size)
+
+    def _segment(self, size: int) -> mmap.mmap:
+        """So many bytes more of the file, which the disk has: one that fills later would kill the process."""
+        with self._told():
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), self._size, size)
+            else:
+                self._file.seek(self._size)
+                for first in range(0, size, _PIECE):
+                    self._file.write(bytes(min(_PIECE, size - first)))
+                self._file.flush()
+            found = mmap.mmap(self._file.fileno(), size, offset=self._size)
+        self._size += size
+        return found
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -88,6 +105,11 @@ class WeightFile:
                 f"cannot keep weights that do not fit into memory in {self._folder} ({error.strerror}); free some disk space, let "
                 "EDGEPRESS_CACHE name a folder on another disk, or raise --memory"
             ) from error
+
+
+def _pages(size: int) -> int:
+    """Bytes that ``size`` bytes take of a file in whole pages."""
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
 def too_large(model: PreTrainedModel) -> bool:

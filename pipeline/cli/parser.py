@@ -184,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
 def _add_memory(verb: argparse.ArgumentParser) -> None:
     """Of what works on a whole model. The destination is no option's: what is made is the same."""
     verb.add_argument("--memory", dest="work_memory", metavar="SIZE", help=(
-        "memory that this may take, as 6GB: weights that need more lie in a file in the cache folder, and are read as they are "
-        "needed (default: half of what is free)"))  # fmt: skip
+        "memory that weights in float32 may take, as 6GB: where they need more they lie in a file in the cache folder and are "
+        "read as they are needed (default: half of what is free)"))  # fmt: skip
 
 
 SOURCES = {

@@ -61,7 +61,7 @@ def exit_code(error: BaseException) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _ALLOCATORS):
             raise
-        reason = "out of memory; close other programs, say how much may be taken (--memory 2GB), or press a smaller model"
+        reason = "out of memory; close other programs, press a smaller model, or let a stage or build take less: --memory 2GB"
         if _GPU in str(error):
             reason = "the GPU is out of memory; close other programs on it, or use the CPU: set CUDA_VISIBLE_DEVICES to nothing"
     except BrokenPipeError:

@@ -47,11 +47,12 @@ _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _RECORDS = {MANIFEST, *RECORDS}
 
 
-def with_text(options: Calibrated, model: Path) -> Calibrated:
+def with_text(options: Calibrated, model: Path, sparing: bool = False) -> Calibrated:
     """The options with a file for ``self``: token ids that ``options.calibration_model`` wrote, or else ``model`` itself.
 
     For ``mixed`` these by turns with the shipped prose; where the model does not fit into memory, the prose alone.
-    Raises OptionError for a calibration model with another tokenizer, OutputError when no folder can be written.
+    Raises OptionError for a calibration model with another tokenizer, OutputError when no folder can be written, and where
+    ``sparing`` ModelError for a model that does not fit into memory.
     """
     if options.calibration not in WRITTEN:
         return options
@@ -66,7 +67,7 @@ def with_text(options: Calibrated, model: Path) -> Calibrated:
         file = mixed_text(checkpoint, seed or 0)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
-        file = own_text(checkpoint, tokens, seed or 0)
+        file = own_text(checkpoint, tokens, seed or 0, sparing)
     return replace(options, calibration=file, calibration_model=None)
 
 
@@ -102,22 +103,15 @@ def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool =
     name = f"{_key(checkpoint.path, tokens, seed)}{IDS}"
     if there := _found(name, tokens):
         return there
-    if sparing and (size := taken(checkpoint)):
+    free, needed = available_memory(), 4 * checkpoint.meta_model().num_parameters()  # the sampler loads float32
+    if sparing and free is not None and 2 * needed > free:
+        size = f"{needed / 1e9:.1f} GB in float32, of {free / 1e9:.1f} GB that are free"
         raise ModelError(f"{checkpoint.path.name} would take {size}, and writes nothing")
     from edgepress.pipeline.own_text.sampler import sample
 
     ids = sample(checkpoint, tokens, seed)
     release_memory()  # of the model that wrote: its parts refer to one another
     return _kept(name, ids)
-
-
-def taken(checkpoint: Checkpoint) -> str:
-    """What a model that writes would take, where that is more than half of the memory that is free; "" where it is less.
-
-    It reads all of its weights for every token, so it is no use to keep them in a file.
-    """
-    free, needed = available_memory(), 4 * checkpoint.meta_model().num_parameters()  # the sampler loads float32
-    return "" if free is None or 2 * needed <= free else f"{needed / 1e9:.1f} GB in float32, of {free / 1e9:.1f} GB that are free"
 
 
 def _found(name: str, tokens: int) -> Path | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.weight_file import weight_file
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.machine import large_blocks_given_back, training_device
 from edgepress.pipeline.own_text.openings import Openings
@@ -41,9 +40,7 @@ def sample(checkpoint: Checkpoint, tokens: int, seed: int) -> np.ndarray:
 def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.device) -> np.ndarray:
     openings = Openings.of(checkpoint)
     with large_blocks_given_back():  # each matrix in float32, when there is one in dtype()
-        model = checkpoint.model()
-        if device.type == "cuda" or weight_file(model) is None:  # which is float32
-            model = model.to(device, dtype(device))
+        model = checkpoint.model().to(device, dtype(device))
     length = min(LONGEST, max(SHORTEST, math.ceil(tokens / ROWS)), checkpoint.context, tokens)
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)

@@ -7,6 +7,7 @@ and none while it writes a text.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -21,15 +22,15 @@ from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_ma
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.checkpoint.parts import within
-from edgepress.pipeline.checkpoint.weight_file import weight_file
-from edgepress.pipeline.errors import InputError, OptionError, OutputError
+from edgepress.pipeline.checkpoint.weight_file import too_large, weight_file
+from edgepress.pipeline.errors import InputError, ModelError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
-from edgepress.pipeline.machine import large_blocks_given_back, release_memory
+from edgepress.pipeline.machine import large_blocks_given_back, prefers_bfloat16, release_memory
 from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions
-from edgepress.pipeline.own_text.kept import taken, with_text
+from edgepress.pipeline.own_text.kept import with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, ends_of
 from edgepress.pipeline.quantize.curvature import DRAWS
@@ -41,6 +42,7 @@ from edgepress.pipeline.registry import version
 from edgepress.pipeline.text.windows import IDS, text_windows
 from transformers.pytorch_utils import Conv1D
 
+log = logging.getLogger("edgepress")
 TRIAL_TOKENS, TRIAL_WINDOW = 2048, 256
 HEAD_TOKENS = 2048  # of the calibration text, which show how likely each token is
 
@@ -114,11 +116,18 @@ class Trial:
         number = 0
         while number < len(self.judging):
             given = self.judging[number]
-            if given.calibration == SELF and self.options.calibration != SELF and not self._can_write():
+            if given.calibration == SELF and self.options.calibration == MIXED and not self.writes():
                 self.judging.remove(given)  # the model makes no text: nothing is judged by it either
                 continue
             if number == len(self.texts):
-                self._read(self._written(given))
+                try:
+                    self._read(self._written(given))
+                except ModelError as error:
+                    if given.calibration != SELF:
+                        raise
+                    log.warning("warning: bits are not judged by a text of the model's own: %s", error)
+                    self.judging.remove(given)
+                    continue
             text = self.texts[number]
             if given.calibration != OTHER_TEXT or readable(float(text.losses.mean()), self.vocabulary):
                 yield text
@@ -134,16 +143,15 @@ class Trial:
         """Whether the calibration text is, in part at least, the model's own."""
         return self.options.calibration in WRITTEN and self.resolved().calibration.name.endswith(IDS)
 
-    def _can_write(self) -> bool:
-        """Whether the model writes a text to judge by."""
-        return self.writes() if self.options.calibration == MIXED else not taken(self.checkpoint)
-
     def _written(self, options: QuantizeOptions) -> QuantizeOptions:
-        """With a file for a text that the model writes; while it does, no other copy of it is in memory."""
+        """With a file for a text that the model writes; while it does, no other copy of it is in memory.
+
+        Raises ModelError where it takes too much memory, and nobody asked for that text.
+        """
         if options.calibration not in WRITTEN:
             return options
         self._free()
-        return with_text(options, self.path)
+        return with_text(options, self.path, sparing=self.options.calibration not in WRITTEN)
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
         text, key = options.calibration, options.text_key
@@ -295,6 +303,8 @@ def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
     parts = [source.model_identity(), sha256(options.calibration), options.calibration_skip, options.text_key, options.symmetric]
     parts += [options.calibration_seed, options.head_bits, options.rare_rows, options.embedding_bits, options.method == "gptqmodel"]
     parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
+    # costs of weights that lie in a file are computed in float32 on any processor
+    parts += [prefers_bfloat16() and not too_large(Checkpoint(source.path, options.trust_remote_code).meta_model())]
     parts += [COST_TOKENS, WINDOW, DRAWS, TRIAL_TOKENS, FORMS, version("edgepress")]
     name = hashlib.sha256(repr(parts).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
@@ -309,8 +319,11 @@ def costs_of(source: Artifact, options: QuantizeOptions, trial: Trial | None = N
     kept, files = _kept(source, given, options.calibration), carried(Checkpoint(source.path, options.trust_remote_code))
     with suppress(InputError, KeyError, TypeError, ValueError):
         return Costs.from_json(read_json(kept)).beside(files)
+    trial, judges = trial or Trial(source, options, given), len(_judging(options))
     with large_blocks_given_back():
-        costs = (trial or Trial(source, options, given)).costs()
+        costs = trial.costs()
+    if len(trial.judging) < judges and options.calibration not in WRITTEN:
+        return costs  # with more memory free another text would judge, too
     with suppress(OSError, OutputError):  # measured again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, costs.beside(-files).to_json())

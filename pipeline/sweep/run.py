@@ -48,7 +48,7 @@ def run(sweep: Sweep, out: Path, options: SweepOptions) -> tuple[dict[str, Done]
         tasks = {}
         for wanted in sweep.builds:
             log_file, taken = out / LOGS / f"{wanted.name}.log", cores if wanted.alone else each
-            tasks[wanted.name] = _submit(build, taken, memory, wanted, out / BUILDS / wanted.name, log_file)
+            tasks[wanted.name] = _submit(build, taken, memory, wanted, out / BUILDS / wanted.name, log_file, memory or None)
         done = _all(tasks)
         measuring = {}
         for name, builds in sweep.sets.items():

@@ -16,6 +16,7 @@ from edgepress.pipeline.errors import EdgepressError
 from edgepress.pipeline.files import PLAN
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.lock import writing
+from edgepress.pipeline.machine import working_within
 from edgepress.pipeline.options import BenchOptions
 from edgepress.pipeline.sweep.builds import Build, Flags
 from edgepress.pipeline.visible import one_line
@@ -30,11 +31,15 @@ class Done:
     failed: str = ""
 
 
-def build(wanted: Build, out: Path, log: Path) -> Done:
-    """Build into ``out``; stages that are done already are kept. What it says goes to the end of ``log``."""
+def build(wanted: Build, out: Path, log: Path, memory: int | None = None) -> Done:
+    """Build into ``out``; stages that are done already are kept. What it says goes to the end of ``log``.
+
+    memory: bytes that weights may take; None for half of what is free.
+    """
     begun = time.monotonic()
     try:
-        with _logged(log), writing(out, build=True, wait=True):  # children of a worker that was killed need a moment to see it
+        # children of a worker that was killed need a moment to see it
+        with _logged(log), writing(out, build=True, wait=True), working_within(memory):
             steps, bounds = wanted.plan()
             artifact = recipe.shipped_artifact(recipe.build(wanted.source, out, steps, bounds))
     except Exception as error:
