@@ -168,19 +168,25 @@ class _Hooks:
         """Forward."""
         for needed in (block, self._following):
             if needed is not None and "forward" not in needed.__dict__:  # one that is skipped needs nothing
-                self._file.fetch(needed.parameters())
+                self._file.fetch(_of(needed))
 
     def behind(self, block: torch.nn.Module, args: BlockArgs, output: BlockOutput) -> None:
         """Forward."""
-        self._file.release(block.parameters())
+        self._file.release(_of(block))
         if (hidden := block_output(output)).requires_grad:
             hidden.register_hook(partial(self._backward, block))
 
     def _backward(self, block: torch.nn.Module, gradient: torch.Tensor) -> None:
         """The blocks behind are done, and this one's turn has come."""
         if self._following is not None:
-            self._file.release(self._following.parameters())
-        self._file.fetch(block.parameters())
+            self._file.release(_of(self._following))
+        self._file.fetch(_of(block))
+
+
+def _of(block: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What may lie in a file: codes that are trained around are buffers."""
+    yield from block.parameters()
+    yield from block.buffers()
 
 
 _FILES: WeakKeyDictionary[PreTrainedModel, WeightFile] = WeakKeyDictionary()

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import CODEBOOKS, PackedLinear, in_half, unpack_bits
 from edgepress.pipeline.checkpoint.parts import within
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, weight_file
 from edgepress.pipeline.machine import training_device
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -68,28 +72,45 @@ def _values(packed: PackedLinear) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int8) if small else values)
 
 
+def _recompute(model: PreTrainedModel) -> None:
+    """Let a block be computed once more for its gradients, so that what it dequantizes is not kept until then.
+
+    By what transformers has for training. The blocks alone count as in training: what is in them still drops nothing out.
+    """
+    _, blocks = decoder_blocks(model)
+    for block in blocks:
+        block.gradient_checkpointing, block.training = True, True
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
 class Student:
     """A quantized checkpoint in memory with its scales, norms and biases to train; everything else is frozen.
 
     model: float32 on ``training_device``, in evaluation mode. matrices: names of the packed modules whose scales are trained.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model: PreTrainedModel = checkpoint.model()
+    def __init__(self, source: Checkpoint) -> None:
+        self.model: PreTrainedModel = source.model()
         self.model.requires_grad_(False)
-        self._packed = {name: checkpoint.weights.packed(name) for name in sorted(checkpoint.weights.matrices)}
+        if (file := weight_file(self.model)) is not None:
+            _recompute(self.model)
+        self._packed = {name: source.weights.packed(name) for name in sorted(source.weights.matrices)}
         self.matrices = [name for name, packed in self._packed.items() if packed and packed.bits < ENOUGH_BITS]
         for name in self.matrices:
-            self._parametrize(name)
+            self._parametrize(name, file)
         for name, parameter in self.model.named_parameters():
             kind = name.endswith("weight.original") or (parameter.ndim == 1 and parameter.is_floating_point())
-            parameter.requires_grad_(kind and not within(checkpoint.silent, name))  # what is gone must not come back as a bias
+            parameter.requires_grad_(kind and not within(source.silent, name))  # what is gone must not come back as a bias
         self.model.to(training_device())
 
-    def _parametrize(self, name: str) -> None:
+    def _parametrize(self, name: str, file: WeightFile | None) -> None:
         module, packed = self.model.get_submodule(name), self._packed[name]
         assert packed is not None
         weight, dequantized = module.weight, Dequantized(packed, isinstance(module, Conv1D))
+        if file is not None:  # where the weights were
+            values = dequantized.values
+            dequantized.values = file.empty(values.shape, values.dtype).copy_(values)
+            file.release([dequantized.values])
         # The head of a tied model is the embedding's matrix: one set of scales serves both.
         sharing = [m for m in self.model.modules() if m._parameters.get("weight") is weight]
         for one in sharing:
