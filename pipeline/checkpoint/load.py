@@ -60,7 +60,7 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
     """
     folder = weights.folder
     empty = build_meta_model(config, folder, trust_remote_code)
-    file = WeightFile(4 * empty.num_parameters()) if too_large(empty) else None
+    file = WeightFile(4 * empty.num_parameters()) if too_large(empty.num_parameters()) else None
 
     # what transformers makes one of several of, experts for one, is not needed once it has
     parts, own = None if file is None else WeightFile(0), {name for name, _ in empty.named_parameters(remove_duplicate=False)}

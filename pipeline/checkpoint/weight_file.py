@@ -112,9 +112,9 @@ def _pages(size: int) -> int:
     return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
-def too_large(model: PreTrainedModel) -> bool:
-    """Whether the float32 weights of a model, on any device, are more than the memory that work may take; if so a line says it."""
-    budget, needed = memory_budget(), 4 * model.num_parameters()
+def too_large(weights: int) -> bool:
+    """Whether so many weights in float32 are more than the memory that they may take; if so a line says it."""
+    budget, needed = memory_budget(), 4 * weights
     if budget is None or needed + WORKING <= budget:
         return False
     _say(needed)

@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             verb.add_argument("source", metavar="SRC", help=SOURCES.get(name, SOURCE))
             verb.add_argument("out", metavar="OUT", type=expanded, help="output folder")
-        if name not in ("import", "page"):
+        if name != "page":
             _add_memory(verb)
         add_flags(verb, stage.options)
 

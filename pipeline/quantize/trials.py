@@ -304,10 +304,14 @@ def _kept(source: Artifact, options: QuantizeOptions, asked: Path) -> Path:
     parts += [options.calibration_seed, options.head_bits, options.rare_rows, options.embedding_bits, options.method == "gptqmodel"]
     parts += [options.trust_remote_code, COUNTING, str(asked) if asked in WRITTEN else ""]
     # costs of weights that lie in a file are computed in float32 on any processor
-    parts += [prefers_bfloat16() and not too_large(Checkpoint(source.path, options.trust_remote_code).meta_model())]
+    parts += [prefers_bfloat16() and not too_large(_parameters(source, options))]
     parts += [COST_TOKENS, WINDOW, DRAWS, TRIAL_TOKENS, FORMS, version("edgepress")]
     name = hashlib.sha256(repr(parts).encode()).hexdigest()
     return cache_folder() / "costs" / f"{name[:32]}.json"
+
+
+def _parameters(source: Artifact, options: QuantizeOptions) -> int:
+    return int(Checkpoint(source.path, options.trust_remote_code).meta_model().num_parameters())
 
 
 def costs_of(source: Artifact, options: QuantizeOptions, trial: Trial | None = None) -> Costs:

@@ -79,8 +79,9 @@ def _recompute(model: PreTrainedModel) -> None:
     """
     _, blocks = decoder_blocks(model)
     for block in blocks:
-        block.gradient_checkpointing, block.training = True, True
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        vars(block).update(
+            training=True, gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+        )
 
 
 class Student:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
+from edgepress.pipeline.checkpoint.importers import gguf as gguf_importer
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import InputError, ModelError
+from edgepress.pipeline.machine import working_within
 from edgepress.pipeline.options import ImportOptions
 from edgepress.pipeline.text.windows import load_tokenizer
 from gguf import GGMLQuantizationType
@@ -31,6 +33,22 @@ def test_the_weights_are_the_files(kind: GGMLQuantizationType, reference: Path, 
     for name, weight in weights.items():
         np.testing.assert_array_equal(state[name].numpy(), weight, err_msg=name)
     assert artifact.format == "hf" and set(artifact.steps[-1].facts["types"]) == {kind.name, "F32"}
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0])
+def test_the_weights_are_the_files_without_memory_for_them(
+    kind: GGMLQuantizationType, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in a file meanwhile, and go into several."""
+    opened, real = list[int](), gguf_importer.WeightFile
+    monkeypatch.setattr(gguf_importer, "WeightFile", lambda size: (opened.append(size), real(size))[1])
+    weights = write_gguf(reference, tmp_path / "model.gguf", kind)
+    with working_within(1_000_000):
+        artifact = imported(tmp_path / "model.gguf", tmp_path / "out")
+    assert opened and opened[0] >= 4 * max(weight.size for weight in weights.values())
+    state = load_model(artifact.path).state_dict()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(state[name].numpy(), weight, err_msg=name)
 
 
 @pytest.mark.parametrize("codes", [False, True])

@@ -152,8 +152,8 @@ def test_a_budget_that_is_no_number(tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_and_what_is_beside_them_are_too_large(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Checkpoint(tiny).meta_model()
-    needed = 4 * model.num_parameters() + rooms.WORKING
+    weights = Checkpoint(tiny).meta_model().num_parameters()
+    needed = 4 * weights + rooms.WORKING
     for budget, large in ((needed - 1, True), (needed, False)):
         monkeypatch.setenv(MEMORY, str(budget))
-        assert too_large(model) is large
+        assert too_large(weights) is large

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 from unittest.mock import patch
 
@@ -19,8 +20,10 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.load import quiet
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.errors import InputError, ModelError, OptionError
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, too_large
+from edgepress.pipeline.errors import EdgepressError, InputError, ModelError, OptionError
 from edgepress.pipeline.files import JsonObject
+from edgepress.pipeline.machine import large_blocks_given_back
 from edgepress.pipeline.options import ImportOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import require
@@ -48,16 +51,20 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
     with _TURN:
         reader = _read(source.path)
         with _parsed_once(source.path, reader):
-            return _import(source.path, Counter(tensor.tensor_type.name for tensor in reader.tensors), out, options)
+            kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+            return _import(source.path, kinds, sum(int(tensor.n_elements) for tensor in reader.tensors), out, options)
 
 
-def _import(file: Path, kinds: Counter[str], out: Path, options: ImportOptions) -> JsonObject:
+def _import(file: Path, kinds: Counter[str], weights: int, out: Path, options: ImportOptions) -> JsonObject:
+    large = too_large(weights)
     try:
         # its bar is drawn wherever stderr goes, and cannot be switched off
-        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _alone(file) as folder:
+        with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _dequantized(weights), _alone(file) as folder:
             given = {"gguf_file": file.name, "trust_remote_code": False}
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
             tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+    except EdgepressError:
+        raise
     except Exception as error:  # the converters raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"transformers cannot convert {file.name} ({reason}); give the original checkpoint") from error
@@ -68,7 +75,8 @@ def _import(file: Path, kinds: Counter[str], out: Path, options: ImportOptions) 
     if kept and model.config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if not _is_head(model, name)}
     with quiet():
-        model.save_pretrained(out, state_dict=state if kept else None)
+        # what goes into one file is copied into memory before
+        model.save_pretrained(out, state_dict=state if kept else None, **({"max_shard_size": "1GB"} if large else {}))
         tokenizer.save_pretrained(out)
     if kept:
         packed.save({name: linear for name, (_, linear) in kept.items()}, out)
@@ -121,6 +129,26 @@ def _alone(file: Path) -> Iterator[Path]:
 
 def _bar(tensors: list[object], desc: str) -> Iterator[object]:
     return progress(tensors, "import", "tensor")
+
+
+@contextmanager
+def _dequantized(weights: int) -> Iterator[None]:
+    """Within the context what transformers dequantizes lies in a file, where so many weights do not fit into memory."""
+    if not too_large(weights):
+        yield
+        return
+    file = WeightFile(4 * weights)
+
+    def copy(values: np.ndarray) -> np.ndarray:
+        held = file.empty(values.shape)
+        array: np.ndarray = held.numpy()
+        np.copyto(array, values)
+        file.release([held])
+        return array
+
+    # the one copy that it makes of each tensor, once that is as the model has it
+    with patch.object(modeling_gguf_pytorch_utils, "np", SimpleNamespace(**vars(np) | {"copy": copy})), large_blocks_given_back():
+        yield
 
 
 @contextmanager
