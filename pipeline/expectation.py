@@ -7,7 +7,10 @@ not go with tokens. Dequantizing, hashing and writing are proportional to the pa
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +51,26 @@ LOGITS_PER_S = 250e6  # that a row of the benchmark compares with the original's
 # How wrong the model has been on quiet and busy machines: the range that is printed.
 LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
+SQUARE = 24  # bytes, times the square of the widest matrix's inputs: what is summed over the text, in float64, and its factor
 PROOF_COPIES = 3.5  # of the logits of a window of the proof: torch's, onnxruntime's, what is made of them
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Wall-clock seconds, least and most, and bytes of memory at the peak."""
+    """Wall-clock seconds, least and most, and bytes of memory: at the peak, and the least that the model can be worked on in."""
 
     seconds: tuple[float, float]
     memory: float
+    least: float = 0.0
+
+    def shortage(self, free: int | None) -> str:
+        """What is wrong where so many bytes are free; "" where they are enough, or unknown."""
+        if free is None or free >= self.least:
+            return ""
+        return (
+            f"this model takes {self.least / 1e9:.1f} GB of memory at the very least, for its largest block, and {free / 1e9:.1f} GB are "
+            "free; close other programs, or press a smaller model"
+        )
 
     def line(self) -> str:
         """``expect 4 to 6 minutes and about 1.5 GB of memory on this machine``."""
@@ -91,9 +105,9 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
 
     rate: what ``matmul_rate`` measured. removing: whether layers were removed by a stage that is done already.
     """
-    shapes = ShardIndex.of(source).shapes.values()
-    parameters = sum(map(math.prod, shapes))
-    vocabulary = max((shape[0] for shape in shapes if len(shape) == 2), default=0)  # the embedding has the most rows
+    shapes = ShardIndex.of(source).shapes
+    parameters = sum(map(math.prod, shapes.values()))
+    vocabulary = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)  # the embedding has the most rows
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
     narrowing = any(isinstance(o, NarrowOptions) for _, o in steps)
     low, high, memory = 0.0, 0.0, 4.0 * parameters
@@ -114,8 +128,22 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             text, rows = _scored(options, compared)
             seconds = rows * text * vocabulary / LOGITS_PER_S
             low, high = low + seconds, high + 1.5 * seconds
-    # weights that would take more lie in a file
-    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + min(memory, memory_budget() or memory))
+    least = least_memory(shapes)
+    if 4 * parameters + WORKING > (budget := memory_budget() or math.inf):  # they lie in a file
+        memory = min(memory, max(budget, least - LIBRARIES - WORKING))
+    return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory, least)
+
+
+def least_memory(shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Bytes that work on a checkpoint takes at least, however little memory its weights may have: its largest block in float32, and
+    what GPTQ and closed-form healing keep for its widest matrix. shapes: of its tensors, by name.
+    """
+    blocks: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        if found := re.search(r"\.(\d+)\.", name):
+            blocks[found[1]] += math.prod(shape)
+    widest = max((max(shape[-2:]) for name, shape in shapes.items() if len(shape) > 1 and re.search(r"\.\d+\.", name)), default=0)
+    return LIBRARIES + WORKING + 4.0 * max(blocks.values(), default=0) + SQUARE * widest**2
 
 
 def _tokens(budget: int, text: Path) -> float:

@@ -20,7 +20,7 @@ from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
 from edgepress.pipeline.files import MANIFEST, PLAN, JsonObject, check_disk, discard_part, expanded, folder_bytes, real, write_json
 from edgepress.pipeline.flags import Options, flag, make
 from edgepress.pipeline.lock import writing
-from edgepress.pipeline.machine import peak_memory, release_memory
+from edgepress.pipeline.machine import available_memory, peak_memory, release_memory
 from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import read_config
 from edgepress.pipeline.options import (
@@ -331,6 +331,8 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     if expected:
         kept = len(steps) - len(ahead)
         log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
+        if shortage := expected.shortage(available_memory()):
+            log.warning("warning: %s", shortage)
     done: list[Artifact] = []
     for (name, options), folder in zip(steps, folders, strict=True):
         release_memory()  # of the stage before

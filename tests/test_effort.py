@@ -12,7 +12,7 @@ from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import expectation
 from edgepress.pipeline.effort import EFFORTS, HELP, settings
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.expectation import Expectation, expect, matmul_rate
+from edgepress.pipeline.expectation import LIBRARIES, SQUARE, WORKING, Expectation, expect, least_memory, matmul_rate
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions
 from edgepress.pipeline.quantize import trials
@@ -87,6 +87,20 @@ def test_a_large_vocabulary_takes_memory_in_the_proof_and_time_in_the_benchmark(
 def test_the_expectation_in_words() -> None:
     assert Expectation((250, 350), 1.5e9).line() == "expect 4 to 6 minutes and about 1.5 GB of memory on this machine"
     assert re.match("expect 20 to 60 seconds", Expectation((20, 60), 1e9).line())
+
+
+def test_what_a_model_takes_at_least_is_that_of_its_largest_block() -> None:
+    """However many blocks there are, and however large its vocabulary is."""
+    block = {"self_attn.o_proj.weight": (2048, 2048), "mlp.down_proj.weight": (2048, 8192)}
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in range(16) for name, shape in block.items()}
+    shapes |= {"lm_head.weight": (128256, 2048)}
+    least = least_memory(shapes)
+    assert least == LIBRARIES + WORKING + 4 * (2048 * 2048 + 2048 * 8192) + SQUARE * 8192**2
+    expected = Expectation((1, 2), 4e9, least)
+    assert not expected.shortage(None) and not expected.shortage(round(least) + 1)
+    assert re.match(
+        r"this model takes 2\.5 GB of memory at the very least.* 2\.0 GB are free; close", expected.shortage(2_000_000_000)
+    )
     assert matmul_rate() > 1e8
 
 
