@@ -68,7 +68,7 @@ class Expectation:
         if free is None or free >= self.least:
             return ""
         return (
-            f"this model takes {self.least / 1e9:.1f} GB of memory at the very least, for its largest block, and {free / 1e9:.1f} GB "
+            f"this model takes {self.least / 1e9:.1f} GB of memory at the very least, for its largest block; {free / 1e9:.1f} GB "
             "are free; close other programs, or press a smaller model"
         )
 
