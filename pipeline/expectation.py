@@ -52,6 +52,7 @@ LOGITS_PER_S = 250e6  # that a row of the benchmark compares with the original's
 LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
 SQUARE = 24  # bytes, times the square of the widest matrix's inputs: what is summed over the text, in float64, and its factor
+TABLE = 7  # bytes a number of the embedding while it is read: as stored, in float32, and what is looked through; as measured
 PROOF_COPIES = 3.5  # of the logits of a window of the proof: torch's, onnxruntime's, what is made of them
 
 
@@ -68,8 +69,8 @@ class Expectation:
         if free is None or free >= self.least:
             return ""
         return (
-            f"this model takes {self.least / 1e9:.1f} GB of memory at the very least, for its largest block; {free / 1e9:.1f} GB "
-            "are free; close other programs, or press a smaller model"
+            f"this model takes {self.least / 1e9:.1f} GB of memory at the very least, for its largest block or its embedding; "
+            f"{free / 1e9:.1f} GB are free; close other programs, or press a smaller model"
         )
 
     def line(self) -> str:
@@ -136,14 +137,15 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
 
 def least_memory(shapes: Mapping[str, tuple[int, ...]]) -> float:
     """Bytes that work on a checkpoint takes at least, however little memory its weights may have: its largest block in float32, and
-    what GPTQ and closed-form healing keep for its widest matrix. shapes: of its tensors, by name.
+    what GPTQ and closed-form healing keep for its widest matrix; or its embedding as it is read. shapes: of its tensors, by name.
     """
     blocks: Counter[str] = Counter()
     for name, shape in shapes.items():
         if found := re.search(r"\.(\d+)\.", name):
             blocks[found[1]] += math.prod(shape)
     widest = max((max(shape[-2:]) for name, shape in shapes.items() if len(shape) > 1 and re.search(r"\.\d+\.", name)), default=0)
-    return LIBRARIES + WORKING + 4.0 * max(blocks.values(), default=0) + SQUARE * widest**2
+    outside = max((math.prod(shape) for name, shape in shapes.items() if not re.search(r"\.\d+\.", name)), default=0)
+    return LIBRARIES + WORKING + max(4.0 * max(blocks.values(), default=0) + SQUARE * widest**2, TABLE * outside)
 
 
 def _tokens(budget: int, text: Path) -> float:

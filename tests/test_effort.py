@@ -12,7 +12,7 @@ from edgepress.models import CALIBRATION_TEXT
 from edgepress.pipeline import expectation
 from edgepress.pipeline.effort import EFFORTS, HELP, settings
 from edgepress.pipeline.errors import OptionError
-from edgepress.pipeline.expectation import LIBRARIES, SQUARE, WORKING, Expectation, expect, least_memory, matmul_rate
+from edgepress.pipeline.expectation import LIBRARIES, SQUARE, TABLE, WORKING, Expectation, expect, least_memory, matmul_rate
 from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PruneOptions
 from edgepress.pipeline.quantize import trials
@@ -93,9 +93,10 @@ def test_what_a_model_takes_at_least_is_that_of_its_largest_block() -> None:
     """However many blocks there are, and however large its vocabulary is."""
     block = {"self_attn.o_proj.weight": (2048, 2048), "mlp.down_proj.weight": (2048, 8192)}
     shapes = {f"model.layers.{layer}.{name}": shape for layer in range(16) for name, shape in block.items()}
-    shapes |= {"lm_head.weight": (128256, 2048)}
+    shapes |= {"lm_head.weight": (32000, 2048)}
     least = least_memory(shapes)
     assert least == LIBRARIES + WORKING + 4 * (2048 * 2048 + 2048 * 8192) + SQUARE * 8192**2
+    assert least_memory(shapes | {"lm_head.weight": (256000, 2048)}) == LIBRARIES + WORKING + TABLE * 256000 * 2048
     expected = Expectation((1, 2), 4e9, least)
     assert not expected.shortage(None) and not expected.shortage(round(least) + 1)
     assert re.match(
