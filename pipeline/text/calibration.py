@@ -15,7 +15,7 @@ from edgepress.pipeline.text.windows import context_length, text_windows
 # Longer windows distinguish the blocks no better, and their logits fill the memory of a laptop.
 LONGEST_CALIBRATION_WINDOW = 1024
 SHORTEST_WINDOW = 8
-OTHER_TEXT_TOKENS, FEWEST_OTHER = 8192, 256
+OTHER_TEXT_TOKENS = 8192
 FEWEST = 32  # tokens in each set
 
 
@@ -85,14 +85,13 @@ def healing_sets(original: Path, options: HealOptions | TuneOptions, longest: in
 def other_halves(
     folder: Path, options: PruneOptions | HealOptions | TuneOptions, longest: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Windows of the text of another kind: the half that chooses and the half that judges; no more tokens than of the first kind.
+    """Windows of the text of another kind: the half that chooses and the half that judges.
 
     Raises TextError as ``calibration``, OptionError when it is the calibration text.
     """
     if sha256(options.other_text) == sha256(options.calibration):
         raise OptionError("--other-text is the --calibration text, which would judge what it taught; give another --other-text")
-    tokens = min(OTHER_TEXT_TOKENS, max(FEWEST_OTHER, options.calibration_tokens or OTHER_TEXT_TOKENS))
-    return _halves(even_windows(options.other_text, folder, tokens, key=options.text_key, longest=longest))
+    return _halves(even_windows(options.other_text, folder, OTHER_TEXT_TOKENS, key=options.text_key, longest=longest))
 
 
 def _halves(windows: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -71,7 +71,7 @@ def test_bits_are_judged_by_the_text_that_suffers_most(tiny: Path, monkeypatch: 
     trial = trials.Trial(Artifact.load(tiny), QuantizeOptions(method="rtn", group_size=64))
     together, alone = trial.measure("4", trial.all(Form(4, 64)), 1.0), []
     trial.measure("4", trial.all(Form(8, 64)), 1.0, all_texts=False)  # of the first text alone, which changes no order
-    texts, order = list(trial.texts), list(trial._in_turn())
+    texts, order = list(trial.texts), [text for known in trial._in_turn() for text in known]
     assert len(texts) == 3
     for text in texts:
         trial.texts = [text]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgepress.pipeline.options import HealOptions, PruneOptions
-from edgepress.pipeline.text.calibration import calibration, healing_sets, other_halves
+from edgepress.pipeline.text.calibration import calibration, healing_sets
 
 
 def test_the_five_sets_share_no_window(reference: Path) -> None:
@@ -22,10 +22,3 @@ def test_a_quarter_of_the_text_is_held_out(budget: int, reference: Path) -> None
     ranking, held_out = calibration(reference, PruneOptions(remove_count=1, calibration_tokens=budget))
     tokens = sum(map(len, ranking)) + sum(map(len, held_out))
     assert 0.2 <= sum(map(len, held_out)) / tokens <= 0.3 and tokens > 0.75 * budget
-
-
-@pytest.mark.parametrize(("asked", "least", "most"), [(None, 4000, 8192), (1024, 600, 1024), (64, 128, 256)])
-def test_no_more_of_another_text_than_of_the_first(asked: int | None, least: int, most: int, reference: Path) -> None:
-    """Whoever asks for few tokens would wait for those of the other text; a few hundred it takes to judge at all."""
-    tokens = [sum(map(len, half)) for half in other_halves(reference, PruneOptions(remove_count=1, calibration_tokens=asked))]
-    assert least <= sum(tokens) <= most and min(tokens) > sum(tokens) / 4
