@@ -76,6 +76,8 @@ class WeightFile:
     def _advise(self, advice: str, tensors: Iterable[torch.Tensor]) -> None:
         if (number := getattr(mmap, advice, None)) is None:  # Windows sees to it by itself
             return
+        if torch.compiler.is_exporting():  # the portable graph is traced on tensors that lie nowhere
+            return
         for tensor in tensors:
             if (place := self._places.get(tensor.data_ptr())) is not None:
                 segment, first, size = place
