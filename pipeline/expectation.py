@@ -17,7 +17,7 @@ from pathlib import Path
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
-from edgepress.pipeline.machine import memory_budget
+from edgepress.pipeline.machine import memory_budget, too_large
 from edgepress.pipeline.options import (
     HEALED_TOKENS,
     MIXED,
@@ -130,8 +130,8 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             seconds = rows * text * vocabulary / LOGITS_PER_S
             low, high = low + seconds, high + 1.5 * seconds
     least = least_memory(shapes)
-    if 4 * parameters + WORKING > (budget := memory_budget() or math.inf):  # they lie in a file
-        memory = min(memory, max(budget, least - LIBRARIES - WORKING))
+    if too_large(parameters):  # they lie in a file
+        memory = min(memory, max(memory_budget() or 0.0, least - LIBRARIES - WORKING))
     return Expectation((LEAST * low, MOST * high), LIBRARIES + WORKING + memory, least)
 
 

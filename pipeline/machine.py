@@ -19,6 +19,7 @@ from edgepress.pipeline.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
+WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 MEMORY = "EDGEPRESS_MEMORY"  # in the environment, so that processes which work for this one have it, too: bytes of --memory
 _LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
 # Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
@@ -90,6 +91,12 @@ def memory_budget() -> int | None:
         return int(given)
     free = available_memory()
     return None if free is None else free // 2
+
+
+def too_large(weights: int) -> bool:
+    """Whether so many weights in float32, and what is made of them, are more than the ``memory_budget``."""
+    budget = memory_budget()
+    return budget is not None and 4 * weights + WORKING > budget
 
 
 @contextmanager

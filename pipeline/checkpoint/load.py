@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from edgepress.pipeline.checkpoint.admission import check_code
 from edgepress.pipeline.checkpoint.reading import Reading, read_together
-from edgepress.pipeline.checkpoint.weight_file import WeightFile, too_large, watch
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, file_for, watch
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line, shown
 from edgepress.pipeline.errors import EdgepressError, ModelError
@@ -60,18 +60,14 @@ def build_model(config: PreTrainedConfig, weights: Weights, trust_remote_code: b
     """
     folder = weights.folder
     empty = build_meta_model(config, folder, trust_remote_code)
-    file = WeightFile(4 * empty.num_parameters()) if too_large(empty.num_parameters()) else None
+    file = file_for(empty.num_parameters())
 
     # what transformers makes one of several of, experts for one, is not needed once it has
     parts, own = None if file is None else WeightFile(0), {name for name, _ in empty.named_parameters(remove_duplicate=False)}
 
     def placed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         home = file if name in own else parts
-        if home is None:
-            return tensor.float()
-        held = home.empty(tensor.shape).copy_(tensor)
-        home.release([held])
-        return held
+        return tensor.float() if home is None else home.put(tensor)
 
     with ExitStack() as stack:
         if file is not None:

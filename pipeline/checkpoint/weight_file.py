@@ -23,12 +23,11 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, BlockOutput, block_output, decoder_blocks
 from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.machine import memory_budget, release_memory
+from edgepress.pipeline.machine import memory_budget, release_memory, too_large
 from transformers import PreTrainedModel
 
 log = logging.getLogger("edgepress")
 _SEGMENT, _PIECE = 1 << 28, 1 << 24  # bytes that are mapped at once, for each takes a file descriptor; and written at once
-WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 
 
 class WeightFile:
@@ -60,6 +59,12 @@ class WeightFile:
         self._taken += size
         self._places[tensor.data_ptr()] = place
         return tensor
+
+    def put(self, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A copy of a tensor in the file; it takes no memory of this process until it is used."""
+        copy = self.empty(tensor.shape, dtype).copy_(tensor)
+        self.release([copy])
+        return copy
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is one of those that ``empty`` gave."""
@@ -114,13 +119,12 @@ def _pages(size: int) -> int:
     return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
-def too_large(weights: int) -> bool:
-    """Whether so many weights in float32 are more than the memory that they may take; if so a line says it."""
-    budget, needed = memory_budget(), 4 * weights
-    if budget is None or needed + WORKING <= budget:
-        return False
-    _say(needed)
-    return True
+def file_for(weights: int) -> WeightFile | None:
+    """A file for so many weights in float32 where they are more than memory may hold, which a line says; else None."""
+    if not too_large(weights):
+        return None
+    _say(4 * weights)
+    return WeightFile(4 * weights)
 
 
 @cache
@@ -147,7 +151,7 @@ def watch(model: PreTrainedModel, file: WeightFile) -> None:
     """Move what of a model's weights is not in the file there, and see to it that blocks are fetched and released."""
     for parameter in model.parameters():
         if not file.holds(parameter):  # made by transformers of several others
-            parameter.data = file.empty(parameter.shape).copy_(parameter.data)
+            parameter.data = file.put(parameter.data)
     _FILES[model] = file
     try:
         _, blocks = decoder_blocks(model)

@@ -59,7 +59,8 @@ class Errors:
         for name, module in progress(self.modules.items(), "rounding", "matrix"):
             weight = matrix_of(module)
             restored = round_to_nearest(name, weight.numpy(), bits, group_size, symmetric).dequantized()
-            self._errors[name] = self._kept((torch.from_numpy(restored) - weight).bfloat16())
+            error = (torch.from_numpy(restored) - weight).bfloat16()
+            self._errors[name] = error if self._file is None else self._file.put(error, error.dtype)
             let_go(module.weight)
             if id(module.weight) in halved:
                 module.weight.data = module.weight.data.bfloat16()
@@ -67,13 +68,6 @@ class Errors:
             if id(parameter) in halved:
                 parameter.data = parameter.data.bfloat16()
         release_memory()
-
-    def _kept(self, error: torch.Tensor) -> torch.Tensor:
-        if self._file is None:
-            return error
-        kept = self._file.empty(error.shape, error.dtype).copy_(error)
-        self._file.release([kept])
-        return kept
 
     @contextmanager
     def added(self, windows: int) -> Iterator[None]:

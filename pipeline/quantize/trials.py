@@ -22,11 +22,11 @@ from edgepress.pipeline.checkpoint.blocks import Blocks, block_linears, block_ma
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import SCALE_BYTES
 from edgepress.pipeline.checkpoint.parts import within
-from edgepress.pipeline.checkpoint.weight_file import too_large, weight_file
+from edgepress.pipeline.checkpoint.weight_file import weight_file
 from edgepress.pipeline.errors import InputError, ModelError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import read_json, sha256, write_json
-from edgepress.pipeline.machine import large_blocks_given_back, prefers_bfloat16, release_memory
+from edgepress.pipeline.machine import large_blocks_given_back, prefers_bfloat16, release_memory, too_large
 from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions

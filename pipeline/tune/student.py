@@ -109,9 +109,7 @@ class Student:
         assert packed is not None
         weight, dequantized = module.weight, Dequantized(packed, isinstance(module, Conv1D))
         if file is not None:  # where the weights were
-            values = dequantized.values
-            dequantized.values = file.empty(values.shape, values.dtype).copy_(values)
-            file.release([dequantized.values])
+            dequantized.values = file.put(dequantized.values, dequantized.values.dtype)
         # The head of a tied model is the embedding's matrix: one set of scales serves both.
         sharing = [m for m in self.model.modules() if m._parameters.get("weight") is weight]
         for one in sharing:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.checkpoint.importers import gguf as gguf_importer
+from edgepress.pipeline.checkpoint import weight_file
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import InputError, ModelError
 from edgepress.pipeline.machine import working_within
@@ -40,8 +40,8 @@ def test_the_weights_are_the_files_without_memory_for_them(
     kind: GGMLQuantizationType, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They lie in a file meanwhile, and go into several."""
-    opened, real = list[int](), gguf_importer.WeightFile
-    monkeypatch.setattr(gguf_importer, "WeightFile", lambda size: (opened.append(size), real(size))[1])
+    opened, real = list[int](), weight_file.WeightFile
+    monkeypatch.setattr(weight_file, "WeightFile", lambda size: (opened.append(size), real(size))[1])
     weights = write_gguf(reference, tmp_path / "model.gguf", kind)
     with working_within(1_000_000):
         artifact = imported(tmp_path / "model.gguf", tmp_path / "out")

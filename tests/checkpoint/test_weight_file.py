@@ -14,9 +14,9 @@ import torch
 from edgepress.pipeline.checkpoint import weight_file as rooms
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, too_large, weight_file
+from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
 from edgepress.pipeline.errors import OptionError, OutputError
-from edgepress.pipeline.machine import MEMORY
+from edgepress.pipeline.machine import MEMORY, WORKING, too_large
 from families import family_config
 
 IDS = torch.arange(2, 34)[None]
@@ -153,7 +153,7 @@ def test_a_budget_that_is_no_number(tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_weights_and_what_is_beside_them_are_too_large(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Checkpoint(tiny).meta_model().num_parameters()
-    needed = 4 * weights + rooms.WORKING
+    needed = 4 * weights + WORKING
     for budget, large in ((needed - 1, True), (needed, False)):
         monkeypatch.setenv(MEMORY, str(budget))
         assert too_large(weights) is large

@@ -20,10 +20,10 @@ from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint import packed
 from edgepress.pipeline.checkpoint.load import quiet
 from edgepress.pipeline.checkpoint.packed import PackedLinear
-from edgepress.pipeline.checkpoint.weight_file import WeightFile, too_large
+from edgepress.pipeline.checkpoint.weight_file import file_for
 from edgepress.pipeline.errors import EdgepressError, InputError, ModelError, OptionError
 from edgepress.pipeline.files import JsonObject
-from edgepress.pipeline.machine import large_blocks_given_back
+from edgepress.pipeline.machine import large_blocks_given_back, too_large
 from edgepress.pipeline.options import ImportOptions
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.registry import require
@@ -56,7 +56,6 @@ def import_gguf(source: Artifact, out: Path, options: ImportOptions) -> JsonObje
 
 
 def _import(file: Path, kinds: Counter[str], weights: int, out: Path, options: ImportOptions) -> JsonObject:
-    large = too_large(weights)
     try:
         # its bar is drawn wherever stderr goes, and cannot be switched off
         with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", _bar), _dequantized(weights), _alone(file) as folder:
@@ -76,7 +75,7 @@ def _import(file: Path, kinds: Counter[str], weights: int, out: Path, options: I
         state = {name: tensor for name, tensor in state.items() if not _is_head(model, name)}
     with quiet():
         # what goes into one file is copied into memory before
-        model.save_pretrained(out, state_dict=state if kept else None, **({"max_shard_size": "1GB"} if large else {}))
+        model.save_pretrained(out, state_dict=state if kept else None, **({"max_shard_size": "1GB"} if too_large(weights) else {}))
         tokenizer.save_pretrained(out)
     if kept:
         packed.save({name: linear for name, (_, linear) in kept.items()}, out)
@@ -134,13 +133,12 @@ def _bar(tensors: list[object], desc: str) -> Iterator[object]:
 @contextmanager
 def _dequantized(weights: int) -> Iterator[None]:
     """Within the context what transformers dequantizes lies in a file, where so many weights do not fit into memory."""
-    if not too_large(weights):
+    if (file := file_for(weights)) is None:
         yield
         return
-    file = WeightFile(4 * weights)
 
     def copy(values: np.ndarray) -> np.ndarray:
-        held = file.empty(values.shape)
+        held = file.empty(values.shape)  # numpy's array may be one that torch would warn of
         array: np.ndarray = held.numpy()
         np.copyto(array, values)
         file.release([held])
