@@ -45,7 +45,8 @@ TRIALS = 6  # one that fails takes a text alone, mostly
 # A mix that saves less of the artifact's bytes than this is not worth what it costs: most of the loss that is allowed, where 8 bits
 # lose next to nothing. A tune stage wins some of it back, and who asked for one wants few bytes.
 WORTH, WORTH_TUNED = 0.2, 0.03
-# Of the limit, what a mix may use: it is chosen by the text that it is judged by, and loses more on others.
+# Of the limit, what a mix should use: it is chosen by the text that it is judged by, and loses more on others. One that uses more
+# is taken where none that keeps to this is worth it: what a matrix costs is known to an eighth at best, and luck should not decide.
 AIM = 0.8
 
 
@@ -101,7 +102,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
     if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or most < worth:
         return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     items = trial.items()
-    mixed = _within(trial, items, limit if options.tuned else AIM * limit, left, worth)
+    mixed = _within(trial, items, limit, left, worth, aim=limit if options.tuned else AIM * limit)
     if mixed is None:
         return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
     chosen = replace(_mixed(settled, items, mixed.forms), rare_rows=mixed.head.rare)
@@ -155,12 +156,13 @@ class _Mix:
     name: str
 
 
-def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: float) -> _Mix | None:
-    """The mix of fewest bytes whose measured growth keeps to the limit; None where it saves too little against 8 bits.
+def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: float, aim: float) -> _Mix | None:
+    """The mix of fewest bytes whose measured growth keeps to ``aim``, or else that of least growth which keeps to the limit.
 
-    The estimates need not add up: a bound that a trial exceeds is lowered by as much.
+    None where it saves too little against 8 bits. The estimates need not add up: a bound that a trial exceeds is lowered by as
+    much.
     """
-    allowed = math.log1p(limit) / left
+    allowed, measured = math.log1p(aim) / left, list[tuple[float, _Mix]]()
     for _ in range(TRIALS):
         found = [
             (forms, head)
@@ -169,14 +171,16 @@ def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: f
         ]
         forms, head = max(found, key=lambda pair: trial.saved(by_matrix(items, pair[0]), pair[1]))
         if trial.saved(by_matrix(items, forms), head) < worth:
-            return None
+            break
         name = _named(f"{mean_bits(items, forms):.1f}", head, trial)
         of_method = 1.0 if set(forms) == {EIGHT} else left  # calibration wins nothing there
         growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head)
-        if growth <= limit:
-            return _Mix(forms, head, name)
-        allowed *= 0.95 * math.log1p(limit) / math.log1p(growth)
-    return None
+        measured.append((growth, _Mix(forms, head, name)))
+        if growth <= aim:
+            return measured[-1][1]
+        allowed *= 0.95 * math.log1p(aim) / math.log1p(growth)
+    growth, mix = min(measured, key=lambda pair: pair[0], default=(math.inf, None))
+    return mix if growth <= limit else None
 
 
 def _heads(trial: Trial) -> dict[Head, float]:

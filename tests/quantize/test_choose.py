@@ -56,6 +56,38 @@ def test_as_few_bits_as_the_loss_allows(settled: Callable[..., Chosen], monkeypa
     assert failed.options.bits == 8 and "nothing here keeps to" not in failed.because
 
 
+@pytest.mark.parametrize(
+    ("growths", "taken"),
+    [([0.035], 0), ([0.041, 0.043, 0.038], 2), ([0.044, 0.041, 0.043], 1), ([0.06, 0.055, 0.051], None)],
+    ids=["keeps to the aim", "the third does", "none worth it does", "none keeps to the limit"],
+)
+def test_what_misses_the_aim_by_little_is_taken_where_nothing_else_is_worth_it(growths: list[float], taken: int | None) -> None:
+    """SmolLM2 with what its matrices cost in float32: two mixes cost 4.1 and 4.3 %, of 5 allowed, and 8 bits were taken."""
+    tried = []
+
+    class Scripted:
+        options = QuantizeOptions()
+
+        def heads(self) -> dict[Head, float]:
+            return {EIGHT_BITS: 0.0}
+
+        def saved(self, *_: object) -> float:
+            return 0.3 if len(tried) < len(growths) else 0.1
+
+        def measure(self, name: str, forms: dict[str, Form], *_: object, **__: object) -> float:
+            tried.append([forms[str(number)] for number in range(40)])
+            return growths[len(tried) - 1]
+
+    items = [
+        mix.Item(
+            (str(n),), 4096, {form: (1 + n) * 2.0**-form.bits / 100 for form in mix.FORMS}, {f: 512 * f.bits for f in mix.FORMS}
+        )
+        for n in range(40)
+    ]
+    found = choose._within(Scripted(), items, 0.05, left=1.0, worth=0.2, aim=0.04)  # type: ignore[arg-type]
+    assert len(tried) == len(growths) and (found and tried.index(found.forms)) == taken
+
+
 def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the loss at uniform bits it leaves a share: the same bound allows 4 bits with it, and not without."""
     with_it = settled(max_growth=10.0, tuned=True).growth["4"]
