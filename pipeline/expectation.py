@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgepress.models import OTHER_TEXT
 from edgepress.pipeline.checkpoint.shards import ShardIndex
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.flags import Options
@@ -151,7 +152,7 @@ def least_memory(shapes: Mapping[str, tuple[int, ...]]) -> float:
 def _tokens(budget: int, text: Path) -> float:
     """Tokens of a text that will be read: ``budget``, or all there are."""
     if text == MIXED:
-        return min(budget, 2 * OWN_TOKENS)
+        return min(budget, 2 * OWN_TOKENS + OTHER_TEXT.stat().st_size / BYTES_A_TOKEN)
     return min(budget, text.stat().st_size / BYTES_A_TOKEN if text.is_file() else budget)
 
 

@@ -82,7 +82,7 @@ TARGETS = {
 def _calibration(usual: Path = CALIBRATION_TEXT) -> Path:
     return option(
         usual, "calibration text: .txt, .jsonl, .json or .csv, or 'self': what the model itself writes, sampled once, or 'mixed': "
-        f"the shipped prose and as much of that (default: {'mixed' if usual == MIXED else 'the shipped calibration.txt'})",
+        f"that, the shipped prose and technical prose (default: {'mixed' if usual == MIXED else 'the shipped calibration.txt'})",
     )  # fmt: skip
 
 

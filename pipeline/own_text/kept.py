@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from edgepress.models import CALIBRATION_TEXT
+from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline.artifact import RECORDS
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -23,6 +23,8 @@ from edgepress.pipeline.errors import ModelError, OptionError, OutputError, Text
 from edgepress.pipeline.fetch import cache_folder
 from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
 from edgepress.pipeline.machine import available_memory, release_memory, training_device
+from edgepress.pipeline.metrics.readable import readable
+from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import (
     MIXED,
     OWN_TOKENS,
@@ -36,11 +38,12 @@ from edgepress.pipeline.options import (
     TuneOptions,
     sampler,
 )
-from edgepress.pipeline.text.windows import IDS, ids_of, load_tokenizer, read_ids
+from edgepress.pipeline.text.windows import IDS, ids_of, load_tokenizer, read_ids, text_windows
 
 log = logging.getLogger("edgepress")
 Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
-TURN = 256  # tokens of either part of a mixed text, in turn: a row of the sampler
+TURN = 256  # tokens of each part of a mixed text, in turn: a row of the sampler
+READ_TOKENS = 1024  # that show whether a model reads a text
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.
@@ -50,7 +53,7 @@ _RECORDS = {MANIFEST, *RECORDS}
 def with_text(options: Calibrated, model: Path, sparing: bool = False) -> Calibrated:
     """The options with a file for ``self``: token ids that ``options.calibration_model`` wrote, or else ``model`` itself.
 
-    For ``mixed`` these by turns with the shipped prose; where the model does not fit into memory, the prose alone.
+    For ``mixed`` see ``mixed_text``.
     Raises OptionError for a calibration model with another tokenizer, OutputError when no folder can be written, and where
     ``sparing`` ModelError for a model that does not fit into memory.
     """
@@ -77,21 +80,44 @@ def first_read(calibration: Path) -> Path:
 
 
 def mixed_text(checkpoint: Checkpoint, seed: int = 0) -> Path:
-    """The shipped prose and as many of ``OWN_TOKENS`` ids of the model's own, by turns of ``TURN``; the prose alone where the model
-    takes more than half of the memory that is free, or makes no text. Raises OutputError when no folder can be written.
+    """The shipped prose, ``OWN_TOKENS`` ids of the model's own and the shipped technical prose, by turns of ``TURN``.
 
-    Either text alone teaches GPTQ one kind: what it wins on prose it half loses on code, and the other way round
-    (docs/calibration.md).
+    Without the second where the model takes more than half of the memory that is free, or makes no text, without the third where it
+    does not read that. Raises OutputError when no folder can be written.
+
+    One kind of text teaches GPTQ that kind: what it wins on prose it half loses on code, and the other way round
+    (docs/calibration.md). It is the same with what each matrix costs.
     """
+    own = None
     try:
-        own = read_ids(own_text(checkpoint, OWN_TOKENS, seed, sparing=True))
+        own = own_text(checkpoint, OWN_TOKENS, seed, sparing=True)
     except ModelError as error:
-        log.warning("warning: the shipped prose alone calibrates: %s", error)
+        log.warning("warning: the shipped texts alone calibrate: %s", error)
+    decisive = [_key(checkpoint.path, OWN_TOKENS, seed), own is None, TURN, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]
+    name = f"{hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]}{IDS}"
+    if there := _found(name):
+        return there
+    prose = _first_ids(CALIBRATION_TEXT, checkpoint)
+    parts = [prose] if own is None else [prose, read_ids(own)[: len(prose)]]
+    if _reads(checkpoint, OTHER_TEXT):
+        parts.append(_first_ids(OTHER_TEXT, checkpoint))
+    if len(parts) == 1:
         return CALIBRATION_TEXT
-    prose = np.array(ids_of(CALIBRATION_TEXT, checkpoint.tokenizer, OWN_TOKENS), dtype=np.int64)[:OWN_TOKENS]
-    turns = [part[first : first + TURN] for first in range(0, OWN_TOKENS, TURN) for part in (prose, own[: len(prose)])]
-    ids = np.concatenate(turns)
-    return _kept(f"{hashlib.sha256(ids.tobytes()).hexdigest()[:32]}{IDS}", ids)
+    turns = [part[first : first + TURN] for first in range(0, OWN_TOKENS, TURN) for part in parts]
+    return _kept(name, np.concatenate(turns))
+
+
+def _first_ids(text: Path, checkpoint: Checkpoint) -> np.ndarray:
+    return np.array(ids_of(text, checkpoint.tokenizer, OWN_TOKENS), dtype=np.int64)[:OWN_TOKENS]
+
+
+def _reads(checkpoint: Checkpoint, text: Path) -> bool:
+    windows = text_windows(text, checkpoint.path, budget=READ_TOKENS, length=min(READ_TOKENS // 4, checkpoint.context))
+    model = checkpoint.model()
+    loss, size = mean_loss(model, windows), int(model.config.vocab_size)
+    del model
+    release_memory()  # its parts refer to one another
+    return readable(loss, size)
 
 
 def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool = False) -> Path:
@@ -114,7 +140,8 @@ def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool =
     return _kept(name, ids)
 
 
-def _found(name: str, tokens: int) -> Path | None:
+def _found(name: str, tokens: int | None = None) -> Path | None:
+    """The file of that name, if it is there and whole; tokens: that it holds, if it is known."""
     return next((folder / name for folder in [*_cache(), *_unkept] if _holds(folder / name, tokens)), None)
 
 
@@ -166,10 +193,10 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _holds(file: Path, tokens: int) -> bool:
+def _holds(file: Path, tokens: int | None) -> bool:
     """Whether a file is there and whole."""
     with suppress(TextError, OSError):
-        return file.is_file() and len(read_ids(file)) == tokens
+        return file.is_file() and tokens in (None, len(read_ids(file)))
     return False
 
 

@@ -64,14 +64,14 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         check_possible(source.path, options, None)
     trial = Trial(source, options)
     given = options.target_bits is not None or options.max_size is not None
-    before = quantized_before(source) and not given and not trial.writes()
+    before = quantized_before(source) and not given and not trial.varied()
     settled = replace(options, max_growth=None, target_bits=None, max_size=None, native_bits=False)
     if before:
         settled = _by_rounding(settled)
         if options.method in CALIBRATED:
             log.info(
                 "quantize: rounded to nearest: on weights that were quantized before, GPTQ wins only on the kind of text that it "
-                "read; --calibration mixed has two"
+                "read; --calibration mixed has several"
             )
     left = left_of(settled)
     left_of_uniform = left * TUNED / TUNED_MIX if options.tuned else left

@@ -116,9 +116,6 @@ class Trial:
         number = 0
         while number < len(self.judging):
             given = self.judging[number]
-            if given.calibration == SELF and self.options.calibration == MIXED and not self.writes():
-                self.judging.remove(given)  # the model makes no text: nothing is judged by it either
-                continue
             if number == len(self.texts):
                 try:
                     self._read(self._written(given))
@@ -139,8 +136,8 @@ class Trial:
             self._resolved = self._written(_longer(self.options))
         return self._resolved
 
-    def writes(self) -> bool:
-        """Whether the calibration text is, in part at least, the model's own."""
+    def varied(self) -> bool:
+        """Whether the calibration text is more than one kind of prose."""
         return self.options.calibration in WRITTEN and self.resolved().calibration.name.endswith(IDS)
 
     def _written(self, options: QuantizeOptions) -> QuantizeOptions:
@@ -151,7 +148,7 @@ class Trial:
         if options.calibration not in WRITTEN:
             return options
         self._free()
-        return with_text(options, self.path, sparing=self.options.calibration not in WRITTEN)
+        return with_text(options, self.path, sparing=self.options.calibration != SELF)
 
     def _windows(self, tokens: int, length: int, options: QuantizeOptions) -> list[np.ndarray]:
         text, key = options.calibration, options.text_key

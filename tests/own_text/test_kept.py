@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgepress.models import CALIBRATION_TEXT
+from edgepress.models import CALIBRATION_TEXT, OTHER_TEXT
 from edgepress.pipeline import recipe, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.folder import Checkpoint
@@ -152,21 +152,30 @@ def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monke
     assert read == [file] * 3
 
 
-def test_a_mixed_text_has_both_by_turns(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the beginning of it is mixed, too, where fewer tokens are asked for."""
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_mixed_text_has_all_kinds_by_turns(reads: bool, tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the beginning of it is mixed, too, where fewer tokens are asked for; technical prose if the model reads it."""
     monkeypatch.setattr(kept, "OWN_TOKENS", 2000)
-    own, prose = own_text(Checkpoint(tiny), 2000), ids_of(CALIBRATION_TEXT, Checkpoint(tiny).tokenizer, 2000)[:2000]
+    asked: list[float] = []
+    monkeypatch.setattr(kept, "readable", lambda loss, size: asked.append(loss / np.log(size)) or reads)
+    tokenizer = Checkpoint(tiny).tokenizer
+    parts = [
+        np.array(ids_of(CALIBRATION_TEXT, tokenizer, 2000)[:2000]),
+        read_ids(own_text(Checkpoint(tiny), 2000)),
+        np.array(ids_of(OTHER_TEXT, tokenizer, 2000)[:2000]),
+    ][: 2 + reads]
     before = {*cache.iterdir()}
     file = with_text(QuantizeOptions(calibration=MIXED), tiny).calibration
     ids = read_ids(file)
-    assert {*cache.iterdir()} - before == {file} and len(ids) == 4000
-    for turn in range(8):
-        first, length = 256 * turn, min(256, 2000 - 256 * turn)
-        assert np.array_equal(ids[2 * first : 2 * first + length], prose[first : first + length])
-        assert np.array_equal(ids[2 * first + length : 2 * first + 2 * length], read_ids(own)[first : first + length])
+    assert {*cache.iterdir()} - before == {file} and len(ids) == sum(map(len, parts))
+    for first in range(0, 2000, 256):
+        for part in parts:
+            turn, ids = ids[: len(part[first : first + 256])], ids[len(part[first : first + 256]) :]
+            assert np.array_equal(turn, part[first : first + 256])
     assert with_text(QuantizeOptions(calibration=MIXED), tiny).calibration == file
     # what a tune stage follows is compared with what none follows
     assert with_text(QuantizeOptions(calibration=MIXED, tuned=True), tiny).calibration == file
+    assert len(asked) == 1 and 0.9 < asked[0] < 1.1  # once a model, and its weights are random
 
 
 def test_a_model_that_does_not_fit_into_memory_writes_nothing(
@@ -176,10 +185,15 @@ def test_a_model_that_does_not_fit_into_memory_writes_nothing(
     weights = 4 * Checkpoint(tiny).meta_model().num_parameters()
     monkeypatch.setattr(kept, "available_memory", lambda: 2 * weights - 1)
     assert with_text(QuantizeOptions(), tiny).calibration == CALIBRATION_TEXT
-    assert "the shipped prose alone calibrates" in caplog.text and "GB that are free" in caplog.text
+    assert "the shipped texts alone calibrate" in caplog.text and "GB that are free" in caplog.text
     job, seen = plan(Checkpoint(tiny), Checkpoint(tiny).meta_model(), QuantizeOptions(calibration_tokens=64), tmp_path / "scratch")
     job.windows()
     assert seen.text == CALIBRATION_TEXT.name  # and so says the manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "readable", lambda *_: True)
+        shipped = read_ids(with_text(QuantizeOptions(), tiny).calibration)
+        texts = [ids_of(text, Checkpoint(tiny).tokenizer, 512)[:256] for text in (CALIBRATION_TEXT, OTHER_TEXT)]
+        assert np.array_equal(shipped[:512], np.concatenate(texts))
     for enough in (2 * weights, None, 1000):  # what is written already takes no memory
         monkeypatch.setattr(kept, "available_memory", lambda enough=enough: enough)
         assert with_text(QuantizeOptions(), tiny).calibration != CALIBRATION_TEXT
