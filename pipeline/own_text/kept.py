@@ -50,10 +50,10 @@ _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _RECORDS = {MANIFEST, *RECORDS}
 
 
-def with_text(options: Calibrated, model: Path, sparing: bool = False) -> Calibrated:
+def with_text(options: Calibrated, model: Path, sparing: bool = False, shipped: bool = False) -> Calibrated:
     """The options with a file for ``self``: token ids that ``options.calibration_model`` wrote, or else ``model`` itself.
 
-    For ``mixed`` see ``mixed_text``.
+    For ``mixed`` see ``mixed_text``; of that what is ``shipped`` alone.
     Raises OptionError for a calibration model with another tokenizer, OutputError when no folder can be written, and where
     ``sparing`` ModelError for a model that does not fit into memory.
     """
@@ -67,7 +67,7 @@ def with_text(options: Calibrated, model: Path, sparing: bool = False) -> Calibr
     checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
     if options.calibration == MIXED:
-        file = mixed_text(checkpoint, seed or 0)
+        file = mixed_text(checkpoint, seed or 0, shipped)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
         file = own_text(checkpoint, tokens, seed or 0, sparing)
@@ -79,18 +79,18 @@ def first_read(calibration: Path) -> Path:
     return CALIBRATION_TEXT if calibration == MIXED else calibration
 
 
-def mixed_text(checkpoint: Checkpoint, seed: int = 0) -> Path:
+def mixed_text(checkpoint: Checkpoint, seed: int = 0, shipped: bool = False) -> Path:
     """The shipped prose, ``OWN_TOKENS`` ids of the model's own and the shipped technical prose, by turns of ``TURN``.
 
-    Without the second where the model takes more than half of the memory that is free, or makes no text, without the third where it
-    does not read that. Raises OutputError when no folder can be written.
+    Without the second where what is ``shipped`` was asked for, the model takes more than half of the memory that is free, or makes
+    no text, without the third where it does not read that. Raises OutputError when no folder can be written.
 
-    One kind of text teaches GPTQ that kind: what it wins on prose it half loses on code, and the other way round
-    (docs/calibration.md). It is the same with what each matrix costs.
+    One kind of text teaches GPTQ that kind: what it wins on prose it half loses on code, and the other way round. What each matrix
+    costs is known better without the model's own (docs/calibration.md).
     """
     own = None
     try:
-        own = own_text(checkpoint, OWN_TOKENS, seed, sparing=True)
+        own = None if shipped else own_text(checkpoint, OWN_TOKENS, seed, sparing=True)
     except ModelError as error:
         log.warning("warning: the shipped texts alone calibrate: %s", error)
     decisive = [_key(checkpoint.path, OWN_TOKENS, seed), own is None, TURN, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]
@@ -112,6 +112,14 @@ def _first_ids(text: Path, checkpoint: Checkpoint) -> np.ndarray:
 
 
 def _reads(checkpoint: Checkpoint, text: Path) -> bool:
+    """Whether the model can read a text; found out once in a process, for it takes all weights."""
+    asked = _key(checkpoint.path, 0, 0), text
+    if asked not in _read:
+        _read[asked] = _is_readable(checkpoint, text)
+    return _read[asked]
+
+
+def _is_readable(checkpoint: Checkpoint, text: Path) -> bool:
     windows = text_windows(text, checkpoint.path, budget=READ_TOKENS, length=min(READ_TOKENS // 4, checkpoint.context))
     model = checkpoint.model()
     loss, size = mean_loss(model, windows), int(model.config.vocab_size)
@@ -171,6 +179,7 @@ def _cache() -> list[Path]:
 
 
 _unkept: list[Path] = []
+_read: dict[tuple[str, Path], bool] = {}
 
 
 def _temporary() -> Path:

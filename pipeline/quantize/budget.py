@@ -33,7 +33,7 @@ _GRAPH, _GRAPH_LAYER = 20_000, 5_300
 # What quantize and export add to the manifest, with the rule of a matrix, and export's own configs beside a copy of the model's.
 _FACTS, _RULE, _CONFIGS = 6_000, 110, 2_500
 # Of costs that were kept: raised where ``ends_of`` counts otherwise, or a head is measured otherwise.
-COUNTING = 9
+COUNTING = 10
 Number = TypeVar("Number", int, float)
 
 

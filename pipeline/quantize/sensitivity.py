@@ -55,9 +55,12 @@ class Sensitivity:
 
 
 def measure(checkpoint: Checkpoint, options: SensitivityOptions) -> Sensitivity:
-    """One pass over the calibration text: see curvature.py. Raises TextError for a text of less than a window."""
+    """One pass over the calibration text, of ``mixed`` over what is shipped: see curvature.py.
+
+    Raises TextError for a text of less than a window.
+    """
     named = first_read(options.calibration)
-    options = with_text(options, checkpoint.path)
+    options = with_text(options, checkpoint.path, shipped=True)
     windows = text_windows(
         options.calibration, checkpoint.path, budget=options.calibration_tokens, skip=options.calibration_skip,
         length=min(WINDOW, checkpoint.context), key=options.text_key,

@@ -155,8 +155,10 @@ class Trial:
         return text_windows(text, self.path, budget=tokens, skip=options.calibration_skip, length=length, key=key)
 
     def items(self) -> list[Item]:
-        """What each matrix costs at each form, from one pass over the calibration text."""
-        windows = self._windows(COST_TOKENS, min(WINDOW, self.context), self.resolved())
+        """What each matrix costs at each form, from one pass over the calibration text, of ``mixed`` over what is shipped."""
+        mixed = self.options.calibration == MIXED
+        read = with_text(self.options, self.path, shipped=True) if mixed else self.resolved()
+        windows = self._windows(COST_TOKENS, min(WINDOW, self.context), read)
         model = self._model().blocks.model
         items = items_of_model(model, windows, self.spared, self.options.symmetric, spent=True)
         if weight_file(model) is None:  # else its weights are what they were

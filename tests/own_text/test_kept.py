@@ -156,6 +156,7 @@ def test_whatever_else_calibrates_reads_it_too(tiny: Path, tmp_path: Path, monke
 def test_a_mixed_text_has_all_kinds_by_turns(reads: bool, tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the beginning of it is mixed, too, where fewer tokens are asked for; technical prose if the model reads it."""
     monkeypatch.setattr(kept, "OWN_TOKENS", 2000)
+    monkeypatch.setattr(kept, "_read", {})
     asked: list[float] = []
     monkeypatch.setattr(kept, "readable", lambda loss, size: asked.append(loss / np.log(size)) or reads)
     tokenizer = Checkpoint(tiny).tokenizer
@@ -178,6 +179,33 @@ def test_a_mixed_text_has_all_kinds_by_turns(reads: bool, tiny: Path, cache: Pat
     assert len(asked) == 1 and 0.9 < asked[0] < 1.1  # once a model, and its weights are random
 
 
+@pytest.mark.usefixtures("silent")
+def test_what_each_matrix_costs_is_measured_on_shipped_texts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what a model writes it is known worse (docs/calibration.md); a text that is given is read as it is."""
+    monkeypatch.setattr(kept, "readable", lambda *_: True)
+    monkeypatch.setattr(kept, "_read", {})
+    both = with_text(QuantizeOptions(), tiny, shipped=True).calibration
+    texts = [ids_of(text, Checkpoint(tiny).tokenizer, 512)[:256] for text in (CALIBRATION_TEXT, OTHER_TEXT)]
+    assert np.array_equal(read_ids(both)[:512], np.concatenate(texts))
+    read = []
+
+    def reads(path: Path, *_: object, **__: object) -> None:
+        read.append(path)
+        raise TextError("enough")
+
+    for module in (trials, sensitivity):
+        monkeypatch.setattr(module, "text_windows", reads)
+    for calibration in (MIXED, CALIBRATION_TEXT):
+        trial = object.__new__(trials.Trial)
+        trial.options = trial._resolved = QuantizeOptions(calibration=calibration)
+        trial.path, trial.context = tiny, 512
+        with pytest.raises(TextError, match="enough"):
+            trial.items()
+        with pytest.raises(TextError, match="enough"):
+            sensitivity.measure(Checkpoint(tiny), SensitivityOptions(calibration=calibration))
+    assert read == [both, both, CALIBRATION_TEXT, CALIBRATION_TEXT]
+
+
 def test_a_model_that_does_not_fit_into_memory_writes_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,6 +219,7 @@ def test_a_model_that_does_not_fit_into_memory_writes_nothing(
     assert seen.text == CALIBRATION_TEXT.name  # and so says the manifest
     with monkeypatch.context() as patch:
         patch.setattr(kept, "readable", lambda *_: True)
+        patch.setattr(kept, "_read", {})
         shipped = read_ids(with_text(QuantizeOptions(), tiny).calibration)
         texts = [ids_of(text, Checkpoint(tiny).tokenizer, 512)[:256] for text in (CALIBRATION_TEXT, OTHER_TEXT)]
         assert np.array_equal(shipped[:512], np.concatenate(texts))
