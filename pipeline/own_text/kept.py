@@ -86,7 +86,7 @@ def mixed_text(checkpoint: Checkpoint, seed: int = 0, shipped: bool = False) -> 
     no text, without the third where it does not read that. Raises OutputError when no folder can be written.
 
     One kind of text teaches GPTQ that kind: what it wins on prose it half loses on code, and the other way round. What each matrix
-    costs is known better without the model's own (docs/calibration.md).
+    costs is known no better with the model's own (docs/calibration.md).
     """
     own = None
     try:

@@ -181,7 +181,7 @@ def test_a_mixed_text_has_all_kinds_by_turns(reads: bool, tiny: Path, cache: Pat
 
 @pytest.mark.usefixtures("silent")
 def test_what_each_matrix_costs_is_measured_on_shipped_texts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On what a model writes it is known worse (docs/calibration.md); a text that is given is read as it is."""
+    """What a model writes adds nothing to them (docs/calibration.md); a text that is given is read as it is."""
     monkeypatch.setattr(kept, "readable", lambda *_: True)
     monkeypatch.setattr(kept, "_read", {})
     both = with_text(QuantizeOptions(), tiny, shipped=True).calibration
