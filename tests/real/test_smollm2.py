@@ -59,7 +59,7 @@ def test_bits_are_chosen_and_the_reason_is_given(built: Path) -> None:
 def test_rare_tokens_have_four_bits(built: Path) -> None:
     quantized = facts(built, "quantize")
     few, rows = quantized["rare_rows"]
-    assert 0.3 < few / rows < 0.9 and quantized["chosen"]["rare_rows"]
+    assert 0.1 < few / rows < 0.9 and quantized["chosen"]["rare_rows"]
 
 
 def test_int8_activations_ship_though_they_change_top_tokens(built: Path) -> None:
