@@ -20,11 +20,12 @@ READ_A_MINUTE, MOST_OWN_TOKENS = 1.8e12, 1 << 17
 PRUNE_TOKENS = 32768
 ORIGINAL_ROUNDS = 3  # in which the original's speed is measured, at most: it is slower than what is made of it
 HEALED_TOKENS = 4  # that a trial's healing is solved on, for each that it is measured on
-# As calibration text: what the model itself writes, and the shipped prose with as much of that.
+# As calibration text: what the model itself writes, and that with the shipped prose and technical prose.
 SELF, MIXED = Path("self"), Path("mixed")
 WRITTEN = (SELF, MIXED)
 NONE = "none"  # of --rare-rows
-OWN_TOKENS = 6144  # that the model writes for MIXED at most, and to be judged by
+OWN_TOKENS = 6144  # that the model writes for MIXED, and to be judged by; of the shipped texts as many
+MIXTURE = 2  # counts what MIXED was made of
 COST_TOKENS = 4096  # that show what each matrix costs
 SAMPLER = 3  # to be raised when own_text/ writes other ids than before
 CRITERIA = {

@@ -35,6 +35,7 @@ from edgepress.pipeline.methods import METHODS
 from edgepress.pipeline.model_files import belongs_to_a_model
 from edgepress.pipeline.options import (
     MIXED,
+    MIXTURE,
     OWN_TOKENS,
     SELF,
     WRITTEN,
@@ -263,7 +264,7 @@ def record(options: Options) -> JsonObject:
         if value == SELF:
             return {"self": sampler()}
         if value == MIXED:
-            return {"mixed": [sampler(), OWN_TOKENS, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]}
+            return {"mixed": [sampler(), OWN_TOKENS, MIXTURE, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]}
         if isinstance(value, Path):
             if value.is_dir():
                 return {"folder": value.name, "identity": Artifact.load(value).identity()}

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--off-grid", action="store_true")
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--text-tokens", type=int, default=8192)
-    parser.add_argument("--calibration", type=Path, default=MIXED, help="a text, or mixed (default): prose and the model's own")
+    parser.add_argument("--calibration", type=Path, default=MIXED, help="a text, self or mixed (default: mixed)")
     parser.add_argument("--tune-tokens", type=int, default=65536, help="of a tune stage (default: %(default)s)")
     parser.add_argument("--only", action="append", help="our rows whose name contains this (default: all)")
     parser.add_argument("--untuned", action="store_true", help="leave out the rows after a tune stage, which take most of the time")

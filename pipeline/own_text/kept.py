@@ -27,6 +27,7 @@ from edgepress.pipeline.metrics.readable import readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
 from edgepress.pipeline.options import (
     MIXED,
+    MIXTURE,
     OWN_TOKENS,
     PRUNE_TOKENS,
     WRITTEN,
@@ -44,6 +45,7 @@ log = logging.getLogger("edgepress")
 Calibrated = TypeVar("Calibrated", PruneOptions, HealOptions, NarrowOptions, QuantizeOptions, TuneOptions, SensitivityOptions)
 TURN = 256  # tokens of each part of a mixed text, in turn: a row of the sampler
 READ_TOKENS = 1024  # that show whether a model reads a text
+_SHIPPED = "shipped-"  # begins the name of a file that no model wrote anything for
 # Files of a checkpoint that may decide what it writes: weights, configs, all that a tokenizer is made from, chat templates, code.
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 # Files in which stages record what they did.
@@ -67,7 +69,8 @@ def with_text(options: Calibrated, model: Path, sparing: bool = False, shipped: 
     checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
     if options.calibration == MIXED:
-        file = mixed_text(checkpoint, seed or 0, shipped)
+        judged = not isinstance(options, QuantizeOptions | SensitivityOptions)  # by technical prose, which may teach it nothing
+        file = mixed_text(checkpoint, seed or 0, own=not shipped, technical=not judged)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
         file = own_text(checkpoint, tokens, seed or 0, sparing)
@@ -79,27 +82,42 @@ def first_read(calibration: Path) -> Path:
     return CALIBRATION_TEXT if calibration == MIXED else calibration
 
 
-def mixed_text(checkpoint: Checkpoint, seed: int = 0, shipped: bool = False) -> Path:
+def is_written(file: Path) -> bool:
+    """Whether a file that calibrates has text which a model wrote."""
+    return file.name.endswith(IDS) and not file.name.startswith(_SHIPPED)
+
+
+def read_of_mixed(file: Path) -> str:
+    """What a manifest calls the file that calibrates in place of ``mixed``."""
+    if is_written(file):
+        return str(MIXED)
+    return CALIBRATION_TEXT.name if file == CALIBRATION_TEXT else f"{CALIBRATION_TEXT.name} and {OTHER_TEXT.name}"
+
+
+def mixed_text(checkpoint: Checkpoint, seed: int = 0, own: bool = True, technical: bool = True) -> Path:
     """The shipped prose, ``OWN_TOKENS`` ids of the model's own and the shipped technical prose, by turns of ``TURN``.
 
-    Without the second where what is ``shipped`` was asked for, the model takes more than half of the memory that is free, or makes
-    no text, without the third where it does not read that. Raises OutputError when no folder can be written.
+    Without what is not asked for; without the second where the model takes more than half of the memory that is free, or makes no
+    text, without the third where it does not read that. Raises OutputError when no folder can be written.
 
     One kind of text teaches GPTQ that kind: what it wins on prose it half loses on code, and the other way round. What each matrix
     costs is known no better with the model's own (docs/calibration.md).
     """
-    own = None
+    written = None
     try:
-        own = None if shipped else own_text(checkpoint, OWN_TOKENS, seed, sparing=True)
+        written = own_text(checkpoint, OWN_TOKENS, seed, sparing=True) if own else None
     except ModelError as error:
         log.warning("warning: the shipped texts alone calibrate: %s", error)
-    decisive = [_key(checkpoint.path, OWN_TOKENS, seed), own is None, TURN, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]
-    name = f"{hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]}{IDS}"
+    if written is None and not technical:
+        return CALIBRATION_TEXT
+    model = _key(checkpoint.path, OWN_TOKENS, seed)
+    decisive = [model, written is None, technical, MIXTURE, TURN, READ_TOKENS, *map(sha256, (CALIBRATION_TEXT, OTHER_TEXT))]
+    name = f"{_SHIPPED if written is None else ''}{hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]}{IDS}"
     if there := _found(name):
         return there
     prose = _first_ids(CALIBRATION_TEXT, checkpoint)
-    parts = [prose] if own is None else [prose, read_ids(own)[: len(prose)]]
-    if _reads(checkpoint, OTHER_TEXT):
+    parts = [prose] if written is None else [prose, read_ids(written)[: len(prose)]]
+    if technical and _reads(checkpoint, OTHER_TEXT, model):
         parts.append(_first_ids(OTHER_TEXT, checkpoint))
     if len(parts) == 1:
         return CALIBRATION_TEXT
@@ -111,21 +129,15 @@ def _first_ids(text: Path, checkpoint: Checkpoint) -> np.ndarray:
     return np.array(ids_of(text, checkpoint.tokenizer, OWN_TOKENS), dtype=np.int64)[:OWN_TOKENS]
 
 
-def _reads(checkpoint: Checkpoint, text: Path) -> bool:
-    """Whether the model can read a text; found out once in a process, for it takes all weights."""
-    asked = _key(checkpoint.path, 0, 0), text
-    if asked not in _read:
-        _read[asked] = _is_readable(checkpoint, text)
-    return _read[asked]
-
-
-def _is_readable(checkpoint: Checkpoint, text: Path) -> bool:
-    windows = text_windows(text, checkpoint.path, budget=READ_TOKENS, length=min(READ_TOKENS // 4, checkpoint.context))
-    model = checkpoint.model()
-    loss, size = mean_loss(model, windows), int(model.config.vocab_size)
-    del model
-    release_memory()  # its parts refer to one another
-    return readable(loss, size)
+def _reads(checkpoint: Checkpoint, text: Path, model: str) -> bool:
+    """Whether the model, by its ``_key``, can read a text; found out once in a process, for it takes all weights."""
+    if (model, text) not in _read:
+        _read[model, text] = False
+        with suppress(ModelError, TextError):  # of other names than the modules have, or without rows for its tokens
+            windows = text_windows(text, checkpoint.path, budget=READ_TOKENS, length=min(READ_TOKENS // 4, checkpoint.context))
+            loss = mean_loss(checkpoint.offloaded_model(), windows)
+            _read[model, text] = readable(loss, int(checkpoint.config.get_text_config().vocab_size))
+    return _read[model, text]
 
 
 def own_text(checkpoint: Checkpoint, tokens: int, seed: int = 0, sparing: bool = False) -> Path:

@@ -64,7 +64,7 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         check_possible(source.path, options, None)
     trial = Trial(source, options)
     given = options.target_bits is not None or options.max_size is not None
-    before = quantized_before(source) and not given and not trial.varied()
+    before = quantized_before(source) and not given and not trial.writes()
     settled = replace(options, max_growth=None, target_bits=None, max_size=None, native_bits=False)
     if before:
         settled = _by_rounding(settled)
@@ -180,7 +180,10 @@ def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: f
             return measured[-1][1]
         allowed *= 0.95 * math.log1p(aim) / math.log1p(growth)
     growth, mix = min(measured, key=lambda pair: pair[0], default=(math.inf, None))
-    return mix if growth <= limit else None
+    if mix is None or growth > limit:
+        return None
+    trial.growth[mix.name] = growth  # a later one may have had the same name
+    return mix
 
 
 def _heads(trial: Trial) -> dict[Head, float]:

@@ -15,10 +15,10 @@ from edgepress.pipeline.checkpoint.update import carry_files
 from edgepress.pipeline.errors import ModelError, OptionError
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
-from edgepress.pipeline.options import QuantizeOptions, bits_rules
-from edgepress.pipeline.own_text.kept import first_read, with_text
+from edgepress.pipeline.options import MIXED, QuantizeOptions, bits_rules
+from edgepress.pipeline.own_text.kept import first_read, read_of_mixed, with_text
 from edgepress.pipeline.quantize.job import QuantizeJob
-from edgepress.pipeline.text.windows import IDS, text_windows
+from edgepress.pipeline.text.windows import text_windows
 from transformers import PreTrainedModel
 
 # Tokens of a calibration window. A text begins with a token that all later ones attend to (an attention sink, Xiao et al. 2023,
@@ -54,8 +54,7 @@ def plan(checkpoint: Checkpoint, model: PreTrainedModel, options: QuantizeOption
 
     def windows() -> list[np.ndarray]:
         given = with_text(options, checkpoint.path)
-        # the shipped prose alone where a model writes nothing for ``mixed``
-        read.text = str(options.calibration) if given.calibration.name.endswith(IDS) else given.calibration.name
+        read.text = read_of_mixed(given.calibration) if options.calibration == MIXED else options.calibration.name
         read.windows = text_windows(
             given.calibration, checkpoint.path, budget=given.calibration_tokens, skip=given.calibration_skip, shortest=16,
             length=min(WINDOW, checkpoint.context), seed=given.calibration_seed, key=given.text_key,

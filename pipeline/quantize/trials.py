@@ -30,7 +30,7 @@ from edgepress.pipeline.machine import large_blocks_given_back, prefers_bfloat16
 from edgepress.pipeline.metrics.readable import readable, warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import exact_losses
 from edgepress.pipeline.options import COST_TOKENS, MIXED, OWN_TOKENS, SELF, WRITTEN, QuantizeOptions
-from edgepress.pipeline.own_text.kept import with_text
+from edgepress.pipeline.own_text.kept import is_written, with_text
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import COUNTING, Costs, Ends, carried, ends_of
 from edgepress.pipeline.quantize.curvature import DRAWS
@@ -136,9 +136,9 @@ class Trial:
             self._resolved = self._written(_longer(self.options))
         return self._resolved
 
-    def varied(self) -> bool:
-        """Whether the calibration text is more than one kind of prose."""
-        return self.options.calibration in WRITTEN and self.resolved().calibration.name.endswith(IDS)
+    def writes(self) -> bool:
+        """Whether the calibration text is, in part at least, the model's own."""
+        return self.options.calibration in WRITTEN and is_written(self.resolved().calibration)
 
     def _written(self, options: QuantizeOptions) -> QuantizeOptions:
         """With a file for a text that the model writes; while it does, no other copy of it is in memory.

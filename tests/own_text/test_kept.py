@@ -193,6 +193,8 @@ def test_what_each_matrix_costs_is_measured_on_shipped_texts(tiny: Path, monkeyp
         read.append(path)
         raise TextError("enough")
 
+    for options in (PruneOptions(calibration=MIXED), HealOptions(calibration=MIXED, original=tiny)):
+        assert with_text(options, tiny, shipped=True).calibration == CALIBRATION_TEXT  # technical prose judges them
     for module in (trials, sensitivity):
         monkeypatch.setattr(module, "text_windows", reads)
     for calibration in (MIXED, CALIBRATION_TEXT):
@@ -221,11 +223,13 @@ def test_a_model_that_does_not_fit_into_memory_writes_nothing(
         patch.setattr(kept, "readable", lambda *_: True)
         patch.setattr(kept, "_read", {})
         shipped = read_ids(with_text(QuantizeOptions(), tiny).calibration)
+        job.windows()
+        assert seen.text == "calibration.txt and technical.txt"
         texts = [ids_of(text, Checkpoint(tiny).tokenizer, 512)[:256] for text in (CALIBRATION_TEXT, OTHER_TEXT)]
         assert np.array_equal(shipped[:512], np.concatenate(texts))
     for enough in (2 * weights, None, 1000):  # what is written already takes no memory
         monkeypatch.setattr(kept, "available_memory", lambda enough=enough: enough)
-        assert with_text(QuantizeOptions(), tiny).calibration != CALIBRATION_TEXT
+        assert kept.is_written(with_text(QuantizeOptions(), tiny).calibration)
     job.windows()
     assert seen.text == "mixed"
 
