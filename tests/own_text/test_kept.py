@@ -193,7 +193,7 @@ def test_what_each_matrix_costs_is_measured_on_shipped_texts(tiny: Path, monkeyp
         read.append(path)
         raise TextError("enough")
 
-    for options in (PruneOptions(calibration=MIXED), HealOptions(calibration=MIXED, original=tiny)):
+    for options in (PruneOptions(remove_count=1, calibration=MIXED), HealOptions(calibration=MIXED, original=tiny)):
         assert with_text(options, tiny, shipped=True).calibration == CALIBRATION_TEXT  # technical prose judges them
     for module in (trials, sensitivity):
         monkeypatch.setattr(module, "text_windows", reads)
