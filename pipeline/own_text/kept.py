@@ -69,8 +69,10 @@ def with_text(options: Calibrated, model: Path, sparing: bool = False, shipped: 
     checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
     if options.calibration == MIXED:
-        judged = not isinstance(options, QuantizeOptions | SensitivityOptions)  # by technical prose, which may teach it nothing
-        file = mixed_text(checkpoint, seed or 0, own=not shipped, technical=not judged)
+        free = isinstance(
+            options, QuantizeOptions | SensitivityOptions
+        )  # all else is judged by technical prose, so it teaches none
+        file = mixed_text(checkpoint, seed or 0, own=not shipped, technical=free)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
         file = own_text(checkpoint, tokens, seed or 0, sparing)
