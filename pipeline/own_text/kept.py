@@ -69,9 +69,8 @@ def with_text(options: Calibrated, model: Path, sparing: bool = False, shipped: 
     checkpoint = Checkpoint(writer, options.trust_remote_code)
     seed = options.calibration_seed if isinstance(options, QuantizeOptions) else None
     if options.calibration == MIXED:
-        free = isinstance(
-            options, QuantizeOptions | SensitivityOptions
-        )  # all else is judged by technical prose, so it teaches none
+        # all other stages are judged by technical prose, which may not teach what it judges
+        free = isinstance(options, QuantizeOptions | SensitivityOptions)
         file = mixed_text(checkpoint, seed or 0, own=not shipped, technical=free)
     else:
         tokens = (options.calibration_tokens or PRUNE_TOKENS) + options.calibration_skip
