@@ -1,7 +1,7 @@
 """What a build is expected to take on this machine: a simple model of the passes that each stage makes over its tokens.
 
-seconds = 2 x parameters x tokens x passes / rate, the rate that of a float32 matrix product measured here and now, plus what does
-not go with tokens. Dequantizing, hashing and writing are proportional to the parameters.
+seconds = 2 x weights x tokens x passes / rate, the rate that of a float32 matrix product measured here and now, plus what does not
+go with tokens. Dequantizing, hashing and writing are proportional to the parameters.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Rows with the same one have the same scores on the same text: artifacts may share a stage."""
+        """Rows with the same one have the same scores on the same text: artifacts may share a stage, and one may change nothing."""
         return self.kind, self.identity
 
 
@@ -150,7 +150,7 @@ def _rows(subject: Subject, options: BenchOptions) -> list[Row]:
         while name in steps:
             name += "'"
         steps[name] = checkpoint.steps
-        rows.append(Row(name, "torch", folder, checkpoint.identity()))
+        rows.append(Row(name, "torch", folder, checkpoint.model_identity()))
     rounds = bool(subject.accuracy_level) or subject.int8_cache  # what the checkpoint does not
     exported_from = next((name for name, s in reversed(steps.items()) if s == subject.artifact.steps[:-1]), None)
     failed = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,12 +45,12 @@ class Round:
 class PathStep:
     """A set of blocks tried against a limit, and by how many nats a token the held-out loss grows without them.
 
-    Of two kinds of text the greater growth; by ``healed`` that of the healed model. kl: KL(original || model without them) of the
-    trial, None where the criterion measures none.
+    Of two kinds of text the greater growth; by ``healed`` that of the healed model; None where ``kl`` exceeds the limit already.
+    kl: KL(original || model without them) of the trial, None where the criterion measures none.
     """
 
     layers: list[int]
-    loss_growth: float
+    loss_growth: float | None
     kl: float | None = None
 
 
@@ -76,7 +76,8 @@ class Choice:
 class Search:
     """What a criterion chooses by, and the record of what it measured.
 
-    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on.
+    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on. whole: a context in which the
+    model is as it was, whatever a criterion changed.
     """
 
     blocks: Blocks
@@ -88,6 +89,7 @@ class Search:
     sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def by_influence(self, influence: Influence) -> list[int]:
         """Blocks from the least influence on; without those that lack what is to be removed."""
@@ -160,19 +162,21 @@ def _within(
     grows on what the model itself writes. A text that the model knows badly can hide that it predicts otherwise: Qwen2.5-Coder-0.5B
     without layer 10, healed, loses 0.007 on prose, and its predictions move by 0.060.
     """
-    blocks, removed, path = search.blocks, list[int](), list[PathStep]()
-    before = [mean_loss(blocks, windows) for windows in texts]
+    blocks, removed, path, before = search.blocks, list[int](), list[PathStep](), list[float]()
     for layers in sets:
-        with blocks.without(layers):
-            growths = [mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True)]
-        growth = float(np.max(growths))  # not a number where one of them is none, which Python's max may hide
         kl = search.rounds[-1].kl[search.rounds[-1].removed] if search.rounds else None
+        growth, said = None, [] if kl is None else [f"its predictions move by {kl:.4f} nats (KL)"]
+        if kl is None or kl <= limit:  # held-out text takes as long to read as it took to try the set
+            if not before:
+                with search.whole():
+                    before = [mean_loss(blocks, windows) for windows in texts]
+            with blocks.without(layers):
+                growths = [mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True)]
+            growth = float(np.max(growths))  # not a number where one of them is none, which Python's max may hide
+            said.insert(0, f"the held-out loss grows by {growth:.4f} nats")
         path.append(PathStep(layers, growth, kl))
-        moved = "" if kl is None else f", and its predictions move by {kl:.4f} (KL)"
-        log.info(
-            "without %s%s the held-out loss grows by %.4f nats%s", listed(layers), " and healed" if healed else "", growth, moved
-        )
-        if not (growth <= limit and (kl is None or kl <= limit)):
+        log.info("without %s%s %s", listed(layers), " and healed" if healed else "", ", and ".join(said))
+        if growth is None or not growth <= limit:
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
             break
         removed = layers
@@ -225,6 +229,7 @@ CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy, "healed": healed}
 def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Generator[list[int]]:
     """The sets of one block, of two and so on that the cheapest trial of each round makes."""
     removed: list[int] = []
+    search.whole = trials.whole
     for count in range(amount):
         begun = time.monotonic()
         with search.blocks.without(removed):

@@ -39,7 +39,7 @@ def write_influence(out: Path, facts: JsonObject, influence: Influence, choice: 
         "held_out_path": [
             {
                 "layers": step.layers,
-                "held_out_loss_growth": round(step.loss_growth, 6),
+                **({} if step.loss_growth is None else {"held_out_loss_growth": round(step.loss_growth, 6)}),
                 **({} if step.kl is None else {"kl": round(step.kl, 6)}),
             }
             for step in choice.path

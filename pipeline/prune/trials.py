@@ -50,6 +50,10 @@ class Trials:
     def remove(self, index: int) -> None:
         """The candidate ``index`` of the last ``costs`` is gone from now on."""
 
+    def whole(self) -> AbstractContextManager[None]:
+        """The model as it was, within the context."""
+        return nullcontext()
+
     def _start(self, removed: Sequence[int], candidate: int) -> int:
         """The first block that a trial computes."""
         return candidate

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgepress.pipeline import machine
+from edgepress.pipeline import machine, stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench import evaluate, quality
 from edgepress.pipeline.bench.jobs import QualityFigures, QualityJob, ScoringRow
 from edgepress.pipeline.bench.subject import Subject
 from edgepress.pipeline.checkpoint import load
 from edgepress.pipeline.metrics import torch_scores
-from edgepress.pipeline.options import BenchOptions
+from edgepress.pipeline.options import BenchOptions, PruneOptions
 from edgepress.pipeline.text.windows import text_windows
 from families import FAMILIES, family_config
 
@@ -103,3 +103,13 @@ def test_eight_bits_are_not_scored_at_level_0(
     rows = quality._rows(subject, BenchOptions(reference=tiny))
     assert [row.name for row in rows] == ["original", *names]
     assert ("stages.onnx_level_0" in subject.missing) == ("8" in bits)
+
+
+def test_a_stage_that_changed_nothing_is_not_scored_again(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """With no flags that is pruning and healing, mostly: their folders have the original's weights, and a record of what was tried."""
+    options = PruneOptions(max_loss=0.0, calibration=text, calibration_tokens=512)
+    kept = stages.run("prune", Artifact.load(tiny), tmp_path / "kept", options)
+    subject = Subject(Artifact.load(build / "04-export"), "mine", (), (kept.path, build / "01-prune", build / "03-quantize"))
+    original, same, pruned, quantized, *_ = quality._rows(subject, BenchOptions(reference=tiny))
+    assert kept.identity() != Artifact.load(tiny).identity()
+    assert same.key == original.key and len({row.key for row in (original, pruned, quantized)}) == 3

@@ -111,8 +111,9 @@ def test_a_limit_is_kept_on_held_out_text(criterion: str, setting: Setting) -> N
     for step in choice.path:
         with setting.blocks.without(step.layers):
             growth = mean_loss(setting.blocks.model, setting.held_out) - before
-        assert step.loss_growth == pytest.approx(growth, abs=1e-5)
-    costs = [max(step.loss_growth, step.kl or 0.0) for step in choice.path]
+        moved = step.kl is not None and step.kl > 0.06
+        assert step.loss_growth == (None if moved else pytest.approx(growth, abs=1e-5))
+    costs = [max(step.loss_growth or 0.0, step.kl or 0.0) for step in choice.path]
     assert max(costs[:-1]) <= 0.06 < costs[-1]
     assert [step.kl is not None for step in choice.path] == [criterion == "greedy"] * len(choice.path)
 
@@ -127,7 +128,7 @@ def test_a_text_that_the_model_knows_badly_hides_nothing(setting: Setting) -> No
         return choose(replace(options, max_loss=limit), 1, setting.blocks, setting.influence, setting.ranking, noise)
 
     (step,) = limited(9.0).path
-    assert step.kl is not None and step.kl > max(0.0, step.loss_growth) + 1e-3
+    assert step.kl is not None and step.loss_growth is not None and step.kl > max(0.0, step.loss_growth) + 1e-3
     between = (max(0.0, step.loss_growth) + step.kl) / 2
     assert limited(between).removed == [] and limited(step.kl + 1e-3).removed == step.layers
 

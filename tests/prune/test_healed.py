@@ -114,7 +114,10 @@ def test_an_early_end_puts_all_back(setting: Setting) -> None:
 
 
 def test_a_limit_speaks_of_the_healed_model(setting: Setting) -> None:
-    """On both texts, whichever loses more; and on the calibration's kind that is less than without healing."""
+    """On both texts, whichever loses more; and on the calibration's kind that is less than without healing.
+
+    Against the model as it was, though that is measured when the first set is healed already.
+    """
     choice = limited(setting, 0.04, "healed")
     texts = setting.held_out, setting.other[8:]
     before = [mean_loss(setting.blocks, windows) for windows in texts]
