@@ -35,20 +35,25 @@ from edgepress.pipeline.options import (
 )
 
 _SIDE, _PRODUCTS = 1024, 8
+_BLOCK = re.compile(r"\.(\d+)\.")  # in the names of a block's tensors
 # Of quantize/trials.py and text/windows.py, which load numpy.
 TRIAL_TOKENS, PROOF_TOKENS, PROOF_LOGITS = 2048, 512, 2**25
-SOLVING = {"gptq": 8000, "gptqmodel": 15000}  # tokens whose passes take as long as GPTQ's own arithmetic
+SOLVING = {"gptq": 24000, "gptqmodel": 30000}  # tokens whose passes take as long as GPTQ's own arithmetic
 BYTES_A_TOKEN = 4.0
 MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
 MIX_PASSES = 34  # over the trial's text: what each matrix costs, and what a few mixes do
 STEP = 13  # a token that the original decodes by itself: it reads all weights
+CONTINUED = 352  # tokens of such in the benchmark: what it continues, and what it answers
+SMALL = 1e9  # parameters, below which a model hardly ever keeps to a growth of a few per cent at 4 bits
+SURELY = 0.7  # of the most that choosing its bits takes, what such a model takes at least
 SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
 PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
 SLOW_PARAMETERS_PER_S = 3.5e6  # the same of an export: 8-bit weights that meet float activations have no fast kernel
-LOGITS_PER_S = 250e6  # that a row of the benchmark compares with the original's
+HEAD = 2  # times the head's own products: few rows at a time, for logits take memory
+LOGITS_PER_S = 150e6  # that a row of the benchmark compares with the original's
 # How wrong the model has been on quiet and busy machines: the range that is printed.
 LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
@@ -74,10 +79,14 @@ class Expectation:
             f"{free / 1e9:.1f} GB are free; close other programs, or press a smaller model"
         )
 
+    @property
+    def duration(self) -> str:
+        """``4 to 6 minutes``."""
+        return _duration(*self.seconds)
+
     def line(self) -> str:
         """``expect 4 to 6 minutes and about 1.5 GB of memory on this machine``."""
-        low, high = self.seconds
-        return f"expect {_duration(low, high)} and about {self.memory / 1e9:.1f} GB of memory on this machine"
+        return f"expect {self.duration} and about {self.memory / 1e9:.1f} GB of memory on this machine"
 
     def facts(self) -> JsonObject:
         """As build.json has them."""
@@ -110,25 +119,25 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
     shapes = ShardIndex.of(source).shapes
     parameters = sum(map(math.prod, shapes.values()))
     vocabulary = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)  # the embedding has the most rows
+    head = _largest_outside(shapes)
+    weights = HEAD * head + sum(math.prod(shape) for name, shape in shapes.items() if _BLOCK.search(name))
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
     narrowing = any(isinstance(o, NarrowOptions) for _, o in steps)
     low, high, memory = 0.0, 0.0, 4.0 * parameters
     for _, options in steps:
         compared = removing or (narrowing and isinstance(options, BenchOptions))  # with the same without removal
         least, most, fixed = _work(options, compared, parameters)
+        token = 2 * weights / (EFFICIENCY * rate)
         if isinstance(options, TuneOptions) and not options.tune_tokens:
-            most = min(
-                most, 60 * options.minutes * EFFICIENCY * rate / (2 * parameters) + SAMPLING * options.own_tokens(parameters)
-            )
+            most = min(most, 60 * options.minutes / token + SAMPLING * options.own_tokens(parameters))
         fixed += START_S + parameters / PARAMETERS_PER_S
-        token = 2 * parameters / (EFFICIENCY * rate)
         low, high = low + least * token + fixed, high + most * token + fixed
         if isinstance(options, ExportOptions):
             high += parameters / SLOW_PARAMETERS_PER_S
             memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
         if isinstance(options, BenchOptions):
             text, rows = _scored(options, compared)
-            seconds = rows * text * vocabulary / LOGITS_PER_S
+            seconds = rows * text * (vocabulary / LOGITS_PER_S + 2 * HEAD * head / (EFFICIENCY * rate))  # the original's, once more
             low, high = low + seconds, high + 1.5 * seconds
     least = least_memory(shapes)
     if too_large(parameters):  # they lie in a file
@@ -142,11 +151,15 @@ def least_memory(shapes: Mapping[str, tuple[int, ...]]) -> float:
     """
     blocks: Counter[str] = Counter()
     for name, shape in shapes.items():
-        if found := re.search(r"\.(\d+)\.", name):
+        if found := _BLOCK.search(name):
             blocks[found[1]] += math.prod(shape)
-    widest = max((max(shape[-2:]) for name, shape in shapes.items() if len(shape) > 1 and re.search(r"\.\d+\.", name)), default=0)
-    outside = max((math.prod(shape) for name, shape in shapes.items() if not re.search(r"\.\d+\.", name)), default=0)
-    return LIBRARIES + WORKING + max(4.0 * max(blocks.values(), default=0) + SQUARE * widest**2, TABLE * outside)
+    widest = max((max(shape[-2:]) for name, shape in shapes.items() if len(shape) > 1 and _BLOCK.search(name)), default=0)
+    return LIBRARIES + WORKING + max(4.0 * max(blocks.values(), default=0) + SQUARE * widest**2, TABLE * _largest_outside(shapes))
+
+
+def _largest_outside(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers of the largest tensor that belongs to no block: the embedding, or a head as large."""
+    return max((math.prod(shape) for name, shape in shapes.items() if not _BLOCK.search(name)), default=0)
 
 
 def _tokens(budget: int, text: Path) -> float:
@@ -157,8 +170,8 @@ def _tokens(budget: int, text: Path) -> float:
 
 
 def _scored(options: BenchOptions, removing: bool) -> tuple[float, float]:
-    """Tokens of the benchmark's text, and how many models read it at least."""
-    return _tokens(options.text_tokens, options.text), 2.0 + removing
+    """Tokens of the benchmark's text, and how many models read it: the original, the quantized checkpoint, the artifact."""
+    return _tokens(options.text_tokens, options.text), 3.0 + removing
 
 
 def _work(options: Options, removing: bool, parameters: int) -> tuple[float, float, float]:
@@ -166,11 +179,12 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
     if isinstance(options, PruneOptions):
         text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
         rounds = 0 if options.remove_layers else options.remove_count or 2
-        # three quarters of the text rank, a quarter is held out and read twice
-        tokens = 1.25 * text + rounds * (1 + options.shortlist / 2) * options.greedy_tokens
+        one = (1 + options.shortlist / 2) * options.greedy_tokens
         if options.criterion in (None, "healed"):  # both models read what the healing of a trial is solved on
-            tokens += rounds * 2 * min(HEALED_TOKENS * options.greedy_tokens, text)
-        return tokens, tokens, 0.0
+            one += 2 * min(HEALED_TOKENS * options.greedy_tokens, text)
+        # three quarters of the text rank, a quarter is held out and read twice, not at all by a removal that costs too much
+        most = 1.25 * text + rounds * one
+        return (most if options.max_loss is None else text + one), most, 0.0
     if isinstance(options, HealOptions):
         tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
         tokens += TUNE_PASSES * options.lora_tokens * ("lora" in options.healer)
@@ -187,7 +201,8 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
             gptq += writing * (options.calibration == MIXED and gptq > 0)
             return gptq, gptq, 0.0
         # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by
-        return 3 * TRIAL_TOKENS, (3 + MIX_PASSES) * TRIAL_TOKENS + writing + gptq, 0.0
+        most = (3 + MIX_PASSES) * TRIAL_TOKENS + writing + gptq
+        return SURELY * most if parameters < SMALL else 3 * TRIAL_TOKENS, most, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or options.own_tokens(parameters)
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0
@@ -197,7 +212,7 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         text, rows = _scored(options, removing)
         with_original = options.original_speed and options.target != "cuda"
         runs = with_original * (min(options.repeats, ORIGINAL_ROUNDS) + 1)  # in the first round of two types
-        by_torch = runs * (4 * sum(options.prompt_lengths) + STEP * options.new_tokens)
+        by_torch = runs * (4 * sum(options.prompt_lengths) + STEP * options.new_tokens) + STEP * CONTINUED
         seconds = options.repeats * 4.0 * (1 + removing) + runs * START_S
-        return rows * text + by_torch, (rows + 1 + removing) * text + by_torch, seconds
+        return rows * text + by_torch, (rows + removing) * text + by_torch, seconds
     return 0.0, 0.0, 0.0

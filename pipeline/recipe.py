@@ -48,6 +48,7 @@ from edgepress.pipeline.vocabulary import FORMATS
 log = logging.getLogger("edgepress")
 Recipe = dict[str, dict[str, object]]  # stage -> option -> value, as YAML gives them
 Plan = list[tuple[str, Options]]
+LONG = 20.0  # seconds of a stage after which a build says how much is left
 COST = "build.json"  # in OUT: what a build was expected to take, and what it took
 UNBOUNDED, _USUAL = BoundOptions(), QuantizeOptions()
 _SETTLED = {"bits", "bits_for", "target_bits", "max_growth", "group_size", "head_bits", "rare_rows", "embedding_bits"}
@@ -327,7 +328,8 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     for folder in folders[len(folders) - len(ahead) :]:
         check_free(folder)
     _check_ahead(source, ahead)
-    expected = expect(source, ahead, matmul_rate(), _removed(folders)) if ahead else None
+    rate = matmul_rate() if ahead else 0.0
+    expected = expect(source, ahead, rate, _removed(folders)) if ahead else None
     if expected:
         kept = len(steps) - len(ahead)
         log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
@@ -339,8 +341,11 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
         if isinstance(options, BenchOptions):
             plans = (out / PLAN,) if found is not None else ()
             options = _with_comparisons(original, out, steps, done, dataclasses.replace(options, plans=plans))
+        since = time.monotonic()
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
+        if (left := steps[len(done) :]) and time.monotonic() - since >= LONG:
+            log.info("build: %s more", expect(source, left, rate, _removed(folders)).duration)
     if file is not None:
         _compare_with(file, shipped_artifact(done))
     if expected:

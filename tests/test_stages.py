@@ -327,6 +327,18 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
     assert sorted(p.name for p in out.iterdir()) == [*stages, "build.json"]
 
 
+def test_a_long_build_says_how_much_is_left(
+    call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each stage that took long, but for the last."""
+    monkeypatch.setattr(recipe, "LONG", 0.0)
+    result = call(*build_arguments(tiny, copied(built, tmp_path / "out", STAGES[:1]), text, STAGES[:3]))
+    assert result.code == 0, result.err
+    said = [line for line in result.err.splitlines() if line.startswith("build: ")]
+    assert re.fullmatch(r"build: expect \d+ to \d+ seconds and about .*, with 1 stages? done already", said[0])
+    assert [bool(re.fullmatch(r"build: \d+ to \d+ seconds more", line)) for line in said[1:-1]] == [True, True], said
+
+
 def test_politely_killed_in_the_background(built: Path, text: Path, tmp_path: Path) -> None:
     """A shell script starts `edgepress ... &` with SIGINT ignored: SIGTERM must end it all the same."""
     arguments = ["bench", str(built / "03-export"), "--out", str(tmp_path / "bench"), "--text", str(text)]
