@@ -44,15 +44,17 @@ MOST_PASSES = 10  # of tune/train.py
 TUNE_PASSES = 4  # forward passes that a token costs which is learned from
 MIX_PASSES = 34  # over the trial's text: what each matrix costs, and what a few mixes do
 STEP = 13  # a token that the original decodes by itself: it reads all weights
-CONTINUED = 352  # tokens of such in the benchmark: what it continues, and what it answers
-SMALL = 1e9  # parameters, below which a model hardly ever keeps to a growth of a few per cent at 4 bits
-SURELY = 0.7  # of the most that choosing its bits takes, what such a model takes at least
-SAMPLING = 4  # the same of a token that the model writes itself: in batches, but one after the other
+SAMPLING = 4  # the same of a token that a text is written of to calibrate on: in batches, but one after the other
+WHOLE = 1.4  # of a token in a short window, what one in a window of the whole context takes
+CONTINUED = 400  # tokens that the original decodes for the benchmark: of bench/evaluate.py
+# A model of fewer parameters hardly ever keeps to so small a growth at 4 bits: its bits are chosen matrix by matrix, which takes at
+# least this share of the most.
+SMALL_MODEL, SMALL_GROWTH, LEAST_CHOICE = 1e9, 0.05, 0.7
 EFFICIENCY = 0.8  # of the rate of one matrix product, that a forward pass of a model reaches
 START_S = 4.0  # for a process to import torch and transformers
 PARAMETERS_PER_S = 60e6  # that one stage reads, checks, hashes and writes
 SLOW_PARAMETERS_PER_S = 3.5e6  # the same of an export: 8-bit weights that meet float activations have no fast kernel
-HEAD = 2  # times the head's own products: few rows at a time, for logits take memory
+HEAD_COST = 2  # times the head's own products: few rows at a time, for logits take memory
 LOGITS_PER_S = 150e6  # that a row of the benchmark compares with the original's
 # How wrong the model has been on quiet and busy machines: the range that is printed.
 LEAST, MOST = 0.8, 1.4
@@ -120,7 +122,7 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
     parameters = sum(map(math.prod, shapes.values()))
     vocabulary = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)  # the embedding has the most rows
     head = _largest_outside(shapes)
-    weights = HEAD * head + sum(math.prod(shape) for name, shape in shapes.items() if _BLOCK.search(name))
+    weights = HEAD_COST * head + sum(math.prod(shape) for name, shape in shapes.items() if _BLOCK.search(name))
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
     narrowing = any(isinstance(o, NarrowOptions) for _, o in steps)
     low, high, memory = 0.0, 0.0, 4.0 * parameters
@@ -137,7 +139,7 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
         if isinstance(options, BenchOptions):
             text, rows = _scored(options, compared)
-            seconds = rows * text * (vocabulary / LOGITS_PER_S + 2 * HEAD * head / (EFFICIENCY * rate))  # the original's, once more
+            seconds = rows * text * (vocabulary / LOGITS_PER_S + 2 * HEAD_COST * head / (EFFICIENCY * rate))  # and the original's
             low, high = low + seconds, high + 1.5 * seconds
     least = least_memory(shapes)
     if too_large(parameters):  # they lie in a file
@@ -170,7 +172,7 @@ def _tokens(budget: int, text: Path) -> float:
 
 
 def _scored(options: BenchOptions, removing: bool) -> tuple[float, float]:
-    """Tokens of the benchmark's text, and how many models read it: the original, the quantized checkpoint, the artifact."""
+    """Tokens of the benchmark's text, and how many models read it: original, pruned and quantized checkpoints, artifact."""
     return _tokens(options.text_tokens, options.text), 3.0 + removing
 
 
@@ -182,9 +184,11 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         one = (1 + options.shortlist / 2) * options.greedy_tokens
         if options.criterion in (None, "healed"):  # both models read what the healing of a trial is solved on
             one += 2 * min(HEALED_TOKENS * options.greedy_tokens, text)
-        # three quarters of the text rank, a quarter is held out and read twice, not at all by a removal that costs too much
-        most = 1.25 * text + rounds * one
-        return (most if options.max_loss is None else text + one), most, 0.0
+        # three quarters of the text rank, a quarter is held out and read twice; under a limit once where a first removal costs too
+        # much, and five times where two are made, three of them with half of another text
+        if options.max_loss is not None:
+            return text + one, 2.75 * text + rounds * one, 0.0
+        return 1.25 * text + rounds * one, 1.25 * text + rounds * one, 0.0
     if isinstance(options, HealOptions):
         tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
         tokens += TUNE_PASSES * options.lora_tokens * ("lora" in options.healer)
@@ -202,7 +206,8 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
             return gptq, gptq, 0.0
         # more bits may be taken everywhere, which need no calibration, or matrix by matrix; the model writes a text to judge by
         most = (3 + MIX_PASSES) * TRIAL_TOKENS + writing + gptq
-        return SURELY * most if parameters < SMALL else 3 * TRIAL_TOKENS, most, 0.0
+        by_matrix = parameters < SMALL_MODEL and options.max_growth <= SMALL_GROWTH
+        return LEAST_CHOICE * most if by_matrix else 3 * TRIAL_TOKENS, most, 0.0
     if isinstance(options, TuneOptions):  # nothing, where all matrices have 8 bits
         text = options.calibration_tokens or options.own_tokens(parameters)
         return 0.0, SAMPLING * text + TUNE_PASSES * (options.tune_tokens or MOST_PASSES * text), 0.0
@@ -214,5 +219,5 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
         runs = with_original * (min(options.repeats, ORIGINAL_ROUNDS) + 1)  # in the first round of two types
         by_torch = runs * (4 * sum(options.prompt_lengths) + STEP * options.new_tokens) + STEP * CONTINUED
         seconds = options.repeats * 4.0 * (1 + removing) + runs * START_S
-        return rows * text + by_torch, (rows + removing) * text + by_torch, seconds
+        return rows * WHOLE * text + by_torch, (rows + removing) * WHOLE * text + by_torch, seconds
     return 0.0, 0.0, 0.0

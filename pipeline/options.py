@@ -614,13 +614,18 @@ class SensitivityOptions(Options):
 
 @dataclass(frozen=True)
 class BoundOptions(Options):
-    """What the artifact must keep to on this machine, besides its size: of those that do, the one of least loss is made."""
+    """What the artifact must keep to besides its size, here or elsewhere: of those that do, the one of least loss is made."""
 
     max_memory: str | None = option(
         None, "peak memory, at most, of a process that runs a prompt of 128 tokens, as 500MB", metavar="SIZE"
     )
     min_speed: float | None = option(None, "tokens a second, at least, that one sequence is decoded at", at_least=0)
     max_ttft: float | None = option(None, "milliseconds, at most, to the first token after a prompt of 128", at_least=0)
+    machine: Path | None = option(
+        None,
+        "what edgepress machine measured on another computer, of probes that plan wrote: bounds are of that one",
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -632,7 +637,7 @@ class BoundOptions(Options):
     @property
     def first(self) -> str:
         """The flag of the first that is given, "" where none is."""
-        names = (item.name for item in dataclasses.fields(BoundOptions))
+        names = (item.name for item in dataclasses.fields(BoundOptions) if item.name != "machine")
         return next((flag(name) for name in names if getattr(self, name) is not None), "")
 
     @property
@@ -649,6 +654,9 @@ class PlanOptions(BoundOptions):
         None, "a size to show as well, as 90MB; refused where the model has no artifact so small", metavar="SIZE"
     )
     speed: bool = option(True, "measure speed and memory of five artifacts, made for that, and reckon those of the others")
+    probes: Path | None = option(
+        None, "a new folder: only write these five artifacts into it, for edgepress machine on another computer", metavar="DIR"
+    )
     threads: int = _threads()
     method: str = option("gptq", "what is reckoned with", {name: METHODS[name].help for name in ("gptq", "rtn")})
     tuned: bool = option(False, "reckon with a tune stage afterwards")
@@ -669,6 +677,11 @@ class PlanOptions(BoundOptions):
         self.quantize()
         if self.given and not self.speed:
             raise OptionError("--no-speed measures nothing to compare with a bound; leave it or the bound out")
+        if self.machine is not None and not self.speed:
+            raise OptionError("--no-speed shows no speeds, and --machine has some; leave one of them out")
+        asked = {"--machine": self.machine, "--max-size": self.max_size, "--no-speed": not self.speed, self.first: self.given}
+        if self.probes is not None and (other := next((name for name, given in asked.items() if given), "")):
+            raise OptionError(f"--probes only writes artifacts to be measured elsewhere; leave {other} out")
 
     def quantize(self) -> QuantizeOptions:
         """The options of the quantize stage that is planned. Raises OptionError."""
@@ -829,6 +842,13 @@ class RunOptions(Options):
     def limit(self) -> int:
         """``max_new_tokens``, known."""
         return self.max_new_tokens or (1024 if self.chat else 64)
+
+
+@dataclass(frozen=True)
+class MachineOptions(Options):
+    """Measure here what edgepress plan --probes wrote elsewhere, for its --machine and that of build: needs no torch, no model."""
+
+    threads: int = _threads()
 
 
 @dataclass(frozen=True)

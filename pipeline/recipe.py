@@ -267,6 +267,8 @@ def split_bounds(flags: Mapping[str, object]) -> tuple[BoundOptions, dict[str, o
     bounds = make(BoundOptions, {name: value for name, value in flags.items() if name in names})
     rest = {name: value for name, value in flags.items() if name not in names}
     settled = {name: given for name, given in rest.items() if name in _SETTLED and (name, given) != ("rare_rows", [NONE])}
+    if bounds.machine is not None and not bounds.given:
+        raise OptionError("--machine says how fast another computer is; give --min-speed, --max-memory or --max-ttft, too")
     if bounds.given and (clash := sorted(settled)):
         raise OptionError(f"{bounds.first} chooses the bits of every matrix itself; leave {flag(clash[0])} out")
     return bounds, rest
@@ -328,10 +330,9 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
     for folder in folders[len(folders) - len(ahead) :]:
         check_free(folder)
     _check_ahead(source, ahead)
-    rate = matmul_rate() if ahead else 0.0
+    rate, kept = matmul_rate() if ahead else 0.0, len(steps) - len(ahead)
     expected = expect(source, ahead, rate, _removed(folders)) if ahead else None
     if expected:
-        kept = len(steps) - len(ahead)
         log.info("build: %s%s", expected.line(), f", with {kept} stages done already" if kept else "")
         if shortage := expected.shortage(available_memory()):
             log.warning("warning: %s", shortage)
@@ -344,8 +345,8 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
         since = time.monotonic()
         artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
         done.append(artifact)
-        if (left := steps[len(done) :]) and time.monotonic() - since >= LONG:
-            log.info("build: %s more", expect(source, left, rate, _removed(folders)).duration)
+        if len(done) > kept and (left := steps[len(done) :]) and time.monotonic() - since >= LONG:
+            log.info("build: about %s are left", expect(source, left, rate, _removed(folders)).duration)
     if file is not None:
         _compare_with(file, shipped_artifact(done))
     if expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -174,8 +175,8 @@ def _score(
     """
     original = None if options.reference is None else Artifact.load(options.reference)
     answers: Answers = {}
-    with bar("quality", len(text) * len(rows), "window") as shown:
-        while pending := {row.key: row for row in rows if not row.failed and row.key not in answers}:
+    with bar("quality", len(text) * len(_different(rows)), "window") as shown:
+        while pending := _different(row for row in rows if row.key not in answers):
             against = original and original.identity()
             what = (against, text, prompts, continued, options.target)
             keys = {journal.key("quality", *key, *what): row for key, row in pending.items()}
@@ -206,6 +207,15 @@ def _score(
                 if dead.name == "original":
                     original = None  # the others can still be scored by themselves
     return answers
+
+
+def _different(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """The rows to try, of those with the same scores the first: the original, which is loaded in any case, before its copies."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if not row.failed:
+            found.setdefault(row.key, row)
+    return found
 
 
 def _fits(original: Path) -> bool:

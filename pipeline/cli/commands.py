@@ -37,6 +37,7 @@ from edgepress.pipeline.flags import make, parts
 from edgepress.pipeline.machine import working_within
 from edgepress.pipeline.model_files import check_model_type, read_config
 from edgepress.pipeline.options import (
+    MachineOptions,
     PlanOptions,
     RunOptions,
     SensitivityOptions,
@@ -232,9 +233,29 @@ def _plan(options: argparse.Namespace, flags: Flags) -> int:
     values = make(PlanOptions, _resolved(flags))
     source = stages.source_of(options.source)
     check_checkpoint(source.path, values.trust_remote_code)
+    if values.probes is not None:
+        from edgepress.pipeline.plan.speed import probes_folder
+
+        folder = probes_folder(source, values, values.probes)
+        print(f"{folder}: copy it to the other computer, run there: edgepress machine {shlex.quote(folder.name)}")
+        print("and come back with the file that this writes: edgepress plan SRC --machine machine.json")
+        return 0
     from edgepress.pipeline.plan.frontier import frontier, table
 
     print(table(frontier(source, values)))
+    return 0
+
+
+def _machine(options: argparse.Namespace, flags: Flags) -> int:
+    from edgepress.pipeline.plan.probes import measured_here
+    from edgepress.pipeline.report.plain import object_of
+
+    values, folder = make(MachineOptions, flags), expanded(options.source)
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    found = measured_here(folder, values.threads)
+    write_json(options.out, object_of(found))
+    print(options.out)
     return 0
 
 
@@ -286,6 +307,7 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
 COMMANDS = {
     "build": _build,
     "fetch": _fetch,
+    "machine": _machine,
     "plan": _plan,
     "report": _report,
     "run": _run,

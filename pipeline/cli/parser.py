@@ -15,6 +15,7 @@ from edgepress.pipeline.files import expanded
 from edgepress.pipeline.flags import RENAMED, add_flags, flag
 from edgepress.pipeline.options import (
     BoundOptions,
+    MachineOptions,
     PlanOptions,
     RunOptions,
     SensitivityOptions,
@@ -148,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SRC", help=SOURCE)
     _add_memory(plan)
     add_flags(plan, PlanOptions)
+
+    machine = verbs.add_parser("machine", help="how fast probes of plan are on this computer", description=MachineOptions.__doc__)
+    machine.add_argument("source", metavar="DIR", help="folder that edgepress plan SRC --probes DIR wrote")
+    machine.add_argument(
+        "--out", type=expanded, default=Path("machine.json"), help="file for the figures (default: ./machine.json)"
+    )
+    add_flags(machine, MachineOptions)
 
     sweep = verbs.add_parser("sweep", help="many builds from one file, measured on one page", description=SweepOptions.__doc__)
     sweep.add_argument("file", metavar="FILE", type=expanded, help="YAML: models, recipes, budgets, bench")

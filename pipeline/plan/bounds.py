@@ -61,9 +61,10 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
         if not found.lasting:
             log.warning("warning: other programs were busy when this plan was made; delete %s to make it anew", kept)
     else:
-        log.info("plan: what every matrix costs, and how fast five artifacts of this model are here (kept for the next time)")
+        speeds = "how fast five artifacts of this model are here" if options.machine is None else f"speeds of {options.machine}"
+        log.info("plan: what every matrix costs, and %s (kept for the next time)", speeds)
         line = frontier(source, options, export)
-        found = Planned(key, Forecast(line.points, line.prompt, line.bounds), line.lasting)
+        found = Planned(key, Forecast(line.points, line.prompt, line.bounds, line.machine), line.lasting)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, asdict(found))
     point = found.point
@@ -82,14 +83,18 @@ def compare(found: Planned, report: Path) -> None:
     """Say what a report measured of what was planned, and warn of a bound that is not kept to, or that nothing measured."""
     first = read(report).first
     names = (DECODE, f"{TTFT}{found.forecast.prompt}", MEMORY)
-    speed, wait, memory = (first.figures[name].median if name in first.figures else None for name in names)
+    machine = found.forecast.machine
+    speed, wait, memory = (first.figures[name].median if name in first.figures and not machine else None for name in names)
     expected = found.point.usage
     assert expected is not None
     log.info(
-        "plan: expected%s %.1f MB, %s, %+.1f %% of perplexity; measured %.1f MB, %s",
-        " of the whole model" if first.removed else "", found.point.size / 1e6, said(expected), 100 * found.point.growth,
-        first.figures[SIZE].median / 1e6, _measured(speed, wait, memory, first.growth),
+        "plan: expected%s%s %.1f MB, %s, %+.1f %% of perplexity; measured%s %.1f MB, %s",
+        " of the whole model" if first.removed else "", f" on {machine}" if machine else "", found.point.size / 1e6,
+        said(expected), 100 * found.point.growth, " here" if machine else "", first.figures[SIZE].median / 1e6,
+        _measured(speed, wait, memory, first.growth),
     )  # fmt: skip
+    if machine:
+        log.info("plan: to see what it takes there, run edgepress bench on the artifact there")
     for finding in first.missed(found.forecast):
         log.warning("warning: %s; give a tighter bound, or try again when nothing else runs", finding)
 

@@ -36,9 +36,13 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     Losses are expected of the sum of what every matrix costs. export: how they would be exported, which decides their speed
     (default: as with no flags). Raises OptionError where no artifact keeps to the bounds.
     """
-    given, disturbed = options.quantize(), options.speed and busy()  # asked now: soon this process keeps the processor busy
+    disturbed = options.speed and options.machine is None and busy()  # asked now: soon this process keeps the processor busy
+    given, export = options.quantize(), export or ExportOptions()
+    # a file that suits nothing is refused before minutes of measuring
+    speeds = speeds_of(source, options, export) if options.machine is not None else None
     costs = costs_of(source, given)
-    speeds = speeds_of(source, options, export or ExportOptions(), disturbed) if options.speed else None
+    if options.speed and speeds is None:
+        speeds = speeds_of(source, options, export, disturbed)
 
     @cache
     def point(within: float, native: bool = options.native_bits) -> Point:
@@ -47,6 +51,7 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
     least, largest = least_size(costs) + 1, largest_size(costs)
     sizes = np.geomspace(least, largest, POINTS)
     points = [point(within, native=options.native_bits) for within in sizes]
+    where = speeds.machine if speeds and speeds.machine else "this machine"
     shown = {one.size: one for one in points if one.growth < USELESS} or {points[-1].size: points[-1]}
     if options.max_size is not None or options.given:
         size = math.inf if options.max_size is None else size_in_bytes(options.max_size, "--max-size")
@@ -54,10 +59,12 @@ def frontier(source: Artifact, options: PlanOptions, export: ExportOptions | Non
             sizes = np.array([within for within in sizes if round(within) < size] + [size])
         # fewest bytes, or what reads and holds least of them: a bound may call for either
         ways = (True, False) if options.given and not options.native_bits else (options.native_bits,)
-        best = replace(_best([_Way(sizes, partial(point, native=native)) for native in ways], options), asked=True)
+        best = replace(_best([_Way(sizes, partial(point, native=native)) for native in ways], options, where), asked=True)
         shown[best.size] = best
     ordered = tuple(shown[size] for size in sorted(shown))
-    return Frontier(ordered, speeds.prompt, bounds_of(options, speeds.prompt), speeds.lasting) if speeds else Frontier(ordered)
+    if speeds is None:
+        return Frontier(ordered)
+    return Frontier(ordered, speeds.prompt, bounds_of(options, speeds.prompt), speeds.machine, speeds.lasting)
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,14 @@ class _Way:
     point: Callable[[float], Point]
 
 
-def _best(ways: Sequence[_Way], options: PlanOptions) -> Point:
-    """The one of least loss that keeps to the bounds. Raises OptionError where none does."""
+def _best(ways: Sequence[_Way], options: PlanOptions, where: str) -> Point:
+    """The one of least loss that keeps to the bounds. Raises OptionError, which says ``where``, if none does."""
     found: list[Point] = []
     seen: list[Point] = []
     for way in ways:
         found += _best_of(way, options, seen)
     if not found:
-        raise OptionError(_nearest(seen, options))
+        raise OptionError(_nearest(seen, options, where))
     return min(found, key=lambda one: (one.growth, one.size))
 
 
@@ -146,14 +153,14 @@ def _worst(point: Point, bounds: BoundOptions) -> float:
     return max(excess for _, excess in _of(point, bounds))
 
 
-def _nearest(points: Sequence[Point], options: PlanOptions) -> str:
+def _nearest(points: Sequence[Point], options: PlanOptions, where: str) -> str:
     """Why nothing keeps to the bounds, and what comes nearest."""
     best = min(points, key=lambda point: _worst(point, options))
     missed = " and ".join(name for name, excess in _of(best, options) if excess > 1)
     within = "" if options.max_size is None else f" of at most {options.max_size}"
     assert best.usage is not None
     return (
-        f"no artifact of this model{within} keeps to {missed} on this machine; nearest is one of {best.size / 1e6:.1f} MB: "
+        f"no artifact of this model{within} keeps to {missed} on {where}; nearest is one of {best.size / 1e6:.1f} MB: "
         f"{said(best.usage)}, {100 * best.growth:+.0f} % of perplexity; ask for less, or build from a model that was made smaller "
         "before (edgepress prune, narrow or trim)"
     )
@@ -178,4 +185,6 @@ def table(found: Frontier) -> str:
             row += f"  {1 / usage.decode_s:>8.0f}  {first:>{len(f'first of {found.prompt}')}}  {memory:>7}"
         native = " --native-bits" if point.native else ""
         lines.append(f"{row}  --max-size {point.proposal}{native}" + ("  <- asked for" if point.asked else ""))
+    if found.machine:
+        lines += ["", f"speeds and memory: {found.machine}"]
     return "\n".join(lines)

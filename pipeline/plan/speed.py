@@ -1,4 +1,4 @@
-"""How fast the artifacts of a model are on this machine, and what memory they take: measured on five, reckoned for the others.
+"""How fast the artifacts of a model are on a machine, and what memory they take: measured on five, reckoned for the others.
 
 A step of decoding reads every matrix once, and a matrix takes as long as one of its bits takes: what an artifact of mixed bits
 takes lies between those of the same bits everywhere, by their shares of the weights.
@@ -10,18 +10,15 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from edgepress.exporters.stage import draft
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.environment import environment, machine
-from edgepress.pipeline.bench.jobs import ColdJob, ColdSample, SpeedJob, SpeedSample
-from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.bench.worker import WARM_UP_TOKENS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import FEW_BITS
@@ -29,10 +26,11 @@ from edgepress.pipeline.checkpoint.planes import operator_bits
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import check_disk, folder_bytes, read_json, write_json
+from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, read_json, write_json
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import BITS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
+from edgepress.pipeline.plan.probes import DESCRIPTION, ROUNDS, Probes, measure, measured_elsewhere
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.budget import Costs, Fit
 from edgepress.pipeline.quantize.mix import BASE, EIGHT, Form, Item
@@ -40,6 +38,7 @@ from edgepress.pipeline.quantize.pack import quantize_checkpoint
 from edgepress.pipeline.registry import require, version
 from edgepress.pipeline.report.forecast import Usage
 from edgepress.pipeline.report.plain import object_of
+from edgepress.pipeline.stages import check_outside
 from edgepress.pipeline.text.windows import text_windows
 
 log = logging.getLogger("edgepress")
@@ -50,7 +49,6 @@ LIKE = {3: BASE.bits, 5: SIX.bits}
 HEAD_BITS = 8
 # One more has BASE and a head of few bits, which moves as many bytes as all blocks where the vocabulary is large.
 OF_HEAD = "head"
-ROUNDS = 3
 PROMPT, SHORTEST = 128, 8  # tokens
 
 
@@ -58,12 +56,14 @@ PROMPT, SHORTEST = 128, 8  # tokens
 class Speeds:
     """usages: of the artifacts with the bits of ``MEASURED`` everywhere, by bits, and of ``OF_HEAD``.
 
-    prompt: tokens before the first one. lasting: whether nothing disturbed the measurement.
+    prompt: tokens before the first one. lasting: whether nothing disturbed the measurement. machine: on which it was made, "" for
+    this one.
     """
 
     usages: dict[str, Usage]
     prompt: int
     lasting: bool = True
+    machine: str = ""
 
     def of(self, costs: Costs, found: Fit) -> Usage:
         """What the artifact that ``fit`` found is expected to take."""
@@ -101,12 +101,16 @@ def busy() -> bool:
 
 
 def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, disturbed: bool = False) -> Speeds:
-    """As they were measured on this machine before, or now. disturbed: by other programs, so that what is measured is not kept.
+    """As they were measured on ``options.machine``, or on this one before, or now.
 
-    Raises WorkerError where a measuring process dies.
+    disturbed: by other programs, so that what is measured is not kept. Raises WorkerError where a measuring process dies,
+    InputError for a file of other probes.
     """
-    how = [export.exporter, export.accuracy_level, export.cache, options.threads, options.symmetric, MEASURED, OF_HEAD, ROUNDS]
-    parts = [source.identity(), machine("cpu"), *how, version("edgepress")]
+    made_of = _made_of(source, options, export)
+    if options.machine is not None:
+        found = measured_elsewhere(options.machine, made_of)
+        return Speeds(found.usages, found.prompt, machine=found.where)
+    parts = [made_of, machine("cpu"), options.threads, ROUNDS]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
     with suppress(InputError, ValueError):
         return typed(Speeds, read_json(kept))
@@ -122,8 +126,34 @@ def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, dis
     return speeds
 
 
+def _made_of(source: Artifact, options: PlanOptions, export: ExportOptions) -> str:
+    """Hash of the model, and of all that decides what its probes are."""
+    how = [export.exporter, export.accuracy_level, export.cache, options.symmetric, MEASURED, OF_HEAD, PROMPT]
+    return hashlib.sha256(repr([source.identity(), *how, version("edgepress")]).encode()).hexdigest()
+
+
 def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> Speeds:
     require("onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="edgepress-plan-") as scratch:
+        probes = write_probes(source, options, export, Path(scratch))
+        return Speeds(measure(Path(scratch), probes, options.threads), len(probes.ids))
+
+
+def probes_folder(source: Artifact, options: PlanOptions, out: Path) -> Path:
+    """A new folder with what is measured of a model, to be measured elsewhere. Raises OutputError where there is one already."""
+    if out.exists():
+        raise OutputError(f"{out} is there already; give --probes a new folder")
+    check_outside(out, source.path)
+    with atomic_folder(out) as folder:
+        write_probes(source, options, ExportOptions(), folder)
+    return out
+
+
+def write_probes(source: Artifact, options: PlanOptions, export: ExportOptions, folder: Path) -> Probes:
+    """An artifact with each number of bits of ``MEASURED``, and ``OF_HEAD``, into a folder that is there.
+
+    Raises OptionError for a model of too short a context.
+    """
     room, usual = Checkpoint(source.path, options.trust_remote_code).context, BenchOptions()
     prompt, new = min(PROMPT, room // 2), min(usual.new_tokens, room // 2 - WARM_UP_TOKENS)
     if prompt < SHORTEST or new < 2:
@@ -132,19 +162,12 @@ def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> S
     given = replace(options.quantize(), method="rtn", max_size=None)
     made = {str(form.bits): replace(given, bits=form.bits, group_size=form.group_size, head_bits=HEAD_BITS) for form in MEASURED}
     made[OF_HEAD] = replace(made[str(BASE.bits)], head_bits=FEW_BITS)
-    samples: dict[str, list[SpeedSample]] = {name: [] for name in made}
-    with tempfile.TemporaryDirectory(prefix="edgepress-plan-") as scratch:
-        check_disk(Path(scratch), len(made) * folder_bytes(source.path))
-        folders = {name: Path(scratch) / name for name in made}
-        for name, wanted in progress(made.items(), "artifacts to measure", "artifact"):
-            _write(source, folders[name], wanted, export)
-        for number in progress(range(ROUNDS), "speed", "round"):
-            for name in list(made) if number % 2 == 0 else reversed(made):
-                # As bench does: what was just written lies in memory in larger pieces than what is read, and counts for more.
-                measured("cold", ColdJob(str(folders[name]), options.threads), ColdSample)
-                job = SpeedJob(str(folders[name]), tuple(ids.tolist()), (len(ids),), new, options.threads)
-                samples[name].append(measured("speed", job, SpeedSample))
-    return Speeds({name: _usage(rows, len(ids)) for name, rows in samples.items()}, len(ids))
+    check_disk(folder, len(made) * folder_bytes(source.path))
+    for name, wanted in progress(made.items(), "artifacts to measure", "artifact"):
+        _write(source, folder / name, wanted, export)
+    probes = Probes(source.path.name, _made_of(source, options, export), tuple(ids.tolist()), new, tuple(made))
+    write_json(folder / DESCRIPTION, object_of(probes))
+    return probes
 
 
 def _write(source: Artifact, out: Path, options: QuantizeOptions, export: ExportOptions) -> None:
@@ -161,12 +184,3 @@ def _write(source: Artifact, out: Path, options: QuantizeOptions, export: Export
         log.setLevel(level)
     shutil.rmtree(packed)
     release_memory()
-
-
-def _usage(samples: Sequence[SpeedSample], prompt: int) -> Usage:
-    memory = [value for sample in samples if (value := sample.values["memory.peak_rss_bytes"]) is not None]
-    return Usage(
-        median(sum(sample.inter_token_ms) / len(sample.inter_token_ms) / 1000 for sample in samples),
-        median(sample.prefill[str(prompt)] for sample in samples),
-        median(memory) if memory else None,
-    )

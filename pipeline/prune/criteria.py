@@ -76,8 +76,8 @@ class Choice:
 class Search:
     """What a criterion chooses by, and the record of what it measured.
 
-    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on. whole: a context in which the
-    model is as it was, whatever a criterion changed.
+    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on. unhealed: a context in which
+    the weights are what they were, whatever a criterion changed.
     """
 
     blocks: Blocks
@@ -89,7 +89,7 @@ class Search:
     sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
-    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    unhealed: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def by_influence(self, influence: Influence) -> list[int]:
         """Blocks from the least influence on; without those that lack what is to be removed."""
@@ -165,10 +165,10 @@ def _within(
     blocks, removed, path, before = search.blocks, list[int](), list[PathStep](), list[float]()
     for layers in sets:
         kl = search.rounds[-1].kl[search.rounds[-1].removed] if search.rounds else None
-        growth, said = None, [] if kl is None else [f"its predictions move by {kl:.4f} nats (KL)"]
-        if kl is None or kl <= limit:  # held-out text takes as long to read as it took to try the set
+        growth, said = None, [] if kl is None else [f"the predictions move by {kl:.4f} nats (KL)"]
+        if kl is None or kl <= limit:  # held-out text may take as long to read as the set took to try
             if not before:
-                with search.whole():
+                with search.unhealed():
                     before = [mean_loss(blocks, windows) for windows in texts]
             with blocks.without(layers):
                 growths = [mean_loss(blocks, windows) - loss for windows, loss in zip(texts, before, strict=True)]
@@ -229,7 +229,7 @@ CRITERIA = {"bi": bi, "angular": angular, "greedy": greedy, "healed": healed}
 def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Generator[list[int]]:
     """The sets of one block, of two and so on that the cheapest trial of each round makes."""
     removed: list[int] = []
-    search.whole = trials.whole
+    search.unhealed = trials.unhealed
     for count in range(amount):
         begun = time.monotonic()
         with search.blocks.without(removed):

@@ -115,7 +115,7 @@ class HealedTrials(Trials):
             _set(change.matrix.weight, kept)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unhealed(self) -> Iterator[None]:
         """As Trials': the changes of former removals are taken back."""
         healed = {weight: weight.detach().clone() for weight in self._former}
         self.restore()
@@ -152,7 +152,7 @@ class HealedTrials(Trials):
         hidden = self.blocks.model.config.get_text_config().hidden_size
         sums = {index: Sums.empty(inputs_of(_linear(target)), hidden, torch.float32) for index, target in targets.items()}
         for ids, real in progress(self._fitting, "healing trials", "batch"):
-            with self.whole():
+            with self.unhealed():
                 wanted = self.blocks.states(ids, sorted({gap.target for gap in gaps.values()}))
             for index, (entering, leaving) in self._streams(ids, removed, gaps, targets).items():
                 state = wanted[gaps[index].target][real].float()

@@ -50,8 +50,8 @@ class Trials:
     def remove(self, index: int) -> None:
         """The candidate ``index`` of the last ``costs`` is gone from now on."""
 
-    def whole(self) -> AbstractContextManager[None]:
-        """The model as it was, within the context."""
+    def unhealed(self) -> AbstractContextManager[None]:
+        """The weights as they were, within the context."""
         return nullcontext()
 
     def _start(self, removed: Sequence[int], candidate: int) -> int:

@@ -65,11 +65,15 @@ class Bound:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Points by size, one of them asked for. prompt: tokens before the first one of a point's usage."""
+    """Points by size, one of them asked for. prompt: tokens before the first one of a point's usage.
+
+    machine: on which it is expected, "" for the one that measures what was made.
+    """
 
     points: tuple[Point, ...]
     prompt: int = 0
     bounds: tuple[Bound, ...] = ()
+    machine: str = ""
 
     @property
     def asked(self) -> Point | None:
@@ -95,8 +99,9 @@ def rows(forecast: Forecast, figures: dict[str, float], growth: float | None) ->
         name = ("expected, chosen" if point.asked else "expected") + (", 2, 4 and 8 bits alone" if point.native else "")
         shown.append([name, cells[0], f"{point.bits:.2f}", f"{point.head_bits:g}", *cells[1:]])
         if point.asked:
-            got = [figures.get(name) for name in (SIZE, DECODE, f"{TTFT}{forecast.prompt}", MEMORY)]
-            size, *rest = _cells(got[0], growth, *got[1:])
+            of_machine = () if forecast.machine else (DECODE, f"{TTFT}{forecast.prompt}", MEMORY)
+            got = [figures.get(name) for name in of_machine] or [None, None, None]
+            size, *rest = _cells(figures.get(SIZE), growth, *got)
             shown.append(["measured", size, "", "", *rest])
     return shown
 

@@ -249,10 +249,10 @@ class Report:
         return scored["onnx"] / scored["original"] - 1 if {"onnx", "original"} <= scored.keys() else None
 
     def missed(self, forecast: Forecast) -> list[str]:
-        """A line for each bound that it does not keep to, or that nothing measured."""
+        """A line for each bound that it does not keep to, or that nothing measured; none of those of another machine."""
         lines = []
         lengths = [int(name.removeprefix(TTFT)) for name in self.figures if name.startswith(TTFT)]
-        for bound in forecast.bounds:
+        for bound in () if forecast.machine else forecast.bounds:
             if bound.figure not in self.figures:
                 lines.append(f"nothing measured what {bound.flag} {bound.given} bounds")
             elif (excess := bound.excess(self.figures[bound.figure].median)) > 1 + NOISE:

@@ -100,8 +100,8 @@ NOTES = {
     "prompts; its memory has torch in it, as an artifact's has onnxruntime.",
     "comparisons": "Ratios of samples from fresh processes in interleaved rounds, paired by round; a verdict is given only where "
     "the whole interval lies on one side of 1.",
-    "forecast": "Expected on this machine before anything was made: the artifacts of least loss of several sizes, and the one that "
-    "keeps to the bounds. Perplexity: its growth from the original.",
+    "forecast": "Expected on this machine, or on the one that is named, before anything was made: the artifacts of least loss of "
+    "several sizes, and the one that keeps to the bounds. Perplexity: its growth from the original.",
     "stages": "All rows read the same tokens. Weights: bytes of the tensors, each in the type that it is stored in; a quantized "
     "checkpoint has scales of four bytes, and some codes in more bits than the shipped files. Change: perplexity against the "
     "original. KL (nats per token) and top-1 agreement are against the original. Share of loss: of the whole rise of the loss, in "
@@ -138,7 +138,8 @@ def forecast_rows(reports: Sequence[Report]) -> list[tuple[str, Rows]]:
         if report.forecast:
             medians = {name: figure.median for name, figure in report.figures.items()}
             body = forecast.rows(report.forecast, medians, report.growth)
-            tables.append((report.artifact, [forecast.header(report.forecast), *body]))
+            name = f"{report.artifact} for {machine}" if (machine := report.forecast.machine) else report.artifact
+            tables.append((name, [forecast.header(report.forecast), *body]))
     return tables
 
 

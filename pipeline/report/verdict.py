@@ -42,7 +42,10 @@ def _bounds(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         if report.forecast and report.forecast.bounds:
             given = " and ".join(f"{bound.flag} {bound.given}" for bound in report.forecast.bounds)
-            lines += report.missed(report.forecast) or [f"{report.artifact} keeps to {given}, as measured"]
+            kept = f"{report.artifact} keeps to {given}, as measured"
+            if machine := report.forecast.machine:
+                kept = f"{report.artifact} was planned for {given} on {machine}; the speeds and memory here are another machine's"
+            lines += report.missed(report.forecast) or [kept]
     return lines
 
 

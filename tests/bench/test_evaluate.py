@@ -106,10 +106,11 @@ def test_eight_bits_are_not_scored_at_level_0(
 
 
 def test_a_stage_that_changed_nothing_is_not_scored_again(build: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """With no flags that is pruning and healing, mostly: their folders have the original's weights beside a record."""
+    """Its folder has the original's weights beside a record of what was tried; of the two the original is scored."""
     options = PruneOptions(max_loss=0.0, calibration=text, calibration_tokens=512)
     kept = stages.run("prune", Artifact.load(tiny), tmp_path / "kept", options)
     subject = Subject(Artifact.load(build / "04-export"), "mine", (), (kept.path, build / "01-prune", build / "03-quantize"))
     original, same, pruned, quantized, *_ = quality._rows(subject, BenchOptions(reference=tiny))
     assert kept.identity() != Artifact.load(tiny).identity()
     assert same.key == original.key and len({row.key for row in (original, pruned, quantized)}) == 3
+    assert [row.folder for row in quality._different([original, same, pruned]).values()] == [tiny, build / "01-prune"]

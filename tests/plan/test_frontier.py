@@ -14,6 +14,7 @@ from edgepress.pipeline.flags import make
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, QuantizeOptions, size_in_bytes
 from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
+from edgepress.pipeline.plan import probes
 from edgepress.pipeline.plan import speed as speed_module
 from edgepress.pipeline.plan.bounds import Planned
 from edgepress.pipeline.plan.frontier import bounds_of, frontier, table
@@ -238,7 +239,7 @@ def test_five_artifacts_are_measured(
 ) -> None:
     """In processes of their own, once; a model of a short context is read a shorter prompt."""
     source = Artifact.load(random_model(LlamaConfig(**TINY | {"max_position_embeddings": context}), tmp_path / "model"))
-    monkeypatch.setattr(speed_module, "ROUNDS", 1)
+    monkeypatch.setattr(probes, "ROUNDS", 1)
     options = PlanOptions(method="rtn", text=text)
     speeds = speed_module.speeds_of(source, options, ExportOptions())
     assert set(speeds.usages) == {"2", "4", "6", "8", "head"} and speeds.prompt == min(128, context // 2)
@@ -308,7 +309,7 @@ def test_a_build_that_keeps_to_a_bound(
     tiny: Path, text: Path, tmp_path: Path, call: Callable, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four artifacts are measured once; what is chosen stands in plan.json, and the same command keeps all that is done."""
-    monkeypatch.setattr(speed_module, "ROUNDS", 1)
+    monkeypatch.setattr(probes, "ROUNDS", 1)
     monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
     given = ("build", tiny, tmp_path / "out", "--min-speed", "1", "--method", "rtn", "--remove-count", "1", "--no-baseline",
              "--repeats", "2", "--text", text, "--text-tokens", "256", "--calibration", text, "--no-original-speed")  # fmt: skip

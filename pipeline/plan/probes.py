@@ -1,0 +1,119 @@
+"""Artifacts that are made only to be measured, and what they take: on this machine, or on one that does nothing but run artifacts.
+
+A folder of probes has one artifact in each of its folders, and says in probes.json how they are measured. `edgepress machine`
+measures them where the folder was copied to, with neither torch nor the model at hand, and writes one file, which comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+from edgepress.pipeline.bench.environment import machine
+from edgepress.pipeline.bench.jobs import ColdJob, ColdSample, SpeedJob, SpeedSample
+from edgepress.pipeline.bench.launch import measured
+from edgepress.pipeline.documents import typed
+from edgepress.pipeline.errors import InputError
+from edgepress.pipeline.files import read_json
+from edgepress.pipeline.progress import progress
+from edgepress.pipeline.registry import require
+from edgepress.pipeline.report.forecast import Usage
+from edgepress.pipeline.report.model import Machine
+
+DESCRIPTION = "probes.json"
+SCHEMA = 1  # of both files
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a folder of probes holds.
+
+    model: its name. made_of: hash of the model and of how the probes were made. ids: the prompt. new_tokens: decoded after it.
+    names: of the folders.
+    """
+
+    model: str
+    made_of: str
+    ids: tuple[int, ...]
+    new_tokens: int
+    names: tuple[str, ...]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What probes took. model, made_of: of ``Probes``. prompt: tokens before the first one. usages: by name of the probe."""
+
+    model: str
+    made_of: str
+    prompt: int
+    usages: dict[str, Usage]
+    machine: Machine
+    threads: int
+    schema: int = SCHEMA
+
+    @property
+    def where(self) -> str:
+        """``AMD Ryzen 7 7840U, 16 cores``."""
+        return f"{self.machine.cpu.model}, {self.machine.cores} cores"
+
+
+def measure(folder: Path, probes: Probes, threads: int) -> dict[str, Usage]:
+    """What each probe takes here, by name: the median of ``ROUNDS`` in turn. Raises WorkerError where a measuring process dies."""
+    require("onnxruntime")
+    samples: dict[str, list[SpeedSample]] = {name: [] for name in probes.names}
+    for number in progress(range(ROUNDS), "speed", "round"):
+        for name in probes.names if number % 2 == 0 else reversed(probes.names):
+            # As bench does: what was just written lies in memory in larger pieces than what is read, and counts for more.
+            measured("cold", ColdJob(str(folder / name), threads), ColdSample)
+            job = SpeedJob(str(folder / name), probes.ids, (len(probes.ids),), probes.new_tokens, threads)
+            samples[name].append(measured("speed", job, SpeedSample))
+    return {name: _usage(rows, len(probes.ids)) for name, rows in samples.items()}
+
+
+def measured_here(folder: Path, threads: int) -> Measured:
+    """What the probes of a folder take on this machine. Raises InputError for a folder of another kind."""
+    if not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder} is no folder of probes; edgepress plan SRC --probes DIR writes one where the model is")
+    probes = _read(Probes, folder / DESCRIPTION)
+    if missing := [name for name in probes.names if not (folder / name / "model.onnx").is_file()]:
+        raise InputError(f"{folder / missing[0]} is missing or incomplete; copy the complete folder")
+    usages = measure(folder, probes, threads)
+    return Measured(probes.model, probes.made_of, len(probes.ids), usages, machine("cpu"), threads)
+
+
+def measured_elsewhere(file: Path, made_of: str) -> Measured:
+    """What a file of `edgepress machine` says of the probes ``made_of`` this. Raises InputError for one of others."""
+    found = _read(Measured, file)
+    if found.made_of != made_of:
+        raise InputError(
+            f"{file} is of other probes (of {found.model}): another model, other options or another version of edgepress; make "
+            "them anew with edgepress plan SRC --probes DIR"
+        )
+    return found
+
+
+Document = TypeVar("Document", Probes, Measured)
+
+
+def _read(kind: type[Document], file: Path) -> Document:
+    content = read_json(file)
+    if (schema := content.get("schema")) != SCHEMA:
+        raise InputError(f"{file} has schema {schema}, and this edgepress reads {SCHEMA}; use the same version on both machines")
+    try:
+        return typed(kind, content)
+    except ValueError as error:
+        raise InputError(f"{file} is {error}; run edgepress machine again") from None
+
+
+def _usage(samples: Sequence[SpeedSample], prompt: int) -> Usage:
+    memory = [value for sample in samples if (value := sample.values["memory.peak_rss_bytes"]) is not None]
+    return Usage(
+        median(sum(sample.inter_token_ms) / len(sample.inter_token_ms) / 1000 for sample in samples),
+        median(sample.prefill[str(prompt)] for sample in samples),
+        median(memory) if memory else None,
+    )
