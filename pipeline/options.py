@@ -81,9 +81,10 @@ TARGETS = {
 
 
 def _calibration(usual: Path = CALIBRATION_TEXT) -> Path:
-    return option(
+    return option(  # its help says all defaults, for build shows that of the first stage alone
         usual, "calibration text: .txt, .jsonl, .json or .csv, or 'self': what the model itself writes, sampled once, or 'mixed': "
-        f"that, the shipped prose and technical prose (default: {'mixed' if usual == MIXED else 'the shipped calibration.txt'})",
+        "that, the shipped prose and technical prose (default: 'mixed' to choose bits and to quantize, 'self' to tune, else the "
+        "shipped calibration.txt)",
     )  # fmt: skip
 
 
@@ -260,9 +261,7 @@ class TrimOptions(Options):
     languages: tuple[str, ...] = option(
         (), "languages by their codes, as en,de: tokens in other scripts go, unless --keep-text uses them"
     )
-    text: Path = option(
-        EVALUATION_TEXT, "text on which bits a byte are measured before and after (default: the shipped evaluation.txt)"
-    )
+    text: Path = _text()
     text_key: str = _text_key()
     trust_remote_code: bool = _trust()
 
