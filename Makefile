@@ -23,7 +23,7 @@ READY := $(VENV)/.ready
 PRESS := $(BIN)/edgepress
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real artifact run serve page verify show import trim prune heal narrow quantize tune export bench report plan sweep sensitivity \
+.PHONY: help demo real artifact run serve page verify show import trim prune heal narrow quantize tune export bench report plan machine sweep sensitivity \
 	test test-families test-consumers test-real test-campaign lint types wheel example clean
 
 help:
@@ -108,6 +108,9 @@ report: $(READY) ## finished benchmarks on one page: [MODEL='DIR DIR ...' or OUT
 
 plan: $(READY) ## sizes that an artifact could have, and what each loses: MODEL=... [ARGS='--max-size 90MB']
 	$(PRESS) plan "$(MODEL)" $(ARGS)
+
+machine: $(READY) ## how fast the artifacts of plan --probes are here: MODEL=probes [OUT=file.json]
+	$(PRESS) machine "$(MODEL)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 sweep: $(READY) ## many builds from one file: FILE=sweep.yaml [OUT=...] [ARGS='--cores 2']
 	$(PRESS) sweep "$(FILE)" "$(or $(OUT),out/sweep)" $(ARGS)

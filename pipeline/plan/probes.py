@@ -6,7 +6,7 @@ measures them where the folder was copied to, with neither torch nor the model a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -86,14 +86,17 @@ def measured_here(folder: Path, threads: int) -> Measured:
     return Measured(probes.model, probes.made_of, len(probes.ids), usages, machine("cpu"), threads)
 
 
-def measured_elsewhere(file: Path, made_of: str) -> Measured:
-    """What a file of `edgepress machine` says of the probes ``made_of`` this. Raises InputError for one of others."""
+def measured_elsewhere(file: Path, made_of: str, names: Collection[str]) -> Measured:
+    """What a file of `edgepress machine` says of the probes ``made_of`` this, of these names. Raises InputError for others."""
     found = _read(Measured, file)
     if found.made_of != made_of:
         raise InputError(
             f"{file} is of other probes (of {found.model}): another model, other options or another version of edgepress; make "
             "them anew with edgepress plan SRC --probes DIR"
         )
+    seconds = [value for usage in found.usages.values() for value in (usage.decode_s, usage.ttft_s)]
+    if found.usages.keys() != set(names) or min(seconds) <= 0:
+        raise InputError(f"{file} was changed since it was written; run edgepress machine again")
     return found
 
 

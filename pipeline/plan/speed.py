@@ -108,7 +108,7 @@ def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, dis
     """
     made_of = _made_of(source, options, export)
     if options.machine is not None:
-        found = measured_elsewhere(options.machine, made_of)
+        found = measured_elsewhere(options.machine, made_of, [*(str(form.bits) for form in MEASURED), OF_HEAD])
         return Speeds(found.usages, found.prompt, machine=found.where)
     parts = [made_of, machine("cpu"), options.threads, ROUNDS]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"

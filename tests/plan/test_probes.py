@@ -96,10 +96,14 @@ def test_a_file_of_another_machine_suits_its_model_alone(
     content = read_json(measured[1])
     write_json(tmp_path / "new.json", content | {"schema": 2})
     write_json(tmp_path / "cut.json", {key: value for key, value in content.items() if key != "usages"})
+    write_json(tmp_path / "less.json", content | {"usages": {"4": content["usages"]["4"]}})
+    write_json(tmp_path / "still.json", content | {"usages": content["usages"] | {"4": content["usages"]["4"] | {"decode_s": 0.0}}})
     for model, file, reason in (
         (reference, measured[1], "of other probes (of tiny)"),
         (tiny, tmp_path / "new.json", "schema 2"),
         (tiny, tmp_path / "cut.json", "run edgepress machine again"),
+        (tiny, tmp_path / "less.json", "was changed since"),
+        (tiny, tmp_path / "still.json", "was changed since"),
         (tiny, tmp_path / "none.json", "none.json"),
     ):
         result = call("plan", model, "--method", "rtn", "--machine", file)
