@@ -42,6 +42,7 @@ VERBS = [
     "quantize",
     "export",
     "bench",
+    "machine",
     "plan",
     "report",
     "run",
@@ -131,6 +132,7 @@ def test_table_of_verbs_is_whole() -> None:
     assert set(VERBS) == set(cli.STAGES) | set(cli.COMMANDS)
     assert {stage.options for stage in cli.STAGES.values()} | {
         options.BoundOptions,
+        options.MachineOptions,
         options.PlanOptions,
         options.RunOptions,
         options.SensitivityOptions,
@@ -146,6 +148,7 @@ def test_every_option_is_in_the_help(cls: type, call: Call) -> None:
     verbs = [name for name, stage in cli.STAGES.items() if stage.options is cls]
     alone = {
         options.BoundOptions: "build",
+        options.MachineOptions: "machine",
         options.PlanOptions: "plan",
         options.RunOptions: "run",
         options.SensitivityOptions: "sensitivity",
