@@ -21,7 +21,7 @@ from edgepress.pipeline.files import (
     MANIFEST,
     JsonObject,
     files_below,
-    is_sensitivity,
+    is_measurement,
     leads_out,
     link_or_copy,
     not_a_folder,
@@ -197,7 +197,7 @@ class Artifact:
         if self.path.is_file():
             return {self.path.name: sha256(self.path)}
         files = (p for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith("."))
-        return {p.name: sha256(p) for p in files if not is_sensitivity(p)}
+        return {p.name: sha256(p) for p in files if not is_measurement(p)}
 
 
 def write_manifest(folder: Path, format: Format, steps: tuple[Step, ...], fingerprint: str) -> None:

@@ -121,15 +121,15 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
     shapes = ShardIndex.of(source).shapes
     parameters = sum(map(math.prod, shapes.values()))
     vocabulary = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)  # the embedding has the most rows
-    head = _largest_outside(shapes)
-    weights = HEAD_COST * head + sum(math.prod(shape) for name, shape in shapes.items() if _BLOCK.search(name))
+    blocks = sum(math.prod(shape) for name, shape in shapes.items() if _BLOCK.search(name))
+    head = 2 * HEAD_COST * _largest_outside(shapes) / (EFFICIENCY * rate)  # seconds of a token in it
+    token = head + 2 * blocks / (EFFICIENCY * rate)
     removing = removing or any(isinstance(o, PruneOptions) and o.max_loss is None for _, o in steps)
     narrowing = any(isinstance(o, NarrowOptions) for _, o in steps)
     low, high, memory = 0.0, 0.0, 4.0 * parameters
     for _, options in steps:
         compared = removing or (narrowing and isinstance(options, BenchOptions))  # with the same without removal
         least, most, fixed = _work(options, compared, parameters)
-        token = 2 * weights / (EFFICIENCY * rate)
         if isinstance(options, TuneOptions) and not options.tune_tokens:
             most = min(most, 60 * options.minutes / token + SAMPLING * options.own_tokens(parameters))
         fixed += START_S + parameters / PARAMETERS_PER_S
@@ -139,7 +139,7 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
         if isinstance(options, BenchOptions):
             text, rows = _scored(options, compared)
-            seconds = rows * text * (vocabulary / LOGITS_PER_S + 2 * HEAD_COST * head / (EFFICIENCY * rate))  # and the original's
+            seconds = rows * text * (vocabulary / LOGITS_PER_S + head)  # of the original, once more
             low, high = low + seconds, high + 1.5 * seconds
     least = least_memory(shapes)
     if too_large(parameters):  # they lie in a file

@@ -70,10 +70,11 @@ def begins_with(file: Path, mark: bytes) -> bool:
         return opened.read(len(mark)) == mark
 
 
-def is_sensitivity(file: Path) -> bool:
-    """Whether ``edgepress sensitivity`` wrote a file: then it is no part of the model beside which it lies."""
+def is_measurement(file: Path) -> bool:
+    """Whether ``edgepress sensitivity`` or ``machine`` wrote a file: then it is no part of the model beside which it lies."""
     with suppress(InputError):
-        return begins_with(file, b'{\n  "model": "') and {"target_bits", "rows"} <= read_json(file).keys()
+        keys = read_json(file).keys() if begins_with(file, b'{\n  "model": "') else set[str]()
+        return {"target_bits", "rows"} <= keys or {"made_of", "usages"} <= keys
     return False
 
 

@@ -627,6 +627,8 @@ class BoundOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        if self.machine is not None and not self.machine.is_file():
+            raise OptionError(f"--machine {self.machine} is no file; give the one that edgepress machine wrote")
         if self.max_memory is not None:
             size_in_bytes(self.max_memory, "--max-memory")
         for name in ("min_speed", "max_ttft"):

@@ -96,7 +96,7 @@ def resolve_texts(folder: Path, options: Mapping[str, object] | dict[object, obj
     named = {str(key).removeprefix("--").replace("-", "_"): value for key, value in options.items()}
     texts = {
         key
-        for key in _TEXTS
+        for key in (*_TEXTS, "machine")
         if isinstance(named.get(key), str) and (key, named[key]) not in {("calibration", str(text)) for text in WRITTEN}
     }
     beside = {key: str(folder / expanded(str(value))) if key in texts else value for key, value in named.items()}
@@ -375,6 +375,10 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
     usual = dataclasses.replace(_USUAL, rare_rows=(NONE,) if quantize.rare_rows == (NONE,) else ())
     if settled := [name for name in sorted(_SETTLED - {"max_growth"}) if getattr(quantize, name) != getattr(usual, name)]:
         raise OptionError(f"{asked} chooses the bits of every matrix, and the recipe gives {settled[0]}; leave one of them out")
+    usual_export = ExportOptions()
+    others = [name for name in ("exporter", "accuracy_level", "cache") if getattr(export, name) != getattr(usual_export, name)]
+    if bounds.machine is not None and others:
+        raise OptionError(f"--machine is of artifacts that are exported with no flags; leave {flag(others[0])} out")
     _check_ahead(original.path, steps)  # before minutes of measuring
     known = {item.name for item in dataclasses.fields(PlanOptions)} & {item.name for item in dataclasses.fields(QuantizeOptions)}
     values = {name: getattr(quantize, name) for name in known}

@@ -24,7 +24,7 @@ from edgepress.pipeline.files import (
     check_disk,
     folder_bytes,
     hub_snapshot,
-    is_sensitivity,
+    is_measurement,
     journal_of,
     real,
     sha256,
@@ -171,7 +171,7 @@ def check_outside(out: Path, *read: Path) -> None:
 def check_beside(out: Path, folder: Path) -> None:
     """Raise OptionError for an output file that is, or would be taken for, one of the files of the model in ``folder``."""
     place = real(out)
-    own = place.is_file() and not is_sensitivity(place)
+    own = place.is_file() and not is_measurement(place)
     new = place.parent.is_dir() and place.parent.samefile(folder) and belongs_to_a_model(place.name)
     if new or (own and _is_in(place, folder)):
         raise OptionError(f"{out} is, or would be taken for, a file of the model in {folder}; give --out another name or folder")

@@ -11,7 +11,7 @@ import torch
 from edgepress.pipeline.checkpoint.dtypes import dtype_of
 from edgepress.pipeline.checkpoint.shards import INDEX, rows_of, shards
 from edgepress.pipeline.errors import ModelError
-from edgepress.pipeline.files import JsonObject, is_sensitivity, link_or_copy, read_json, write_json
+from edgepress.pipeline.files import JsonObject, is_measurement, link_or_copy, read_json, write_json
 from edgepress.pipeline.text.tokenizer import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -39,7 +39,7 @@ def carry_files(source: Path, out: Path, trusted: bool) -> None:
     """
     for file in sorted(source.iterdir()):
         carried = file.suffix in CARRIED_SUFFIXES or file.name in CARRIED_NAMES or (trusted and file.suffix == ".py")
-        if not (file.is_file() and carried) or WEIGHTS.match(file.name) or file.name in NOT_CARRIED or is_sensitivity(file):
+        if not (file.is_file() and carried) or WEIGHTS.match(file.name) or file.name in NOT_CARRIED or is_measurement(file):
             continue
         content = read_json(file) if file.name.endswith("_config.json") and not trusted else {}
         if "auto_map" in content:

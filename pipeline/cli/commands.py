@@ -32,7 +32,7 @@ from edgepress.pipeline.cli.terminal import (
     written,
 )
 from edgepress.pipeline.errors import InputError, OptionError
-from edgepress.pipeline.files import expanded, write_json
+from edgepress.pipeline.files import check_disk, expanded, write_json
 from edgepress.pipeline.flags import make, parts
 from edgepress.pipeline.machine import working_within
 from edgepress.pipeline.model_files import check_model_type, read_config
@@ -218,8 +218,7 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     folder = stages.source_of(options.source).path
     check_checkpoint(folder, values.trust_remote_code)
     stages.check_beside(options.out, folder)
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
+    _check_file(options.out)
     from edgepress.pipeline.checkpoint.folder import Checkpoint
     from edgepress.pipeline.quantize.sensitivity import measure, table
 
@@ -227,6 +226,14 @@ def _sensitivity(options: argparse.Namespace, flags: Flags) -> int:
     write_json(options.out, sensitivity.to_json(folder.name))
     print(table(sensitivity))
     return 0
+
+
+def _check_file(out: Path) -> None:
+    """Raise InputError or OutputError where no file can be written: before minutes of measuring."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"cannot write {out}; give --out a file in a folder that is there")
+    if not out.exists():
+        check_disk(out, 1)
 
 
 def _plan(options: argparse.Namespace, flags: Flags) -> int:
@@ -247,14 +254,14 @@ def _plan(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _machine(options: argparse.Namespace, flags: Flags) -> int:
-    from edgepress.pipeline.plan.probes import measured_here
+    from edgepress.pipeline.plan.probes import described, measured_here
     from edgepress.pipeline.report.plain import object_of
 
     values, folder = make(MachineOptions, flags), expanded(options.source)
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        raise InputError(f"cannot write {options.out}; give --out a file in a folder that is there")
-    found = measured_here(folder, values.threads)
-    write_json(options.out, object_of(found))
+    probes = described(folder)
+    _check_file(options.out)
+    stages.check_beside(options.out, folder)
+    write_json(options.out, object_of(measured_here(folder, probes, values.threads)))
     print(options.out)
     return 0
 

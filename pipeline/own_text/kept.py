@@ -21,7 +21,7 @@ from edgepress.pipeline.checkpoint.admission import check_checkpoint
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.errors import ModelError, OptionError, OutputError, TextError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import MANIFEST, is_sensitivity, sha256
+from edgepress.pipeline.files import MANIFEST, is_measurement, sha256
 from edgepress.pipeline.machine import available_memory, release_memory, training_device
 from edgepress.pipeline.metrics.readable import readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
@@ -209,7 +209,7 @@ def _key(folder: Path, tokens: int, seed: int) -> str:
     from edgepress.pipeline.own_text.sampler import dtype
 
     files = {file for pattern in _DECISIVE for file in folder.glob(pattern) if file.name not in _RECORDS}
-    content = {file.name: sha256(file) for file in sorted(files) if not is_sensitivity(file)}
+    content = {file.name: sha256(file) for file in sorted(files) if not is_measurement(file)}
     device = training_device()
     decisive = [content, tokens, seed, sampler(), str(dtype(device)), *([device.type] if device.type != "cpu" else [])]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]

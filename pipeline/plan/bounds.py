@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.bench.environment import machine
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import read_json, write_json
+from edgepress.pipeline.files import read_json, sha256, write_json
 from edgepress.pipeline.options import ExportOptions, PlanOptions
 from edgepress.pipeline.plan.frontier import frontier, said
 from edgepress.pipeline.registry import version
@@ -52,7 +52,8 @@ def planned(source: Artifact, options: PlanOptions, export: ExportOptions, kept:
     export: how it will be exported. Raises OptionError where nothing keeps to them.
     """
     here = machine("cpu")  # no kernel and no version of a package: an update must not choose anew
-    how = [record(options), record(export), asdict(here.cpu), here.cores, version("edgepress")]
+    where = [asdict(here.cpu), here.cores] if options.machine is None else [sha256(options.machine)]
+    how = [record(replace(options, machine=None)), record(export), *where, version("edgepress")]
     key = hashlib.sha256(json.dumps([source.identity(), *how], sort_keys=True).encode()).hexdigest()
     found = None
     with suppress(InputError, ValueError):
@@ -83,17 +84,17 @@ def compare(found: Planned, report: Path) -> None:
     """Say what a report measured of what was planned, and warn of a bound that is not kept to, or that nothing measured."""
     first = read(report).first
     names = (DECODE, f"{TTFT}{found.forecast.prompt}", MEMORY)
-    machine = found.forecast.machine
-    speed, wait, memory = (first.figures[name].median if name in first.figures and not machine else None for name in names)
+    elsewhere = found.forecast.machine
+    speed, wait, memory = (first.figures[name].median if name in first.figures and not elsewhere else None for name in names)
     expected = found.point.usage
     assert expected is not None
     log.info(
         "plan: expected%s%s %.1f MB, %s, %+.1f %% of perplexity; measured%s %.1f MB, %s",
-        " of the whole model" if first.removed else "", f" on {machine}" if machine else "", found.point.size / 1e6,
-        said(expected), 100 * found.point.growth, " here" if machine else "", first.figures[SIZE].median / 1e6,
+        " of the whole model" if first.removed else "", f" on {elsewhere}" if elsewhere else "", found.point.size / 1e6,
+        said(expected), 100 * found.point.growth, " here" if elsewhere else "", first.figures[SIZE].median / 1e6,
         _measured(speed, wait, memory, first.growth),
     )  # fmt: skip
-    if machine:
+    if elsewhere:
         log.info("plan: to see what it takes there, run edgepress bench on the artifact there")
     for finding in first.missed(found.forecast):
         log.warning("warning: %s; give a tighter bound, or try again when nothing else runs", finding)

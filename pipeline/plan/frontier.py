@@ -11,7 +11,8 @@ import numpy as np
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.options import BoundOptions, ExportOptions, PlanOptions, QuantizeOptions, size_in_bytes
-from edgepress.pipeline.plan.speed import Speeds, busy, speeds_of
+from edgepress.pipeline.plan.probes import busy
+from edgepress.pipeline.plan.speed import Speeds, speeds_of
 from edgepress.pipeline.quantize.budget import Costs, Fit, fit, largest_size, least_size
 from edgepress.pipeline.quantize.choose import left_of, left_of_head
 from edgepress.pipeline.quantize.mix import CHOICES, mean_bits

@@ -6,13 +6,14 @@ measures them where the folder was copied to, with neither torch nor the model a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from edgepress.pipeline.bench.environment import machine
+from edgepress.pipeline.bench.environment import environment, machine
 from edgepress.pipeline.bench.jobs import ColdJob, ColdSample, SpeedJob, SpeedSample
 from edgepress.pipeline.bench.launch import measured
 from edgepress.pipeline.documents import typed
@@ -23,6 +24,7 @@ from edgepress.pipeline.registry import require
 from edgepress.pipeline.report.forecast import Usage
 from edgepress.pipeline.report.model import Machine
 
+log = logging.getLogger("edgepress")
 DESCRIPTION = "probes.json"
 SCHEMA = 1  # of both files
 ROUNDS = 3
@@ -43,6 +45,10 @@ class Probes:
     names: tuple[str, ...]
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        if not (self.names and self.ids and self.new_tokens > 0) or any(Path(name).name != name for name in self.names):
+            raise ValueError("it describes no probes in its folder")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -59,7 +65,7 @@ class Measured:
     @property
     def where(self) -> str:
         """``AMD Ryzen 7 7840U, 16 cores``."""
-        return f"{self.machine.cpu.model}, {self.machine.cores} cores"
+        return f"{self.machine.cpu.model}, {self.machine.cores} cores" + (f", {self.threads} threads" if self.threads else "")
 
 
 def measure(folder: Path, probes: Probes, threads: int) -> dict[str, Usage]:
@@ -75,13 +81,28 @@ def measure(folder: Path, probes: Probes, threads: int) -> dict[str, Usage]:
     return {name: _usage(rows, len(probes.ids)) for name, rows in samples.items()}
 
 
-def measured_here(folder: Path, threads: int) -> Measured:
-    """What the probes of a folder take on this machine. Raises InputError for a folder of another kind."""
+def busy() -> bool:
+    """Whether other programs kept the processor busy in the last minute."""
+    run = environment("cpu", 0)
+    return run.load_average is not None and run.load_average > run.cores
+
+
+def described(folder: Path) -> Probes:
+    """What a folder of probes holds. Raises InputError for a folder of another kind."""
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder} is no folder of probes; edgepress plan SRC --probes DIR writes one where the model is")
     probes = _read(Probes, folder / DESCRIPTION)
     if missing := [name for name in probes.names if not (folder / name / "model.onnx").is_file()]:
         raise InputError(f"{folder / missing[0]} is missing or incomplete; copy the complete folder")
+    return probes
+
+
+def measured_here(folder: Path, probes: Probes, threads: int) -> Measured:
+    """What they take on this machine."""
+    if busy():
+        log.warning(
+            "warning: other programs are busy, so speeds will look slower than they are; measure again when nothing else runs"
+        )
     usages = measure(folder, probes, threads)
     return Measured(probes.model, probes.made_of, len(probes.ids), usages, machine("cpu"), threads)
 
@@ -101,16 +122,18 @@ def measured_elsewhere(file: Path, made_of: str, names: Collection[str]) -> Meas
 
 
 Document = TypeVar("Document", Probes, Measured)
+WRITTEN_BY = {Probes: "description that edgepress plan --probes", Measured: "file that edgepress machine"}
 
 
 def _read(kind: type[Document], file: Path) -> Document:
     content = read_json(file)
     if (schema := content.get("schema")) != SCHEMA:
-        raise InputError(f"{file} has schema {schema}, and this edgepress reads {SCHEMA}; use the same version on both machines")
+        said = f"has schema {schema}, and this edgepress reads {SCHEMA}" if schema else f"is no {WRITTEN_BY[kind]} wrote"
+        raise InputError(f"{file} {said}; use the same version on both machines")
     try:
-        return typed(kind, content)
+        return typed(kind, content, str(file))
     except ValueError as error:
-        raise InputError(f"{file} is {error}; run edgepress machine again") from None
+        raise InputError(f"{error}; run {WRITTEN_BY[kind].partition(' that ')[2]} again") from None
 
 
 def _usage(samples: Sequence[SpeedSample], prompt: int) -> Usage:

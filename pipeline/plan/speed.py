@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from edgepress.exporters.stage import draft
 from edgepress.pipeline.artifact import Artifact
-from edgepress.pipeline.bench.environment import environment, machine
+from edgepress.pipeline.bench.environment import machine
 from edgepress.pipeline.bench.worker import WARM_UP_TOKENS
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.checkpoint.packed import FEW_BITS
@@ -26,7 +26,8 @@ from edgepress.pipeline.checkpoint.planes import operator_bits
 from edgepress.pipeline.documents import typed
 from edgepress.pipeline.errors import InputError, OptionError, OutputError
 from edgepress.pipeline.fetch import cache_folder
-from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, read_json, write_json
+from edgepress.pipeline.files import atomic_folder, check_disk, folder_bytes, read_json, real, write_json
+from edgepress.pipeline.lock import writing
 from edgepress.pipeline.machine import release_memory
 from edgepress.pipeline.methods import BITS
 from edgepress.pipeline.options import BenchOptions, ExportOptions, PlanOptions, QuantizeOptions
@@ -94,12 +95,6 @@ def _bytes_read(item: Item, form: Form) -> int:
     return item.bytes[form] + item.weights * (operator_bits(form.bits) - form.bits) // 8
 
 
-def busy() -> bool:
-    """Whether other programs kept the processor busy in the last minute."""
-    run = environment("cpu", 0)
-    return run.load_average is not None and run.load_average > run.cores
-
-
 def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, disturbed: bool = False) -> Speeds:
     """As they were measured on ``options.machine``, or on this one before, or now.
 
@@ -109,7 +104,9 @@ def speeds_of(source: Artifact, options: PlanOptions, export: ExportOptions, dis
     made_of = _made_of(source, options, export)
     if options.machine is not None:
         found = measured_elsewhere(options.machine, made_of, [*(str(form.bits) for form in MEASURED), OF_HEAD])
-        return Speeds(found.usages, found.prompt, machine=found.where)
+        here = machine("cpu")
+        own = (found.machine.cpu, found.machine.cores) == (here.cpu, here.cores)
+        return Speeds(found.usages, found.prompt, machine="" if own else found.where)
     parts = [made_of, machine("cpu"), options.threads, ROUNDS]
     kept = cache_folder() / "speeds" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
     with suppress(InputError, ValueError):
@@ -141,11 +138,13 @@ def _measure(source: Artifact, options: PlanOptions, export: ExportOptions) -> S
 
 def probes_folder(source: Artifact, options: PlanOptions, out: Path) -> Path:
     """A new folder with what is measured of a model, to be measured elsewhere. Raises OutputError where there is one already."""
-    if out.exists():
-        raise OutputError(f"{out} is there already; give --probes a new folder")
     check_outside(out, source.path)
-    with atomic_folder(out) as folder:
-        write_probes(source, options, ExportOptions(), folder)
+    out = real(out)
+    with writing(out):
+        if out.exists():
+            raise OutputError(f"{out} is there already; give --probes a new folder")
+        with atomic_folder(out) as folder:
+            write_probes(source, options, ExportOptions(), folder)
     return out
 
 

@@ -124,7 +124,7 @@ def _builds(folder: Path, model: str, given: SweepFile) -> list[Build]:
             build = Build("-".join(parts), title, real(resolve(named)) if keeps else real(original), real(original), name, flags)
             steps, bounds = build.plan()
             trimmed = any(isinstance(options, TrimOptions) for _, options in steps)
-            made.append(replace(build, alone=bounds.given, trimmed=trimmed))
+            made.append(replace(build, alone=bounds.given and bounds.machine is None, trimmed=trimmed))
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from edgepress.pipeline import recipe
+from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import read_json, write_json
-from edgepress.pipeline.options import PlanOptions
 from edgepress.pipeline.plan import bounds as bounds_module
 from edgepress.pipeline.plan import frontier as frontier_module
-from edgepress.pipeline.plan import probes as probes_module
 from edgepress.pipeline.plan import speed
 from edgepress.pipeline.plan.bounds import Planned
 from edgepress.pipeline.quantize import trials
@@ -30,17 +29,21 @@ MAIN = "from edgepress.pipeline.cli import main; raise SystemExit(main(sys.argv[
 
 
 @pytest.fixture(scope="module")
-def measured(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def measured(tiny: Path, text: Path, edgepress: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder of probes, and the file of what they took on a machine without torch, transformers and onnx."""
     folder = tmp_path_factory.mktemp("probes")
-    options = PlanOptions(method="rtn", text=text)
-    speed.probes_folder(speed.Artifact.load(tiny), options, folder / "probes")
+    written = edgepress("plan", tiny, "--method", "rtn", "--text", text, "--probes", folder / "probes")
+    assert written.code == 0 and "edgepress machine probes" in written.out, written.err
     heavy = ["torch", "transformers", "safetensors", "onnx", "onnx_ir"]
-    light = (
-        f"import sys; sys.modules.update(dict.fromkeys({heavy}))\nimport edgepress.pipeline.plan.probes as p; p.ROUNDS = 1\n{MAIN}"
-    )
+    # in every process that is started, those that measure too
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({heavy}))")
+    light = f"import sys, edgepress.pipeline.plan.probes as p; p.ROUNDS = 1\n{MAIN}"
     arguments = ["machine", str(folder / "probes"), "--out", str(folder / "there.json"), "--threads", "1"]
-    done = subprocess.run([sys.executable, "-c", light, *arguments], capture_output=True, text=True, timeout=HUNG)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", light, *arguments],
+        capture_output=True, text=True, timeout=HUNG, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip() == str(folder / "there.json"), done.stderr
     return folder / "probes", folder / "there.json"
 
@@ -52,6 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(trials, name, tokens)
     monkeypatch.setattr(frontier_module, "USELESS", 1e9)
     monkeypatch.setattr(speed, "_measure", None)
+    monkeypatch.setattr(frontier_module, "busy", None)
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
 
 
@@ -75,8 +79,7 @@ def test_a_plan_for_another_machine(
     given = ("plan", tiny, "--method", "rtn", "--calibration", text, "--text", text, "--machine", tmp_path / "slow.json")
     result = call(*given)
     assert result.code == 0, result.err
-    assert f"speeds and memory: A slow one, {content['machine']['cores']} cores" in result.out and " 3000 " in result.out
-    assert "busy" not in result.err
+    assert f"speeds and memory: A slow one, {content['machine']['cores']} cores, 1 threads" in result.out and " 3000 " in result.out
     refusal = call(*given, "--min-speed", "50")
     assert refusal.code == 2 and "keeps to --min-speed on A slow one" in refusal.err and refusal.err.count("error:") == 1
     assert call(*given, "--min-speed", "8").out.count("asked for") == 1
@@ -113,11 +116,26 @@ def test_a_file_of_another_machine_suits_its_model_alone(
 def test_what_cannot_be_measured_elsewhere_is_one_line(
     measured: tuple[Path, Path], tiny: Path, call: Callable, tmp_path: Path
 ) -> None:
-    (half := tmp_path / "half").mkdir()
-    (half / "probes.json").write_bytes((measured[0] / "probes.json").read_bytes())
+    described = read_json(measured[0] / "probes.json")
+    for name, change in (
+        ("half", {}),
+        ("away", {"names": ["../half"]}),
+        ("none", {"names": []}),
+        ("still", {"new_tokens": 0}),
+    ):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "probes.json", described | change)
+    half = tmp_path / "half"
     for arguments, reason in (
         (("machine", tiny), "is no folder of probes"),
         (("machine", half), "copy the complete folder"),
+        (("machine", tmp_path / "away"), "describes no probes in its folder"),
+        (("machine", tmp_path / "none"), "describes no probes in its folder"),
+        (("machine", tmp_path / "still"), "describes no probes in its folder"),
+        (("machine", measured[0], "--out", measured[0] / "probes.json"), "a file of the model in"),
+        (("machine", measured[0], "--out", measured[0] / "4" / "model.onnx"), "a file of the model in"),
+        (("plan", tiny, "--machine", tiny / "config.json"), "is no file that edgepress machine wrote"),
+        (("build", tiny, tmp_path / "out", "--machine", measured[1], "--min-speed", "1", "--cache", "int8"), "leave --cache out"),
         (("machine", measured[0], "--out", tmp_path / "no" / "where.json"), "cannot write"),
         (("plan", tiny, "--probes", half), "is there already"),
         (("plan", tiny, "--probes", tmp_path / "new", "--min-speed", "3"), "leave --min-speed out"),
@@ -126,7 +144,7 @@ def test_what_cannot_be_measured_elsewhere_is_one_line(
     ):
         result = call(*arguments)
         assert result.code == 2 and reason in result.err and result.err.count("\n") == 1, result.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["half"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "half", "none", "still"]
 
 
 def test_a_build_for_another_machine_is_not_judged_by_this_one(caplog: pytest.LogCaptureFixture) -> None:
@@ -150,7 +168,37 @@ def test_a_build_for_another_machine_is_not_judged_by_this_one(caplog: pytest.Lo
     assert row.replace(" ", "").endswith("||||")
 
 
-def test_the_machine_alone_bounds_nothing() -> None:
+def test_the_machine_alone_bounds_nothing(measured: tuple[Path, Path]) -> None:
     with pytest.raises(OptionError, match="give --min-speed"):
-        recipe.split_bounds({"machine": "there.json"})
-    assert json.dumps(probes_module.SCHEMA) == "1"  # changes when either file does
+        recipe.split_bounds({"machine": str(measured[1])})
+
+
+def test_a_file_of_figures_is_no_part_of_the_model_beside_it(measured: tuple[Path, Path], tiny: Path, copy_of: Callable) -> None:
+    """`edgepress machine` writes into the current folder, which may be the model's."""
+    folder = copy_of(tiny, "with figures")
+    before = Artifact.load(folder).identity()
+    (folder / "machine.json").write_bytes(measured[1].read_bytes())
+    assert Artifact.load(folder).identity() == before
+
+
+def test_a_build_for_another_machine(
+    measured: tuple[Path, Path], tiny: Path, text: Path, quick: None, call: Callable, tmp_path: Path
+) -> None:
+    """By the probes of plan; again, and with the file by another name, all is kept; another file is another plan."""
+    content = read_json(measured[1])
+    content["machine"]["cpu"]["model"] = "A slow one"
+    write_json(tmp_path / "there.json", content)
+
+    def built(file: str) -> str:
+        result = call("build", tiny, tmp_path / "out", "--machine", tmp_path / file, "--min-speed", "1", "--method", "rtn",
+                      "--remove-count", "1", "--no-baseline", "--repeats", "1", "--text", text, "--text-tokens", "256",
+                      "--calibration", text, "--no-original-speed")  # fmt: skip
+        assert result.code == 0, result.err
+        return str(result.err)
+
+    first = built("there.json")
+    assert "expected of the whole model on A slow one" in first and "run edgepress bench on the artifact there" in first
+    (tmp_path / "there.json").rename(tmp_path / "again.json")
+    assert built("again.json").count("already done") >= 4
+    write_json(tmp_path / "again.json", content | {"prompt": content["prompt"] - 1})
+    assert "what every matrix costs" in built("again.json")

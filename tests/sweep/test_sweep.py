@@ -93,6 +93,10 @@ def test_every_model_by_every_recipe_within_every_budget(tmp_path: Path, tiny: P
         "reference-default", "reference-default-max-size-9MB-method-rtn", "reference-default-min-speed-30",
     ]  # fmt: skip
     assert [wanted.alone for wanted in sweep.builds[:3]] == [False, False, True]
+    (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "far.yaml").write_text("models: [reference]\nbudgets: [{min_speed: 30, machine: there.json}]\nbench: {threads: 1}")
+    (far,) = read(tmp_path / "far.yaml").builds  # measured elsewhere, before: any place will do
+    assert not far.alone and far.flags["machine"] == str(tmp_path / "there.json")
     assert [name for name, _ in sweep.builds[3].plan()[0]] == ["quantize", "export"] and sweep.bench == {"repeats": 2}
     assert all(name != "bench" for wanted in sweep.builds for name, _ in wanted.plan()[0])
 
