@@ -40,6 +40,7 @@ _OF_A_MODEL = (
     "*.safetensors", "*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "modeling_*.py", "configuration_*.py",
     "tokenization_*.py",
 )  # fmt: skip
+WEIGHTS = ".safetensors"
 Format = Literal["gguf", "hf", "codes", "packed", "onnx", "report", "page"]
 
 
@@ -165,6 +166,17 @@ class Artifact:
             for name, known in self.files.items()
             if not (self.path / name).is_file() or sha256(self.path / name) != known["sha256"]
         ]
+
+    @property
+    def thinned(self) -> bool:
+        """Whether its weights are gone."""
+        return any(name.endswith(WEIGHTS) and not (self.path / name).exists() for name in self.files)
+
+    def thin(self) -> None:
+        """Remove its weights: what it was and how it came to be stays."""
+        for name in self.files:
+            if name.endswith(WEIGHTS):
+                (self.path / name).unlink(missing_ok=True)
 
     def copy_to(self, out: Path, link: bool = False) -> None:
         """Copy the files that the manifest names into a folder, and nothing that lies beside them.

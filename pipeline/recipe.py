@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from edgepress.models import RECIPES
@@ -57,6 +58,7 @@ _AMOUNTS = {"remove_count", "remove_fraction", "max_loss", "remove_layers"}
 _TEXTS = ("calibration", "text", "other_text")
 _MANY_TEXTS = ("keep_text", "task_files")
 _TIGHT = 0.1  # nats a token
+_CHECKPOINTS = ("hf", "packed")  # formats of what stages between source and artifact write
 _OF_WEIGHTS = ("quantize", "tune", "export", "bench")
 _TRIM = {"keep_tokens", "keep_text", "languages"}
 # What another quantization method need not understand.
@@ -274,19 +276,20 @@ def split_bounds(flags: Mapping[str, object]) -> tuple[BoundOptions, dict[str, o
     return bounds, rest
 
 
-def build(source: Path, out: Path, steps: Plan, bounds: BoundOptions = UNBOUNDED) -> list[Artifact]:
+def build(source: Path, out: Path, steps: Plan, bounds: BoundOptions = UNBOUNDED, keep: bool = True) -> list[Artifact]:
     """Run a plan into ``out/01-...``, ``out/02-...``; a stage that is done already, and unchanged, is kept.
 
-    What it was expected to take and what it took stands in ``out/build.json``.
+    What it was expected to take and what it took stands in ``out/build.json``. keep: the weights of each stage; otherwise they go
+    once the next one is done, but for those of an import, with which the benchmark compares.
     Raises OutputError, which names it, when another edgepress writes there.
     """
     stages.check_outside(out, source)
     _check_no_artifact(out)  # before a lock lies in it
     with writing(out, build=True):
-        return _build(source, out, steps, bounds)
+        return _build(source, out, steps, bounds, keep)
 
 
-def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[Artifact]:
+def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions, keep: bool) -> list[Artifact]:
     begun = time.monotonic()
     original, importing = Artifact.load(source), ImportOptions()
     file = original.path if original.format == "gguf" else None
@@ -326,7 +329,9 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
         (out / PLAN).unlink(missing_ok=True)
     ahead = _ahead(original, steps, folders)
     if ahead:  # a finished build may lie on a disk that is read-only
-        check_disk(out, int(folder_bytes(source) * sum(STAGES[name].disk for name, _ in ahead)))
+        disk = [STAGES[name].disk for name, _ in ahead]
+        together = sum(disk) if keep else max(map(sum, pairwise([0.0, *disk])))
+        check_disk(out, int(folder_bytes(source) * together))
     for folder in folders[len(folders) - len(ahead) :]:
         check_free(folder)
     _check_ahead(source, ahead)
@@ -343,7 +348,17 @@ def _build(source: Path, out: Path, steps: Plan, bounds: BoundOptions) -> list[A
             plans = (out / PLAN,) if found is not None else ()
             options = _with_comparisons(original, out, steps, done, dataclasses.replace(options, plans=plans))
         since = time.monotonic()
-        artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
+        former = Artifact.load(folder) if len(done) < kept else None
+        if former and former.thinned:
+            log.info("%s: already done, its weights are gone (--keep-stages no)", name)
+            artifact = former
+        elif former and done and done[-1].thinned and not former.damaged():
+            log.info("%s: already done, kept %s", name, folder)
+            artifact = former
+        else:
+            artifact = stages.run(name, artifact, folder, _informed(options, original, steps))
+            if not keep and done and done[-1].format in _CHECKPOINTS:
+                done[-1].thin()
         done.append(artifact)
         if len(done) > kept and (left := steps[len(done) :]) and time.monotonic() - since >= LONG:
             log.info("build: about %s are left", expect(source, left, rate, _removed(folders)).duration)
@@ -389,17 +404,23 @@ def _keeping_to(bounds: BoundOptions, original: Artifact, out: Path, steps: Plan
 
 
 def _ahead(original: Artifact, steps: Plan, folders: Sequence[Path]) -> Plan:
-    """The stages that are not done, or done otherwise. What bench compares is known when it begins: it counts if another does."""
-    artifact = original
-    for number, ((name, options), folder) in enumerate(zip(steps, folders, strict=True)):
+    """The stages that are not done, or done otherwise, and those of whose result they are made, where its weights are gone.
+
+    What bench compares is known when it begins: it counts if another does.
+    """
+    artifact, before = original, list[Artifact]()
+    for (name, options), folder in zip(steps, folders, strict=True):
         if isinstance(options, BenchOptions):
             done = Artifact.load(folder) if (folder / MANIFEST).is_file() else None
         else:
             options = _informed(options, original, steps).resolved()
             done = stages.made(folder, stages.fingerprint(name, options, artifact))
         if done is None:
-            return steps[number:]
+            while before and before[-1].thinned:
+                before.pop()
+            return steps[len(before) :]
         artifact = done
+        before.append(done)
     return []
 
 
@@ -454,7 +475,7 @@ def _check_no_artifact(out: Path) -> None:
 
 def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Artifact], options: BenchOptions) -> BenchOptions:
     """The bench options of a build: the original, the checkpoints in between, and the same model quantized without removal."""
-    between = tuple(a.path for a in done if a.format in ("hf", "packed") and a.changed)
+    between = tuple(a.path for a in done if a.format in _CHECKPOINTS and a.changed and not a.thinned)
     options = dataclasses.replace(options, reference=options.reference or original.path, stages=options.stages or between)
     removed = any(map(_removes, done[-1].steps))
     if not (options.baseline and removed):

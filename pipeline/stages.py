@@ -141,6 +141,11 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
     if source.format not in stage.takes:
         taken, given = " or ".join(FORMATS[format] for format in stage.takes), FORMATS[source.format]
         raise InputError(f"{name} takes {taken}, and {source.path} is {given}; {_hint(source.format, stage.takes)}")
+    if source.thinned:
+        raise InputError(
+            f"the weights of {source.path} are gone (--keep-stages no removes them), and {out} is to be made of them; delete {out} "
+            "and build again"
+        )
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")
     check_outside(out, source.path, *_folders(options))

@@ -327,6 +327,29 @@ def test_interrupted_build_goes_on(stage: str, name: str, call: Call, built: Pat
     assert sorted(p.name for p in out.iterdir()) == [*stages, "build.json"]
 
 
+def test_a_build_that_keeps_no_stages(call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """The artifact is the same; weights go as it does, and a build with other options makes anew what it needs."""
+    command = [*build_arguments(tiny, out := copied(built, tmp_path / "out", STAGES[:1]), text, STAGES[:3]), "--keep-stages", "no"]
+    assert (first := call(*command)).code == 0, first.err
+    assert kept(first.err) == ["prune"]
+    assert [stage for stage in STAGES[:3] if list((out / stage).glob("*.safetensors"))] == []
+    assert (out / "01-prune" / "influence.json").is_file() and (out / "02-quantize" / "config.json").is_file()
+    assert Artifact.load(out / "03-export").files == Artifact.load(built / "03-export").files
+
+    before = times(out / "03-export")
+    assert (again := call(*command)).code == 0, again.err
+    assert kept(again.err) == ["prune", "quantize", "export"] and times(out / "03-export") == before
+
+    assert (alone := call("export", out / "02-quantize", tmp_path / "other")).code == 2
+    assert "--keep-stages no" in alone.err and len(alone.err.splitlines()) == 1
+
+    assert (other := call(*command, "--accuracy-level", "0")).code == 0, other.err
+    assert kept(other.err) == [] and "with 0 stages" not in other.err
+    assert Artifact.load(out / "03-export").damaged() == []
+    assert (whole := call(*command[:-2], "--accuracy-level", "0")).code == 0, whole.err  # nothing is made anew for its own sake
+    assert kept(whole.err) == ["prune", "quantize", "export"]
+
+
 def test_a_long_build_says_how_much_is_left(
     call: Call, built: Path, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

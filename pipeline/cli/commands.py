@@ -73,7 +73,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         log_to_terminal()
     except KeyboardInterrupt:  # before there is a command to end
         return 130
-    own = ("verb", "file", "debug", "source", "sources", "others", "out", "recipe", "effort", "prompt", "work_memory")
+    own = (
+        "verb", "file", "debug", "source", "sources", "others", "out", "recipe", "effort", "keep_stages", "prompt", "work_memory",
+    )  # fmt: skip
     flags = {k: v for k, v in vars(options).items() if k not in own}
     command = COMMANDS.get(options.verb, _stage)
     try:
@@ -111,7 +113,7 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     steps = recipe.plan(recipe.read(chosen), _resolved(flags), options.effort)
     source = resolve(options.source)
     out = options.out or recipe.default_out(options.source)
-    done = recipe.build(source, out, steps, bounds)
+    done = recipe.build(source, out, steps, bounds, keep=options.keep_stages == "yes")
     _print_report(done[-1])
     artifact = recipe.shipped_artifact(done)
     print(f"\nartifact: {artifact.path}")

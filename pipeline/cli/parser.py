@@ -101,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
         "how much time choices and measurements may take, for what the recipe and flags leave open: "
         + "; ".join(f"{name} ({text})" for name, text in EFFORT_HELP.items()) + f" (default: {DEFAULT})"))  # fmt: skip
+    build.add_argument("--keep-stages", choices=("yes", "no"), default="yes", help=(
+        "'no' removes the weights of each stage once the next one is done, for a disk with little room: the report then compares "
+        "original and artifact alone, and a build with other options begins further back (default: yes)"))  # fmt: skip
     _add_memory(build)
     build.last_words = lambda: (
         f"The defaults above are those of single stages. The recipe 'default' gives: {given_by('default')}; what neither "
