@@ -2,7 +2,7 @@
 
     python benchmarks/gptq_windows.py CHECKPOINT --lengths 8192,256,128,64,32 --calibration wiki-first.txt --text stories.txt
         [--text ... --method gptq --method gptqmodel --tokens 16384 --group-size 64 --bits 4 --head-bits 8 --act-order]
-        [--in-order --whole-ranges --rounded-head --damping 0.05 --unmoved --text-tokens 1536 --work out/gptq-windows]
+        [--in-order --whole-ranges --rounded-head --damping 0.05 --unmoved --uncapped --text-tokens 1536 --work out/gptq-windows]
 
 CHECKPOINT: a folder with float weights; quality_per_byte.py --off-grid makes one of a GGUF file whose weights lie on no grid.
 """
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--whole-ranges", action="store_true", help="gptq cuts no range")
     parser.add_argument("--rounded-head", action="store_true", help="gptq rounds a head of few bits")
     parser.add_argument("--damping", type=float, help="of gptq (default: as the stage has it)")
+    parser.add_argument("--uncapped", action="store_true", help="gptq counts the longest inputs in full")
     parser.add_argument("--unmoved", action="store_true", help="gptq makes up for nothing that earlier matrices lost")
     parser.add_argument("--text-tokens", type=int, default=1536)
     parser.add_argument("--work", type=Path, default=Path("out/gptq-windows"))
@@ -57,6 +58,8 @@ def main() -> None:
     algorithm.LOSSLESS = 0 if options.rounded_head else algorithm.LOSSLESS
     inputs = importlib.import_module("edgepress.pipeline.quantize.inputs")
     inputs.DAMPING = options.damping or inputs.DAMPING
+    if options.uncapped:
+        inputs.LONGEST = float("inf")
     if options.unmoved:
         inputs.originals = lambda stream, modules: {}
     print(f"| method | tokens of a window | {' | '.join(texts)} | s |\n| --- | ---: |{' ---: |' * (len(texts) + 1)}")

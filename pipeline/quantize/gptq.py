@@ -20,7 +20,7 @@ from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.files import JsonObject, remove
 from edgepress.pipeline.machine import prefers_bfloat16, release_memory
 from edgepress.pipeline.quantize import inputs
-from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, MOVED, Input, Linear, inverse_factor
+from edgepress.pipeline.quantize.inputs import DAMPING, JUDGING, LONGEST, MOVED, Input, Linear, inverse_factor
 from edgepress.pipeline.quantize.isolated import Begun, report_begun, report_progress
 from edgepress.pipeline.quantize.job import QuantizeJob, chosen_rows, taken_up
 from edgepress.pipeline.quantize.proof import check_codes
@@ -181,7 +181,7 @@ def _settings(job: QuantizeJob, windows: list[list[int]]) -> JsonObject:
         "forms": {name: list(job.format(name)) for name in job.linears},
         "symmetric": options.symmetric,
         "act_order": options.act_order,
-        "by": [DAMPING, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, SCALE_BYTES, prefers_bfloat16()],
+        "by": [DAMPING, LONGEST, MOVED, JUDGING, list(SHARES), COLUMNS, TOKENS, SCALE_BYTES, prefers_bfloat16()],
         "windows": windows,
     }
 

@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
 # Of the norm of a matrix, how far it is moved at most: what moves it further follows chance.
 MOVED = 0.25
+# Of the median norm of what enters a matrix, how long a token's counts at most. The first of a text may enter a down projection
+# with thirty times as much (Sun et al. 2024, Massive Activations), and the matrix would be fitted to it alone.
+LONGEST = 3.0
 JUDGING = 256  # tokens, at least, by which the move of a matrix is judged
 Linear: TypeAlias = torch.nn.Linear | Conv1D
 _PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)  # a router of some families is a Linear that gives more
@@ -70,10 +73,12 @@ class Input:
 
     def add(self, rows: torch.Tensor, original: torch.Tensor | None) -> None:
         """Inputs, float32 (tokens, in), and the original's, bfloat16."""
-        self.hessian.addmm_(rows.T, rows)
+        weights = _weights(rows)
+        scaled = rows * weights
+        self.hessian.addmm_(scaled.T, scaled)
         if self._lacking is not None and original is not None:
             # the difference of what is rounded alike: nothing where nothing is lost
-            self._lacking.addmm_(rows.T, original.float() - rows.bfloat16().float())
+            self._lacking.addmm_(scaled.T, (original.float() - rows.bfloat16().float()) * weights)
 
     def half(self) -> None:
         """Half of the tokens are read: what they propose is judged by the others."""
@@ -114,6 +119,13 @@ class Input:
         step = torch.empty_like(weight)
         step[:, order] = (weight @ self._lacking.T)[:, order] @ factor.T @ factor
         return step
+
+
+def _weights(rows: torch.Tensor) -> torch.Tensor:
+    """What each token (tokens, in) is multiplied by, (tokens, 1): 1 but for the longest."""
+    norms = rows.norm(dim=1, keepdim=True)
+    most = LONGEST * norms.median()
+    return torch.where(norms > most, most / norms, 1.0) if most > 0 else torch.ones_like(norms)
 
 
 def originals(stream: Stream, modules: Mapping[str, Linear]) -> Originals:

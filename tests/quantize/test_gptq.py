@@ -266,6 +266,7 @@ def test_each_matrix_reads_what_those_before_it_make(
     Each is moved towards what would make up for what its input has lost, as far as half of the tokens confirm what the others say.
     """
     shares: list[float] = []
+    monkeypatch.setattr(inputs, "LONGEST", float("inf"))  # a test of its own
     monkeypatch.setattr("edgepress.pipeline.checkpoint.stream.prefers_bfloat16", lambda: False)
     monkeypatch.setattr(stream, "TOKENS", 128)
     job = job_in(tmp_path, tiny, text)
@@ -292,6 +293,26 @@ def test_each_matrix_reads_what_those_before_it_make(
             with torch.no_grad():
                 linears[name].weight.copy_(torch.from_numpy(found[name].dequantized()))
     assert shares[0] == 0 and sum(share > 0 for share in shares) > 8, "nothing is lost before the first matrix"
+
+
+def test_no_token_counts_for_all_others() -> None:
+    """One that enters with thirty times the norm counts as one with three times; a batch of nothing but zeros is none."""
+    generator = torch.Generator().manual_seed(0)
+    rows, lacking = torch.randn(65, 16, generator=generator), torch.randn(65, 16, generator=generator).bfloat16().float()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    original = rows.bfloat16().float() + lacking / 8
+    shorter, longer = rows.clone(), rows.clone()
+    longer[7] *= 30
+    lack = original - shorter.bfloat16().float()
+    taken, wanted = (inputs.Input(["m"], 16, [torch.eye(16)]) for _ in range(2))
+    taken.add(longer, longer.bfloat16().float() + lack)
+    shorter[7] *= 3
+    lack[7] /= 10
+    torch.testing.assert_close(taken.hessian, shorter.T @ shorter, rtol=1e-4, atol=1e-4)
+    assert taken._lacking is not None
+    torch.testing.assert_close(taken._lacking, shorter.T @ lack, rtol=0.02, atol=0.02)  # bfloat16
+    wanted.add(torch.zeros(4, 16), torch.zeros(4, 16))
+    assert not wanted.hessian.any()
 
 
 def _lacks(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
