@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import math
-import time
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
 
@@ -31,9 +29,6 @@ from starlette.routing import Route
 log = logging.getLogger("edgepress")
 LARGEST_BODY = 4 << 20  # bytes
 LOCAL = ("127.0.0.1", "[::1]", "localhost")  # names that a browser on this machine may call the server by
-# Text of one answer is sent at most so often, seconds: a screen shows no more, and each time costs the processor that the model
-# reads with a third of a millisecond.
-PAUSE = 0.03
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -131,8 +126,8 @@ class _Service:
         return bytes(content)
 
     async def _answer(self, request: Request, body: ChatBody | TextBody, ids: list[int]) -> Response:
-        events = asyncio.Queue[list[Event]]()
-        made = job(body, ids, self.engine, _Outlet(self.engine, events, PAUSE if body.stream else math.inf))
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        made = job(body, ids, self.engine, lambda event: _told(loop, events, event))
         answer = Answer(self.engine, isinstance(body, ChatBody))
         self.engine.submit(made)
         followed = self.metrics.followed(made, events)
@@ -143,26 +138,12 @@ class _Service:
         return await _whole(request, answer, made, followed)
 
 
-class _Outlet:
-    """Hands the events of a request from the engine's thread to the loop: its first text at once, the next after a pause.
-
-    pause: seconds. Where others take turns nothing is held back: who knows how long theirs is.
-    """
-
-    def __init__(self, engine: Engine, events: asyncio.Queue[list[Event]], pause: float) -> None:
-        self._engine, self._events, self._pause = engine, events, pause
-        self._loop, self._held, self._sent = asyncio.get_running_loop(), list[Event](), -math.inf
-
-    def __call__(self, event: Event) -> None:
-        self._held.append(event)
-        now, alone = time.monotonic(), self._engine.running <= 1 and not self._engine.waiting
-        if isinstance(event, Piece) and (alone or self._pause == math.inf) and now - self._sent < self._pause:
-            return
-        held, self._held, self._sent = self._held, [], now
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, held)
-        except RuntimeError:  # the loop may have ended
-            log.debug("nobody waits for %s", held)
+def _told(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    """Hand an event from the engine's thread to the loop, which may have ended."""
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+    except RuntimeError:
+        log.debug("nobody waits for %s", event)
 
 
 async def _stream(answer: Answer, made: Job, events: AsyncIterator[list[Event]], usage: bool) -> AsyncIterator[bytes]:

@@ -29,14 +29,14 @@ class Metrics:
         """All of it, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    async def followed(self, job: Job, events: asyncio.Queue[list[Event]]) -> AsyncIterator[list[Event]]:
+    async def followed(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[list[Event]]:
         """The events of a job, as many as are there at a time, counted as they pass."""
         begun, first, end = time.monotonic(), True, "cancelled"
         try:
             while True:
-                several = await events.get()
+                several = [await events.get()]
                 while not events.empty():
-                    several += events.get_nowait()
+                    several.append(events.get_nowait())
                 event = several[-1]
                 if first and isinstance(several[0], Piece):
                     self._first.observe(time.monotonic() - begun)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
-import math
 import random
 import signal
 import socket
@@ -18,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -34,11 +31,10 @@ from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import TextModel
 from edgepress.pipeline.runtime.sampler import Sampling
 from edgepress.pipeline.runtime.stop_words import StopWords
-from edgepress.pipeline.serve import app
 from edgepress.pipeline.serve import engine as engine_module
 from edgepress.pipeline.serve.answers import Answer
 from edgepress.pipeline.serve.app import LARGEST_BODY, application, is_local
-from edgepress.pipeline.serve.engine import WORTH, Done, Engine, Event, Job, Piece
+from edgepress.pipeline.serve.engine import WORTH, Done, Engine, Event, Job
 from families import TINY
 from patience import HUNG
 from transformers import LlamaConfig
@@ -355,27 +351,6 @@ def test_a_client_that_goes_away_ends_its_answer(server: Server) -> None:
 
 def job_of(engine: Engine, ids: list[int], limit: int, events: list[Event], **sampling: object) -> Job:
     return Job(ids, limit, Sampling(**sampling), 0, (), None, events.append)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("pause", [0.5, math.inf])
-def test_text_is_sent_no_more_often_than_it_is_seen(pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first at once, the rest after a pause or with the end; all of it at once where others take turns, if it is streamed."""
-    clock, engine = [100.0], SimpleNamespace(running=1, waiting=[])
-    monkeypatch.setattr(app, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-
-    async def sent(times: list[float]) -> list[int]:
-        """How many events were sent at a time, of pieces that came at these times."""
-        events = asyncio.Queue[list[Event]]()
-        outlet = app._Outlet(engine, events, pause)  # type: ignore[arg-type]
-        for clock[0] in times:
-            outlet(Piece("a", [1], []))
-        outlet(Done("stop", 1, 0, len(times)))
-        await asyncio.sleep(0)
-        return [len(events.get_nowait()) for _ in range(events.qsize())]
-
-    assert asyncio.run(sent([100.0, 100.1, 100.4, 100.6, 100.7])) == ([1, 3, 2] if pause == 0.5 else [1, 5])
-    engine.running = 2
-    assert asyncio.run(sent([100.0, 100.1, 100.4])) == ([1, 1, 1, 1] if pause == 0.5 else [1, 3])
 
 
 def test_tokens_without_text_are_turns_too(server: Server) -> None:
