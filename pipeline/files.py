@@ -141,10 +141,25 @@ def not_a_folder(path: Path) -> str:
     return f"{path} is a file" if path.is_file() else f"no such folder: {path}"
 
 
+_WORTH_KEEPING = 1 << 26  # bytes of a file whose digest is kept
+_LARGE: dict[tuple[int, int, int, int], str] = {}  # by device, number, size and time of the last change
+
+
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file, read in pieces.
+
+    A large file is read once in a process: every stage of a build asks for its source's. A change of it would take less time to
+    notice than reading it took, so none can hide in the resolution of the clock.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        about = os.fstat(file.fileno())
+        place = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+        if (known := _LARGE.get(place)) is not None:
+            return known
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if about.st_size >= _WORTH_KEEPING:
+        _LARGE[place] = digest
+    return digest
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -223,7 +223,7 @@ def _solved(job: QuantizeJob, modules: Mapping[str, Linear], read: Input) -> Ite
         order = group_order(diagonal, -1 if by_activation else group_size)
         factor = inverse_factor(read.hessian[order][:, order])
         for name in alike:
-            weight = read.aim(matrix_of(modules[name]), factor, order)
+            weight = read.aim(name, matrix_of(modules[name]), factor, order)
             linear = quantized(name, weight, factor, order, *job.format(name), job.options.symmetric, by_activation)
             check_codes(linear, weight, *job.format(name), job.options.symmetric)
             yield linear
@@ -238,7 +238,8 @@ def _head(job: QuantizeJob, stream: Stream) -> dict[str, PackedLinear]:
     weight = chosen_rows(weight, job.head_rows)
     hessian = torch.zeros(weight.shape[1], weight.shape[1])
     for rows in stream.read_by(stream.model.get_output_embeddings()):
-        hessian.addmm_(rows.float().T, rows.float())
+        inputs.add_gram(hessian, rows.float())
+    inputs.mirror(hessian)
     order = group_order(hessian.diagonal(), group_size)
     factor = inverse_factor(hessian[order][:, order])
     pieces = (weight[first : first + ROWS].float() for first in range(0, len(weight), ROWS))

@@ -15,6 +15,7 @@ from edgepress.pipeline.checkpoint.blocks import BlockArgs, replaced
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.quantize.rtn import matrix_of
+from scipy.linalg.lapack import strtri
 from transformers.pytorch_utils import Conv1D
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it (section 3.3, step 3)
@@ -24,6 +25,7 @@ MOVED = 0.25
 # with thirty times as much (Sun et al. 2024, Massive Activations), and the matrix would be fitted to it alone.
 LONGEST = 3.0
 JUDGING = 256  # tokens, at least, by which the move of a matrix is judged
+_COLUMNS = 384  # of X'X at a time, of which only what lies below the diagonal is computed
 Linear: TypeAlias = torch.nn.Linear | Conv1D
 _PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)  # a router of some families is a Linear that gives more
 # By module, the first of those that read it: what enters it in the original, (tokens, in) a batch.
@@ -47,18 +49,35 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
             break
         step *= 2
     del reversed_
-    upper = lower.flip(0, 1)
+    upper = lower.flip(0, 1).contiguous()
     del lower
-    factor = torch.eye(len(upper))
-    torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
-    return factor
+    # LAPACK counts in columns, so it sees a lower one. Of torch there is only the solution for a unit matrix: four times as long.
+    strtri(upper.numpy().T, lower=1, overwrite_c=1)
+    return upper
+
+
+def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add X'X of the rows X (tokens, in) to the sum (in, in): what lies below the diagonal, in half the time.
+
+    ``mirror`` brings the rest up to date.
+    """
+    for first in range(0, len(gram), _COLUMNS):
+        end = min(first + _COLUMNS, len(gram))
+        gram[first:end, :end].addmm_(rows[:, first:end].T, rows[:, :end])
+
+
+def mirror(gram: torch.Tensor) -> None:
+    """Copy what lies below the diagonal of a sum that ``add_gram`` made to its other half."""
+    for first in range(0, len(gram), _COLUMNS):
+        end = min(first + _COLUMNS, len(gram))
+        gram[:first, first:end] = gram[first:end, :first].T
 
 
 class Input:
     """What some matrices read: its Hessian, and what it lacks of the original's, gathered batch by batch.
 
     names: of the matrices. hessian: X'X of the inputs X (tokens, in), float32 (in, in); section 3.1 of Frantar et al. 2022 has it
-    twice, a common factor is of no account. Where the original's inputs O are known, X'(O - X) is gathered as well, by which
+    twice, a common factor is of no account. Where the original's inputs O are known, (O - X)'X is gathered as well, by which
     ``aim`` moves a matrix; how far, half of the tokens tell, of what the other half proposes. share: of the proposed step, what
     loses least on tokens that did not propose it.
     """
@@ -67,7 +86,10 @@ class Input:
         """weights: float32 (out, in), of the matrices, where the original's inputs are known."""
         self.names, self.hessian = names, torch.zeros(size, size)
         self._weights = weights or []
-        self._lacking = None if weights is None else torch.zeros(size, size)
+        self._outputs = [len(weight) for weight in self._weights]
+        # W (O - X)'X is all that is needed: of a matrix with few outputs it takes less to gather that
+        self._projected = 2 * sum(self._outputs) < size
+        self._lacking = None if weights is None else torch.zeros(sum(self._outputs) if self._projected else size, size)
         self._steps: list[torch.Tensor] = []
         self._before, self.share = torch.zeros(2), 0.0
 
@@ -75,20 +97,25 @@ class Input:
         """Inputs, float32 (tokens, in), and the original's, bfloat16."""
         weights = _weights(rows)
         scaled = rows * weights
-        self.hessian.addmm_(scaled.T, scaled)
+        add_gram(self.hessian, scaled)
         if self._lacking is not None and original is not None:
             # the difference of what is rounded alike: nothing where nothing is lost
-            self._lacking.addmm_(scaled.T, (original.float() - rows.bfloat16().float()) * weights)
+            lacking = (original.float() - rows.bfloat16().float()) * weights
+            if self._projected:
+                lacking = torch.cat([lacking @ weight.T for weight in self._weights], 1)
+            self._lacking.addmm_(lacking.T, scaled)
 
     def half(self) -> None:
         """Half of the tokens are read: what they propose is judged by the others."""
         if self._lacking is not None and bool(self._lacking.any()):
+            mirror(self.hessian)
             factor, order = inverse_factor(self.hessian), torch.arange(len(self.hessian))
-            self._steps = [self._step(weight, factor, order) for weight in self._weights]
+            self._steps = [self._step(number, weight, factor, order) for number, weight in enumerate(self._weights)]
             self._before = self._products()
 
     def finish(self) -> None:
         """All tokens are read."""
+        mirror(self.hessian)
         won, made = (self._products() - self._before).tolist()
         self.share = min(1.0, max(0.0, won / made)) if made > 0 else 0.0
         self._steps, self._weights = [], []
@@ -96,29 +123,34 @@ class Input:
     def _products(self) -> torch.Tensor:
         """Summed over the tokens so far: what the steps S make, times what the outputs lack, and squared; (2,)."""
         sums = torch.zeros(2)
-        for weight, step in zip(self._weights, self._steps, strict=False):  # no steps where nothing is lost
-            assert self._lacking is not None
-            sums += torch.stack([(weight @ self._lacking.T).mul_(step).sum(), (step @ self.hessian).mul_(step).sum()])
+        for number, step in enumerate(self._steps):  # none where nothing is lost
+            lacking = self._of_outputs(number, self._weights[number])
+            sums += torch.stack([(lacking * step).sum(), (step @ self.hessian).mul_(step).sum()])
         return sums
 
-    def aim(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """What a matrix (out, in) should be to make of its input what it makes of the original's, as far as that carries over.
+    def aim(self, name: str, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """What the matrix (out, in) should be to make of its input what it makes of the original's, as far as that carries over.
 
         Arai and Ichikawa 2025 (Quantization Error Propagation), section 4: W + share W (O - X)'X H^-1. factor, order: of
         ``inverse_factor``.
         """
         if not self.share:
             return weight
-        move = self._step(weight, factor, order).mul_(self.share)
+        move = self._step(self.names.index(name), weight, factor, order).mul_(self.share)
         if (norm := float(move.norm())) > (most := MOVED * float(weight.norm())):
             move.mul_(most / norm)
         return move.add_(weight)
 
-    def _step(self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        assert self._lacking is not None
+    def _step(self, number: int, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         step = torch.empty_like(weight)
-        step[:, order] = (weight @ self._lacking.T)[:, order] @ factor.T @ factor
+        step[:, order] = self._of_outputs(number, weight)[:, order] @ factor.T @ factor
         return step
+
+    def _of_outputs(self, number: int, weight: torch.Tensor) -> torch.Tensor:
+        """What the outputs of one of the matrices lack, times the inputs: W (O - X)'X, (out, in)."""
+        assert self._lacking is not None
+        first = sum(self._outputs[:number])
+        return self._lacking[first : first + self._outputs[number]] if self._projected else weight @ self._lacking
 
 
 def _weights(rows: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from edgepress.pipeline.checkpoint.blocks import replaced
 from edgepress.pipeline.checkpoint.stream import Stream
+from edgepress.pipeline.machine import memory_budget
 
-KEPT = 1 << 28  # bytes, at most; the rest is computed again
+KEPT = 1 << 30  # bytes, at most, and of what weights may take a part; the rest is computed again
+_PART = 8
 
 
 @contextmanager
@@ -19,7 +21,8 @@ def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
     The module, which makes one tensor, runs on every batch once more; what it makes then is kept for the passes after that. They
     get copies, for a model may write into what it gets.
     """
-    room = KEPT
+    budget = memory_budget()
+    room = KEPT if budget is None else min(KEPT, budget // _PART)
     with ExitStack() as replacements:
 
         def settle(module: torch.nn.Module) -> None:

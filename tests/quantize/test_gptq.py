@@ -154,12 +154,48 @@ def test_what_an_input_lacks_is_made_up_for_as_far_as_that_carries_over(
         read.add(rows, others)
     read.finish()
     order = torch.arange(128)
-    aim = read.aim(weight, inverse_factor(read.hessian), order)
+    aim = read.aim("m", weight, inverse_factor(read.hessian), order)
 
     def lost(matrix: torch.Tensor) -> float:
         return float((x[tokens:] @ matrix.T - original[tokens:] @ weight.T).square().sum())
 
     assert least <= read.share <= most and lost(aim) <= lost(weight)
+
+
+@pytest.mark.parametrize("width", [24, 1000])
+def test_half_of_a_hessian_is_computed_and_all_of_it_read(width: int) -> None:
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = torch.zeros(width, width)
+    for part in rows.float().chunk(2):
+        inputs.add_gram(gram, part)
+    inputs.mirror(gram)
+    torch.testing.assert_close(gram, (rows.T @ rows).float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(gram, gram.T)
+
+
+def test_what_few_outputs_lack_is_gathered_instead_of_what_their_inputs_lack() -> None:
+    """Which takes less, and moves each matrix as far: two of 12 outputs read 64 inputs, or with a third of 64."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 64, generator=generator) for rows in (12, 12, 64)]
+    original = torch.randn(1024, 64, generator=generator)
+    x = original + original @ torch.randn(64, 64, generator=generator) / 32
+    order, aims, shapes = torch.randperm(64, generator=generator), [], []
+    for names in (["a", "b"], ["a", "b", "c"]):
+        read = Input(names, 64, weights[: len(names)])
+        for batch, (rows, others) in enumerate(zip(x.chunk(4), original.bfloat16().chunk(4), strict=True)):
+            if batch == 2:
+                read.half()
+            read.add(rows, others)
+        read.finish()
+        assert read._lacking is not None
+        shapes.append(tuple(read._lacking.shape))
+        read.share = 0.5  # theirs are of other matrices, too
+        factor = inverse_factor(read.hessian[order][:, order])
+        aims.append([read.aim(name, weight, factor, order) for name, weight in zip("ab", weights, strict=False)])
+    assert shapes == [(24, 64), (64, 64)]
+    for projected, whole, weight in zip(*aims, weights, strict=False):
+        torch.testing.assert_close(projected, whole, rtol=1e-3, atol=1e-3)
+        assert float((whole - weight).norm()) > 0.05 * float(weight.norm())
 
 
 def test_no_matrix_is_moved_far() -> None:
@@ -172,7 +208,7 @@ def test_no_matrix_is_moved_far() -> None:
         if not read._steps:
             read.half()
     read.finish()
-    move = read.aim(weight, inverse_factor(read.hessian), torch.arange(32)) - weight
+    move = read.aim("m", weight, inverse_factor(read.hessian), torch.arange(32)) - weight
     assert read.share > 0.9 and float(move.norm()) == pytest.approx(0.25 * float(weight.norm()), rel=1e-3)
 
 
@@ -194,7 +230,7 @@ def test_a_matrix_whose_input_lacks_nothing_stays() -> None:
         read.half()
         read.add(rows, rows.bfloat16())
     read.finish()
-    assert torch.equal(read.aim(weight, inverse_factor(read.hessian), torch.arange(32)), weight)
+    assert torch.equal(read.aim("m", weight, inverse_factor(read.hessian), torch.arange(32)), weight)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -310,7 +346,7 @@ def test_no_token_counts_for_all_others() -> None:
     lack[7] /= 10
     torch.testing.assert_close(taken.hessian, shorter.T @ shorter, rtol=1e-4, atol=1e-4)
     assert taken._lacking is not None
-    torch.testing.assert_close(taken._lacking, shorter.T @ lack, rtol=0.02, atol=0.02)  # bfloat16
+    torch.testing.assert_close(taken._lacking, lack.T @ shorter, rtol=0.02, atol=0.02)  # bfloat16
     wanted.add(torch.zeros(4, 16), torch.zeros(4, 16))
     assert not wanted.hessian.any()
 
