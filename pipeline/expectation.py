@@ -181,13 +181,13 @@ def _work(options: Options, removing: bool, parameters: int) -> tuple[float, flo
     if isinstance(options, PruneOptions):
         text = _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)
         rounds = 0 if options.remove_layers else options.remove_count or 2
-        one = (1 + options.shortlist / 2) * options.greedy_tokens
+        one = plain = (1 + options.shortlist / 2) * options.greedy_tokens
         if options.criterion in (None, "healed"):  # both models read what the healing of a trial is solved on
             one += 2 * min(HEALED_TOKENS * options.greedy_tokens, text)
         # three quarters of the text rank, a quarter is held out and read twice; under a limit once where a first removal costs too
-        # much, and five times where two are made, three of them with half of another text
+        # much, by far as it goes, and five times where two are made, three of them with half of another text
         if options.max_loss is not None:
-            return text + one, 2.75 * text + rounds * one, 0.0
+            return text + plain, 2.75 * text + rounds * (plain + one), 0.0
         return 1.25 * text + rounds * one, 1.25 * text + rounds * one, 0.0
     if isinstance(options, HealOptions):
         tokens = 4.5 * _tokens(options.calibration_tokens or PRUNE_TOKENS, options.calibration)

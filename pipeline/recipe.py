@@ -68,8 +68,9 @@ METHOD_OPTIONS = (
 
 
 def read(name: str) -> Recipe:
-    """A recipe from a YAML file or by the name of a shipped one. Raises OptionError."""
+    """A recipe from a YAML file or by the name of a shipped one: of a model's, as ``smollm2-135m:balanced``. Raises OptionError."""
     shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    shipped |= {f"{file.parent.name}:{file.stem}": file for file in sorted(RECIPES.glob("*/*.yaml"))}
     file = expanded(name)
     if not file.is_file():
         if name not in shipped:

@@ -143,8 +143,8 @@ def run(name: str, source: Artifact, out: Path, options: Options, *, wait: bool 
         raise InputError(f"{name} takes {taken}, and {source.path} is {given}; {_hint(source.format, stage.takes)}")
     if source.thinned:
         raise InputError(
-            f"the weights of {source.path} are gone (--keep-stages no removes them), and {out} is to be made of them; delete {out} "
-            "and build again"
+            f"the weights of {source.path} are gone (--keep-stages no removes them); build into a new folder without it, and make "
+            f"{out} of that"
         )
     if source.format not in ("onnx", "gguf"):
         check_checkpoint(source.path, bool(getattr(options, "trust_remote_code", False)), quantized=name == "export")

@@ -91,10 +91,11 @@ class _Torch:
         (recorded,) = self.scoring.recorded([ids])
         return self.scoring.parts(recorded)
 
-    def greedy(self, ids: np.ndarray, count: int) -> list[int]:
-        from edgepress.pipeline.metrics.torch_scores import greedy_tokens
+    def greedy(self, prompts: list[np.ndarray], count: int) -> list[list[int]]:
+        """Continuations of prompts of one length."""
+        from edgepress.pipeline.metrics.torch_scores import greedy_rows
 
-        return greedy_tokens(self._model, ids, count)
+        return greedy_rows(self._model, np.stack(prompts), count) if prompts else []
 
     def chances(self, ids: np.ndarray, count: int) -> list[dict[int, float]]:
         from edgepress.pipeline.metrics.torch_scores import greedy_chances
@@ -178,7 +179,7 @@ class _Original:
     """
 
     def __init__(self, model: _Torch, windows: list[np.ndarray], prompts: list[np.ndarray], asked: list[np.ndarray]) -> None:
-        self.greedy = [model.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
+        self.greedy = model.greedy(prompts, GREEDY_TOKENS)
         self.answers = [model.chances(prompt, ANSWER_TOKENS) for prompt in asked]
         self._scoring = model.scoring
         self._recorded = list(self._scoring.recorded(windows))

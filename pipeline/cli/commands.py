@@ -288,6 +288,11 @@ def _show(options: argparse.Namespace, flags: Flags) -> int:
     if not (folder / "manifest.json").is_file() and any(folder.glob("*/model.onnx")):
         folder = _onnx(options.source)
     artifact = Artifact.load(folder)
+    if options.recipe:
+        from edgepress.pipeline.recipe_of import recipe_text
+
+        print(recipe_text(artifact), end="")
+        return 0
     if not artifact.steps:
         check_model_type(folder, read_config(folder))
         what = f"a Hugging Face checkpoint ({artifact.family}), not written by edgepress"

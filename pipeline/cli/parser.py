@@ -189,6 +189,9 @@ def parser() -> argparse.ArgumentParser:
         "show", help="how an artifact came to be", description="Stages, options, facts and files, from the manifest."
     )
     show.add_argument("source", metavar="DIR", help="artifact folder, or the OUT of a build")
+    show.add_argument("--recipe", action="store_true", help=(
+        "print a recipe for build instead: what was chosen for this artifact is given in it, so that the same is made again "
+        "without choosing, or of another model of its shape"))  # fmt: skip
     return top
 
 

@@ -56,7 +56,8 @@ class Quality:
         parts = [slice(first, min(first + step, len(following))) for first in range(0, len(following), step)]
 
         def scored(rows: slice) -> tuple[np.ndarray, ...]:
-            return _scored(following[rows], logits[rows], None if original is None else original[rows])
+            found = logits[rows]
+            return _scored(following[rows], found, None if original is None else found if original is logits else original[rows])
 
         with ThreadPoolExecutor(max(1, min(len(parts), _THREADS, cores()))) as threads:  # numpy lets others run meanwhile
             for losses, *others in threads.map(scored, parts):
@@ -85,13 +86,25 @@ class Quality:
 def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> tuple[np.ndarray, ...]:
     """Losses of the true ids (positions,); with the original's logits divergences, changes of the loss and agreements, too."""
     positions = np.arange(len(true))
-    scores = log_softmax(logits)
-    losses = -scores[positions, true]
+    scores, sums = _shifted(logits)
+    losses = np.log(sums) - scores[positions, true]
     if original is None:
         return (losses,)
-    reference = log_softmax(original)
-    divergences = (np.exp(reference) * (reference - scores)).sum(-1)
-    return losses, divergences, losses + reference[positions, true], reference.argmax(-1) == scores.argmax(-1)
+    if original is logits:
+        return losses, np.zeros(len(true)), np.zeros(len(true)), np.ones(len(true), dtype=bool)
+    reference, reference_sums = _shifted(original)
+    agreements = reference.argmax(-1) == scores.argmax(-1)
+    differences, exponentials = np.subtract(reference, scores, out=scores), np.exp(reference, out=reference)
+    # log p - log q is this much more than the difference of what was shifted: p (log p - log q) is summed without their logarithms
+    more = np.log(sums) - np.log(reference_sums)
+    divergences = np.einsum("pv,pv->p", exponentials, differences) / reference_sums + more
+    return losses, divergences, differences[positions, true] + more, agreements
+
+
+def _shifted(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits less the largest of their position, float64, and the sums of their exponentials, (positions,)."""
+    shifted = np.subtract(logits, logits.max(-1, keepdims=True), dtype=np.float64)
+    return shifted, np.exp(shifted).sum(-1)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -109,5 +122,5 @@ def mean_loss_of(windows: Iterable[np.ndarray], logits: Iterable[np.ndarray]) ->
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural logarithms of the probabilities, float64, over the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+    shifted, sums = _shifted(logits)
+    return np.asarray(shifted - np.log(sums)[..., None])

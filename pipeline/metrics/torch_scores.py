@@ -54,23 +54,37 @@ def logits_of(model: PreTrainedModel, ids: np.ndarray, keep: int = 0) -> np.ndar
 
 def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[int]:
     """Plain greedy continuation of ids (tokens,) with the cache: no penalty or stop token of a generation config interferes."""
-    return [next(iter(chances)) for chances in greedy_chances(model, ids, count)]
+    (tokens,) = greedy_rows(model, ids[None], count)
+    return tokens
+
+
+def greedy_rows(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[list[int]]:
+    """The same of several rows (rows, tokens) at a time: the weights are read once for all."""
+    return [[next(iter(chances)) for chances in row] for row in _greedy(model, ids, count)]
 
 
 def greedy_chances(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[dict[int, float]]:
-    """The same, and for each token its probability, first, and those of all others that were ``LIKELY`` there."""
-    found: list[dict[int, float]] = []
-    new, past = torch.from_numpy(ids)[None], None
+    """As ``greedy_tokens``; for each its probability, first, and those of all others that were ``LIKELY`` there."""
+    (row,) = _greedy(model, ids[None], count)
+    return row
+
+
+def _greedy(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[list[dict[int, float]]]:
+    """``greedy_chances`` of each row of ids (rows, tokens)."""
+    found: list[list[dict[int, float]]] = [[] for _ in ids]
+    new, past = torch.from_numpy(ids), None
     with torch.inference_mode():
-        for _ in range(count):
-            if len(ids) + len(found) - 1 in switches(model.config):  # keys in the cache have other frequencies
-                new, past = torch.tensor([[*ids.tolist(), *(next(iter(chances)) for chances in found)]]), None
+        for place in range(count):
+            if ids.shape[1] + place - 1 in switches(model.config):  # keys in the cache have other frequencies
+                rows = [[*row.tolist(), *(next(iter(chances)) for chances in taken)] for row, taken in zip(ids, found, strict=True)]
+                new, past = torch.tensor(rows), None
             output = model(input_ids=new, past_key_values=past, use_cache=True)
-            past, logits = output.past_key_values, output.logits[0, -1]
-            taken, chances = int(logits.argmax()), torch.softmax(logits.float(), -1)
-            likely = torch.nonzero(chances >= LIKELY)[:, 0].tolist()
-            found.append({token: float(chances[token]) for token in dict.fromkeys([taken, *likely])})
-            new = torch.tensor([[taken]])
+            past = output.past_key_values
+            chances = torch.softmax(output.logits[:, -1].float(), -1)
+            new = output.logits[:, -1].argmax(-1, keepdim=True)
+            for row, all_chances, token in zip(found, chances, new[:, 0].tolist(), strict=True):
+                likely = torch.nonzero(all_chances >= LIKELY)[:, 0].tolist()
+                row.append({one: float(all_chances[one]) for one in dict.fromkeys([token, *likely])})
     return found
 
 

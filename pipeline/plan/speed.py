@@ -156,7 +156,7 @@ def write_probes(source: Artifact, options: PlanOptions, export: ExportOptions, 
     room, usual = Checkpoint(source.path, options.trust_remote_code).context, BenchOptions()
     prompt, new = min(PROMPT, room // 2), min(usual.new_tokens, room // 2 - WARM_UP_TOKENS)
     if prompt < SHORTEST or new < 2:
-        raise OptionError(f"a context of {room} tokens is too short to measure speed in; give --no-speed")
+        raise OptionError(f"a context of {room} tokens is too short to measure speed in; --no-speed plans without it")
     ids = np.concatenate(text_windows(options.text, source.path, budget=prompt, length=prompt, key=options.text_key))[:prompt]
     given = replace(options.quantize(), method="rtn", max_size=None)
     made = {str(form.bits): replace(given, bits=form.bits, group_size=form.group_size, head_bits=HEAD_BITS) for form in MEASURED}

@@ -18,6 +18,9 @@ from edgepress.pipeline.prune.parts import HealedPartTrials, Parts, influence_of
 from edgepress.pipeline.prune.trials import Trials, divergence_sums
 
 log = logging.getLogger("edgepress")
+# Times a limit, a KL divergence that healing will not bring within it: one of the reference model's layers came down to a fifth,
+# those of SmolLM2 and Qwen to two thirds (docs/healing.md).
+HOPELESS = 6.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Choice:
 class Search:
     """What a criterion chooses by, and the record of what it measured.
 
-    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on. unhealed: a context in which
-    the weights are what they were, whatever a criterion changed.
+    windows: what trials are measured on, never held-out text. fitting: what a healing is solved on. limit: what a set may cost,
+    None where the amount is given. unhealed: a context in which the weights are what they were, whatever a criterion changed.
     """
 
     blocks: Blocks
@@ -85,6 +88,7 @@ class Search:
     windows: list[np.ndarray]
     fitting: list[np.ndarray]
     shortlist: int
+    limit: float | None = None
     rounds: list[Round] = field(default_factory=list)
     sets: list[Trial] = field(default_factory=list)
     evaluations: int = 0
@@ -125,7 +129,7 @@ def choose(
             "prune: no matrix of these blocks can make up for one that goes, so layers are chosen as the model is without healing"
         )
         criterion = "greedy"
-    search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), [], options.shortlist)
+    search = Search(blocks, influence, _first_tokens(ranking, options.greedy_tokens), [], options.shortlist, options.max_loss)
     judged = [held_out]
     if criterion == "healed":
         search.windows, search.fitting = _judging_and_fitting(options.greedy_tokens, ranking, other[0] if other else [])
@@ -133,7 +137,7 @@ def choose(
     removed, path = list[int](), list[PathStep]()
     with closing(CRITERIA[criterion](search, amount)) as sets:
         if options.max_loss is not None:
-            removed, path = _within(options.max_loss, sets, search, judged, criterion == "healed")
+            removed, path = _within(options.max_loss, sets, search, judged)
         else:
             *_, removed = [], *sets  # the last is the set of ``amount`` blocks
     if options.max_loss is None and criterion == "greedy" and amount > 1:
@@ -154,7 +158,7 @@ def _judging_and_fitting(
 
 
 def _within(
-    limit: float, sets: Iterable[list[int]], search: Search, texts: list[list[np.ndarray]], healed: bool
+    limit: float, sets: Iterable[list[int]], search: Search, texts: list[list[np.ndarray]]
 ) -> tuple[list[int], list[PathStep]]:
     """The last of the growing ``sets`` that keeps what it costs within ``limit`` nats a token, and the sets tried.
 
@@ -175,6 +179,7 @@ def _within(
             growth = float(np.max(growths))  # not a number where one of them is none, which Python's max may hide
             said.insert(0, f"the held-out loss grows by {growth:.4f} nats")
         path.append(PathStep(layers, growth, kl))
+        healed = search.rounds and search.rounds[-1].removed in search.rounds[-1].healed
         log.info("without %s%s %s", listed(layers), " and healed" if healed else "", ", and ".join(said))
         if growth is None or not growth <= limit:
             log.info("%g is allowed (--max-loss): %s will be removed", limit, listed(removed))
@@ -213,7 +218,8 @@ def greedy(search: Search, amount: int) -> Generator[list[int]]:
 def healed(search: Search, amount: int) -> Generator[list[int]]:
     """As ``greedy``, by what a removal costs once the matrix before the gap makes up for it: see healed.py.
 
-    While the caller looks at a set, the model is healed for it.
+    While the caller looks at a set, the model is healed for it. Where a limit is given that healing could not keep to, nothing is
+    healed: what a set costs is what it costs as it goes.
     """
     kind = HealedPartTrials if isinstance(search.blocks, Parts) else HealedTrials
     trials = kind(search.blocks, search.windows, search.fitting)
@@ -236,7 +242,11 @@ def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Gener
             influence = influence_of(search.blocks, search.windows) if removed else search.influence
         rest = [index for index in search.by_influence(influence) if index not in removed]
         candidates = sorted(rest[: search.shortlist])
-        costs = trials.costs(removed, candidates, f"{name}, layer {count + 1} of {amount}")
+        label, costs = f"{name}, layer {count + 1} of {amount}", dict[int, float]()
+        if search.limit is not None and isinstance(trials, HealedTrials):
+            costs = trials.costs_as_they_go(removed, candidates, label)
+        if not costs or min(costs.values()) <= HOPELESS * (search.limit or 0.0):
+            costs = trials.costs(removed, candidates, label)
         best = min(candidates, key=lambda index: costs[index])
         trials.remove(best)
         removed = sorted([*removed, best])

@@ -67,6 +67,11 @@ class HealedTrials(Trials):
         self._found = self.changes(removed, candidates)
         return super().costs(removed, candidates, label)
 
+    def costs_as_they_go(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
+        """As Trials': nothing makes up for a candidate; what made up for former removals stays."""
+        self._found = {}
+        return super().costs(removed, candidates, label)
+
     def remove(self, index: int) -> None:
         """As Trials': its change stays, until ``restore``."""
         if (change := self._found.get(index)) is not None:

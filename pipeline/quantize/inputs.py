@@ -49,7 +49,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
             break
         step *= 2
     del reversed_
-    upper = lower.flip(0, 1).contiguous()
+    upper: torch.Tensor = lower.flip(0, 1).contiguous()
     del lower
     # LAPACK counts in columns, so it sees a lower one. Of torch there is only the solution for a unit matrix: four times as long.
     strtri(upper.numpy().T, lower=1, overwrite_c=1)

@@ -29,6 +29,17 @@ def test_numpy_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["top1_agreement"] == np.mean(original[:-1].argmax(-1) == logits[:-1].argmax(-1))
 
 
+def test_a_model_against_itself_differs_by_nothing() -> None:
+    """Be it the same array or a copy of it; no rounding is left."""
+    logits = np.random.default_rng(0).normal(scale=9, size=(40, 50)).astype(np.float32)
+    for original in (logits, logits.copy()):
+        quality = Quality()
+        quality.add(np.arange(40), logits, original)
+        figures = quality.figures()
+        assert figures["kl_mean"] == figures["kl_p99"] == 0.0 and figures["top1_agreement"] == 1.0
+        assert quality.loss_change() == (0.0, 0.0)
+
+
 def test_without_an_original_nothing_is_compared() -> None:
     quality = Quality()
     quality.add(np.arange(4), np.zeros((4, 8), dtype=np.float32), None)

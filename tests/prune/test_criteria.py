@@ -140,7 +140,7 @@ def test_what_is_no_number_keeps_to_no_limit(bad: int, setting: Setting, monkeyp
     losses = {id(windows): float("nan") if number == bad else 1.0 for number, windows in enumerate(texts)}
     monkeypatch.setattr(criteria, "mean_loss", lambda _, windows: losses[id(windows)])
     search = Search(setting.blocks, setting.influence, setting.ranking, [], 1)
-    removed, path = criteria._within(9.0, iter([[3]]), search, texts, healed=False)
+    removed, path = criteria._within(9.0, iter([[3]]), search, texts)
     assert removed == [] and len(path) == 1
 
 

@@ -15,6 +15,7 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of, mean_loss
 from edgepress.pipeline.options import PruneOptions
+from edgepress.pipeline.prune import criteria
 from edgepress.pipeline.prune.criteria import Choice, Search, choose, healed
 from edgepress.pipeline.prune.healed import RIDGE, HealedTrials
 from edgepress.pipeline.prune.influence import measure_influence
@@ -102,14 +103,34 @@ def limited(setting: Setting, limit: float, criterion: str) -> Choice:
     return choose(options, options.amount(16), setting.blocks, setting.influence, text, setting.held_out, other)
 
 
-def test_an_early_end_puts_all_back(setting: Setting) -> None:
+def test_an_early_end_puts_all_back(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that the first set exceeds, and a caller that leaves while it looks at a set."""
+    monkeypatch.setattr(criteria, "HOPELESS", float("inf"))
     choice = limited(setting, 0.0, "healed")
     assert choice.removed == [] and len(choice.path) == 1 and setting.untouched()
     found = healed(setting.search(1), 3)
     next(found)
     assert not setting.untouched()
     found.close()
+    assert setting.untouched()
+
+
+def test_what_healing_cannot_save_is_not_healed(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit far below what the cheapest removal costs as it goes; one that is near to that is judged healed."""
+    changes, solved = HealedTrials.changes, list[list[int]]()
+
+    def counted(self: HealedTrials, removed: list[int], candidates: list[int]) -> dict[int, object]:
+        solved.append(candidates)
+        return changes(self, removed, candidates)  # type: ignore[return-value]
+
+    monkeypatch.setattr(HealedTrials, "changes", counted)
+    choice = limited(setting, 0.001, "healed")
+    (round_,), cost = choice.rounds, choice.path[0].kl
+    assert choice.removed == [] and not solved and round_.healed == [] and cost == min(round_.kl.values())
+    trials = HealedTrials(setting.blocks, [*setting.judging[:2], *setting.other[:2]], setting.fitting)
+    assert cost == pytest.approx(trials.costs_as_they_go([], [round_.removed], "")[round_.removed], rel=1e-3)
+    near = limited(setting, cost / 4, "healed")
+    assert solved and near.rounds[0].healed and near.rounds[0].kl[near.rounds[0].removed] < cost
     assert setting.untouched()
 
 
