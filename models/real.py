@@ -13,7 +13,7 @@ class RealModel:
     """One model in the registry.
 
     packages: requirements, pinned. members: names of the files in their wheels, in the order in which they make the GGUF.
-    sha256, bytes: of the whole GGUF.
+    sha256, bytes: of the whole GGUF. recipes: the folder of its recipes, ``recipes/NAME``.
     """
 
     title: str
@@ -23,6 +23,7 @@ class RealModel:
     sha256: str
     bytes: int
     licence: str
+    recipes: str
 
 
 REAL_MODELS = {
@@ -34,6 +35,7 @@ REAL_MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         98_362_432,
         "Apache-2.0",
+        "smollm2-135m",
     ),
     "gemma3-270m": RealModel(
         "Gemma 3 270M, base (Q4_K_M: Q5_0, Q4_K, Q6_K, embedding Q8_0)",
@@ -43,6 +45,7 @@ REAL_MODELS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         253_113_024,
         "Gemma Terms of Use",
+        "gemma3-270m",
     ),
     "qwen2.5-coder-0.5b": RealModel(
         "Qwen2.5-Coder-0.5B-Instruct (Q5_0, Q8_0, Q6_K, Q4_K; head Q8_0)",
@@ -52,5 +55,6 @@ REAL_MODELS = {
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         491_400_064,
         "Apache-2.0",
+        "qwen2.5-coder-0.5b",
     ),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edgepress.models import RECIPES
 from edgepress.models.pruned_config import layer_count_key
+from edgepress.models.real import REAL_MODELS
 from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact, Step, check_free
 from edgepress.pipeline.checkpoint.admission import check_checkpoint
@@ -69,8 +70,7 @@ METHOD_OPTIONS = (
 
 def read(name: str) -> Recipe:
     """A recipe from a YAML file or by the name of a shipped one: of a model's, as ``smollm2-135m:balanced``. Raises OptionError."""
-    shipped = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
-    shipped |= {f"{file.parent.name}:{file.stem}": file for file in sorted(RECIPES.glob("*/*.yaml"))}
+    shipped = _shipped()
     file = expanded(name)
     if not file.is_file():
         if name not in shipped:
@@ -87,6 +87,20 @@ def read(name: str) -> Recipe:
     if not content:
         raise OptionError(f"{file} names no stage; give at least one of: {', '.join(STAGES)}")
     return {str(stage): resolve_texts(file.parent, options or {}) for stage, options in content.items()}
+
+
+def _shipped() -> dict[str, Path]:
+    """The files of the shipped recipes, by name."""
+    of_any = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    return of_any | {f"{file.parent.name}:{file.stem}": file for file in sorted(RECIPES.glob("*/*.yaml"))}
+
+
+def recipes_of(source: Path) -> list[str]:
+    """The names of the shipped recipes of a model that ``edgepress fetch`` brings; none of another file."""
+    for model in REAL_MODELS.values():
+        if source.name == model.file and source.is_file() and source.stat().st_size == model.bytes:
+            return [name for name in _shipped() if name.startswith(f"{model.recipes}:")]
+    return []
 
 
 def given_by(name: str) -> str:

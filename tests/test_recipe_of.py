@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from edgepress.models import RECIPES
+from edgepress.models.real import REAL_MODELS
 from edgepress.pipeline import recipe
 from edgepress.pipeline.artifact import Artifact, Step
 from edgepress.pipeline.errors import InputError
@@ -70,3 +71,16 @@ def test_a_models_recipe_chooses_nothing(name: str) -> None:
     quantize, prune = steps["quantize"], steps.get("prune")
     assert isinstance(quantize, QuantizeOptions) and not quantize.chooses
     assert prune is None or (isinstance(prune, PruneOptions) and prune.remove_layers)
+
+
+def test_a_build_tells_of_the_recipes_of_a_known_model(tmp_path: Path) -> None:
+    """Known by name and size, at no cost; nobody else's file is."""
+    model = REAL_MODELS["smollm2"]
+    known = tmp_path / model.file
+    known.touch()
+    assert recipe.recipes_of(known) == []
+    with known.open("wb") as file:
+        file.truncate(model.bytes)
+    assert "smollm2-135m:balanced" in recipe.recipes_of(known) and set(recipe.recipes_of(known)) <= set(recipe._shipped())
+    assert recipe.recipes_of(known.rename(tmp_path / "mine.gguf")) == []
+    assert {file.parent.name for file in RECIPES.glob("*/*.yaml")} <= {model.recipes for model in REAL_MODELS.values()}

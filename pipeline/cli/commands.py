@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -52,6 +53,8 @@ from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.visible import one_line
 
 Flags = dict[str, object]  # those that were given, by option name
+
+log = logging.getLogger("edgepress")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +116,8 @@ def _build(options: argparse.Namespace, flags: Flags) -> int:
     steps = recipe.plan(recipe.read(chosen), _resolved(flags), options.effort)
     source = resolve(options.source)
     out = options.out or recipe.default_out(options.source)
+    if chosen == "default" and not flags and not bounds.given and (known := recipe.recipes_of(source)):
+        log.info("build: what trials choose for this model is known, and takes less time by --recipe %s", " or ".join(known))
     done = recipe.build(source, out, steps, bounds, keep=options.keep_stages == "yes")
     _print_report(done[-1])
     artifact = recipe.shipped_artifact(done)
