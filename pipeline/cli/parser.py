@@ -96,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--recipe",
         metavar="FILE",
-        help="YAML file, or the name of a shipped one, 'smollm2-135m:balanced' among them (default: 'default'; 'web' for --target web, "
-        "'reference' for that model)",
+        help="YAML file, or the name of a shipped one, 'smollm2-135m:balanced' among them (default: 'default'; 'web' for "
+        "--target web, 'reference' for that model)",
     )
     build.add_argument("--effort", metavar="NAME", default=DEFAULT, help=(
         "how much time choices and measurements may take, for what the recipe and flags leave open: "
