@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,24 +143,31 @@ def not_a_folder(path: Path) -> str:
 
 
 _WORTH_KEEPING = 1 << 26  # bytes of a file whose digest is kept
-_LARGE: dict[tuple[int, int, int, int], str] = {}  # by device, number, size and time of the last change
+_TICK = 3 * 10**9  # ns: longer than one of any file system's clock
+_LARGE: dict[tuple[int, int, int, int], str] = {}  # digests, by ``_place``
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces.
 
-    A large file is read once in a process: every stage of a build asks for its source's. A change of it would take less time to
-    notice than reading it took, so none can hide in the resolution of the clock.
+    A large file is read once in a process as long as it stays as it is: every stage of a build asks for its source's.
     """
     with path.open("rb") as file:
-        about = os.fstat(file.fileno())
-        place = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+        place = _place(file.fileno())
         if (known := _LARGE.get(place)) is not None:
             return known
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if about.st_size >= _WORTH_KEEPING:
-        _LARGE[place] = digest
+        _, _, size, changed = place
+        # one that changed just now could change again and show the same time
+        if size >= _WORTH_KEEPING and place == _place(file.fileno()) and time.time_ns() - changed > _TICK:
+            _LARGE[place] = digest
     return digest
+
+
+def _place(file: int) -> tuple[int, int, int, int]:
+    """Device, number, size and time of the last change, ns, of a file that is open."""
+    about = os.fstat(file)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def files_below(folder: Path) -> Iterator[Path]:

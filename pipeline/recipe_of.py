@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from edgepress.pipeline.artifact import Artifact, Step
@@ -12,12 +14,14 @@ from edgepress.pipeline.files import JsonObject, sha256
 from edgepress.pipeline.report.model import Report, read
 from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.stages import STAGES
+from edgepress.pipeline.visible import one_line
 
 # What one build calls its own folders.
 _FOLDERS = {"original", "reference", "calibration_model"}
 # By which a stage chooses, or what that settles.
 _BITS = {"method", "bits", "bits_for", "group_size", "rare_rows", "max_growth", "target_bits", "max_size", "native_bits", "tuned"}
 _LAYERS = {"remove_count", "remove_fraction", "max_loss", "remove_layers", "criterion", "shortlist", "greedy_tokens"}
+_LEVELS = {"accuracy_level", "exact_layers", "max_added_kl"}
 _MEASURED = {
     "size.total_bytes": "size on disk",
     "quality.perplexity": "perplexity",
@@ -27,9 +31,9 @@ _MEASURED = {
 
 
 def recipe_text(artifact: Artifact) -> str:
-    """YAML for ``build --recipe``, with what chose its bits and what was measured of it as comments.
+    """YAML for ``build --recipe``, with what chose its bits, what was measured of it, and what it cannot say as comments.
 
-    Raises InputError for a folder that no stage of edgepress wrote.
+    Raises InputError for a folder that no stage of edgepress wrote, and where a stage ran twice, which no recipe can say.
     """
     import yaml
 
@@ -37,37 +41,48 @@ def recipe_text(artifact: Artifact) -> str:
         raise InputError(f"{artifact.path} was not written by edgepress, so there is no recipe of it")
     remarks, recipe = list[str](), dict[str, JsonObject]()
     for step in artifact.steps:
-        if step.stage == "prune" and not (step.facts.get("removed_layers") or step.facts.get("removed_parts")):
+        if not _changed_anything(step, recipe):
             continue
-        if step.stage == "heal" and "prune" not in recipe:
-            continue
+        if step.stage in recipe:
+            raise InputError(f"{artifact.path}: {step.stage} ran twice, which no recipe can say; run the stages one by one")
         given = dict(_given(step, remarks))
         if step.stage != "import" or given:
             recipe[step.stage] = given
+        if step.stage == "export":  # a page comes after it
+            recipe["bench"] = {name: given[name] for name in ("target", "trust_remote_code") if name in given}
         if because := step.facts.get("chosen_because"):
             remarks.append(f"{step.stage} chose, and {because}")
-    if "export" in recipe:
-        recipe["bench"] = {}
+        if step.stage == "tune":
+            remarks.append("tune trains for minutes: a faster machine gets further")
     if report := _report(artifact):
         known = {what: report.figures[name] for name, what in _MEASURED.items() if name in report.figures}
         figures = ", ".join(f"{what} {shown(figure.median, figure.unit)}" for what, figure in known.items())
         remarks.append(f"measured: {figures}")
     body = "".join(yaml.safe_dump({stage: options}, sort_keys=False, width=130) for stage, options in recipe.items())
-    return "".join(f"# {remark}\n" for remark in remarks) + body
+    return "".join(f"# {one_line(remark)}\n" for remark in remarks) + body
+
+
+def _changed_anything(step: Step, before: dict[str, JsonObject]) -> bool:
+    if step.stage == "prune":
+        return bool(step.facts.get("removed_layers") or step.facts.get("removed_parts"))
+    return (step.stage != "heal" or "prune" in before) and not (step.stage == "tune" and step.facts.get("accepted") is False)
 
 
 def _given(step: Step, remarks: list[str]) -> Iterator[tuple[str, object]]:
-    """The options that are not the defaults, and in the place of a choice what it was; a text without a path is a remark."""
+    """The options that are not the defaults, and in the place of a choice what it was; a file without a path is a remark."""
     settled, by = _settled(step)
     options = {name: value for name, value in step.options.items() if name not in by | _FOLDERS} | settled
+    if step.stage == "export" and step.options.get("original"):  # no build has one of its own for it
+        options["original"] = {"file": step.options["original"]["folder"]}
     for field in dataclasses.fields(STAGES[step.stage].options):
         value, default = options.get(field.name), field.default
-        if isinstance(value, dict):  # a text
-            if "file" not in value and (kind := next(iter(value), "")) != str(default):
+        texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
+        for text in texts:
+            if "file" not in text and (kind := next(iter(text), "")) != str(default):
                 yield field.name, kind
-            elif "file" in value and not _is_shipped(default, value):
-                remarks.append(f"{step.stage} read {value['file']} for {field.name}: add its path")
-        elif value is not None and value != (list(default) if isinstance(default, tuple) else default):
+            elif "file" in text and not _is_shipped(default, text):
+                remarks.append(f"{step.stage} read {text['file']} for {field.name}: add its path")
+        if not texts and value is not None and value != (list(default) if isinstance(default, tuple) else default):
             yield field.name, value
 
 
@@ -78,16 +93,23 @@ def _is_shipped(default: object, text: JsonObject) -> bool:
 def _settled(step: Step) -> tuple[JsonObject, set[str]]:
     """What a stage chose, as options, and the options that had it choose."""
     if isinstance(chosen := step.facts.get("chosen"), dict):
-        return chosen, _BITS
+        alike = chosen.get("method") == step.options.get("method")  # 8 bits everywhere are rounded, in no order
+        return chosen | {"act_order": bool(alike and step.options.get("act_order"))}, _BITS | {"act_order"}
     if removed := step.facts.get("removed_layers") or step.facts.get("removed_parts"):
         return {"remove_layers": removed}, _LAYERS
+    if step.facts.get("accuracy_levels_tried"):
+        level: JsonObject = {"accuracy_level": str(step.facts["accuracy_level"])}
+        if exact := step.facts.get("exact_layers"):
+            level["exact_layers"] = "|".join(map(re.escape, exact))
+        return level, _LEVELS
     return {}, set()
 
 
 def _report(artifact: Artifact) -> Report | None:
     """What the benchmark of the build that made this artifact says of it."""
     for file in sorted(artifact.path.parent.glob("*-bench/report.json")):
-        report = read(file).first
-        if report.identity == artifact.identity():
-            return report
+        with suppress(InputError):  # another's, perhaps an older one's
+            report = read(file).first
+            if report.identity == artifact.identity():
+                return report
     return None

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
+from edgepress.pipeline import files
 from edgepress.pipeline.errors import InputError
-from edgepress.pipeline.files import atomic_folder, leads_out, link_or_copy, read_json, real, write_json, write_whole
+from edgepress.pipeline.files import atomic_folder, leads_out, link_or_copy, read_json, real, sha256, write_json, write_whole
 from safetensors.numpy import save_file
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any name that it has; and one that changed a moment ago each time, for it could again within a tick of the clock."""
+    read, digest = list[str](), hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(file.name), digest(file, kind))[1])
+    monkeypatch.setattr(files, "_WORTH_KEEPING", 8)
+    file, link = tmp_path / "weights", tmp_path / "link"
+    file.write_bytes(b"12345678")
+    os.link(file, link)
+    first = sha256(file)
+    assert sha256(file) == first and len(read) == 2
+    os.utime(file, ns=(0, 10**18))
+    assert sha256(file) == sha256(link) == first and len(read) == 3
+    file.write_bytes(b"87654321")
+    assert sha256(link) != first and len(read) == 4
+    small = tmp_path / "small"
+    small.write_bytes(b"1234567")
+    os.utime(small, ns=(0, 10**18))
+    assert sha256(small) == sha256(small) and len(read) == 6
 
 
 def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:

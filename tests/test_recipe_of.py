@@ -33,7 +33,7 @@ def test_what_was_chosen_is_given(call: Callable, tiny: Path, text: Path, tmp_pa
     assert shown.code == 0, shown.err
     found = yaml.safe_load(shown.out)
     removed = read_json(tmp_path / "first" / "01-prune" / "manifest.json")["steps"][-1]["facts"]["removed_layers"]
-    assert found["prune"] == {"remove_layers": removed} and found["export"] == {"cache": "int8"} and found["bench"] == {}
+    assert found["prune"] == {"remove_layers": removed} and found["export"]["cache"] == "int8" and found["bench"] == {}
     assert "target_bits" not in found["quantize"] and found["quantize"]["bits_for"]
     assert "# quantize read short.txt for calibration: add its path\n" in shown.out and "5 asked for" in shown.out
     (tmp_path / "second.yaml").write_text("".join(line for line in shown.out.splitlines(True) if not line.startswith("bench")))
@@ -53,6 +53,47 @@ def test_what_removed_nothing_is_left_out(tiny: Path) -> None:
     )
     found = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=steps)))
     assert found == {"quantize": {"bits": 4, "calibration": "self"}}
+
+
+def quantized(**given: object) -> Step:
+    """What chose eight bits everywhere, or as ``given``."""
+    chosen = {"method": "rtn", "bits": 8, "group_size": 64, "bits_for": []} | given
+    return Step("quantize", {"method": "gptq", "act_order": True, "max_growth": 0.05}, {"chosen": chosen}, 1.0, {})
+
+
+def test_a_recipe_can_be_built(tiny: Path, tmp_path: Path) -> None:
+    """What a choice did away with does not come back; files are remarks, in one line; bench has the target; a page comes last."""
+    steps = (
+        Step("trim", {"keep_text": [{"file": "a\nquantize: {}", "sha256": "0"}], "keep_tokens": 300}, {}, 1.0, {}),
+        quantized(),
+        Step("tune", {"minutes": 3.0}, {"accepted": False}, 1.0, {}),
+        Step("export", {"target": "web", "original": {"folder": "float", "identity": "0"}}, {}, 1.0, {}),
+        Step("page", {}, {}, 1.0, {}),
+    )
+    text = recipe_text(replace(Artifact.load(tiny), steps=steps))
+    found = yaml.safe_load(text)
+    assert list(found) == ["trim", "quantize", "export", "bench", "page"] and found["trim"] == {"keep_tokens": 300}
+    assert found["quantize"] == {"method": "rtn", "bits": 8, "group_size": 64} and found["bench"] == {"target": "web"}
+    assert "# trim read a\\nquantize: {} for keep_text: add its path\n" in text and "# export read float for original" in text
+    (tmp_path / "it.yaml").write_text(text)
+    assert [name for name, _ in recipe.plan(recipe.read(str(tmp_path / "it.yaml")), {})] == list(found)
+    kept = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=(quantized(method="gptq", bits=4),))))
+    assert kept["quantize"] == {"bits": 4, "group_size": 64, "act_order": True}
+
+
+def test_the_level_that_was_chosen_is_given(tiny: Path) -> None:
+    """With the matrices that keep float activations, whose names are no expressions."""
+    facts = {"accuracy_level": 4, "accuracy_levels_tried": {"4": {}}, "exact_layers": ["layers.0.down", "head"]}
+    export = Step("export", {"accuracy_level": "auto", "max_added_kl": 0.1}, facts, 1.0, {})
+    found = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=(export,))))
+    assert found["export"] == {"accuracy_level": "4", "exact_layers": r"layers\.0\.down|head"}
+
+
+def test_what_ran_twice_is_no_recipe(tiny: Path) -> None:
+    """The second removal counts the layers that the first one left."""
+    steps = tuple(Step("prune", {}, {"removed_layers": [layer]}, 1.0, {}) for layer in (3, 5))
+    with pytest.raises(InputError, match="prune ran twice"):
+        recipe_text(replace(Artifact.load(tiny), steps=steps))
 
 
 def test_what_edgepress_did_not_make_has_none(tiny: Path) -> None:

@@ -43,13 +43,17 @@ def batches(
 
 def logits_of(model: PreTrainedModel, ids: np.ndarray, keep: int = 0) -> np.ndarray:
     """Logits (kept, vocabulary) of the last ``keep`` positions of one window (tokens,), 0 for all, without a cache."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters  # saves the memory of the others
     device = "cpu" if model.device.type == "meta" else model.device  # meta: its weights are read as they are needed
     with torch.inference_mode():
         row = torch.from_numpy(ids)[None].to(device)
-        output = model(input_ids=row, use_cache=False, **({"logits_to_keep": keep} if known else {}))
+        output = model(input_ids=row, use_cache=False, **_keeping(model, keep))
     logits: np.ndarray = output.logits[0, -keep:].float().cpu().numpy()
     return logits
+
+
+def _keeping(model: PreTrainedModel, last: int) -> dict[str, int]:
+    """What has a model make the logits of the last positions alone, 0 for all: nothing where it cannot."""
+    return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def greedy_tokens(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[int]:
@@ -78,7 +82,7 @@ def _greedy(model: PreTrainedModel, ids: np.ndarray, count: int) -> list[list[di
             if ids.shape[1] + place - 1 in switches(model.config):  # keys in the cache have other frequencies
                 rows = [[*row.tolist(), *(next(iter(chances)) for chances in taken)] for row, taken in zip(ids, found, strict=True)]
                 new, past = torch.tensor(rows), None
-            output = model(input_ids=new, past_key_values=past, use_cache=True)
+            output = model(input_ids=new, past_key_values=past, use_cache=True, **_keeping(model, 1))
             past = output.past_key_values
             chances = torch.softmax(output.logits[:, -1].float(), -1)
             new = output.logits[:, -1].argmax(-1, keepdim=True)

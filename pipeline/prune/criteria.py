@@ -18,8 +18,8 @@ from edgepress.pipeline.prune.parts import HealedPartTrials, Parts, influence_of
 from edgepress.pipeline.prune.trials import Trials, divergence_sums
 
 log = logging.getLogger("edgepress")
-# Times a limit, a KL divergence that healing will not bring within it: one of the reference model's layers came down to a fifth,
-# those of SmolLM2 and Qwen to two thirds (docs/healing.md).
+# Times a limit, a KL divergence that healing will not bring within it: of what the cheapest removal costs as it goes, one of the
+# reference model's layers came down to a fifth, SmolLM2's to two thirds, Qwen's to four fifths (docs/layer-removal.md).
 HOPELESS = 6.0
 
 
@@ -242,15 +242,17 @@ def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Gener
             influence = influence_of(search.blocks, search.windows) if removed else search.influence
         rest = [index for index in search.by_influence(influence) if index not in removed]
         candidates = sorted(rest[: search.shortlist])
-        label, costs = f"{name}, layer {count + 1} of {amount}", dict[int, float]()
+        label, costs, tried = f"{name}, layer {count + 1} of {amount}", dict[int, float](), 0
         if search.limit is not None and isinstance(trials, HealedTrials):
-            costs = trials.costs_as_they_go(removed, candidates, label)
-        if not costs or min(costs.values()) <= HOPELESS * (search.limit or 0.0):
-            costs = trials.costs(removed, candidates, label)
+            costs, tried = trials.costs_as_they_go(removed, candidates, label), len(candidates)
+        if not costs or not min(costs.values()) > HOPELESS * (search.limit or 0.0):
+            costs, tried = trials.costs(removed, candidates, label), tried + len(candidates)
+        else:
+            log.info("%s: healing is not tried, for as they go all cost more than %g times what is allowed", name, HOPELESS)
         best = min(candidates, key=lambda index: costs[index])
         trials.remove(best)
         removed = sorted([*removed, best])
-        seconds = search.count(len(candidates), begun)
+        seconds = search.count(tried, begun)
         search.rounds.append(Round(best, costs, seconds, trials.healed))
         log.info(
             "%s: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",

@@ -49,11 +49,13 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
             break
         step *= 2
     del reversed_
-    upper: torch.Tensor = lower.flip(0, 1).contiguous()
-    del lower
     # LAPACK counts in columns, so it sees a lower one. Of torch there is only the solution for a unit matrix: four times as long.
-    strtri(upper.numpy().T, lower=1, overwrite_c=1)
-    return upper
+    inverse, failed = strtri(lower.flip(0, 1).contiguous().numpy().T, lower=1, overwrite_c=1)
+    if failed:
+        raise ModelError(
+            "the calibration text makes numbers that are too small or too large to divide by; the checkpoint is broken"
+        )
+    return torch.from_numpy(inverse.T)
 
 
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:

@@ -22,9 +22,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Round:
-    """KL in nats for each layer, by its index, that was skipped alone."""
+    """KL in nats for each layer, by its index, that was skipped alone. healed: those for which something made up."""
 
     kl: dict[str, float] = field(default_factory=dict)
+    healed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_influences(file: Path) -> Influences:
 def influence_table(content: Influences) -> str:
     """A line a layer."""
     alone = content.rounds[0].kl if content.rounds else {}
-    measured_as = "KL when removed alone" + (", healed" if content.criterion == "healed" else "")
+    measured_as = "KL when removed alone" + (", healed" if content.rounds and content.rounds[0].healed else "")
     rows = [["layer", "influence", *([measured_as] if alone else []), ""]]
     for row in content.layers:
         index = str(row.layer)

@@ -16,7 +16,7 @@ from edgepress.pipeline import stages
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.errors import ProofError
-from edgepress.pipeline.metrics.torch_scores import batches, greedy_tokens
+from edgepress.pipeline.metrics.torch_scores import batches, greedy_rows, greedy_tokens
 from edgepress.pipeline.options import ExportOptions, VerifyOptions
 from edgepress.pipeline.runtime.decoder import Decoder
 from edgepress.pipeline.runtime.generate import tokens
@@ -97,6 +97,8 @@ def test_greedy_tokens_are_those_of_transformers(exported: Artifact, model: PreT
     theirs = model.generate(torch.from_numpy(prompt)[None], **settings)[0, len(prompt) :].tolist()
     assert list(Decoder(exported.path).greedy(prompt, count)) == theirs
     assert greedy_tokens(model, prompt, count) == theirs
+    other = IDS[SWITCH : SWITCH + len(prompt)]
+    assert greedy_rows(model, np.stack([other, prompt]), count) == [greedy_tokens(model, other, count), theirs]
     lookup = Foretold([*prompt.tolist(), *theirs], len(prompt))
     assert list(tokens(Decoder(exported.path), prompt, frozenset(), count, lambda row: int(row.argmax()), lookup)) == theirs
     assert lookup.guessed > count / 2

@@ -106,8 +106,8 @@ def limited(setting: Setting, limit: float, criterion: str) -> Choice:
 def test_an_early_end_puts_all_back(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that the first set exceeds, and a caller that leaves while it looks at a set."""
     monkeypatch.setattr(criteria, "HOPELESS", float("inf"))
-    choice = limited(setting, 0.0, "healed")
-    assert choice.removed == [] and len(choice.path) == 1 and setting.untouched()
+    choice = limited(setting, 1e-9, "healed")
+    assert choice.removed == [] and len(choice.path) == 1 and choice.rounds[0].healed and setting.untouched()
     found = healed(setting.search(1), 3)
     next(found)
     assert not setting.untouched()
