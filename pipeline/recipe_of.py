@@ -48,7 +48,7 @@ def recipe_text(artifact: Artifact) -> str:
         given = dict(_given(step, remarks))
         if step.stage != "import" or given:
             recipe[step.stage] = given
-        if step.stage == "export":  # a page comes after it
+        if step.stage == "export" and step is artifact.steps[-1]:  # a page is made of an artifact, as a benchmark is
             recipe["bench"] = {name: given[name] for name in ("target", "trust_remote_code") if name in given}
         if because := step.facts.get("chosen_because"):
             remarks.append(f"{step.stage} chose, and {because}")

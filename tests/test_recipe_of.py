@@ -57,12 +57,12 @@ def test_what_removed_nothing_is_left_out(tiny: Path) -> None:
 
 def quantized(**given: object) -> Step:
     """What chose eight bits everywhere, or as ``given``."""
-    chosen = {"method": "rtn", "bits": 8, "group_size": 64, "bits_for": []} | given
+    chosen = {"method": "rtn", "bits": 8, "group_size": -1, "bits_for": []} | given
     return Step("quantize", {"method": "gptq", "act_order": True, "max_growth": 0.05}, {"chosen": chosen}, 1.0, {})
 
 
 def test_a_recipe_can_be_built(tiny: Path, tmp_path: Path) -> None:
-    """What a choice did away with does not come back; files are remarks, in one line; bench has the target; a page comes last."""
+    """What a choice did away with does not come back; files are remarks, in one line; bench has the target, but beside no page."""
     steps = (
         Step("trim", {"keep_text": [{"file": "a\nquantize: {}", "sha256": "0"}], "keep_tokens": 300}, {}, 1.0, {}),
         quantized(),
@@ -70,15 +70,17 @@ def test_a_recipe_can_be_built(tiny: Path, tmp_path: Path) -> None:
         Step("export", {"target": "web", "original": {"folder": "float", "identity": "0"}}, {}, 1.0, {}),
         Step("page", {}, {}, 1.0, {}),
     )
-    text = recipe_text(replace(Artifact.load(tiny), steps=steps))
+    paged = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=steps)))
+    assert list(paged) == ["trim", "quantize", "export", "page"]
+    text = recipe_text(replace(Artifact.load(tiny), steps=steps[:-1]))
     found = yaml.safe_load(text)
-    assert list(found) == ["trim", "quantize", "export", "bench", "page"] and found["trim"] == {"keep_tokens": 300}
-    assert found["quantize"] == {"method": "rtn", "bits": 8, "group_size": 64} and found["bench"] == {"target": "web"}
+    assert list(found) == ["trim", "quantize", "export", "bench"] and found["trim"] == {"keep_tokens": 300}
+    assert found["quantize"] == {"method": "rtn", "bits": 8, "group_size": -1} and found["bench"] == {"target": "web"}
     assert "# trim read a\\nquantize: {} for keep_text: add its path\n" in text and "# export read float for original" in text
     (tmp_path / "it.yaml").write_text(text)
     assert [name for name, _ in recipe.plan(recipe.read(str(tmp_path / "it.yaml")), {})] == list(found)
     kept = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=(quantized(method="gptq", bits=4),))))
-    assert kept["quantize"] == {"bits": 4, "group_size": 64, "act_order": True}
+    assert kept["quantize"] == {"bits": 4, "group_size": -1, "act_order": True}
 
 
 def test_the_level_that_was_chosen_is_given(tiny: Path) -> None:
