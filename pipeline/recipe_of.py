@@ -78,6 +78,8 @@ def _given(step: Step, remarks: list[str]) -> Iterator[tuple[str, object]]:
         value, default = options.get(field.name), field.default
         texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
         for text in texts:
+            if "folder" in text:  # of the build, which has its own
+                continue
             if "file" not in text and (kind := next(iter(text), "")) != str(default):
                 yield field.name, kind
             elif "file" in text and not _is_shipped(default, text):
