@@ -16,8 +16,7 @@ from edgepress.pipeline.report.tables import shown
 from edgepress.pipeline.stages import STAGES
 from edgepress.pipeline.visible import one_line
 
-# What one build calls its own folders.
-_FOLDERS = {"original", "reference", "calibration_model"}
+_NO_BUILD_HAS = ("export", "original")  # the only folder of another model that a build does not fill in
 # By which a stage chooses, or what that settles.
 _BITS = {"method", "bits", "bits_for", "group_size", "rare_rows", "max_growth", "target_bits", "max_size", "native_bits", "tuned"}
 _LAYERS = {"remove_count", "remove_fraction", "max_loss", "remove_layers", "criterion", "shortlist", "greedy_tokens"}
@@ -71,19 +70,18 @@ def _changed_anything(step: Step, before: dict[str, JsonObject]) -> bool:
 def _given(step: Step, remarks: list[str]) -> Iterator[tuple[str, object]]:
     """The options that are not the defaults, and in the place of a choice what it was; a file without a path is a remark."""
     settled, by = _settled(step)
-    options = {name: value for name, value in step.options.items() if name not in by | _FOLDERS} | settled
-    if step.stage == "export" and step.options.get("original"):  # no build has one of its own for it
-        options["original"] = {"file": step.options["original"]["folder"]}
+    options = {name: value for name, value in step.options.items() if name not in by} | settled
     for field in dataclasses.fields(STAGES[step.stage].options):
         value, default = options.get(field.name), field.default
         texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict)]
         for text in texts:
-            if "folder" in text:  # of the build, which has its own
+            if "folder" in text and (step.stage, field.name) != _NO_BUILD_HAS:  # others are the build's own
                 continue
-            if "file" not in text and (kind := next(iter(text), "")) != str(default):
+            if named := text.get("file") or text.get("folder"):
+                if not _is_shipped(default, text):
+                    remarks.append(f"{step.stage} read {named} for {field.name}: add its path")
+            elif (kind := next(iter(text), "")) != str(default):
                 yield field.name, kind
-            elif "file" in text and not _is_shipped(default, text):
-                remarks.append(f"{step.stage} read {text['file']} for {field.name}: add its path")
         if not texts and value is not None and value != (list(default) if isinstance(default, tuple) else default):
             yield field.name, value
 

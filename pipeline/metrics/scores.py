@@ -56,8 +56,7 @@ class Quality:
         parts = [slice(first, min(first + step, len(following))) for first in range(0, len(following), step)]
 
         def scored(rows: slice) -> tuple[np.ndarray, ...]:
-            found = logits[rows]
-            return _scored(following[rows], found, None if original is None else found if original is logits else original[rows])
+            return _scored(following[rows], logits[rows], None if original is None else original[rows])
 
         with ThreadPoolExecutor(max(1, min(len(parts), _THREADS, cores()))) as threads:  # numpy lets others run meanwhile
             for losses, *others in threads.map(scored, parts):
@@ -90,8 +89,6 @@ def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -
     losses = np.log(sums) - scores[positions, true]
     if original is None:
         return (losses,)
-    if original is logits:
-        return losses, np.zeros(len(true)), np.zeros(len(true)), np.ones(len(true), dtype=bool)
     reference, reference_sums = _shifted(original)
     agreements = reference.argmax(-1) == scores.argmax(-1)
     differences, exponentials = np.subtract(reference, scores, out=scores), np.exp(reference, out=reference)

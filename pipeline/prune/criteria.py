@@ -18,9 +18,6 @@ from edgepress.pipeline.prune.parts import HealedPartTrials, Parts, influence_of
 from edgepress.pipeline.prune.trials import Trials, divergence_sums
 
 log = logging.getLogger("edgepress")
-# Times a limit, a KL divergence that healing will not bring within it: of what the cheapest removal costs as it goes, one of the
-# reference model's layers came down to a fifth, SmolLM2's to two thirds, Qwen's to four fifths (docs/layer-removal.md).
-HOPELESS = 6.0
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ def healed(search: Search, amount: int) -> Generator[list[int]]:
     healed: what a set costs is what it costs as it goes.
     """
     kind = HealedPartTrials if isinstance(search.blocks, Parts) else HealedTrials
-    trials = kind(search.blocks, search.windows, search.fitting)
+    trials = kind(search.blocks, search.windows, search.fitting, search.limit)
     try:
         yield from _one_by_one(search, amount, "healed", trials)
     finally:
@@ -242,17 +239,12 @@ def _one_by_one(search: Search, amount: int, name: str, trials: Trials) -> Gener
             influence = influence_of(search.blocks, search.windows) if removed else search.influence
         rest = [index for index in search.by_influence(influence) if index not in removed]
         candidates = sorted(rest[: search.shortlist])
-        label, costs, tried = f"{name}, layer {count + 1} of {amount}", dict[int, float](), 0
-        if search.limit is not None and isinstance(trials, HealedTrials):
-            costs, tried = trials.costs_as_they_go(removed, candidates, label), len(candidates)
-        if not costs or not min(costs.values()) > HOPELESS * (search.limit or 0.0):
-            costs, tried = trials.costs(removed, candidates, label), tried + len(candidates)
-        else:
-            log.info("%s: healing is not tried, for as they go all cost more than %g times what is allowed", name, HOPELESS)
+        before = trials.tried
+        costs = trials.costs(removed, candidates, f"{name}, layer {count + 1} of {amount}")
         best = min(candidates, key=lambda index: costs[index])
         trials.remove(best)
         removed = sorted([*removed, best])
-        seconds = search.count(tried, begun)
+        seconds = search.count(trials.tried - before, begun)
         search.rounds.append(Round(best, costs, seconds, trials.healed))
         log.info(
             "%s: layer %d costs least (KL %.4f, of %d tried, next %s; %.1f s)",

@@ -26,6 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("edgepress")
 _SUMS = 0.25  # of the memory, what the sums of candidates may take
+# Times a limit, a KL divergence that healing will not bring within it: of what the cheapest removal costs as it goes, one of the
+# reference model's layers came down to a fifth, SmolLM2's to two thirds, Qwen's to four fifths (docs/layer-removal.md).
+HOPELESS = 6.0
 RIDGE = 0.3  # times the mean of the Gram matrix's diagonal: what held-out text chose most often at gaps of SmolLM2-135M
 
 
@@ -48,9 +51,13 @@ class _Change:
 class HealedTrials(Trials):
     """Removals tried with their healing: the model is changed in place, and put back by ``restore``."""
 
-    def __init__(self, blocks: Blocks, windows: list[np.ndarray], fitting: list[np.ndarray]) -> None:
-        """windows: what is measured on. fitting: what changes are solved on. The model must be whole."""
+    def __init__(self, blocks: Blocks, windows: list[np.ndarray], fitting: list[np.ndarray], limit: float | None = None) -> None:
+        """windows: what is measured on. fitting: what changes are solved on. The model must be whole.
+
+        limit: nats a token that a removal may cost, where one is given.
+        """
         super().__init__(blocks, windows)
+        self._limit = limit
         self._fitting = batches(blocks.model, fitting)
         self._ids = torch.from_numpy(fitting[0])[None, :32]
         self._former: dict[torch.Tensor, torch.Tensor] = {}  # weights that were changed, and what they were
@@ -63,13 +70,14 @@ class HealedTrials(Trials):
         return sorted(self._found)
 
     def costs(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
-        """As Trials', once each candidate that can be is made up for."""
+        """As Trials', once each candidate that can be is made up for; as they go, where healing could not keep to the limit."""
+        if self._limit is not None:
+            self._found = {}
+            as_they_go = super().costs(removed, candidates, label)
+            if min(as_they_go.values()) > HOPELESS * self._limit:
+                log.info("healing is not tried, for as they go all cost more than %g times what is allowed", HOPELESS)
+                return as_they_go
         self._found = self.changes(removed, candidates)
-        return super().costs(removed, candidates, label)
-
-    def costs_as_they_go(self, removed: Sequence[int], candidates: Sequence[int], label: str) -> dict[int, float]:
-        """As Trials': nothing makes up for a candidate; what made up for former removals stays."""
-        self._found = {}
         return super().costs(removed, candidates, label)
 
     def remove(self, index: int) -> None:

@@ -13,12 +13,12 @@ from edgepress.pipeline.progress import bar
 
 
 class Trials:
-    """Removals tried one by one: the model as it is without the block."""
+    """Removals tried one by one: the model as it is without the block. tried: how many so far."""
 
     def __init__(self, blocks: Blocks, windows: list[np.ndarray]) -> None:
         """windows: what is measured on. The model must be whole."""
         last = len(blocks)
-        self.blocks, self._parts = blocks, batches(blocks.model, windows)
+        self.blocks, self._parts, self.tried = blocks, batches(blocks.model, windows), 0
         self._original = [blocks.states(ids, [last])[last] for ids, _ in self._parts]
 
     @property
@@ -33,6 +33,7 @@ class Trials:
         """
         blocks, last, sums, tokens = self.blocks, len(self.blocks), dict.fromkeys(candidates, 0.0), 0
         starts = {index: self._start(removed, index) for index in candidates}
+        self.tried += len(candidates)
         with bar(label, len(self._parts) * len(candidates), "trial") as shown:
             for (ids, real), original in zip(self._parts, self._original, strict=True):
                 with blocks.without(removed):

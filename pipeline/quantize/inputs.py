@@ -59,7 +59,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add X'X of the rows X (tokens, in) to the sum (in, in): what lies below the diagonal, in half the time.
+    """Add X'X of the rows X (tokens, in) to the sum (in, in): what lies below the diagonal, half of the products.
 
     ``mirror`` brings the rest up to date.
     """

@@ -15,10 +15,11 @@ from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.load import load_model
 from edgepress.pipeline.metrics.torch_scores import divergences, logits_of, mean_loss
 from edgepress.pipeline.options import PruneOptions
-from edgepress.pipeline.prune import criteria
+from edgepress.pipeline.prune import healed as trials
 from edgepress.pipeline.prune.criteria import Choice, Search, choose, healed
 from edgepress.pipeline.prune.healed import RIDGE, HealedTrials
 from edgepress.pipeline.prune.influence import measure_influence
+from edgepress.pipeline.prune.trials import Trials
 from edgepress.pipeline.text.windows import text_windows
 from families import TINY
 from transformers import Gemma2Config
@@ -105,7 +106,7 @@ def limited(setting: Setting, limit: float, criterion: str) -> Choice:
 
 def test_an_early_end_puts_all_back(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that the first set exceeds, and a caller that leaves while it looks at a set."""
-    monkeypatch.setattr(criteria, "HOPELESS", float("inf"))
+    monkeypatch.setattr(trials, "HOPELESS", float("inf"))
     choice = limited(setting, 1e-9, "healed")
     assert choice.removed == [] and len(choice.path) == 1 and choice.rounds[0].healed and setting.untouched()
     found = healed(setting.search(1), 3)
@@ -127,9 +128,11 @@ def test_what_healing_cannot_save_is_not_healed(setting: Setting, monkeypatch: p
     choice = limited(setting, 0.001, "healed")
     (round_,), cost = choice.rounds, choice.path[0].kl
     assert choice.removed == [] and not solved and round_.healed == [] and cost == min(round_.kl.values())
-    trials = HealedTrials(setting.blocks, [*setting.judging[:2], *setting.other[:2]], setting.fitting)
-    assert cost == pytest.approx(trials.costs_as_they_go([], [round_.removed], "")[round_.removed], rel=1e-3)
+    as_it_goes = Trials(setting.blocks, [*setting.judging[:2], *setting.other[:2]]).costs([], [round_.removed], "")
+    assert cost == pytest.approx(as_it_goes[round_.removed], rel=1e-3)
+    assert choice.evaluations == 3
     near = limited(setting, cost / 4, "healed")
+    assert near.evaluations == 6 * len(near.rounds)  # as they go, and healed
     assert solved and near.rounds[0].healed and near.rounds[0].kl[near.rounds[0].removed] < cost
     assert setting.untouched()
 
