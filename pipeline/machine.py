@@ -33,9 +33,9 @@ _FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in an
 def rows_at_once(vocabulary: int, times: int = 1) -> int:
     """Positions whose logits are made at a time: those of a whole window of a large vocabulary would take a gigabyte.
 
-    times: so many times as many, where few copies are made of them.
+    times: so many times as many, where few copies are made of them; the product for 256 takes half as long as four for 64.
     """
-    return max(_FEWEST, times * _LOGITS // vocabulary)
+    return times * max(_FEWEST, _LOGITS // vocabulary)
 
 
 def peak_memory() -> int | None:

@@ -130,7 +130,7 @@ class _Streamed:
         self._states = {window.tobytes(): states for window, states in zip(windows, rows, strict=True)}
 
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
-        for positions, logits in self._blocks.heads(self._states[ids.tobytes()]):
+        for positions, logits in self._blocks.heads(self._states[ids.tobytes()], 4):
             yield positions, logits.numpy()
 
 

@@ -62,12 +62,12 @@ class Enough(Exception):
 class Blocks:
     """The residual stream of a model: what enters and leaves each decoder block.
 
-    Blocks are replaced, not hooked, so that a skipped block costs no time. Raises ModelError when the architecture's
-    blocks cannot be found.
+    Blocks are replaced, not hooked, so that a skipped block costs no time. gradients: what is made can be differentiated. Raises
+    ModelError when the architecture's blocks cannot be found.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, gradients: bool = False) -> None:
+        self.model, self._gradients = model, gradients
         self.name, self.modules = decoder_blocks(model)
         self._extras = self._extra_outputs()
 
@@ -76,18 +76,18 @@ class Blocks:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, tokens, vocabulary) of token ids (batch, tokens), without a cache."""
-        with torch.inference_mode():
+        with torch.inference_mode(not self._gradients):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def heads(self, hidden: torch.Tensor, rows: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+    def heads(self, hidden: torch.Tensor, times: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of one sequence's states (tokens, hidden) that leave the last block: which positions, and (positions, vocabulary).
 
-        But for the rounding of matrix products of another height they are those of ``logits``. rows: positions at a time, few
-        enough for a small memory where not given: the logits of a whole window of a large vocabulary take a gigabyte.
+        But for the rounding of matrix products of another height they are those of ``logits``. times: see ``rows_at_once``, which
+        says how many positions at a time.
         """
         config = self.model.config.get_text_config()
-        rows = rows or rows_at_once(config.vocab_size)
+        rows = rows_at_once(config.vocab_size, times)
         rows = min(rows, getattr(config, "max_position_embeddings", rows))  # a learned position has to be there for each
         for first in range(0, len(hidden), rows):
             positions = slice(first, min(first + rows, len(hidden)))

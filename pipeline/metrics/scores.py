@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -10,8 +10,8 @@ from typing import TypedDict
 import numpy as np
 from edgepress.pipeline.machine import cores
 
-_THREADS = 8  # at most: each has five arrays of 4 MB
-_NUMBERS = 1 << 19  # logits at a time: their float64 copies stay in the processor's cache, which is two to three times as fast
+_THREADS = 8  # at most: each has four arrays of 2 MB
+_NUMBERS = 1 << 19  # logits at a time: what is made of them stays in the processor's cache, which is two to three times as fast
 
 
 class _Losses(TypedDict):
@@ -47,19 +47,19 @@ class Quality:
     changes: list[np.ndarray] = field(default_factory=list)
 
     def add(self, ids: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
-        """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original, summed in float64."""
+        """Score one window: ids (tokens,), logits (tokens, vocabulary) of the model and of the original, float32."""
         self.add_part(ids[1:], logits, original)
 
     def add_part(self, following: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> None:
         """Score positions by the ids that follow them; what the last position of a window gives has none and is left out."""
-        step = max(1, _NUMBERS // logits.shape[-1])
-        parts = [slice(first, min(first + step, len(following))) for first in range(0, len(following), step)]
+        shares = np.array_split(np.arange(len(following)), min(len(following), _THREADS, cores()) or 1)
 
-        def scored(rows: slice) -> tuple[np.ndarray, ...]:
-            return _scored(following[rows], logits[rows], None if original is None else original[rows])
+        def scored(share: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+            rows = slice(share[0], share[-1] + 1) if len(share) else slice(0)
+            return list(_scored(following[rows], logits[rows], None if original is None else original[rows]))
 
-        with ThreadPoolExecutor(max(1, min(len(parts), _THREADS, cores()))) as threads:  # numpy lets others run meanwhile
-            for losses, *others in threads.map(scored, parts):
+        with ThreadPoolExecutor(len(shares)) as threads:  # numpy lets others run meanwhile
+            for losses, *others in (part for parts in threads.map(scored, shares) for part in parts):
                 self.losses.append(losses)
                 for samples, found in zip((self.divergences, self.changes, self.agreements), others, strict=bool(others)):
                     samples.append(found)
@@ -82,26 +82,38 @@ class Quality:
         return float(changes.mean()), standard_error(changes)
 
 
-def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """Losses of the true ids (positions,); with the original's logits divergences, changes of the loss and agreements, too."""
-    positions = np.arange(len(true))
-    scores, sums = _shifted(logits)
-    losses = np.log(sums) - scores[positions, true]
-    if original is None:
-        return (losses,)
-    reference, reference_sums = _shifted(original)
-    agreements = reference.argmax(-1) == scores.argmax(-1)
-    differences, exponentials = np.subtract(reference, scores, out=scores), np.exp(reference, out=reference)
-    # log p - log q is this much more than the difference of what was shifted: p (log p - log q) is summed without their logarithms
-    more = np.log(sums) - np.log(reference_sums)
-    divergences = np.einsum("pv,pv->p", exponentials, differences) / reference_sums + more
-    return losses, divergences, differences[positions, true] + more, agreements
+def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> Iterator[tuple[np.ndarray, ...]]:
+    """Losses of the true ids (positions,); with the original's logits divergences, changes of the loss and agreements, too.
+
+    Some positions at a time. Exponentials are taken in float32 and summed in float64: a loss is right to 1e-7 nats or so, and
+    processors that have no vector instructions for them in float64 take six times as long.
+    """
+    step = max(1, min(len(true), _NUMBERS // logits.shape[-1]))
+    made = np.empty((2 if original is None else 4, step, logits.shape[-1]), np.float32)  # new arrays would be new pages each time
+    for first in range(0, len(true), step):
+        part = slice(first, first + step)
+        ids, positions = true[part], np.arange(len(true[part]))
+        scores, sums = _shifted(logits[part], *made[:2, : len(ids)])
+        of_true = scores[positions, ids].astype(np.float64)
+        losses = np.log(sums) - of_true
+        if original is None:
+            yield (losses,)
+            continue
+        reference, reference_sums = _shifted(original[part], *made[2:, : len(ids)])
+        exponentials = made[3, : len(ids)]
+        agreements = reference.argmax(-1) == scores.argmax(-1)
+        differences = np.subtract(reference, scores, out=scores)
+        # log p - log q is this much more than the difference of what was shifted: p (log p - log q) is summed without logarithms
+        more = np.log(sums) - np.log(reference_sums)
+        divergences = np.einsum("pv,pv->p", exponentials, differences, dtype=np.float64) / reference_sums + more
+        yield losses, divergences, differences[positions, ids] + more, agreements
 
 
-def _shifted(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits less the largest of their position, float64, and the sums of their exponentials, (positions,)."""
-    shifted = np.subtract(logits, logits.max(-1, keepdims=True), dtype=np.float64)
-    return shifted, np.exp(shifted).sum(-1)
+def _shifted(logits: np.ndarray, shifted: np.ndarray, exponentials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits less the largest of their position, written there as their exponentials are; and the sums of those, float64."""
+    np.subtract(logits, logits.max(-1, keepdims=True), out=shifted)
+    np.exp(shifted, out=exponentials)
+    return shifted, exponentials.sum(-1, dtype=np.float64)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -119,5 +131,5 @@ def mean_loss_of(windows: Iterable[np.ndarray], logits: Iterable[np.ndarray]) ->
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural logarithms of the probabilities, float64, over the last axis."""
-    shifted, sums = _shifted(logits)
-    return np.asarray(shifted - np.log(sums)[..., None])
+    shifted = np.subtract(logits, logits.max(-1, keepdims=True), dtype=np.float64)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

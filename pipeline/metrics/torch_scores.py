@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 # A batch of windows has positions for so many logits, which are never made all at once.
 _LOGITS = 2**26
+_TIMES = 4  # the positions of ``rows_at_once``: no more than the logits of so many are made at once
+_NUMBERS = 2**20  # of those looked at together, so that what is made of them stays in the processor's cache
 _READ_FOR = 4096  # positions that a computer takes far longer to compute than to read a block's weights for
 LIKELY = 0.01  # probability of tokens that are told where a model answers
 
@@ -121,7 +123,7 @@ class Logits:
         if self._blocks is None:
             yield slice(begin, end), logits_of(self._model, recorded.numpy())[begin:end]
             return
-        for positions, logits in self._blocks.heads(recorded[begin:end]):
+        for positions, logits in self._blocks.heads(recorded[begin:end], _TIMES):
             yield slice(begin + positions.start, begin + positions.stop), logits.numpy()
 
 
@@ -150,27 +152,43 @@ def exact_losses(blocks: Blocks, windows: list[np.ndarray], label: str) -> np.nd
     for ids, real in progress(batches(blocks.model, windows), label, "batch"):
         for row, states, keep in zip(ids, blocks.states(ids, [last])[last], real, strict=True):
             following = row[keep][1:].numpy()
-            for positions, logits in blocks.heads(states[keep][:-1]):
+            for positions, logits in blocks.heads(states[keep][:-1], _TIMES):
                 scores.add_part(following[positions], logits.numpy(), None)
     return np.concatenate(scores.losses)
 
 
 def losses(blocks: Blocks, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Losses (tokens - 1,) of one sequence of ids (tokens,) from the states (tokens, hidden) that leave the last block."""
-    parts = [next_token_losses(logits, ids[1:][positions]) for positions, logits in blocks.heads(hidden[:-1])]
+    parts = [
+        next_token_losses(few, following)
+        for positions, logits in blocks.heads(hidden[:-1], _TIMES)
+        for few, following in zip(_split(logits), ids[1:][positions].split(_rows(logits)), strict=True)
+    ]
     return torch.cat(parts)
 
 
+@torch.inference_mode()
 def divergences_of(blocks: Blocks, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
     """KL(original || other) of each of ``others``, float32 (tokens,), from states (tokens, hidden) that leave the last block."""
     parts: list[list[torch.Tensor]] = [[] for _ in others]
-    for positions, logits in blocks.heads(original):
-        reference = torch.log_softmax(logits.float(), -1)
-        del logits
+    for positions, logits in blocks.heads(original, _TIMES):
+        references = _split(logits.float())
+        for few in references:
+            few.copy_(torch.log_softmax(few, -1))
         for found, hidden in zip(parts, others, strict=True):
-            (_, scores), *_ = blocks.heads(hidden[positions])
-            found.append(_divergences(reference, scores))
+            (_, scores), *_ = blocks.heads(hidden[positions], _TIMES)
+            found += [_divergences(reference, few) for reference, few in zip(references, _split(scores), strict=True)]
     return [torch.cat(found) for found in parts]
+
+
+def _rows(logits: torch.Tensor) -> int:
+    """Positions of logits (positions, vocabulary) that are looked at together."""
+    return max(1, _NUMBERS // logits.shape[-1])
+
+
+def _split(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    parts: tuple[torch.Tensor, ...] = logits.split(_rows(logits))
+    return parts
 
 
 def mean_loss(model: PreTrainedModel | Blocks, windows: list[np.ndarray]) -> float:

@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import BlockArgs, block_linears
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks, block_linears
 from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
 from edgepress.pipeline.machine import prefers_bfloat16, release_memory
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
 
-BATCH = 8  # windows, fewer where the vocabulary is large
+BATCH = 4  # windows, fewer where what the backward pass needs of them takes more memory than ``_KEPT``
 DRAWS = 2  # of tokens for each window: a backward pass is cheaper than a window more
-_LOGITS = 2**23  # of a batch: 32 MB; more windows at a time are hardly faster, and what goes on within them takes memory
+# Bytes; and those of a token for each number that leaves a matrix: that, what the error adds, and what follows from both.
+_KEPT, _KEPT_OF_ONE = 2**29, 12
+_TIMES = 2  # the positions of ``rows_at_once`` in the head: five arrays as large as their logits
 
 
 class Errors:
@@ -106,22 +109,55 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
+    in_its_type = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=errors.bfloat16)
+    with in_its_type():
+        blocks = Blocks(model, gradients=True)
     squares = dict.fromkeys(errors.modules, 0.0)
-    size = min(BATCH, max(1, _LOGITS // (len(windows[0]) * model.config.get_text_config().vocab_size)))
+    of_token = _KEPT_OF_ONE * sum(len(matrix_of(module)) for module in errors.modules.values())
+    size = max(1, min(BATCH, _KEPT // (of_token * len(windows[0]))))
     for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=errors.bfloat16):
-                logits = model(input_ids=ids, use_cache=False).logits
-            with torch.no_grad():
-                chances = torch.softmax(logits.float(), -1)
-            for rest in reversed(range(DRAWS)):
-                with torch.no_grad():
-                    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
-                    # what the negative log-likelihood of the drawn tokens has for a gradient, before anything is rounded
-                    toward = chances.clone() if rest else chances
-                    toward = toward.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=toward.dtype)).to(logits.dtype)
-                found = torch.autograd.grad(logits, list(errors.factors.values()), toward, retain_graph=rest > 0, allow_unused=True)
+            with in_its_type():
+                leaving = blocks.states(ids, [len(blocks)])[len(blocks)]
+                draws = _draws(blocks, leaving, generator)
+            factors = list(errors.factors.values())
+            for rest, toward in zip(reversed(range(DRAWS)), draws, strict=True):
+                found = torch.autograd.grad(leaving, factors, toward, retain_graph=rest > 0, allow_unused=True)
                 for name, gradient in zip(errors.factors, found, strict=True):
                     squares[name] += 0.0 if gradient is None else float(gradient.double().square().sum()) / DRAWS
     return {name: square / (2 * sum(map(len, windows))) for name, square in squares.items()}
+
+
+def _draws(blocks: Blocks, leaving: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+    """Gradients of the negative log-likelihood of tokens drawn from the model, by what leaves its last block, for each draw.
+
+    leaving: (windows, tokens, hidden), as the gradients are. What follows the blocks is differentiated apart from them, by rows: so
+    all logits are never there at once, and yet its products are of several windows.
+    """
+    states = leaving.detach().flatten(0, 1).requires_grad_()
+    found = [torch.zeros_like(states) for _ in range(DRAWS)]
+    for _, logits in blocks.heads(states, _TIMES):
+        with torch.no_grad():
+            chances = torch.softmax(logits.float(), -1)
+            drawn = _drawn(chances, generator)
+        for number, (tokens, gradients) in enumerate(zip(drawn.split(1, -1), found, strict=True), 1):
+            with torch.no_grad():
+                toward = chances.clone() if number < DRAWS else chances
+                toward = toward.scatter_add_(-1, tokens, toward.new_full(tokens.shape, -1)).to(logits.dtype)
+            gradients += torch.autograd.grad(logits, states, toward, retain_graph=number < DRAWS)[0]
+    return [gradients.view_as(leaving) for gradients in found]
+
+
+def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """``DRAWS`` tokens for each position (positions, vocabulary), (positions, draws).
+
+    By their sums: ``torch.multinomial`` makes a random number for every token of the vocabulary, on one thread.
+    """
+    parts = []
+    for few in chances.split(8):  # what is made of them stays in the processor's cache
+        sums = few.cumsum(-1)
+        places = torch.rand(len(few), DRAWS, generator=generator) * sums[:, -1:]
+        likely = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the last of any probability: a place may be rounded up
+        parts.append(torch.minimum(torch.searchsorted(sums, places, right=True), likely))
+    return torch.cat(parts)
