@@ -157,12 +157,12 @@ class _Mix:
 
 
 def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: float, aim: float) -> _Mix | None:
-    """The mix of fewest bytes whose measured growth keeps to ``aim``, or else that of least growth which keeps to the limit.
+    """The mix of fewest bytes whose measured growth keeps to ``aim``, or else one of little more that keeps to the limit.
 
     None where it saves too little against 8 bits. The estimates need not add up: a bound that a trial exceeds is lowered by as
-    much.
+    much. A trial ends with the first text that exceeds ``aim``; all texts are read only of what may be taken.
     """
-    allowed, measured = math.log1p(aim) / left, list[tuple[float, _Mix]]()
+    allowed, exceeding = math.log1p(aim) / left, list[tuple[float, _Mix]]()
     for _ in range(TRIALS):
         found = [
             (forms, head)
@@ -172,18 +172,22 @@ def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: f
         forms, head = max(found, key=lambda pair: trial.saved(by_matrix(items, pair[0]), pair[1]))
         if trial.saved(by_matrix(items, forms), head) < worth:
             break
-        name = _named(f"{mean_bits(items, forms):.1f}", head, trial)
-        of_method = 1.0 if set(forms) == {EIGHT} else left  # calibration wins nothing there
-        growth = trial.measure(name, by_matrix(items, forms), of_method, limit, head=head)
-        measured.append((growth, _Mix(forms, head, name)))
+        mix = _Mix(forms, head, _named(f"{mean_bits(items, forms):.1f}", head, trial))
+        growth = _measured(trial, items, mix, left, aim)
         if growth <= aim:
-            return measured[-1][1]
+            return mix
+        exceeding.append((growth, mix))
         allowed *= 0.95 * math.log1p(aim) / math.log1p(growth)
-    growth, mix = min(measured, key=lambda pair: pair[0], default=(math.inf, None))
-    if mix is None or growth > limit:
-        return None
-    trial.growth[mix.name] = growth  # a later one may have had the same name
-    return mix
+    for growth, mix in sorted(exceeding, key=lambda pair: pair[0]):  # of one text, maybe not the worst
+        if growth <= limit and _measured(trial, items, mix, left, limit) <= limit:
+            return mix
+    return None
+
+
+def _measured(trial: Trial, items: list[Item], mix: _Mix, left: float, limit: float) -> float:
+    """The growth of a mix, left: of the loss that rounding costs, which calibration does not change where all have 8 bits."""
+    factor = 1.0 if set(mix.forms) == {EIGHT} else left
+    return trial.measure(mix.name, by_matrix(items, mix.forms), factor, limit, head=mix.head)
 
 
 def _heads(trial: Trial) -> dict[Head, float]:

@@ -66,7 +66,7 @@ def test_what_misses_the_aim_by_little_is_taken_where_nothing_else_is_worth_it(
     growths: list[float], taken: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SmolLM2 with what its matrices cost in float32: two mixes cost 4.1 and 4.3 %, of 5 allowed, and 8 bits were taken."""
-    tried = []
+    tried, limits = list[list[Form]](), list[float]()
 
     class Scripted:
         options, growth = QuantizeOptions(), dict[str, float]()
@@ -77,9 +77,12 @@ def test_what_misses_the_aim_by_little_is_taken_where_nothing_else_is_worth_it(
         def saved(self, *_: object) -> float:
             return 0.3 if len(tried) < len(growths) else 0.1
 
-        def measure(self, name: str, forms: dict[str, Form], *_: object, **__: object) -> float:
-            tried.append([forms[str(number)] for number in range(40)])
-            self.growth[name] = growths[len(tried) - 1]
+        def measure(self, name: str, forms: dict[str, Form], factor: float, limit: float, head: Head) -> float:
+            in_order = [forms[str(number)] for number in range(40)]
+            if in_order not in tried:
+                tried.append(in_order)
+            limits.append(limit)
+            self.growth[name] = growths[tried.index(in_order)]
             return self.growth[name]
 
     items = [
@@ -93,6 +96,8 @@ def test_what_misses_the_aim_by_little_is_taken_where_nothing_else_is_worth_it(
     found = choose._within(trial, items, 0.05, left=1.0, worth=0.2, aim=0.04)  # type: ignore[arg-type]
     assert len(tried) == len(growths) and (found and tried.index(found.forms)) == taken
     assert taken is None or trial.growth == {"6.2": growths[taken]}  # of mixes of one name, that of the one taken
+    # one that exceeds the aim is measured to the limit only where it may be taken
+    assert limits == [0.04] * len(growths) + [0.05] * (taken is not None and growths[taken] > 0.04)
 
 
 def test_with_a_tune_stage_fewer_bits_are_enough(settled: Callable[..., Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
