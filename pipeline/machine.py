@@ -21,21 +21,24 @@ if TYPE_CHECKING:
 
 WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 MEMORY = "EDGEPRESS_MEMORY"  # in the environment, so that processes which work for this one have it, too: bytes of --memory
-_LOGITS = 2**22  # 16 MB in float32; a divergence makes seven copies of it
+_LOGITS = 2**24  # 64 MB in float32: a divergence takes three times that
+_IN_CACHE = 2**20  # numbers of which a few arrays stay in the processor's cache
 # Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
 _M_MMAP_THRESHOLD, _LARGE, _LARGEST = -3, 1 << 22, 1 << 25
 _threshold = _LARGEST
 # bfloat16 is worth its rounding where it is so many times as fast; measured by products of this side, the fastest of some.
 _WORTH, _SIDE, _TIMES = 1.2, 512, 6
-_FEWEST = 64  # a matrix product of fewer rows than this is slow, and sums in another order
+_FEWEST = 128  # a matrix product of 64 rows takes half as long again a row, and one of fewer still longer
 
 
-def rows_at_once(vocabulary: int, times: int = 1) -> int:
-    """Positions whose logits are made at a time: those of a whole window of a large vocabulary would take a gigabyte.
+def rows_at_once(vocabulary: int) -> int:
+    """Positions whose logits are made at a time: those of a whole window of a large vocabulary would take a gigabyte."""
+    return max(_FEWEST, _LOGITS // vocabulary)
 
-    times: so many times as many, where few copies are made of them; the product for 256 takes half as long as four for 64.
-    """
-    return times * max(_FEWEST, _LOGITS // vocabulary)
+
+def rows_in_cache(vocabulary: int) -> int:
+    """Positions of which what is made of their logits stays in the processor's cache, which is two to three times as fast."""
+    return max(1, _IN_CACHE // vocabulary)
 
 
 def peak_memory() -> int | None:

@@ -27,7 +27,7 @@ NONE = "none"  # of --rare-rows
 OWN_TOKENS = 6144  # that the model writes for MIXED, and to be judged by; of the shipped texts as many
 MIXTURE = 2  # counts what MIXED was made of
 COST_TOKENS = 4096  # that show what each matrix costs
-SAMPLER = 3  # to be raised when own_text/ writes other ids than before
+SAMPLER = 4  # to be raised when own_text/ writes other ids than before
 CRITERIA = {
     "healed": "one after another, of those of lowest Block Influence the one whose removal costs the least KL when healed",
     "greedy": "the same, but as the model is without healing",

@@ -502,10 +502,7 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
     for number, (name, given) in enumerate(kept, 1):
         # Rules of a mix name layers of the pruned model: without removal the stage chooses again, by the same wish.
         if isinstance(given, QuantizeOptions) and (chosen := _chosen(done)) and not chosen.get("bits_for"):
-            order = given.act_order and chosen["method"] == given.method
-            given = dataclasses.replace(
-                given, max_growth=None, target_bits=None, max_size=None, native_bits=False, act_order=order, **chosen
-            )
+            given = dataclasses.replace(given, max_growth=None, target_bits=None, max_size=None, native_bits=False, **chosen)
         if level is not None and isinstance(given, ExportOptions):  # or the two would differ in more than their layers
             exact_layers = given.exact_layers if level else None
             given = dataclasses.replace(given, accuracy_level=str(level), max_added_kl=None, exact_layers=exact_layers)
@@ -517,4 +514,4 @@ def _with_comparisons(original: Artifact, out: Path, steps: Plan, done: list[Art
 def _chosen(done: list[Artifact]) -> JsonObject:
     """What the quantize stage settled itself, if it did."""
     chosen: JsonObject = next((step.facts["chosen"] for step in done[-1].steps if "chosen" in step.facts), {})
-    return {key: value for key, value in chosen.items() if value}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}

@@ -93,8 +93,7 @@ def _is_shipped(default: object, text: JsonObject) -> bool:
 def _settled(step: Step) -> tuple[JsonObject, set[str]]:
     """What a stage chose, as options, and the options that had it choose."""
     if isinstance(chosen := step.facts.get("chosen"), dict):
-        alike = chosen.get("method") == step.options.get("method")  # 8 bits everywhere are rounded, in no order
-        return chosen | {"act_order": bool(alike and step.options.get("act_order"))}, _BITS | {"act_order"}
+        return chosen, _BITS | chosen.keys()
     if removed := step.facts.get("removed_layers") or step.facts.get("removed_parts"):
         return {"remove_layers": removed}, _LAYERS
     if step.facts.get("accuracy_levels_tried"):

@@ -57,7 +57,7 @@ def test_what_removed_nothing_is_left_out(tiny: Path) -> None:
 
 def quantized(**given: object) -> Step:
     """What chose eight bits everywhere, or as ``given``."""
-    chosen = {"method": "rtn", "bits": 8, "group_size": -1, "bits_for": []} | given
+    chosen = {"method": "rtn", "bits": 8, "group_size": -1, "bits_for": [], "act_order": False} | given
     return Step("quantize", {"method": "gptq", "act_order": True, "max_growth": 0.05}, {"chosen": chosen}, 1.0, {})
 
 
@@ -79,7 +79,7 @@ def test_a_recipe_can_be_built(tiny: Path, tmp_path: Path) -> None:
     assert "# trim read a\\nquantize: {} for keep_text: add its path\n" in text and "# export read float for original" in text
     (tmp_path / "it.yaml").write_text(text)
     assert [name for name, _ in recipe.plan(recipe.read(str(tmp_path / "it.yaml")), {})] == list(found)
-    kept = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=(quantized(method="gptq", bits=4),))))
+    kept = yaml.safe_load(recipe_text(replace(Artifact.load(tiny), steps=(quantized(method="gptq", bits=4, act_order=True),))))
     assert kept["quantize"] == {"bits": 4, "group_size": -1, "act_order": True}
 
 

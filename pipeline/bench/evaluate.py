@@ -130,7 +130,7 @@ class _Streamed:
         self._states = {window.tobytes(): states for window, states in zip(windows, rows, strict=True)}
 
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
-        for positions, logits in self._blocks.heads(self._states[ids.tobytes()], 4):
+        for positions, logits in self._blocks.heads(self._states[ids.tobytes()]):
             yield positions, logits.numpy()
 
 
@@ -141,7 +141,7 @@ class _Onnx:
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
         """A window whose logits would take too much memory is read in pieces through the cache."""
         self.decoder.reset()
-        rows = rows_at_once(self.decoder.vocabulary, 4)
+        rows = rows_at_once(self.decoder.vocabulary)
         for first in range(0, len(ids), rows):
             yield slice(first, min(first + rows, len(ids))), self.decoder.feed(ids[first : first + rows], keep=0)
 

@@ -80,21 +80,22 @@ class Blocks:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def heads(self, hidden: torch.Tensor, times: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Logits of one sequence's states (tokens, hidden) that leave the last block: which positions, and (positions, vocabulary).
+    def heads(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of states (tokens, hidden) that leave the last block, some at a time: which, and (positions, vocabulary).
 
-        But for the rounding of matrix products of another height they are those of ``logits``. times: see ``rows_at_once``, which
-        says how many positions at a time.
+        But for the rounding of matrix products of another height they are those of ``logits``. Who keeps none when asking for the
+        next has no more than one in memory.
         """
         config = self.model.config.get_text_config()
-        rows = rows_at_once(config.vocab_size, times)
+        rows = rows_at_once(config.vocab_size)
         rows = min(rows, getattr(config, "max_position_embeddings", rows))  # a learned position has to be there for each
         for first in range(0, len(hidden), rows):
             positions = slice(first, min(first + rows, len(hidden)))
-            part = hidden[None, positions]
-            with self.entering(len(self), part):  # what the ids are is of no account: their embeddings go nowhere
-                logits = self.logits(torch.zeros(part.shape[:2], dtype=torch.long))[0]
-            yield positions, logits
+            yield positions, self._head(hidden[positions])
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        with self.entering(len(self), hidden[None]):  # what the ids are is of no account: their embeddings go nowhere
+            return self.logits(torch.zeros((1, len(hidden)), dtype=torch.long)).squeeze(0)
 
     def drop(self) -> None:
         """Free the weights of the blocks: from now on nothing but ``heads`` works."""

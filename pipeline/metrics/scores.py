@@ -70,7 +70,7 @@ class Quality:
         figures = QualityFigures(perplexity=float(np.exp(losses.mean())), tokens=int(losses.size))
         if self.divergences:
             divergences = np.concatenate(self.divergences)
-            figures["kl_mean"] = float(divergences.mean())
+            figures["kl_mean"] = float(np.maximum(divergences.mean(), 0.0))  # not max, which takes 0 of it and NaN
             figures["kl_p99"] = float(np.percentile(divergences, 99))
             figures["kl_standard_error"] = standard_error(divergences)
             figures["top1_agreement"] = float(np.concatenate(self.agreements).mean())
@@ -82,38 +82,52 @@ class Quality:
         return float(changes.mean()), standard_error(changes)
 
 
+class _Softmax:
+    """Of logits (positions, vocabulary): less the largest of their position, the exponentials, and the sums of these in float64.
+
+    Exponentials in float32 are right to 1e-7 of themselves; in float64 they take six times as long where a processor has no vector
+    instructions for them. The large arrays are used again: new ones would be new pages each time.
+    """
+
+    def __init__(self, positions: int, vocabulary: int) -> None:
+        self._made = np.empty((2, positions, vocabulary), np.float32)
+
+    def read(self, logits: np.ndarray) -> None:
+        """For at most so many positions."""
+        self._logits, self._largest = logits, logits.max(-1)
+        self.shifted, self.exponentials = self._made[:, : len(logits)]
+        np.subtract(logits, self._largest[:, None], out=self.shifted)
+        np.exp(self.shifted, out=self.exponentials)
+        self.sums: np.ndarray = self.exponentials.sum(-1, dtype=np.float64)
+
+    def losses(self, ids: np.ndarray) -> np.ndarray:
+        """Nats of the id that truly follows each position."""
+        of_true = self._logits[np.arange(len(ids)), ids]
+        losses: np.ndarray = np.log(self.sums) + self._largest.astype(np.float64) - of_true
+        return losses
+
+
 def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -> Iterator[tuple[np.ndarray, ...]]:
     """Losses of the true ids (positions,); with the original's logits divergences, changes of the loss and agreements, too.
 
-    Some positions at a time. Exponentials are taken in float32 and summed in float64: a loss is right to 1e-7 nats or so, and
-    processors that have no vector instructions for them in float64 take six times as long.
+    Some positions at a time.
     """
-    step = max(1, min(len(true), _NUMBERS // logits.shape[-1]))
-    made = np.empty((2 if original is None else 4, step, logits.shape[-1]), np.float32)  # new arrays would be new pages each time
-    for first in range(0, len(true), step):
-        part = slice(first, first + step)
-        ids, positions = true[part], np.arange(len(true[part]))
-        scores, sums = _shifted(logits[part], *made[:2, : len(ids)])
-        of_true = scores[positions, ids].astype(np.float64)
-        losses = np.log(sums) - of_true
-        if original is None:
+    shape = max(1, min(len(true), _NUMBERS // logits.shape[-1])), logits.shape[-1]
+    model, reference = _Softmax(*shape), None if original is None else _Softmax(*shape)
+    for first in range(0, len(true), shape[0]):
+        part = slice(first, first + shape[0])
+        model.read(logits[part])
+        losses = model.losses(true[part])
+        if original is None or reference is None:
             yield (losses,)
             continue
-        reference, reference_sums = _shifted(original[part], *made[2:, : len(ids)])
-        exponentials = made[3, : len(ids)]
-        agreements = reference.argmax(-1) == scores.argmax(-1)
-        differences = np.subtract(reference, scores, out=scores)
+        reference.read(original[part])
+        agreements = reference.shifted.argmax(-1) == model.shifted.argmax(-1)
+        differences = np.subtract(reference.shifted, model.shifted, out=model.shifted)
         # log p - log q is this much more than the difference of what was shifted: p (log p - log q) is summed without logarithms
-        more = np.log(sums) - np.log(reference_sums)
-        divergences = np.einsum("pv,pv->p", exponentials, differences, dtype=np.float64) / reference_sums + more
-        yield losses, divergences, differences[positions, ids] + more, agreements
-
-
-def _shifted(logits: np.ndarray, shifted: np.ndarray, exponentials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits less the largest of their position, written there as their exponentials are; and the sums of those, float64."""
-    np.subtract(logits, logits.max(-1, keepdims=True), out=shifted)
-    np.exp(shifted, out=exponentials)
-    return shifted, exponentials.sum(-1, dtype=np.float64)
+        more = np.log(model.sums) - np.log(reference.sums)
+        products = np.einsum("pv,pv->p", reference.exponentials, differences, dtype=np.float64)
+        yield losses, products / reference.sums + more, losses - reference.losses(true[part]), agreements
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from edgepress.models.rotary import switches
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.weight_file import weight_file
 from edgepress.pipeline.errors import ModelError
+from edgepress.pipeline.machine import rows_in_cache
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.text.windows import padded
@@ -20,8 +21,6 @@ from transformers import PreTrainedModel
 
 # A batch of windows has positions for so many logits, which are never made all at once.
 _LOGITS = 2**26
-_TIMES = 4  # the positions of ``rows_at_once``: no more than the logits of so many are made at once
-_NUMBERS = 2**20  # of those looked at together, so that what is made of them stays in the processor's cache
 _READ_FOR = 4096  # positions that a computer takes far longer to compute than to read a block's weights for
 LIKELY = 0.01  # probability of tokens that are told where a model answers
 
@@ -123,7 +122,7 @@ class Logits:
         if self._blocks is None:
             yield slice(begin, end), logits_of(self._model, recorded.numpy())[begin:end]
             return
-        for positions, logits in self._blocks.heads(recorded[begin:end], _TIMES):
+        for positions, logits in self._blocks.heads(recorded[begin:end]):
             yield slice(begin + positions.start, begin + positions.stop), logits.numpy()
 
 
@@ -152,18 +151,19 @@ def exact_losses(blocks: Blocks, windows: list[np.ndarray], label: str) -> np.nd
     for ids, real in progress(batches(blocks.model, windows), label, "batch"):
         for row, states, keep in zip(ids, blocks.states(ids, [last])[last], real, strict=True):
             following = row[keep][1:].numpy()
-            for positions, logits in blocks.heads(states[keep][:-1], _TIMES):
+            for positions, logits in blocks.heads(states[keep][:-1]):
                 scores.add_part(following[positions], logits.numpy(), None)
+                del logits
     return np.concatenate(scores.losses)
 
 
 def losses(blocks: Blocks, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Losses (tokens - 1,) of one sequence of ids (tokens,) from the states (tokens, hidden) that leave the last block."""
-    parts = [
-        next_token_losses(few, following)
-        for positions, logits in blocks.heads(hidden[:-1], _TIMES)
-        for few, following in zip(_split(logits), ids[1:][positions].split(_rows(logits)), strict=True)
-    ]
+    parts = list[torch.Tensor]()
+    for positions, logits in blocks.heads(hidden[:-1]):
+        few = _in_cache(logits)
+        parts += map(next_token_losses, few, ids[1:][positions].split(len(few[0])))
+        del logits, few
     return torch.cat(parts)
 
 
@@ -171,23 +171,21 @@ def losses(blocks: Blocks, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Ten
 def divergences_of(blocks: Blocks, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
     """KL(original || other) of each of ``others``, float32 (tokens,), from states (tokens, hidden) that leave the last block."""
     parts: list[list[torch.Tensor]] = [[] for _ in others]
-    for positions, logits in blocks.heads(original, _TIMES):
-        references = _split(logits.float())
+    for positions, logits in blocks.heads(original):
+        references = _in_cache(logits.float())
         for few in references:
             few.copy_(torch.log_softmax(few, -1))
         for found, hidden in zip(parts, others, strict=True):
-            (_, scores), *_ = blocks.heads(hidden[positions], _TIMES)
-            found += [_divergences(reference, few) for reference, few in zip(references, _split(scores), strict=True)]
+            (_, scores), *_ = blocks.heads(hidden[positions])
+            found += [_divergences(reference, few) for reference, few in zip(references, _in_cache(scores), strict=True)]
+            del scores
+        del logits, references, few
     return [torch.cat(found) for found in parts]
 
 
-def _rows(logits: torch.Tensor) -> int:
-    """Positions of logits (positions, vocabulary) that are looked at together."""
-    return max(1, _NUMBERS // logits.shape[-1])
-
-
-def _split(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    parts: tuple[torch.Tensor, ...] = logits.split(_rows(logits))
+def _in_cache(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits (positions, vocabulary) by some positions at a time."""
+    parts: tuple[torch.Tensor, ...] = logits.split(rows_in_cache(logits.shape[-1]))
     return parts
 
 

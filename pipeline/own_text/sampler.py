@@ -48,11 +48,10 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.devic
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
     parts, begun = [], time.monotonic()
-    with bar("calibration text", length * len(rows), "token") as shown:
+    with bar("calibration text", length * len(rows), "token") as shown, _weights_first(model):
         at_once = ROWS_ON_A_GPU if model.device.type == "cuda" else ROWS
         for batch in np.array_split(np.array(rows, dtype=object), math.ceil(len(rows) / at_once)):
-            with _weights_first(model):
-                parts += _written(model, list(batch), length, openings.known, shown.update)
+            parts += _written(model, list(batch), length, openings.known, shown.update)
             seconds, rest = time.monotonic() - begun, len(rows) / len(parts) - 1
             if shown.disable and seconds * rest > 10:  # the bar says it elsewhere
                 log.info("calibration: about %.0f s more", seconds * rest)
@@ -76,7 +75,7 @@ def dtype(device: torch.device) -> torch.dtype:
 def _weights_first(model: PreTrainedModel) -> Iterator[None]:
     """Within the context, linear layers compute (W x')' in place of x W', on the CPU in float32.
 
-    Of few rows x, one for each text that grows, MKL takes up to twice as long for the latter on processors that are not Intel's.
+    Of few rows x, one for each text that grows, MKL takes up to twice as long for the latter on an EPYC; Intel's were not tried.
     """
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     on_cpu = [module for module in linears if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
@@ -85,7 +84,7 @@ def _weights_first(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _product(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    product = torch.mm(module.weight, x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
+    product = torch.mm(module.weight, x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], len(module.weight))
     return product if module.bias is None else product.add_(module.bias)
 
 

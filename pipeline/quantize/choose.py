@@ -93,20 +93,20 @@ def _choose(source: Artifact, options: QuantizeOptions) -> Chosen:
         room = math.log1p(AIM * limit) - math.log1p(trial.growth[str(uniform.bits)])
         for head in [head for head, cost in _heads(trial).items() if head.rare and left_of_uniform * cost <= room]:
             name, group = _named(str(uniform.bits), head, trial), uniform.group_size
-            if trial.measure(name, trial.all(uniform), left_of_uniform, limit, head=head, group_size=group) <= AIM * limit:
-                return Chosen(replace(chosen, rare_rows=head.rare), _because(trial.growth, limit, name), trial.growth)
-        return Chosen(chosen, _because(trial.growth, limit, str(uniform.bits)), trial.growth)
+            if trial.measure(name, trial.all(uniform), left_of_uniform, AIM * limit, head=head, group_size=group) <= AIM * limit:
+                return Chosen(replace(chosen, rare_rows=head.rare), _because(trial, limit, name), trial.growth)
+        return Chosen(chosen, _because(trial, limit, str(uniform.bits)), trial.growth)
     eight = replace(_by_rounding(settled), bits=EIGHT.bits, group_size=EIGHT.group_size)  # calibration wins nothing there
     worth = WORTH_TUNED if options.tuned else WORTH
     most = trial.saved(trial.all(Form(4, 64)), next(iter(_heads(trial))))
     if trial.measure("8", trial.all(EIGHT), 1.0, all_texts=False) > limit or most < worth:
-        return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
+        return Chosen(eight, _because(trial, limit, "8"), trial.growth)
     items = trial.items()
     mixed = _within(trial, items, limit, left, worth, aim=limit if options.tuned else AIM * limit)
     if mixed is None:
-        return Chosen(eight, _because(trial.growth, limit, "8"), trial.growth)
+        return Chosen(eight, _because(trial, limit, "8"), trial.growth)
     chosen = replace(_mixed(settled, items, mixed.forms), rare_rows=mixed.head.rare)
-    return Chosen(chosen, _because(trial.growth, limit, mixed.name), trial.growth)
+    return Chosen(chosen, _because(trial, limit, mixed.name), trial.growth)
 
 
 def forms_of(options: QuantizeOptions) -> tuple[Form, ...]:
@@ -185,7 +185,7 @@ def _within(trial: Trial, items: list[Item], limit: float, left: float, worth: f
 
 
 def _measured(trial: Trial, items: list[Item], mix: _Mix, left: float, limit: float) -> float:
-    """The growth of a mix, left: of the loss that rounding costs, which calibration does not change where all have 8 bits."""
+    """The growth of a mix, on all texts or on one that exceeds ``limit``. left: see ``left_of``."""
     factor = 1.0 if set(mix.forms) == {EIGHT} else left
     return trial.measure(mix.name, by_matrix(items, mix.forms), factor, limit, head=mix.head)
 
@@ -215,7 +215,11 @@ def quantized_before(source: Artifact) -> bool:
     return any(typed(Import, step.facts, "import").few_bits for step in source.steps[:1] if step.stage == "import")
 
 
-def _because(growth: dict[str, float], limit: float, taken: str) -> str:
-    figures = [f"{bits} bits {100 * share:+.1f} % of perplexity" for bits, share in growth.items()]
-    within = "" if growth[taken] <= limit else ", which nothing here keeps to"
+def _because(trial: Trial, limit: float, taken: str) -> str:
+    """What was expected of all that was tried; "at least" where one text settled the matter."""
+    figures = [
+        f"{bits} bits {'at least ' if bits in trial.at_least else ''}{100 * share:+.1f} % of perplexity"
+        for bits, share in trial.growth.items()
+    ]
+    within = "" if trial.growth[taken] <= limit else ", which nothing here keeps to"
     return f"expected: {', '.join(figures)}; {100 * limit:g} % is allowed (--max-growth){within}"

@@ -15,9 +15,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks, block_linears
+from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks, block_linears, decoder_blocks
 from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
-from edgepress.pipeline.machine import prefers_bfloat16, release_memory
+from edgepress.pipeline.machine import prefers_bfloat16, release_memory, rows_in_cache
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
@@ -26,7 +26,6 @@ BATCH = 4  # windows, fewer where what the backward pass needs of them takes mor
 DRAWS = 2  # of tokens for each window: a backward pass is cheaper than a window more
 # Bytes; and those of a token for each number that leaves a matrix: that, what the error adds, and what follows from both.
 _KEPT, _KEPT_OF_ONE = 2**29, 12
-_TIMES = 2  # the positions of ``rows_at_once`` in the head: five arrays as large as their logits
 
 
 class Errors:
@@ -113,8 +112,7 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     with in_its_type():
         blocks = Blocks(model, gradients=True)
     squares = dict.fromkeys(errors.modules, 0.0)
-    of_token = _KEPT_OF_ONE * sum(len(matrix_of(module)) for module in errors.modules.values())
-    size = max(1, min(BATCH, _KEPT // (of_token * len(windows[0]))))
+    size = max(1, min(BATCH, _KEPT // (_kept_of_a_token(model) * len(windows[0]))))
     for first in progress(range(0, len(windows), size), "sensitivity", "batch"):
         ids = torch.from_numpy(np.stack(windows[first : first + size]))
         with errors.added(len(ids)):
@@ -129,6 +127,13 @@ def costs(model: PreTrainedModel, errors: Errors, windows: list[np.ndarray], see
     return {name: square / (2 * sum(map(len, windows))) for name, square in squares.items()}
 
 
+def _kept_of_a_token(model: PreTrainedModel) -> int:
+    """Bytes that a backward pass through the blocks needs of a token; of experts in one tensor it may go through all of them."""
+    matrices = [len(matrix_of(module)) for module in block_linears(model).values()]
+    experts = [weight.shape[0] * weight.shape[1] for weight in decoder_blocks(model)[1].parameters() if weight.ndim == 3]
+    return _KEPT_OF_ONE * sum(matrices + experts)
+
+
 def _draws(blocks: Blocks, leaving: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
     """Gradients of the negative log-likelihood of tokens drawn from the model, by what leaves its last block, for each draw.
 
@@ -137,15 +142,16 @@ def _draws(blocks: Blocks, leaving: torch.Tensor, generator: torch.Generator) ->
     """
     states = leaving.detach().flatten(0, 1).requires_grad_()
     found = [torch.zeros_like(states) for _ in range(DRAWS)]
-    for _, logits in blocks.heads(states, _TIMES):
+    for _, logits in blocks.heads(states):
         with torch.no_grad():
             chances = torch.softmax(logits.float(), -1)
-            drawn = _drawn(chances, generator)
-        for number, (tokens, gradients) in enumerate(zip(drawn.split(1, -1), found, strict=True), 1):
-            with torch.no_grad():
-                toward = chances.clone() if number < DRAWS else chances
-                toward = toward.scatter_add_(-1, tokens, toward.new_full(tokens.shape, -1)).to(logits.dtype)
-            gradients += torch.autograd.grad(logits, states, toward, retain_graph=number < DRAWS)[0]
+            drawn = _drawn(chances, generator).split(1, -1)
+        for rest, tokens, gradients in zip(reversed(range(DRAWS)), drawn, found, strict=True):
+            ones = torch.ones_like(tokens, dtype=chances.dtype)
+            toward = chances.scatter_add_(-1, tokens, -ones).to(logits.dtype)  # of the loss, before anything is rounded
+            gradients += torch.autograd.grad(logits, states, toward, retain_graph=rest > 0)[0]
+            chances.scatter_add_(-1, tokens, ones)
+        del logits, chances, toward
     return [gradients.view_as(leaving) for gradients in found]
 
 
@@ -155,7 +161,7 @@ def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     By their sums: ``torch.multinomial`` makes a random number for every token of the vocabulary, on one thread.
     """
     parts = []
-    for few in chances.split(8):  # what is made of them stays in the processor's cache
+    for few in chances.split(rows_in_cache(chances.shape[-1])):
         sums = few.cumsum(-1)
         places = torch.rand(len(few), DRAWS, generator=generator) * sums[:, -1:]
         likely = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the last of any probability: a place may be rounded up

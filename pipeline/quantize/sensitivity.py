@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from edgepress.pipeline.checkpoint.blocks import block_linears
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.errors import OptionError
 from edgepress.pipeline.files import JsonObject
 from edgepress.pipeline.metrics.readable import warn_unless_readable
 from edgepress.pipeline.metrics.torch_scores import mean_loss
@@ -82,6 +83,8 @@ def items_of_model(
     whole = [row for row in windows if len(row) == len(windows[0])]
     log.info("sensitivity: every matrix at once, on %d windows of %d tokens", len(whole), len(whole[0]))
     errors = Errors(model, *BASE, without, symmetric, spent)
+    if not errors.modules:
+        raise OptionError("there is nothing to measure: every matrix keeps the codes that it has")
     by_name = costs(model, errors, whole)
     return items_of(errors, by_name, errors.together)
 

@@ -67,6 +67,7 @@ def _chosen(source: Artifact, out: Path, options: QuantizeOptions) -> JsonObject
         "bits": settled.weight_bits,
         "group_size": settled.group,
         "bits_for": settled.bits_for,
+        "act_order": settled.act_order,
     }
     facts: JsonObject = {"chosen": taken, "chosen_because": chosen.because, "expected_growth": chosen.growth}
     if rows_of(settled.rare_rows):

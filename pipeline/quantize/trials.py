@@ -75,6 +75,7 @@ class Trial:
         self.judging = _judging(options)
         self._resolved = resolved
         self.growth: dict[str, float] = {}
+        self.at_least: set[str] = set()  # bits whose growth on one text settled the matter: on others it may be more
         self._loaded: _Loaded | None = None
         self._ends: Ends | None = None
         self._heads: dict[Head, float] | None = None
@@ -181,6 +182,8 @@ class Trial:
         factor: of a loss, what is left of rounding's. limit: a text that exceeds it settles the matter. all_texts: judge by all,
         not by the calibration text alone. head: in this form and in such groups, where it has rare rows.
         """
+        self.growth.pop(bits, None)  # to come last
+        self.at_least.discard(bits)
         self.growth[bits], changes = -1.0, dict[_Text, float]()
         for texts in self._in_turn() if all_texts else [self.texts[:1]]:
             model = self._model()
@@ -197,6 +200,7 @@ class Trial:
                         break
             del model
             if self.growth[bits] > limit:
+                self.at_least.add(bits)
                 break
         if all_texts:
             rest = [text for text in self._suffering if text not in changes]

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edgepress.pipeline import machine
+from edgepress.pipeline.checkpoint.blocks import decoder_blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
 from edgepress.pipeline.metrics.torch_scores import divergences
 from edgepress.pipeline.quantize import curvature
@@ -73,6 +75,23 @@ def test_the_model_is_left_as_it_was(tiny: Path, model: PreTrainedModel, estimat
     ids = torch.arange(1, 30)[None]
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, Checkpoint(tiny).model()(input_ids=ids).logits)
+
+
+def test_the_head_by_rows_and_few_windows_at_a_time(
+    tiny: Path, windows: list[np.ndarray], estimated: tuple[Errors, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same costs: the tokens that are drawn are those of any other number of rows."""
+    monkeypatch.setattr(machine, "_FEWEST", 16)
+    monkeypatch.setattr(machine, "_LOGITS", 1)
+    monkeypatch.setattr(machine, "_IN_CACHE", 8 * 5120)
+    model, sizes = Checkpoint(tiny).model(), set[int]()
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.add(output.shape[1]))
+    by_name = costs(model, Errors(model, *FORM), windows)
+    assert by_name == pytest.approx(estimated[1], rel=1e-3) and max(sizes) == 16
+    monkeypatch.setattr(curvature, "_KEPT", 1)
+    model, sizes = Checkpoint(tiny).model(), set()
+    decoder_blocks(model)[1][0].register_forward_hook(lambda _, args, output: sizes.add(len(args[0])))
+    assert costs(model, Errors(model, *FORM), windows) == pytest.approx(estimated[1], rel=1e-3) and sizes == {1}
 
 
 def test_blocks_that_join_windows_and_tokens(tmp_path: Path, random_model: Callable[..., Path]) -> None:
