@@ -42,12 +42,12 @@ def test_the_head_by_rows_gives_the_logits(reference: Path, removed: list[int], 
     ids = torch.from_numpy(text_windows(CALIBRATION_TEXT, reference, budget=100, length=100)[0])[None]
     sizes: list[int] = []
     monkeypatch.setattr(machine, "_FEWEST", 1)
-    monkeypatch.setattr(machine, "_LOGITS", 16 * blocks.model.config.vocab_size)
+    monkeypatch.setattr(machine, "_LOGITS", 32 * blocks.model.config.vocab_size)
     with blocks.without(removed):
         whole = blocks.logits(ids)[0]
         states = blocks.states(ids, [16])[16][0]
         handle = blocks.model.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.append(output.shape[1]))
-        parts = list(blocks.heads(states, 2))
+        parts = list(blocks.heads(states))
         handle.remove()
         assert torch.equal(blocks.logits(ids)[0], whole)
     assert [(part.start, part.stop) for part, _ in parts] == [(0, 32), (32, 64), (64, 96), (96, 100)]
