@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import cast
 
 import torch
+from edgepress.pipeline.checkpoint.forwards import by_onednn, replaced
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.machine import rows_at_once
 from transformers import PreTrainedModel
@@ -94,7 +95,8 @@ class Blocks:
             yield positions, self._head(hidden[positions])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self.entering(len(self), hidden[None]):  # what the ids are is of no account: their embeddings go nowhere
+        # what the ids are is of no account: their embeddings go nowhere
+        with self.entering(len(self), hidden[None]), by_onednn([self.model.get_output_embeddings()]):
             return self.logits(torch.zeros((1, len(hidden)), dtype=torch.long)).squeeze(0)
 
     def drop(self) -> None:
@@ -196,19 +198,3 @@ def extra_outputs(output: BlockOutput) -> int | None:
 def as_output(hidden: torch.Tensor, extras: int | None) -> BlockOutput:
     """Hidden states as a block with so many ``extra_outputs`` returns them."""
     return hidden if extras is None else (hidden, *[None] * extras)
-
-
-@contextmanager
-def replaced(forwards: Mapping[torch.nn.Module, Callable[..., BlockOutput]]) -> Iterator[None]:
-    """Within the context these run in place of the modules' own; contexts may be nested, and hooks that stand there come back."""
-    former = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, own in former.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own

@@ -19,9 +19,9 @@ from edgepress.pipeline.checkpoint.blocks import (
     block_output,
     decoder_blocks,
     extra_outputs,
-    replaced,
 )
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.forwards import replaced
 from edgepress.pipeline.checkpoint.offloaded import in_memory
 from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.machine import prefers_bfloat16

@@ -6,14 +6,12 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from edgepress.pipeline.checkpoint.blocks import replaced
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.forwards import by_onednn
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.machine import large_blocks_given_back, training_device
 from edgepress.pipeline.own_text.openings import Openings
@@ -48,7 +46,7 @@ def _sampled(checkpoint: Checkpoint, tokens: int, seed: int, device: torch.devic
     rows = [_Row(openings, np.random.default_rng((seed, number)), number) for number in range(math.ceil(tokens / length))]
     log.info("calibration: %s writes %d tokens to calibrate on", checkpoint.path.name, tokens)
     parts, begun = [], time.monotonic()
-    with bar("calibration text", length * len(rows), "token") as shown, _weights_first(model):
+    with bar("calibration text", length * len(rows), "token") as shown, by_onednn(model.modules()):
         at_once = ROWS_ON_A_GPU if model.device.type == "cuda" else ROWS
         for batch in np.array_split(np.array(rows, dtype=object), math.ceil(len(rows) / at_once)):
             parts += _written(model, list(batch), length, openings.known, shown.update)
@@ -69,23 +67,6 @@ def dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
-
-
-@contextmanager
-def _weights_first(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, linear layers compute (W x')' in place of x W', on the CPU in float32.
-
-    Of few rows x, one for each text that grows, MKL takes up to twice as long for the latter on an EPYC; Intel's were not tried.
-    """
-    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    on_cpu = [module for module in linears if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
-    with replaced({module: partial(_product, module) for module in on_cpu}):
-        yield
-
-
-def _product(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    product = torch.mm(module.weight, x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], len(module.weight))
-    return product if module.bias is None else product.add_(module.bias)
 
 
 class _Row:

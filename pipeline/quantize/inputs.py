@@ -11,7 +11,8 @@ from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
-from edgepress.pipeline.checkpoint.blocks import BlockArgs, replaced
+from edgepress.pipeline.checkpoint.blocks import BlockArgs
+from edgepress.pipeline.checkpoint.forwards import replaced
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.errors import ModelError
 from edgepress.pipeline.quantize.rtn import matrix_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from edgepress.pipeline.checkpoint.blocks import replaced
+from edgepress.pipeline.checkpoint.forwards import replaced
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.machine import memory_budget
 
