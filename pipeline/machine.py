@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORKING = 500_000_000  # bytes beside the weights: states, logits by rows, what is made of one matrix
 MEMORY = "EDGEPRESS_MEMORY"  # in the environment, so that processes which work for this one have it, too: bytes of --memory
 _LOGITS = 2**24  # 64 MB in float32: a divergence takes three times that
-_IN_CACHE = 2**20  # numbers of which a few arrays stay in the processor's cache
+_IN_CACHE = 2**19  # numbers of which a few arrays stay in the processor's cache
 # Of mallopt(3), bytes: an array of this size is given back as soon as it is freed; and where glibc's own bound ends up.
 _M_MMAP_THRESHOLD, _LARGE, _LARGEST = -3, 1 << 22, 1 << 25
 _threshold = _LARGEST

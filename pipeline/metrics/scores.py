@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
-from edgepress.pipeline.machine import cores
+from edgepress.pipeline.machine import cores, rows_in_cache
 
 _THREADS = 8  # at most: each has four arrays of 2 MB
-_NUMBERS = 1 << 19  # logits at a time: what is made of them stays in the processor's cache, which is two to three times as fast
 
 
 class _Losses(TypedDict):
@@ -112,7 +111,7 @@ def _scored(true: np.ndarray, logits: np.ndarray, original: np.ndarray | None) -
 
     Some positions at a time.
     """
-    shape = max(1, min(len(true), _NUMBERS // logits.shape[-1])), logits.shape[-1]
+    shape = min(len(true), rows_in_cache(logits.shape[-1])) or 1, logits.shape[-1]
     model, reference = _Softmax(*shape), None if original is None else _Softmax(*shape)
     for first in range(0, len(true), shape[0]):
         part = slice(first, first + shape[0])

@@ -122,8 +122,13 @@ def _written(
             sums = torch.softmax(output.logits[:, -1, :known].float(), -1).cumsum(-1)
         if not bool(torch.isfinite(sums[:, -1]).all()):
             raise ModelError("the model's logits are not finite (NaN or Inf), so it cannot write; the checkpoint is broken")
-        chances = torch.tensor([[row.chance()] for row in rows]).to(model.device) * sums[:, -1:]
-        # The last id of any probability: a chance may be rounded up to 1.
-        likely = torch.searchsorted(sums, sums[:, -1:].contiguous())
-        drawn = torch.minimum(torch.searchsorted(sums, chances, right=True), likely)[:, 0].tolist()
+        chances = torch.tensor([[row.chance()] for row in rows]).to(model.device)
+        drawn = by_chance(sums, chances)[:, 0].tolist()
     return list(ids.numpy())
+
+
+def by_chance(sums: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """The ids (rows, draws) that chances from 0 to 1, (rows, draws), fall on; sums: of the probabilities, (rows, vocabulary)."""
+    whole = sums[:, -1:].contiguous()
+    likely = torch.searchsorted(sums, whole)  # the last id of any probability: a chance may be rounded up to 1
+    return torch.minimum(torch.searchsorted(sums, chances * whole, right=True), likely)

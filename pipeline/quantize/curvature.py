@@ -18,6 +18,7 @@ import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks, block_linears, decoder_blocks
 from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
 from edgepress.pipeline.machine import prefers_bfloat16, release_memory, rows_in_cache
+from edgepress.pipeline.own_text.sampler import by_chance
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
 from transformers import PreTrainedModel
@@ -162,8 +163,5 @@ def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
     parts = []
     for few in chances.split(rows_in_cache(chances.shape[-1])):
-        sums = few.cumsum(-1)
-        places = torch.rand(len(few), DRAWS, generator=generator) * sums[:, -1:]
-        likely = torch.searchsorted(sums, sums[:, -1:].contiguous())  # the last of any probability: a place may be rounded up
-        parts.append(torch.minimum(torch.searchsorted(sums, places, right=True), likely))
+        parts.append(by_chance(few.cumsum(-1), torch.rand(len(few), DRAWS, generator=generator)))
     return torch.cat(parts)

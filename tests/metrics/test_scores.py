@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from edgepress.pipeline import machine
 from edgepress.pipeline.metrics import scores
 from edgepress.pipeline.metrics.scores import Quality
 from edgepress.pipeline.metrics.torch_scores import divergences, next_token_losses, perplexity
@@ -12,7 +13,7 @@ from edgepress.pipeline.metrics.torch_scores import divergences, next_token_loss
 
 def test_numpy_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and divergences of random logits, over more positions than either takes at once, in their order."""
-    monkeypatch.setattr(scores, "_NUMBERS", 50 * 7)
+    monkeypatch.setattr(machine, "_IN_CACHE", 50 * 7)
     monkeypatch.setattr(scores, "cores", lambda: 3)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 50, 300)
