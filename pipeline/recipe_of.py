@@ -93,7 +93,7 @@ def _is_shipped(default: object, text: JsonObject) -> bool:
 def _settled(step: Step) -> tuple[JsonObject, set[str]]:
     """What a stage chose, as options, and the options that had it choose."""
     if isinstance(chosen := step.facts.get("chosen"), dict):
-        return chosen, _BITS | chosen.keys()
+        return chosen, _BITS
     if removed := step.facts.get("removed_layers") or step.facts.get("removed_parts"):
         return {"remove_layers": removed}, _LAYERS
     if step.facts.get("accuracy_levels_tried"):

@@ -132,6 +132,7 @@ class _Streamed:
     def parts(self, ids: np.ndarray) -> Iterator[_Part]:
         for positions, logits in self._blocks.heads(self._states[ids.tobytes()]):
             yield positions, logits.numpy()
+            del logits
 
 
 class _Onnx:

@@ -124,6 +124,7 @@ class Logits:
             return
         for positions, logits in self._blocks.heads(recorded[begin:end]):
             yield slice(begin + positions.start, begin + positions.stop), logits.numpy()
+            del logits
 
 
 def next_token_losses(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ def losses(blocks: Blocks, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Ten
     """Losses (tokens - 1,) of one sequence of ids (tokens,) from the states (tokens, hidden) that leave the last block."""
     parts = list[torch.Tensor]()
     for positions, logits in blocks.heads(hidden[:-1]):
-        few = _in_cache(logits)
+        few = in_cache(logits)
         parts += map(next_token_losses, few, ids[1:][positions].split(len(few[0])))
         del logits, few
     return torch.cat(parts)
@@ -172,20 +173,20 @@ def divergences_of(blocks: Blocks, original: torch.Tensor, others: list[torch.Te
     """KL(original || other) of each of ``others``, float32 (tokens,), from states (tokens, hidden) that leave the last block."""
     parts: list[list[torch.Tensor]] = [[] for _ in others]
     for positions, logits in blocks.heads(original):
-        references = _in_cache(logits.float())
+        references = in_cache(logits.float())
         for few in references:
             few.copy_(torch.log_softmax(few, -1))
         for found, hidden in zip(parts, others, strict=True):
             (_, scores), *_ = blocks.heads(hidden[positions])
-            found += [_divergences(reference, few) for reference, few in zip(references, _in_cache(scores), strict=True)]
+            found += [_divergences(reference, few) for reference, few in zip(references, in_cache(scores), strict=True)]
             del scores
         del logits, references, few
     return [torch.cat(found) for found in parts]
 
 
-def _in_cache(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Logits (positions, vocabulary) by some positions at a time."""
-    parts: tuple[torch.Tensor, ...] = logits.split(rows_in_cache(logits.shape[-1]))
+def in_cache(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits (positions, vocabulary) by some positions at a time, so many for each thread."""
+    parts: tuple[torch.Tensor, ...] = logits.split(rows_in_cache(logits.shape[-1]) * torch.get_num_threads())
     return parts
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import BlockArgs, Blocks, block_linears, decoder_blocks
 from edgepress.pipeline.checkpoint.weight_file import WeightFile, let_go, weight_file
-from edgepress.pipeline.machine import prefers_bfloat16, release_memory, rows_in_cache
+from edgepress.pipeline.machine import prefers_bfloat16, release_memory
+from edgepress.pipeline.metrics.torch_scores import in_cache
 from edgepress.pipeline.own_text.sampler import by_chance
 from edgepress.pipeline.progress import progress
 from edgepress.pipeline.quantize.rtn import matrix_of, round_to_nearest
@@ -162,6 +163,6 @@ def _drawn(chances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     By their sums: ``torch.multinomial`` makes a random number for every token of the vocabulary, on one thread.
     """
     parts = []
-    for few in chances.split(rows_in_cache(chances.shape[-1])):
+    for few in in_cache(chances):
         parts.append(by_chance(few.cumsum(-1), torch.rand(len(few), DRAWS, generator=generator)))
     return torch.cat(parts)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.packed import FEW_BITS, LEAST_ROWS, MOST_PARTS
-from edgepress.pipeline.machine import rows_in_cache
+from edgepress.pipeline.metrics.torch_scores import in_cache
 from edgepress.pipeline.options import rows_of
 from edgepress.pipeline.quantize.mix import Form, bytes_of
 from edgepress.pipeline.quantize.rtn import round_to_nearest
@@ -71,9 +71,11 @@ def weights_of_tokens(blocks: Blocks, windows: Iterable[np.ndarray]) -> np.ndarr
     for ids in windows:
         hidden = blocks.states(torch.from_numpy(ids)[None], [len(blocks)])[len(blocks)][0]
         for _, logits in blocks.heads(hidden):
-            for few in logits.split(rows_in_cache(logits.shape[-1])):
+            sums = torch.zeros(logits.shape[-1], dtype=torch.float64)
+            for few in in_cache(logits):
                 likely = torch.softmax(few.float(), -1)
-                total = total + likely.mul_(1 - likely).sum(0).double().numpy()
+                sums += likely.mul_(1 - likely).sum(0)
+            total = total + sums.numpy()
             del logits, few
     weights: np.ndarray = total / total.sum()
     return weights
