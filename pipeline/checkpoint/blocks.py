@@ -77,7 +77,7 @@ class Blocks:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, tokens, vocabulary) of token ids (batch, tokens), without a cache."""
-        with torch.inference_mode(not self._gradients):
+        with torch.inference_mode(not self._gradients), by_onednn(self.model.modules()):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
@@ -96,7 +96,7 @@ class Blocks:
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         # what the ids are is of no account: their embeddings go nowhere
-        with self.entering(len(self), hidden[None]), by_onednn([self.model.get_output_embeddings()]):
+        with self.entering(len(self), hidden[None]):
             return self.logits(torch.zeros((1, len(hidden)), dtype=torch.long)).squeeze(0)
 
     def drop(self) -> None:

@@ -26,8 +26,8 @@ def replaced(forwards: Mapping[torch.nn.Module, Callable[..., object]]) -> Itera
 
 
 @contextmanager
-def by_onednn(modules: Iterable[torch.nn.Module | None]) -> Iterator[None]:
-    """Within the context linear layers in float32 on the CPU multiply by oneDNN, for what need not be differentiated.
+def by_onednn(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within the context linear layers in float32 on the CPU multiply by oneDNN, for what need not be differentiated or cast.
 
     torch brings it along, and asks MKL, which takes twice as long on an EPYC for few rows, or many outputs as a head has
     (benchmarks/products.py); Intel's processors were not tried.
@@ -38,8 +38,10 @@ def by_onednn(modules: Iterable[torch.nn.Module | None]) -> Iterator[None]:
         yield
 
 
-def _product(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32 or torch.is_grad_enabled():  # it has no derivative
-        return torch.nn.functional.linear(x, module.weight, module.bias)
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "none", [], "")
+def _product(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """``input`` may be given by name, as to torch's own."""
+    # it has no derivative, and no cast
+    if input.dtype != torch.float32 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(input, module.weight, module.bias)
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, module.weight, module.bias, "none", [], "")
     return product

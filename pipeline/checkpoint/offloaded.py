@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
+from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook, remove_hook_from_module
 from edgepress.pipeline.checkpoint.load import quiet, read_folder
 from edgepress.pipeline.checkpoint.weights import Weights
 from edgepress.pipeline.documents import short_line
@@ -99,6 +99,9 @@ def _read(model: PreTrainedModel, weights: Weights, names: Iterable[str]) -> Non
     for prefix in names:
         module = model.get_submodule(prefix)
         add_hook_to_module(module, ModelHook())  # in place of the one that reads; to remove that would read all
+        remove_hook_from_module(module)
+        if getattr(module.forward, "__func__", None) is type(module).forward:
+            del module.forward  # left as the module's own
         for leaf in [leaf for leaf, parameter in module.named_parameters(recurse=False)]:
             stored = by_name.stored(f"{prefix}.{leaf}" if prefix else leaf)
             if stored not in read:

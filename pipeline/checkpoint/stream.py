@@ -21,7 +21,7 @@ from edgepress.pipeline.checkpoint.blocks import (
     extra_outputs,
 )
 from edgepress.pipeline.checkpoint.folder import Checkpoint
-from edgepress.pipeline.checkpoint.forwards import replaced
+from edgepress.pipeline.checkpoint.forwards import by_onednn, replaced
 from edgepress.pipeline.checkpoint.offloaded import in_memory
 from edgepress.pipeline.errors import ModelError, OutputError
 from edgepress.pipeline.machine import prefers_bfloat16
@@ -175,8 +175,9 @@ class Stream:
     def _run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         self.runs, self.batch = self.runs + 1, number
         args, kwargs = self._batches[number].calls[self.done]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()):
-            return block_output(self._blocks[self.done](hidden, *args, **kwargs))
+        block = self._blocks[self.done]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=prefers_bfloat16()), by_onednn(block.modules()):
+            return block_output(block(hidden, *args, **kwargs))
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[None]:

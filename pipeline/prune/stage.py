@@ -12,6 +12,7 @@ import torch
 from edgepress.pipeline.artifact import Artifact
 from edgepress.pipeline.checkpoint.blocks import Blocks
 from edgepress.pipeline.checkpoint.folder import Checkpoint
+from edgepress.pipeline.checkpoint.forwards import by_onednn
 from edgepress.pipeline.checkpoint.parts import has_parts, known_with_parts, parameters_left, part_name
 from edgepress.pipeline.checkpoint.update import carry_files, link_weights
 from edgepress.pipeline.errors import ModelError, ProofError
@@ -179,7 +180,7 @@ def _kept(checkpoint: Checkpoint, out: Path, plan: _Plan, ours: bool) -> tuple[i
 
 def _prove(plan: _Plan, pruned: torch.nn.Module, family: str) -> None:
     """Raise ProofError unless the reloaded checkpoint computes what the original does with what was removed skipped."""
-    with torch.inference_mode():
+    with torch.inference_mode(), by_onednn(pruned.modules()):  # as the plan's were made
         logits = pruned(input_ids=plan.probe, use_cache=False).logits
     assert plan.logits is not None
     whole = plan.parts == BLOCKS

@@ -245,10 +245,10 @@ def read(stream: Stream, modules: Mapping[str, Linear], originals: Originals, si
     return list(found.values())
 
 
-def _nothing(width: int, entering: torch.Tensor) -> torch.Tensor:
+def _nothing(width: int, input: torch.Tensor) -> torch.Tensor:
     """In the place of a product that nobody reads before the step is over, in its type."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else entering.dtype
-    return torch.zeros(*entering.shape[:-1], width, dtype=dtype)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    return torch.zeros(*input.shape[:-1], width, dtype=dtype)
 
 
 @contextmanager

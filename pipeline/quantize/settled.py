@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from edgepress.pipeline.checkpoint.forwards import replaced
+from edgepress.pipeline.checkpoint.forwards import by_onednn, replaced
 from edgepress.pipeline.checkpoint.stream import Stream
 from edgepress.pipeline.machine import memory_budget
 
@@ -27,7 +27,9 @@ def settled(stream: Stream) -> Iterator[Callable[[torch.nn.Module], None]]:
 
         def settle(module: torch.nn.Module) -> None:
             made: dict[tuple[int, int], torch.Tensor] = {}  # by batch and call: experts run more than once a batch
-            forward, run, call = module.forward, -1, 0
+            run, call = -1, 0
+            with by_onednn([module]):  # as the stream multiplies
+                forward = module.forward
 
             def once(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
                 nonlocal room, run, call

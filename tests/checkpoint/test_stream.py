@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_states_of_other_windows_are_refused(tiny: Path, tmp_path: Path) -> None
 
 
 def test_one_block_is_in_memory(tiny: Path) -> None:
-    """No weights of other blocks, before, within and after."""
+    """No weights of other blocks, before, within and after; its modules are as if nobody had to read for them."""
     stream = Stream(Checkpoint(tiny), windows())
 
     def present() -> list[int]:
@@ -156,10 +157,27 @@ def test_one_block_is_in_memory(tiny: Path) -> None:
 
     assert present() == []
     while stream.done < len(stream):
-        with stream.block():
+        with stream.block() as block:
             assert present() == [stream.done]
+            assert not any("forward" in module.__dict__ for module in block.modules())
             stream.advance()
         assert present() == []
+
+
+def test_a_forward_of_its_own_stays(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some classes choose one when they are made."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    init = LlamaRMSNorm.__init__
+
+    def choosing(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        self.forward = partial(LlamaRMSNorm.forward, self)
+
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", choosing)
+    with Stream(Checkpoint(tiny), windows()).block() as block:
+        own = [isinstance(module.forward, partial) for module in block.modules() if isinstance(module, LlamaRMSNorm)]
+    assert own == [True, True]
 
 
 def test_a_kept_stream_goes_on(tiny: Path, tmp_path: Path) -> None:
