@@ -59,6 +59,7 @@ LOGITS_PER_S = 150e6  # that a row of the benchmark compares with the original's
 # How wrong the model has been on quiet and busy machines: the range that is printed.
 LEAST, MOST = 0.8, 1.4
 LIBRARIES, WORKING = 0.45e9, 0.4e9  # bytes: torch and transformers in memory; states, logits by rows, one matrix in pieces
+CHOOSING = 0.7e9  # bytes, at most, beside the weights and a head as it was, for derivatives by them
 SQUARE = 24  # bytes, times the square of the widest matrix's inputs: what is summed over the text, in float64, and its factor
 TABLE = 7  # bytes a number of the embedding while it is read: as stored, in float32, and what is looked through; as measured
 PROOF_COPIES = 3.5  # of the logits of a window of the proof: torch's, onnxruntime's, what is made of them
@@ -134,9 +135,11 @@ def expect(source: Path, steps: list[tuple[str, Options]], rate: float, removing
             most = min(most, 60 * options.minutes / token + SAMPLING * options.own_tokens(parameters))
         fixed += START_S + parameters / PARAMETERS_PER_S
         low, high = low + least * token + fixed, high + most * token + fixed
+        if isinstance(options, QuantizeOptions) and options.max_growth is not None:
+            memory = max(memory, 4.0 * (parameters + _largest_outside(shapes)) + min(CHOOSING, 8.0 * parameters))
         if isinstance(options, ExportOptions):
             high += parameters / SLOW_PARAMETERS_PER_S
-            memory = 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS))
+            memory = max(memory, 4.0 * (parameters + PROOF_COPIES * min(PROOF_TOKENS * vocabulary, PROOF_LOGITS)))
         if isinstance(options, BenchOptions):
             text, rows = _scored(options, compared)
             seconds = rows * text * (vocabulary / LOGITS_PER_S + head)  # of the original, once more
