@@ -29,8 +29,8 @@ def replaced(forwards: Mapping[torch.nn.Module, Callable[..., object]]) -> Itera
 def by_onednn(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Within the context linear layers in float32 on the CPU multiply by oneDNN, for what need not be differentiated or cast.
 
-    torch brings it along, and asks MKL, which takes twice as long on an EPYC for few rows, or many outputs as a head has
-    (benchmarks/products.py); Intel's processors were not tried.
+    torch brings it along, and asks MKL, which takes up to three times as long on an EPYC for few rows, or many outputs as a head
+    has (benchmarks/products.py); Intel's processors were not tried.
     """
     linears = [module for module in modules if type(module) is torch.nn.Linear and "forward" not in module.__dict__]
     on_cpu = [module for module in linears if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
